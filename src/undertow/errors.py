@@ -1,0 +1,55 @@
+"""What can go wrong, as one tree. Every message is one line that names the thing and says what to do.
+
+UndertowError
+├── InputError (also ValueError)      an argument that cannot be used
+│   ├── PhotographError               a file that is not a readable photograph
+│   ├── ModelError                    a model reference, its weights or its output
+│   └── TargetError                   a class that is not there
+├── RuleError                         the rule cannot be applied to this network: nothing to rewire,
+│                                     or a place in the graph that cannot be seen into
+└── FrameworkError (also ImportError) a package that is missing or does not fit another
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UndertowError(Exception):
+    """The root: `except UndertowError` catches all that this library raises on purpose."""
+
+
+class InputError(UndertowError, ValueError):
+    """An argument that cannot be used as it is."""
+
+
+class PhotographError(InputError):
+    """A file that is missing, empty, broken, too large or no photograph at all."""
+
+
+class ModelError(InputError):
+    """A model that cannot be named, loaded, or run as a classifier."""
+
+
+class TargetError(InputError):
+    """A class, or a number of classes, that the model does not have."""
+
+
+class RuleError(UndertowError):
+    """A rule that cannot be applied to this network, with the reason and the remedy."""
+
+
+class FrameworkError(UndertowError, ImportError):
+    """A framework or package that is missing or does not fit another one."""
+
+
+def near(word: str, known: Iterable[str], most: int = 3) -> str:
+    """Say which known names are close to a word, as the end of an error line; empty where none is.
+
+    >>> near("vgg61", ["vgg16", "resnet50"])
+    '; did you mean vgg16?'
+    >>> near("zebra", ["vgg16"])
+    ''
+    """
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), lowered, n=most, cutoff=0.6)
+    return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""

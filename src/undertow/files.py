@@ -1,0 +1,66 @@
+"""Files that appear whole or not at all."""
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """Give a path to write aside; on success it takes the place of `path` at once, on an exception it is gone.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with published(Path(folder, "a.txt")) as aside:
+    ...         _ = aside.write_text("all of it")
+    ...     Path(folder, "a.txt").read_text()
+    'all of it'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o666 & ~_umask())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def readable(name: str, most: int = 80) -> str:
+    """Reduce any name to one that is safe as part of a file name: letters, digits, `.`, `_`, `-`, in any script.
+
+    Not unique: several names may give one. `most` bounds its bytes in UTF-8.
+
+    >>> readable("../a b/猫.jpg")
+    'a_b_猫.jpg'
+    """
+    kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._- ")
+    return kept.encode()[:most].decode(errors="ignore") or "unnamed"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Give each name a file name of its own: the readable part, with a digest where that alone would collide.
+
+    Names that differ in case only count as colliding.
+
+    >>> distinct(["a/x.jpg", "A/x.jpg", "y.jpg"])
+    ['a_x.jpg-f8cb9c54', 'A_x.jpg-6c0fe7c8', 'y.jpg']
+    """
+    short = [readable(name) for name in names]
+    times = Counter(name.casefold() for name in short)
+    digests = (hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8] for name in names)
+    return [s if times[s.casefold()] == 1 else f"{s}-{d}" for s, d in zip(short, digests, strict=True)]
