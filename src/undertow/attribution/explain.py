@@ -1,0 +1,89 @@
+"""The verb: check what was asked for, let the framework answer, hand over an Attribution."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import InputError, near
+from ..frameworks.base import Request, backend_of
+from ..rules import Rule, resolve
+from .result import Attribution
+
+THROUGH = ("graph", "swap", "hook")
+ACTIVATIONS = ("relu-like", "all")
+
+
+def explain(
+    model: Callable[..., Any],
+    x: Any,
+    *,
+    rule: str | Rule = "guided",
+    target: Any = None,
+    through: str = "graph",
+    activations: str = "relu-like",
+    training: bool = False,
+) -> Attribution:
+    """Map how each element of the input speaks for a score, under a rule for the activations on the way.
+
+    The model, its weights and their `.grad`, its hooks and modes, the random state and `x` are as before afterwards,
+    whatever happens. One forward pass serves all targets. Calls from several threads do not meet.
+
+    Args:
+        model: any callable from tensor(s) to scores `(B, classes)`: a module in eval mode, a function, a traced or
+            exported program. Its output may be a tensor, a tuple whose first is one, or an object with `.logits`.
+        x: a floating-point batch `(B, ...)` of any rank, such as `(B, C, H, W)`; or a tuple, passed as `model(*x)`,
+            in which integer tensors are allowed and get no map.
+        rule: "gradient", "deconvnet", "guided", or a function `(g, local) -> g` as in `undertow.rules`.
+        target: None (each sample's highest score), a class id, `(B,)` ids, `(B, K)` ids or nested lists for several
+            classes a sample, "top:K", or a function of the output that returns `(B,)` scores.
+        through: "graph" acts on the autograd graph of this call and sees every activation. "swap" replaces modules in
+            a private copy by a custom autograd function, "hook" puts backward hooks on them: both give the same
+            numbers, or an error that names what they could not see.
+        activations: "relu-like" (ReLU, ReLU6/Hardtanh, LeakyReLU, PReLU, RReLU, Threshold, clamp(min=0) and maximum
+            with zero, in any spelling), or "all" (also GELU, SiLU, Mish, ELU, SELU, CELU, Softplus, Hardswish).
+        training: explain a module in training mode; its batch statistics are put back afterwards.
+
+    Returns:
+        Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; a tuple for a
+        tuple.
+
+    Raises:
+        InputError: an argument that cannot be used: TargetError for a class, ModelError for the model or its output.
+        RuleError: nothing to rewire, or a node that cannot be seen into.
+        FrameworkError: the tensors' framework is not installed.
+
+    Source: gradient arXiv 1312.6034, deconvnet arXiv 1311.2901, guided arXiv 1412.6806.
+
+    >>> import torch, undertow as ut
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1, bias=False))
+    >>> _ = net[0].weight.data.copy_(torch.eye(2)), net[2].weight.data.copy_(torch.tensor([[1.0, -1.0]]))
+    >>> a = ut.explain(net.eval(), torch.tensor([[3.0, 2.0]]), rule="guided", target=0)
+    >>> a.values, a.scores, a.rewired
+    (tensor([[1., 0.]]), tensor([1.]), 1)
+    """
+    name, function = resolve(rule)
+    _one_of("through", through, THROUGH)
+    _one_of("activations", activations, ACTIVATIONS)
+    if not callable(model):
+        raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
+    inputs = x if isinstance(x, tuple) else (x,)
+    if not inputs:
+        raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
+    request = Request(model, inputs, function, name, target, through, activations, training)
+    answer = backend_of(inputs[0]).explain(request)
+    return Attribution(
+        values=answer.maps if isinstance(x, tuple) else answer.maps[0],
+        targets=answer.targets,
+        scores=answer.scores,
+        rule=name,
+        through=through,
+        activations=activations,
+        rewired=answer.met.rewired,
+        switches=answer.met.switches,
+        skipped=answer.met.skipped,
+        opaque=answer.met.opaque,
+    )
+
+
+def _one_of(what: str, word: str, known: tuple[str, ...]) -> None:
+    if word not in known:
+        raise InputError(f"unknown {what} {word!r}{near(str(word), known)} (known: {', '.join(known)})")

@@ -1,0 +1,116 @@
+"""The result of an explanation: plain data that can be looked at, saved and loaded."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..files import published
+from ..frameworks.base import backend_of
+from ..show import heatmap
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """How each element of an input speaks for a score, and what the rule did to say so.
+
+    Attributes:
+        values: shape and dtype of the input, `(B, ...)`; with K targets a sample, `(B, K, ...)`; a tuple for a tuple of
+            inputs, None in the place of an integer input. Unit: score per unit of input.
+        targets: class ids, int64, `(B,)` or `(B, K)`; None where the target was a function.
+        scores: the explained outputs, shape of `targets`.
+        rule, through, activations: what was asked for.
+        rewired: how many activation calls the rule acted on; 0 for "gradient", which changes none.
+        switches: how many max-poolings lie on the way (not counted for "gradient"). Without any, a deconvnet map
+            hardly depends on the input.
+        skipped: activations seen on the way and left alone, by the name of their graph node.
+        opaque: autograd functions of the user's own on the way, by name: a rule cannot reach into them.
+    """
+
+    values: Any
+    targets: Any
+    scores: Any
+    rule: str
+    through: str = "graph"
+    activations: str = "relu-like"
+    rewired: int = 0
+    switches: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    opaque: dict[str, int] = field(default_factory=dict)
+
+    def numpy(self, channels_last: bool = False) -> Any:
+        """Return `values` as NumPy, `(B, C, H, W)`, or `(B, H, W, C)` with `channels_last`; a tuple for a tuple.
+
+        Raises:
+            InputError: `channels_last` for values that have no channels, such as `(B, features)`.
+        """
+        if isinstance(self.values, tuple):
+            return tuple(None if value is None else self._array(value, channels_last) for value in self.values)
+        return self._array(self.values, channels_last)
+
+    def _array(self, value: Any, channels_last: bool) -> npt.NDArray[Any]:
+        array = backend_of(value).to_numpy(value)
+        if not channels_last:
+            return array
+        axis = 1 if self.scores.ndim == 1 else 2
+        if array.ndim < axis + 2:
+            raise InputError(f"values of shape {array.shape} have no channels to put last")
+        return np.ascontiguousarray(np.moveaxis(array, axis, -1))
+
+    def image(self, sample: int = 0, target: int = 0, style: str = "magnitude") -> "Image":
+        """Draw the map of one sample, and of one of its K targets, as a picture of the input's height and width.
+
+        Args:
+            sample: position in the batch.
+            target: position among a sample's targets, where there are several.
+            style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile) or "colour"
+                (a tenth of a standard deviation about mid-grey, clipped; 1 or 3 channels).
+
+        Raises:
+            InputError: the values are not those of images `(B, C, H, W)`, or there is no such sample, target or style.
+        """
+        return heatmap.draw(self._map(sample, target), style)
+
+    def _map(self, sample: int, target: int) -> npt.NDArray[Any]:
+        array = self.numpy()
+        several = self.scores.ndim == 2
+        if isinstance(array, tuple) or array.ndim != (5 if several else 4):
+            raise InputError("only maps of one batch of images (B, C, H, W) can be drawn; take .numpy() for the rest")
+        if not 0 <= sample < len(array):
+            raise InputError(f"there is no sample {sample} in a batch of {len(array)}")
+        if not 0 <= target < (array.shape[1] if several else 1):
+            raise InputError(f"there is no target {target} among {array.shape[1] if several else 1}")
+        return array[sample, target] if several else array[sample]  # type: ignore[no-any-return]
+
+    def save(self, path: str | Path) -> Path:
+        """Write values, targets and scores as safetensors, and the rest as its metadata; whole or not at all.
+
+        bfloat16 is widened to float32. An existing file of that name is replaced.
+
+        Raises:
+            InputError: the name does not end in `.safetensors`.
+        """
+        from safetensors.numpy import save
+
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise InputError(f"{path.name!r} must end in .safetensors; for a picture use .image(0).save(...)")
+        values = self.values if isinstance(self.values, tuple) else (self.values,)
+        names = [f"values.{i}" for i in range(len(values))] if isinstance(self.values, tuple) else ["values"]
+        tensors = {**dict(zip(names, values, strict=True)), "targets": self.targets, "scores": self.scores}
+        arrays = {name: backend_of(t).to_numpy(t) for name, t in tensors.items() if t is not None}
+        with published(path) as aside:
+            aside.write_bytes(save(arrays, {"undertow": json.dumps(self.facts())}))
+        return path
+
+    def facts(self) -> dict[str, Any]:
+        """Return all but the tensors, ready for JSON."""
+        names = ("rule", "through", "activations", "rewired", "switches", "skipped", "opaque")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,88 @@
+"""What the rest of the library asks of a framework, and how the right one is found without importing the others."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import FrameworkError, InputError
+from ..rules import Rule
+
+
+@dataclass(frozen=True)
+class Request:
+    """One explanation as asked for, already checked where no framework is needed."""
+
+    model: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    rule: Rule
+    rule_name: str
+    target: Any
+    through: str
+    activations: str
+    training: bool
+
+
+@dataclass
+class Met:
+    """What a rule met on the way from the scores to the inputs."""
+
+    rewired: int = 0
+    switches: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    opaque: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One explanation as a framework gives it: a map for each input, None for an input that has no gradient."""
+
+    maps: tuple[Any, ...]
+    targets: Any
+    scores: Any
+    met: Met
+
+
+class Backend(Protocol):
+    """A framework, as `explain` sees it."""
+
+    def explain(self, request: Request) -> Answer: ...
+
+    def to_numpy(self, tensor: Any) -> npt.NDArray[Any]: ...
+
+    def batch(self, arrays: Sequence[npt.NDArray[Any]], device: str) -> Any: ...
+
+    def probabilities(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]: ...
+
+    def device(self, name: str) -> str: ...
+
+
+def backend_of(value: Any) -> Backend:
+    """Return the backend that a tensor belongs to.
+
+    Raises:
+        InputError: the value is no tensor of a known framework.
+        FrameworkError: the framework is not installed.
+    """
+    roots = {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
+    if "torch" in roots:
+        return load("torch")
+    remedy = "; use torch.from_numpy(x)" if isinstance(value, np.ndarray) else ""
+    raise InputError(f"x is a {type(value).__name__}, not a torch tensor or a tuple of them{remedy}")
+
+
+def load(name: str) -> Backend:
+    """Import one backend by its name.
+
+    Raises:
+        FrameworkError: the framework is not installed.
+    """
+    try:
+        return cast(Backend, importlib.import_module(f".{name}", __package__))
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise FrameworkError(f'{name} is not installed; run: pip install "undertow[{name}]"') from error

@@ -1,0 +1,241 @@
+"""One call of somebody's model: what goes in, what comes out, which scores are meant, and nothing left behind."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...errors import InputError, ModelError, TargetError
+from ..base import Request
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the module or function behind `torch.compile`: a compiled call is one node without activations."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def eager(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what calls a model without its compiled form, one that `model.compile()` made in place included."""
+    model = uncompiled(model)
+    if isinstance(model, nn.Module) and getattr(model, "_compiled_call_impl", None) is not None:
+        return model._call_impl
+    return model
+
+
+def module_of(model: Any) -> nn.Module | None:
+    """Return the module behind a callable, where one can be found: itself, a bound method's, a partial's."""
+    if isinstance(model, functools.partial):
+        return module_of(model.func)
+    if inspect.ismethod(model):
+        return module_of(model.__self__)
+    return model if isinstance(model, nn.Module) else None
+
+
+def refuse_training(model: Callable[..., Any]) -> None:
+    """Refuse a module in training mode.
+
+    Raises:
+        ModelError: with the layers that would make the map a matter of chance, or of the rest of the batch.
+    """
+    module = module_of(model)
+    if module is None or (isinstance(module, torch.fx.GraphModule) and "train" in vars(module)):
+        return  # an exported program keeps training=True for ever and cannot be switched
+    training = list(_in_training(module))
+    kinds = {type(m).__name__ for m in training if _depends_on_mode(m)}
+    if not module.training and not kinds:
+        return
+    why = f"{', '.join(sorted(kinds))} would act as in training" if kinds else "dropout or batch norm may act"
+    raise ModelError(f"the model is in training mode: {why}; call model.eval() first, or pass training=True")
+
+
+def _in_training(module: nn.Module) -> Iterator[nn.Module]:
+    stack: list[nn.Module | None] = [module]  # Module.modules() takes longer than a small network's forward pass
+    while stack:
+        current = stack.pop()
+        if current is not None:
+            if current.training:
+                yield current
+            stack.extend(current._modules.values())
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    norms = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
+    return isinstance(module, norms) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
+
+
+@contextmanager
+def untouched(request: Request) -> Iterator[None]:
+    """Put back what a forward pass may change: the random state and, in training mode, the buffers."""
+    module = module_of(request.model)
+    buffers = [(b, b.detach().clone()) for b in module.buffers()] if request.training and module is not None else []
+    devices = {x.device for x in request.inputs if x.device.type == "cuda"}
+    on_cpu = torch.get_rng_state()
+    on_gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if not torch.equal(torch.get_rng_state(), on_cpu):
+            torch.set_rng_state(on_cpu)
+        for device, state in on_gpus.items():
+            torch.cuda.set_rng_state(state, device)
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+
+def leaves(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+    """Return what to differentiate by, and what to feed: copies, so that a model may overwrite its input.
+
+    Raises:
+        InputError: an input is no tensor, is complex or not batched alike, or none is of floating point.
+    """
+    for place, x in enumerate(inputs):
+        if not isinstance(x, torch.Tensor):
+            raise InputError(f"input {place} is a {type(x).__name__}, not a torch tensor")
+        if x.ndim == 0 or x.shape[0] != inputs[0].shape[0]:
+            raise InputError(f"input {place} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
+        if x.is_complex():
+            raise InputError(f"input {place} is complex ({x.dtype}); pass its real view, torch.view_as_real(x)")
+    if not any(x.is_floating_point() for x in inputs):
+        raise InputError(f"x is {inputs[0].dtype}; a map needs floating point, as in x.float() or embeddings")
+    ordinary = [x.clone() if x.is_inference() else x.detach() for x in inputs]
+    sources = [x.requires_grad_() if x.is_floating_point() else None for x in ordinary]
+    fed = [x.clone() for x in ordinary]
+    return sources, fed
+
+
+def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Run the model and return its scores, `(B, ...)`.
+
+    Raises:
+        ModelError: what comes out is neither a tensor, nor a tuple whose first is, nor has `.logits`.
+    """
+    try:
+        out = call(*inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        error.add_note(f"while the model ran on an input of shape {shapes}")
+        raise
+    scores = getattr(out, "logits", out)
+    if isinstance(scores, tuple | list) and scores:
+        scores = scores[0]
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+        what = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(out).__name__}"
+        raise ModelError(f"the model returned {what}; it must be a float tensor, a tuple of them, or have .logits")
+    return scores
+
+
+def overwrites_a_view(call: Callable[..., Any], request: Request) -> bool:
+    """Whether the model applies an activation in place to a view: autograd folds that call out of sight.
+
+    The node that autograd leaves (CopySlices) looks the same for any in-place call, so the model is run once more.
+    """
+    watch = _InPlaceOnViews()
+    _, fed = leaves(request.inputs)
+    with watch:
+        call(*fed)
+    return watch.seen
+
+
+class _InPlaceOnViews(TorchDispatchMode):
+    """Notes in-place activations whose tensor is a view."""
+
+    names = frozenset(
+        f"aten::{name}_"
+        for name in (
+            *("relu", "hardtanh", "leaky_relu", "rrelu_with_noise", "threshold", "clamp", "clamp_min"),
+            *("elu", "celu", "gelu", "silu", "mish", "hardswish"),
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in self.names and args[0]._is_view():
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+def chosen(output: torch.Tensor, target: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Return the scores to explain, `(B, K)`, the class ids, `(B, K)` or None, and whether one a sample was asked for.
+
+    Raises:
+        TargetError: the classes are not there, or not one set for each sample.
+        ModelError: the output is not `(B, classes)`, or a score to explain is not finite.
+    """
+    if callable(target):
+        scores, ids, single = _scored(target(output), batch).unsqueeze(1), None, True
+    else:
+        if output.ndim != 2 or output.shape[0] != batch:
+            raise ModelError(
+                f"the model returned shape {tuple(output.shape)} for a batch of {batch}, not ({batch}, classes); "
+                "pass target=lambda output: ... that returns one score for each sample"
+            )
+        ids, single = _class_ids(output, target)
+        scores = output.gather(1, ids)
+    finite = scores.detach().isfinite()
+    if not bool(finite.all()):
+        sample, place = finite.logical_not().nonzero()[0].tolist()
+        value = scores.detach()[sample, place].item()
+        raise ModelError(f"the score of sample {sample} is {value}; check its pixels and the model's weights for NaN")
+    return scores, ids, single
+
+
+def _scored(scores: Any, batch: int) -> torch.Tensor:
+    if isinstance(scores, torch.Tensor) and scores.shape == (batch,):
+        return scores
+    what = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
+    raise TargetError(f"the target function returned {what}; it must return one score for each sample, ({batch},)")
+
+
+def _class_ids(output: torch.Tensor, target: Any) -> tuple[torch.Tensor, bool]:
+    """Return class ids `(B, K)` int64, and whether one a sample was asked for."""
+    batch, classes = output.shape
+    if target is None:
+        return output.detach().argmax(1, keepdim=True), True
+    if isinstance(target, str):
+        return output.detach().topk(_top(target, classes), dim=1).indices, False
+    ids = _integers(target, output.device)
+    if ids.ndim == 0:
+        ids = ids.expand(batch)
+    if ids.ndim not in (1, 2) or ids.shape[0] != batch or 0 in ids.shape[1:]:
+        raise TargetError(
+            f"target has shape {tuple(ids.shape)} for a batch of {batch}: pass an int, ({batch},) or (B, K)"
+        )
+    if batch and not bool(((ids >= 0) & (ids < classes)).all()):
+        wrong = int(ids[(ids < 0) | (ids >= classes)][0])
+        raise TargetError(f"target {wrong} is out of range: the model has classes 0 to {classes - 1}")
+    return (ids.unsqueeze(1), True) if ids.ndim == 1 else (ids, False)
+
+
+def _integers(target: Any, device: torch.device) -> torch.Tensor:
+    try:
+        ids = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TargetError(
+            f"target {target!r} is not understood: pass None, an int, (B,) or (B, K) class ids, 'top:K' or a function"
+        ) from error
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TargetError(f"target has dtype {ids.dtype}; class ids are integers")
+    return ids.long()
+
+
+def _top(target: str, classes: int) -> int:
+    word, _, count = target.partition(":")
+    if word != "top" or not count.isdecimal() or int(count) < 1:
+        raise TargetError(f"target {target!r} is not understood; the only words are 'top:K', as in 'top:3'")
+    if int(count) > classes:
+        raise TargetError(f"target {target!r} asks for more classes than the model has ({classes})")
+    return int(count)

@@ -1,0 +1,1 @@
+"""Pictures and tables from arrays. Nothing here sees a model."""
