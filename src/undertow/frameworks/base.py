@@ -59,6 +59,8 @@ class Backend(Protocol):
 
     def device(self, name: str) -> str: ...
 
+    def objective(self, model: Any, name: str) -> Callable[[Any, Sequence[int] | None], None]: ...
+
 
 def backend_of(value: Any) -> Backend:
     """Return the backend that a tensor belongs to.

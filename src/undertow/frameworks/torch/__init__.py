@@ -110,3 +110,28 @@ def device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {name!r} cannot be used here; use --device auto or cpu") from error
     return name
+
+
+def objective(model: torch.nn.Module, name: str) -> Callable[[torch.Tensor, Sequence[int] | None], None]:
+    """Return what runs a batch forward and backward; the objective is summed, so each sample's gradient is its own.
+
+    The weights are frozen: the gradients that are asked for are those of what flows between the layers.
+
+    Args:
+        model: in eval mode.
+        name: "predicted", "label" or "loss", as `undertow.recording.photographs` has them.
+    """
+    model.requires_grad_(False)
+
+    def run(x: torch.Tensor, labels: Sequence[int] | None) -> None:
+        scores = output_of(model, [x.requires_grad_()])
+        if labels is None:
+            scores.amax(1).sum().backward()
+            return
+        ids = torch.tensor(labels, device=x.device)
+        if name == "label":
+            scores.gather(1, ids[:, None]).sum().backward()
+        else:
+            torch.nn.functional.cross_entropy(scores, ids, reduction="sum").backward()
+
+    return run

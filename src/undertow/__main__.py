@@ -1,0 +1,5 @@
+"""`python -m undertow` is the command."""
+
+from .cli import main
+
+main()

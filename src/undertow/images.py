@@ -1,0 +1,297 @@
+"""Photographs in: files to upright RGB images, and images to the arrays that a network was trained on.
+
+NumPy and Pillow only. `read` accepts what a person has (rotated, transparent, grey, palette, CMYK, 16-bit, animated);
+`Preprocessing` makes of it, to the last bit, what torchvision and timm make of it.
+"""
+
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .errors import FrameworkError, ModelError, PhotographError
+
+MOST_PIXELS = 178_956_970
+"""Larger images are refused from their header alone; it is where Pillow itself raises (half a gigabyte as RGB)."""
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".ico", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""The file names that `find` takes for photographs in a folder, in any case."""
+
+# Named, not "all that Pillow knows": opening an EPS, for one, would hand the file to Ghostscript.
+_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a photograph as a person sees it: upright, RGB, 8 bits a channel, transparency over white, first frame.
+
+    Integer pixels of 16 bits are divided by 257; floating-point ones are taken as 0 to 1, or 0 to 255 where they
+    exceed 1. Colour profiles are ignored, as the networks' own training did.
+
+    Raises:
+        PhotographError: the file is missing, empty, damaged, too large, or no photograph.
+    """
+    path = Path(path)
+    name = printable(path)
+    _refuse_non_file(path, name)
+    try:
+        with _quiet(), Image.open(path, formats=_formats()) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            opened.load()
+            return _rgb(_upright(opened))
+    except Image.DecompressionBombError as error:
+        raise PhotographError(f"{name} is too large: over {MOST_PIXELS:,} pixels; make it smaller first") from error
+    except UnidentifiedImageError as error:
+        raise PhotographError(f"{name} is not a photograph that can be read; save it as JPEG or PNG") from error
+    except Exception as error:  # a damaged file can raise nearly anything in some decoder
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
+        raise PhotographError(f"{name} cannot be read ({reason}); save or copy it again as JPEG or PNG") from error
+
+
+def find(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """List the photographs that files and folders name, each once: files as given, a folder's sorted, recursively.
+
+    Hidden files, and folders reached through links, are left out. A file need not exist: `read` says so, one by one.
+
+    Raises:
+        PhotographError: nothing was given, or a folder holds no photograph or cannot be listed.
+    """
+    found = [photograph for path in paths for photograph in _expand(Path(path))]
+    if not found:
+        raise PhotographError("no photograph was given; name files or folders")
+    return list(dict.fromkeys(found))
+
+
+def demo_photographs() -> dict[str, Path]:
+    """The four photographs of scikit-image, by name: chelsea (a cat), coffee, camera and rocket.
+
+    Raises:
+        FrameworkError: scikit-image is not installed.
+    """
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise FrameworkError('scikit-image, which holds the photographs, is missing; run: pip install "undertow[demo]"')
+    folder = Path(spec.origin).parent / "data"
+    return {Path(name).stem: folder / name for name in ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg")}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a photograph becomes a network's input: resize, centre crop, scale to [0, 1], normalise.
+
+    Args:
+        resize: pixels of the shorter side, the aspect ratio kept; or (height, width), the picture squashed.
+        crop: side of the centred square in pixels, or (height, width); what is too small is padded with black.
+        mean, std: per channel R, G, B, in units of [0, 1].
+        interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming", as Pillow does them.
+
+    Raises:
+        ModelError: a value that cannot be used.
+
+    >>> preprocessing = Preprocessing(resize=256, crop=224)
+    >>> photograph = Image.new("RGB", (640, 480), "white")
+    >>> preprocessing.view(photograph).shape, preprocessing.array(photograph).shape
+    ((224, 224, 3), (3, 224, 224))
+    """
+
+    resize: int | tuple[int, int] = 256
+    crop: int | tuple[int, int] = 224
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        sizes = (*_pair(self.resize), *_pair(self.crop))
+        if len(sizes) != 4 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ModelError(f"resize {self.resize} and crop {self.crop} must be pixels, above 0, or (height, width)")
+        if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
+            raise ModelError(f"mean {self.mean} and std {self.std} must be three numbers each, no std of 0")
+        if self.interpolation.upper() not in Image.Resampling.__members__:
+            known = ", ".join(name.lower() for name in Image.Resampling.__members__)
+            raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {known}")
+
+    def view(self, image: Image.Image) -> NDArray[np.uint8]:
+        """What the network looks at: resized and cropped, uint8 (H, W, 3).
+
+        Raises:
+            PhotographError: so elongated that the resized picture would be too large.
+        """
+        image = _rgb(image) if image.mode != "RGB" else image
+        size = self._resized(image.size)
+        if size[0] * size[1] > MOST_PIXELS:
+            raise PhotographError(f"a photograph of {image.width} x {image.height} pixels is too elongated; crop it")
+        resized = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        return np.asarray(_centre(resized, _pair(self.crop)))
+
+    def array(self, image: Image.Image) -> NDArray[np.float32]:
+        """The network's input for one photograph: float32 (3, H, W), normalised. Raises as `view` does."""
+        scaled = self.view(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+        mean, std = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (self.mean, self.std))
+        return np.ascontiguousarray((scaled - mean) / std)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `result.json`; `Preprocessing(**d)` gives the same preprocessing back.
+
+        >>> Preprocessing(**Preprocessing(resize=232).as_dict()) == Preprocessing(resize=232)
+        True
+        """
+        return {"resize": self.resize, "crop": self.crop, "mean": self.mean, "std": self.std} | {
+            "interpolation": self.interpolation
+        }
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height after the resize, rounded down as torchvision does."""
+        if not isinstance(self.resize, int):
+            return self.resize[1], self.resize[0]
+        width, height = size
+        other = int(self.resize * max(size) / min(size))
+        return (self.resize, other) if width <= height else (other, self.resize)
+
+
+def printable(text: object) -> str:
+    """A path or any text so that an error stays one line and can be printed, whatever the bytes.
+
+    >>> printable("two\\nlines.png")
+    'two\\\\nlines.png'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Crop the centre, (height, width); torchvision's rounding: padding to the left first, ties to even."""
+    height, width = size
+    left, top = (max(0, want - have) // 2 for want, have in zip((width, height), image.size, strict=True))
+    if width > image.width or height > image.height:
+        padded = Image.new("RGB", (max(width, image.width), max(height, image.height)))
+        padded.paste(image, (left, top))
+        image = padded
+    x, y = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((x, y, x + width, y + height))
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    try:
+        found = sorted(_within(path))
+    except OSError as error:
+        raise PhotographError(f"{printable(path)} cannot be listed ({error.strerror}); check your rights") from error
+    if not found:
+        raise PhotographError(f"no photograph in the folder {printable(path)}; it must hold .jpg, .png or the like")
+    return found
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield Path(place, name)
+
+
+def _refuse_non_file(path: Path, name: str) -> None:
+    if path.is_dir():
+        raise PhotographError(f"{name} is a folder, not a photograph; name the files in it")
+    if not os.path.lexists(path):
+        raise PhotographError(f"{name} does not exist; check the name")
+    if not path.is_file():
+        raise PhotographError(f"{name} is not a regular file, or a link to nothing; name a file")
+    if path.stat().st_size == 0:
+        raise PhotographError(f"{name} is empty (0 bytes); copy it again")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF hides no pixel: show the photograph as it lies, as viewers do
+        orientation = 1
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB copy of an image of any mode."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    over = Image.new("RGBA", image.size, "white")
+    over.alpha_composite(image.convert("RGBA"))
+    return over.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit integers (65,535 is white) or floats (1 or 255 is white) to 8 bits; refuse all others."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    white = _white(image.mode, high)
+    if not 0 <= low <= high <= white:
+        raise ValueError(f"its values go from {low:g} to {high:g} and no white point is known")
+    if image.mode != "F" and 0 < high < 256:
+        raise ValueError(f"its values go to {high:g} of 65535, nearly black: probably 8 bits stored as more")
+    if "transparency" in image.info and image.mode != "F":
+        values[values == image.info["transparency"]] = white
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _white(mode: str, high: float) -> float:
+    return 65535.0 if mode != "F" else 1.0 if high <= 1 else 255.0
+
+
+_lock = threading.Lock()
+_silence = ExitStack()
+_readers = 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back Pillow's warnings. The filters are the process's, so threads share one silence: first in, last out."""
+    global _readers
+    if getattr(sys.flags, "context_aware_warnings", False):  # from Python 3.14 on, the filters can be the thread's own
+        with warnings.catch_warnings(action="ignore"):
+            yield
+        return
+    with _lock:
+        _readers += 1
+        if _readers == 1:
+            _silence.enter_context(warnings.catch_warnings(action="ignore"))
+    try:
+        yield
+    finally:
+        with _lock:
+            _readers -= 1
+            if not _readers:
+                _silence.close()
