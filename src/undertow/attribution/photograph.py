@@ -1,0 +1,202 @@
+"""One photograph through one classifier: what it sees, every rule's map, and a folder that keeps both."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import images
+from ..errors import ModelError
+from ..files import published, readable
+from ..frameworks.base import load
+from ..models import Classifier
+from ..show import heatmap
+from ..show.panel import Row, panel
+from .explain import explain
+from .result import Attribution
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What one photograph gave.
+
+    Attributes:
+        path: where the photograph is.
+        view: `(H, W, 3)` uint8, what the network looked at.
+        predictions: the five likeliest classes as (id, name, probability), most likely first.
+        targets: the explained classes as (id, name, score).
+        maps: an attribution for each rule, of `(1, K, 3, H, W)` values.
+        seconds: wall time for each rule.
+        device: where it ran.
+    """
+
+    path: Path
+    view: npt.NDArray[np.uint8]
+    predictions: list[tuple[int, str, float]]
+    targets: list[tuple[int, str, float]]
+    maps: dict[str, Attribution]
+    seconds: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
+
+
+def explain_photograph(
+    classifier: Classifier,
+    path: Path,
+    *,
+    rules: Sequence[str],
+    target: Any = "top:1",
+    through: str = "graph",
+    activations: str = "relu-like",
+    device: str = "cpu",
+) -> Explained:
+    """Explain one photograph under several rules.
+
+    Args:
+        classifier: whose module is on `device`.
+        target: "top:K", or a list of class ids.
+
+    Raises:
+        PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
+    """
+    photograph = images.read(path)
+    torch = load("torch")
+    x = torch.batch([classifier.preprocessing.array(photograph)], device)
+    predictions = _predictions(classifier, torch.probabilities(classifier.module, x)[0])
+    wanted = target if isinstance(target, str) else [list(target)]
+    maps, seconds = {}, {}
+    for rule in rules:
+        started = time.perf_counter()
+        maps[rule] = explain(classifier.module, x, rule=rule, target=wanted, through=through, activations=activations)
+        seconds[rule] = round(time.perf_counter() - started, 4)
+    first = maps[rules[0]]
+    ids = torch.to_numpy(first.targets)[0].tolist()
+    scores = torch.to_numpy(first.scores)[0].tolist()
+    return Explained(
+        path=path,
+        view=classifier.preprocessing.view(photograph),
+        predictions=predictions,
+        targets=[(i, classifier.classes[i], float(s)) for i, s in zip(ids, scores, strict=True)],
+        maps=maps,
+        seconds=seconds,
+        device=device,
+    )
+
+
+def _predictions(classifier: Classifier, probabilities: npt.NDArray[Any]) -> list[tuple[int, str, float]]:
+    if len(probabilities) != len(classifier.classes):
+        raise ModelError(
+            f"{classifier.reference} gives {len(probabilities)} scores but has {len(classifier.classes)} class names"
+        )
+    best = np.argsort(-probabilities, kind="stable")[:TOP]
+    return [(int(i), classifier.classes[i], float(probabilities[i])) for i in best]
+
+
+def write(explained: Explained, classifier: Classifier, folder: Path) -> dict[str, Any]:
+    """Write the panel, each map as pictures and as safetensors, and `result.json` last; return what it says.
+
+    Files of the same names are replaced. A folder that has a `result.json` is complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    files = ["panel.png"]
+    _write_image(draw_panel(explained, classifier), folder / "panel.png")
+    for rule, attribution in explained.maps.items():
+        files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
+        for place, (class_id, _, _) in enumerate(explained.targets):
+            suffix = f"-{class_id}" if len(explained.targets) > 1 else ""
+            files += _write_pictures(explained, attribution, place, folder, f"{readable(rule)}{suffix}")
+    result = {**_facts(explained, classifier), "files": files}
+    with published(folder / "result.json") as aside:
+        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def _write_pictures(explained: Explained, attribution: Attribution, place: int, folder: Path, stem: str) -> list[str]:
+    from PIL import Image
+
+    values = attribution.numpy()[0, place]
+    names = [f"{stem}-{style}.png" for style in ("magnitude", "colour", "overlay")]
+    _write_image(attribution.image(0, place, "magnitude"), folder / names[0])
+    _write_image(attribution.image(0, place, "colour"), folder / names[1])
+    _write_image(Image.fromarray(heatmap.overlay(explained.view, values)), folder / names[2])
+    return names
+
+
+def _write_image(image: Any, path: Path) -> None:
+    with published(path) as aside:
+        image.save(aside, format="PNG")
+
+
+def draw_panel(explained: Explained, classifier: Classifier) -> Any:
+    """Draw one photograph's panel, a row for each target."""
+    rows = [
+        Row(f"{class_id} {name}", [(_heading(a), a.numpy()[0, place]) for a in explained.maps.values()])
+        for place, (class_id, name, _) in enumerate(explained.targets)
+    ]
+    (_, likeliest, probability), weights = explained.predictions[0], classifier.weights
+    title = f"{explained.path.name}   {classifier.reference} ({weights}) sees {likeliest} {probability:.2f}"
+    return panel(explained.view, title, rows, notes(explained.maps))
+
+
+def _heading(attribution: Attribution) -> str:
+    return f"{attribution.rule} ({attribution.rewired} rewired)" if attribution.rewired else attribution.rule
+
+
+def likeness(maps: Sequence[npt.NDArray[Any]]) -> float:
+    """Return the mean correlation between the maps of different photographs: near 1, they say nothing of any one.
+
+    >>> likeness([np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([2.0, 1.0, 0.0])])
+    -0.3333333333333333
+    """
+    table = np.corrcoef([np.asarray(values, np.float64).ravel() for values in maps])
+    return float(table[np.triu_indices(len(maps), 1)].mean())
+
+
+def notes(maps: dict[str, Attribution]) -> list[str]:
+    """Say beside the maps what a reader would otherwise take for an insight."""
+    said = []
+    deconvnet = maps.get("deconvnet")
+    if deconvnet is not None and not deconvnet.switches:
+        said.append(
+            "deconvnet: this network has no max-pooling, whose switches are what that rule keeps of a photograph. "
+            "Its map is nearly the same for every photograph and says little about this one."
+        )
+    for attribution in maps.values():
+        alone = {**attribution.skipped, **attribution.opaque}
+        if alone:
+            listed = ", ".join(f"{name} x{count}" for name, count in sorted(alone.items()))
+            said.append(f"{attribution.rule}: left alone on the way: {listed}.")
+    return said
+
+
+def _facts(explained: Explained, classifier: Classifier) -> dict[str, Any]:
+    packages = ("undertow", "torch", "torchvision", "timm", "numpy", "pillow")
+    return {
+        "photograph": str(explained.path),
+        "model": classifier.reference,
+        "weights": classifier.weights,
+        "weights_sha256": classifier.weights_sha256,
+        "preprocessing": classifier.preprocessing.as_dict(),
+        "predictions": [{"class": i, "name": n, "probability": round(p, 6)} for i, n, p in explained.predictions],
+        "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],
+        "rules": {name: {**a.facts(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
+        "notes": notes(explained.maps),
+        "device": explained.device,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,60 @@
+"""The command: parse, call one public function, print. Every error is one line; `--debug` shows the traceback."""
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ..errors import UndertowError
+from .demo import demo
+from .explain import explain
+from .models import models
+
+INTERRUPTED = 130
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Add --debug to any command to see the traceback behind an error.",
+)
+@click.version_option(package_name="undertow")
+def app() -> None:
+    """Show what flows backward through a neural network.
+
+    \b
+    undertow demo                                      packaged photographs, classifier and all three rules
+    undertow explain cat.jpg --model torchvision:vgg16 which pixels spoke for the predicted class
+    undertow models resnet                             what can be named, and what of it works offline
+    """
+
+
+for command in (demo, explain, models):
+    app.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 done, 2 something could not be done, 130 interrupted, 1 a fault of our own."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    try:
+        code = app.main(given, prog_name="undertow", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; what was finished is complete", err=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        click.echo(f"error: {one_line(error)}", err=True)
+        sys.exit(2 if isinstance(error, UndertowError) else 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def one_line(error: BaseException) -> str:
+    """Word an error as one line, with what was noted on its way."""
+    notes = [str(note) for note in getattr(error, "__notes__", ())]
+    kind = [] if isinstance(error, UndertowError) else [type(error).__name__]
+    return ": ".join([*kind, " ".join([str(error), *notes]).replace("\n", " ")])

@@ -1,0 +1,198 @@
+"""`undertow explain`: photographs in, a folder of maps for each out."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..attribution.photograph import Explained
+    from ..models import Classifier
+
+RULES = ("gradient", "deconvnet", "guided")
+
+EXAMPLES = """\b
+Examples:
+  undertow explain cat.jpg --model torchvision:resnet50
+  undertow explain holiday/ --model demo --rule guided --target "tiger cat" --target 285
+  undertow explain cat.jpg --model torchvision:vgg16 --weights vgg16.safetensors --target top:3 --json
+  undertow explain scan.png --model nets.py:load --through swap
+"""
+
+
+@click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
+@click.argument("photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
+)
+@click.option(
+    "--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; all three if left out."
+)
+@click.option(
+    "--target",
+    "targets",
+    metavar="CLASS",
+    multiple=True,
+    help="A number, a name, or top:K; may be repeated. Default: the predicted class.",
+)
+@click.option(
+    "--through",
+    type=click.Choice(("graph", "swap", "hook")),
+    default="graph",
+    show_default=True,
+    help="How the rule gets at the activations.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(("relu-like", "all")),
+    default="relu-like",
+    show_default=True,
+    help="all: also GELU, SiLU, ELU and the like.",
+)
+@click.option(
+    "--weights",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A .safetensors file, or a state dict saved by torch.save.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("undertow-out"),
+    show_default=True,
+    help="Gets a folder for each photograph; files of the same names are replaced.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def explain(
+    photographs: Sequence[Path],
+    reference: str,
+    rules: Sequence[str],
+    targets: Sequence[str],
+    through: str,
+    activations: str,
+    weights: Path | None,
+    device: str,
+    out: Path,
+    as_json: bool,
+) -> int:
+    """Show which pixels of each IMAGE spoke for a class.
+
+    IMAGE is a photograph, or a folder of them. Each gets a folder under --out: a panel, heatmaps and overlays as PNG,
+    the raw values as safetensors, and result.json. A photograph that cannot be explained is named, the others are
+    done all the same, and the exit code is 2.
+    """
+    from .. import images, models
+
+    found = images.find(photographs)
+    classifier = models.load(reference, weights)
+    asked = {
+        "rules": tuple(dict.fromkeys(rules)) or RULES,
+        "target": target_of(classifier, targets),
+        "through": through,
+        "activations": activations,
+    }
+    return run(classifier, found, asked, device, out, as_json)
+
+
+def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
+    """Return the classes that the words name: "top:K", or a list of class ids.
+
+    Raises:
+        TargetError: a word names no class, or top:K stands beside others.
+    """
+    from ..errors import TargetError
+    from ..models import find_class
+
+    words = list(words) or ["top:1"]
+    if any(word.startswith("top:") for word in words):
+        if len(words) > 1:
+            raise TargetError(f"top:K stands alone, not beside {len(words) - 1} other target(s); leave one out")
+        return words[0]
+    return list(dict.fromkeys(find_class(classifier, word) for word in words))
+
+
+def run(
+    classifier: "Classifier",
+    photographs: Sequence[Path],
+    asked: dict[str, Any],
+    device: str,
+    out: Path,
+    as_json: bool = False,
+    keep: "Callable[[Explained], object]" = lambda _: None,
+) -> int:
+    """Explain and write every photograph; print what came of each; return the exit code."""
+    from ..attribution.photograph import explain_photograph, write
+    from ..files import distinct
+    from ..frameworks.base import load
+    from . import one_line
+
+    device = load("torch").device(device)
+    classifier.module.to(device)
+    started = time.perf_counter()
+    results: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    for path, folder in zip(photographs, distinct([_label(p, photographs) for p in photographs]), strict=True):
+        with _status(f"{path.name} ({len(results) + len(failed) + 1} of {len(photographs)})"):
+            try:
+                explained = explain_photograph(classifier, path, **asked, device=device)
+                results.append({**write(explained, classifier, out / folder), "folder": str(out / folder)})
+            except Exception as error:
+                if "--debug" in sys.argv:
+                    raise
+                failed.append({"photograph": str(path), "error": one_line(error)})
+                click.echo(f"error: {one_line(error)}", err=True)
+                continue
+        keep(explained)
+        if not as_json:
+            _tell(explained, out / folder)
+    if as_json:
+        summary = {"results": results, "failed": failed, "seconds": round(time.perf_counter() - started, 3)}
+        click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
+    elif failed:
+        click.echo(f"{len(results)} of {len(photographs)} photographs explained, {len(failed)} not", err=True)
+    return 2 if failed else 0
+
+
+def _label(path: Path, among: Sequence[Path]) -> str:
+    """Name a photograph by its stem; by its whole path where two share the stem."""
+    same = [p for p in among if p.stem.casefold() == path.stem.casefold()]
+    return path.stem if len(same) == 1 else str(path)
+
+
+def _status(text: str) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def _tell(explained: "Explained", folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{explained.path.name}", title_justify="left", title_style="bold", box=None)
+    table.add_column("class", justify="right")
+    table.add_column("name")
+    table.add_column("probability", justify="right")
+    for class_id, name, probability in explained.predictions:
+        table.add_row(str(class_id), name, f"{probability:.3f}")
+    console = Console()
+    console.print(table)
+    for line in _lines(explained, folder):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lines(explained: "Explained", folder: Path) -> Iterator[str]:
+    names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
+    yield f"explained: {names}"
+    for rule, attribution in explained.maps.items():
+        yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+    yield f"  -> {folder / 'panel.png'}"
+    yield ""
