@@ -6,6 +6,7 @@
 """
 
 from . import rules as rules
+from .analysis import compare as compare
 from .attribution import Attribution as Attribution
 from .attribution import explain as explain
 from .errors import FrameworkError as FrameworkError
@@ -13,7 +14,17 @@ from .errors import InputError as InputError
 from .errors import ModelError as ModelError
 from .errors import PhotographError as PhotographError
 from .errors import RuleError as RuleError
+from .errors import RunError as RunError
 from .errors import TargetError as TargetError
 from .errors import UndertowError as UndertowError
+from .recording import Recording as Recording
+from .recording import Schedule as Schedule
+from .recording import Trace as Trace
+from .recording import record as record
+from .recording import redirect as redirect
+from .recording import trace as trace
+from .run import Run as Run
+from .sites import Site as Site
+from .sites import select as select
 
 __version__ = "0.1.0"

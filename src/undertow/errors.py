@@ -7,6 +7,7 @@ UndertowError
 │   └── TargetError                   a class that is not there
 ├── RuleError                         the rule cannot be applied to this network: nothing to rewire,
 │                                     or a place in the graph that cannot be seen into
+├── RunError                          a run folder that cannot be read, written or gone on with
 └── FrameworkError (also ImportError) a package that is missing or does not fit another
 """
 
@@ -36,6 +37,10 @@ class TargetError(InputError):
 
 class RuleError(UndertowError):
     """A rule that cannot be applied to this network, with the reason and the remedy."""
+
+
+class RunError(UndertowError):
+    """A run folder that cannot be read, written or gone on with."""
 
 
 class FrameworkError(UndertowError, ImportError):

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -59,7 +60,9 @@ class Backend(Protocol):
 
     def device(self, name: str) -> str: ...
 
-    def objective(self, model: Any, name: str) -> Callable[[Any, Sequence[int] | None], None]: ...
+    def objective(
+        self, model: Any, name: str
+    ) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]: ...
 
 
 def backend_of(value: Any) -> Backend:

@@ -1,7 +1,7 @@
 """PyTorch: rules on the autograd graph of one call, on swapped modules, or by backward hooks."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy.typing as npt
@@ -112,16 +112,16 @@ def device(name: str) -> str:
     return name
 
 
-def objective(model: torch.nn.Module, name: str) -> Callable[[torch.Tensor, Sequence[int] | None], None]:
-    """Return what runs a batch forward and backward; the objective is summed, so each sample's gradient is its own.
+@contextmanager
+def objective(model: torch.nn.Module, name: str) -> Iterator[Callable[[torch.Tensor, Sequence[int] | None], None]]:
+    """Give what runs a batch forward and backward; the objective is summed, so each sample's gradient is its own.
 
-    The weights are frozen: the gradients that are asked for are those of what flows between the layers.
+    Inside, the weights are frozen: what is asked for are the gradients of what flows between the layers.
 
     Args:
         model: in eval mode.
         name: "predicted", "label" or "loss", as `undertow.recording.photographs` has them.
     """
-    model.requires_grad_(False)
 
     def run(x: torch.Tensor, labels: Sequence[int] | None) -> None:
         scores = output_of(model, [x.requires_grad_()])
@@ -134,4 +134,11 @@ def objective(model: torch.nn.Module, name: str) -> Callable[[torch.Tensor, Sequ
         else:
             torch.nn.functional.cross_entropy(scores, ids, reduction="sum").backward()
 
-    return run
+    thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in thawed:
+        parameter.requires_grad_(False)
+    try:
+        yield run
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)

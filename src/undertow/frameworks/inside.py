@@ -1,0 +1,98 @@
+"""What a framework tells of the inside of one pass: plain data, whatever the framework."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+EQUAL, DIFFERS, NO_FORMULA = "equal", "differs", "none"
+CORRECT, WRONG, UNCHECKED = "correct", "wrong", "not checked"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a gradient lies from the one that a closed formula gives.
+
+    Attributes:
+        largest: the largest absolute difference of an element, in the gradient's own unit.
+        allowed: what rounding may account for in the pass's precision; more than that is no rounding.
+
+    >>> Difference(largest=0.5, allowed=1e-5).equal
+    False
+    """
+
+    largest: float
+    allowed: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether rounding accounts for the difference."""
+        return self.largest <= self.allowed
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one module in one pass. Tensors are the framework's, detached; a gradient that nothing made is None.
+
+    Attributes:
+        name: the module's dotted name; empty for the network itself.
+        kind: its class.
+        call: how often it had been called before in this pass: 0, 1, ...
+        inputs: the tensors it was given, before it could overwrite them; one passed twice is listed once.
+        outputs: the tensors it returned, before a successor could overwrite them.
+        input_gradients: of the objective by each input, by way of this call alone ("backward in").
+        output_gradients: of the objective by each output, by way of all who read it.
+        parameters: the values of its parameters, by name.
+        parameter_gradients: of the objective by each parameter, by way of this call alone; None where it is frozen.
+        formula: for each gradient that a closed formula also gives, how far they lie apart: "input", "weight", "bias".
+        note: why gradients are missing; empty where none is.
+    """
+
+    name: str
+    kind: str
+    call: int
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    input_gradients: tuple[Any, ...]
+    output_gradients: tuple[Any, ...]
+    parameters: Mapping[str, Any]
+    parameter_gradients: Mapping[str, Any]
+    formula: Mapping[str, Difference] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """ "equal" or "differs" for the closed formulas of all its gradients; "none" where there is none."""
+        if not self.formula:
+            return NO_FORMULA
+        return EQUAL if all(difference.equal for difference in self.formula.values()) else DIFFERS
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether the backward of somebody's own autograd function is the derivative of its forward.
+
+    Attributes:
+        function: the class's name.
+        name, call: the innermost module call that it ran in.
+        status: "correct", "wrong" or "not checked".
+        backward, differences: the derivative along one random direction, by its backward and by central differences;
+            of the direction in which they lay furthest apart. NaN where it was not checked.
+        reason: why it was not checked, or which of its arguments is wrong.
+    """
+
+    function: str
+    name: str
+    call: int
+    status: str
+    backward: float = float("nan")
+    differences: float = float("nan")
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass: its calls in the order in which they began, and the functions of somebody's own that it met."""
+
+    calls: tuple[Call, ...]
+    functions: tuple[Checked, ...]
+    unreached: tuple[str, ...]

@@ -1,0 +1,481 @@
+"""Reads a PyTorch network while it runs: hooks for one batch, small results on the device, one copy to the host.
+
+A forward hook takes the module's output, and a *tensor* hook on that output takes the gradient that arrives. Put there
+before a following in-place operation, it still receives the gradient of the value before that operation.
+"""
+
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ... import measures
+from ...errors import ModelError
+from ...measures import Measure
+from ...sites import Part
+from .modules import ACTIVATIONS
+from .weights import weights_sha256
+
+_POOLS = tuple(
+    getattr(nn, f"{prefix}{kind}Pool{axes}d")
+    for prefix in ("", "Adaptive")
+    for kind in ("Max", "Avg")
+    for axes in (1, 2, 3)
+)
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (nn.modules.conv._ConvNd,),
+    "linear": (nn.Linear, nn.Bilinear),
+    "norm": (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
+    "relu": ACTIVATIONS["relu-like"],
+    "pool": (*_POOLS, nn.LPPool1d, nn.LPPool2d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
+}
+_FEATURES_LAST: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder),
+)
+_LARGE = 1 << 22  # bytes from which a result is copied by itself
+
+
+def network(model: Any) -> nn.Module:
+    """Return the module whose parts have the names that its author gave them.
+
+    Raises:
+        ModelError: it is no module, or compiled: hooks set now would never fire.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    root: nn.Module = model
+    while isinstance(root, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        root = root.module
+    for name, module in root.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"its part {name!r} is" if name else "it is"
+            raise ModelError(
+                f"the model cannot be read: {where} compiled, and hooks set after torch.compile never fire; "
+                "record the module that was given to torch.compile, and run that one"
+            )
+    return root
+
+
+def parts(model: Any) -> list[Part]:
+    """List every module that can be a site, in the order of definition, each once with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network(model).named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    alone = len(names) == 1
+    return [
+        Part(tuple(called), _kind(module), _types(module), module)
+        for module, called in names.items()
+        if alone or "" not in called
+    ]
+
+
+def _kind(module: nn.Module) -> str:
+    return next((kind for kind, types in _KINDS.items() if isinstance(module, types)), type(module).__name__.lower())
+
+
+def _types(module: nn.Module) -> tuple[str, ...]:
+    return tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
+
+
+def visits(model: Any, example: Any) -> dict[str, list[Any]]:
+    """Run the network on an example; return the shapes of the outputs of each module that was called, in order.
+
+    Modes stay, and buffers and the random state are put back.
+    """
+    root = network(model)
+    seen: dict[str, list[Any]] = {}
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        shapes = tuple(tuple(tensor.shape) for _, tensor in tensors_in(output))
+        seen.setdefault(name, []).append(shapes[0] if len(shapes) == 1 else shapes)
+
+    inputs = example if isinstance(example, tuple) else (example,)
+    with _as_before(root), torch.no_grad(), ExitStack() as stack:
+        for part in parts(model):
+            stack.callback(part.module.register_forward_hook(partial(after, part.name)).remove)
+        model(*inputs)
+    return seen
+
+
+@contextmanager
+def _as_before(root: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.detach().clone()) for buffer in root.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """Return what tells a network from others: its class, the shape of its structure, its weights, its precision."""
+    root = network(model)
+    digest = hashlib.sha256()
+    for name, module in root.named_modules():
+        digest.update(f"{name}\0{type(module).__qualname__}\0{module.extra_repr()}\0".encode())
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in root.parameters()})
+    return {
+        "class": f"{type(root).__module__}.{type(root).__qualname__}",
+        "structure_sha256": digest.hexdigest(),
+        "weights_sha256": weights_sha256(root),
+        "mode": "training" if root.training else "evaluation",
+        "parameters": sum(p.numel() for p in root.parameters()),
+        "precision": ", ".join(dtypes),
+        "device": ", ".join(sorted({str(p.device) for p in root.parameters()})),
+        "framework": f"torch {torch.__version__}",
+    }
+
+
+def world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def tensors_in(output: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the floating-point tensors of a module's output with their places: "" for one alone, "0", "1.hidden"."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield key, output
+    elif isinstance(output, Mapping):
+        for name, value in output.items():
+            yield from tensors_in(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(output, tuple | list):
+        for place, value in enumerate(output):
+            yield from tensors_in(value, f"{key}.{place}" if key else str(place))
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from tensors_in(vars(output), key)
+
+
+@dataclass(slots=True)
+class Reading:
+    """What the measures made of one tensor; arrays are of torch until they have landed on the host."""
+
+    site: str
+    call: int
+    output: str
+    phase: str
+    repeat: int
+    dtype: str
+    size: int
+    states: list[dict[str, Any]]
+
+
+@dataclass
+class Probe:
+    """Reads the sites of one batch between `with` and its end; hooks are on the modules only in between.
+
+    Attributes:
+        readings: in order of arrival.
+        order: the sites in the order in which they first gave an output.
+        arrived: the sites at which a gradient has come.
+        views: the sites whose output is a view, on which an in-place operation hides the gradient.
+        unscaled: float16 came out of autocast, and there is no scaler.
+        scale: of the AMP scaler when the first gradient came; None without one.
+    """
+
+    modules: Mapping[str, nn.Module]
+    measures: Sequence[Measure]
+    phases: frozenset[str]
+    scaler: Any = None
+    readings: list[Reading] = field(default_factory=list)
+    order: dict[str, None] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
+    views: set[str] = field(default_factory=set)
+    unscaled: bool = False
+    scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._handles: list[Any] = []
+        self._calls: dict[str, int] = defaultdict(int)
+        self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._replayed: dict[tuple[int, str], int] = defaultdict(int)
+        self._repeats: dict[tuple[str, int, str], int] = defaultdict(int)
+        self._thread = 0
+
+    def __enter__(self) -> Self:
+        self._thread = threading.get_ident()
+        try:
+            for name, module in self.modules.items():
+                self._handles.append(module.register_forward_hook(partial(self._after, name)))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: checkpointing runs it once more
+        if not again and threading.get_ident() != self._thread:
+            return
+        call = self._replayed_call(name) if again else self._next_call(name)
+        if call is None:
+            return
+        if not torch.is_grad_enabled():
+            self._ungraphed[name].append((_sequence(), call))
+        self.order[name] = None
+        for key, tensor in tensors_in(output):
+            if "forward" in self.phases and not again:
+                self._read(name, call, key, "forward", 0, module, tensor)
+            if "backward" in self.phases and tensor.requires_grad:
+                place = _before_views(module, tensor)
+                if tensor.dtype == torch.float16 and self.scaler is None:
+                    self.unscaled |= torch.is_autocast_enabled(tensor.device.type)
+                if place._is_view():
+                    self.views.add(name)
+                hook = partial(self._arrived, name, call, key, module, tensor.shape)
+                self._handles.append(place.register_hook(hook))
+
+    def _next_call(self, name: str) -> int:
+        call = self._calls[name]
+        self._calls[name] += 1
+        return call
+
+    def _replayed_call(self, name: str) -> int | None:
+        """Return the number of the call that reentrant checkpointing now repeats, this time with a graph.
+
+        Such a call was first made without one, after its Checkpoint node: nodes are numbered as they are made. What
+        non-reentrant checkpointing repeats has its graph, and its hooks, from the first time: None.
+        """
+        node = torch._C._current_autograd_node()
+        if node is None or "Checkpoint" not in node.name():
+            return None
+        made = node._sequence_nr()
+        of_segment = [call for number, call in self._ungraphed[name] if number > made]
+        place = self._replayed[made, name]
+        self._replayed[made, name] += 1
+        return of_segment[place] if place < len(of_segment) else None
+
+    def _arrived(
+        self, name: str, call: int, key: str, module: nn.Module, shape: torch.Size, gradient: torch.Tensor
+    ) -> None:
+        repeat = self._repeats[name, call, key]
+        self._repeats[name, call, key] += 1
+        self.arrived.add(name)
+        self._read(name, call, key, "backward", repeat, module, self._unscaled(gradient.detach().reshape(shape)))
+
+    def _unscaled(self, gradient: torch.Tensor) -> Any:
+        """Divide by the AMP scaler's scale, in float32, without waiting for the device."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return gradient
+        scale = self.scaler._get_scale_async()
+        if scale is None:  # the scaler has not been used yet, so nothing is scaled
+            return gradient
+        if self.scale is None:
+            self.scale = scale.detach().clone()  # the scaler changes it in place
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale.to(gradient.device)
+
+    def _read(
+        self, name: str, call: int, key: str, phase: str, repeat: int, module: nn.Module, tensor: torch.Tensor
+    ) -> None:
+        with torch.no_grad():
+            x = arranged(module, tensor.detach())
+            states = [measure.reduce(x) for measure in self.measures]
+        dtype = str(x.dtype).removeprefix("torch.")
+        self.readings.append(Reading(name, call, key, phase, repeat, dtype, len(x), states))
+
+
+def _before_views(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+    """Return the tensor to put a hook on: an in-place operation on a view takes the view's hooks out of the graph.
+
+    A linear layer with more axes than two returns a view of a product that nobody else can read: that one will do.
+    """
+    base = output._base
+    ours = type(module).forward is nn.Linear.forward and base is not None and base.numel() == output.numel()
+    return base if ours and base is not None and base.grad_fn is not None else output
+
+
+def _sequence() -> int:
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
+    if x.layout != torch.strided:
+        x = x.to_dense()
+    if isinstance(module, nn.modules.conv._ConvNd) and x.ndim == module.weight.ndim - 1:
+        return x.unsqueeze(0)  # a single sample without a batch axis
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
+    return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """Return the elements in the order in which they lie in memory, where they are dense: no copy then."""
+    order = sorted(range(x.ndim), key=lambda axis: (-x.stride()[axis], axis))
+    return x.permute(order).reshape(-1)
+
+
+def _float(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@measures.norms.register(torch.Tensor)
+def _norms(x: torch.Tensor) -> Any:
+    if x.ndim == 2:
+        return x.abs().float()
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[:2], dtype=torch.float32)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim)), dtype=wide).float()
+
+
+@measures.zeros.register(torch.Tensor)
+def _zeros(x: torch.Tensor) -> Any:
+    if x.device.type != "cpu":
+        return (x == 0).sum()
+    dense = _float(flat(x)).numpy()
+    return np.asarray(dense.size - np.count_nonzero(dense != 0), np.int64)
+
+
+@measures.moments.register(torch.Tensor)
+def _moments(x: torch.Tensor) -> torch.Tensor:
+    dense = _float(flat(x))
+    if dense.numel() == 0:
+        return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
+    low, high = torch.aminmax(dense)
+    mean, m2 = _mean_and_deviations(dense)
+    return torch.stack([mean, m2, low.double(), high.double()])
+
+
+_ROW = 4096
+
+
+def _mean_and_deviations(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum rows in the tensor's precision and the rows' sums in float64; deviations are from a first mean."""
+    n = dense.numel()
+    mean = _total(dense, _sums) / n
+    squares = _total(dense, _squares)
+    if dense.device.type != "cpu" or bool(squares < 16 * n * mean * mean):  # elsewhere, to ask would be to wait
+        shifted = dense - mean.to(dense.dtype)
+        rest = _total(shifted, _sums) / n
+        return mean.to(dense.dtype).double() + rest, (_total(shifted, _squares) - n * rest * rest).clamp(min=0)
+    return mean, (squares - n * mean * mean).clamp(min=0)
+
+
+def _sums(rows: torch.Tensor) -> Any:
+    return rows.sum(1)
+
+
+def _squares(rows: torch.Tensor) -> Any:
+    return torch.linalg.vector_norm(rows, dim=1).double().square()
+
+
+def _total(dense: torch.Tensor, of: Any) -> Any:
+    whole = dense.numel() // _ROW * _ROW
+    total = of(dense[:whole].view(-1, _ROW)).double().sum()
+    return total + of(dense[whole:].view(1, -1)).double().sum() if whole < dense.numel() else total
+
+
+@measures.counts.register(torch.Tensor)
+def _counts(x: torch.Tensor) -> Any:
+    dense = flat(x) if x.dtype == torch.bfloat16 else flat(x).float()
+    if x.device.type == "cpu":
+        return _counted(dense)
+    # bincount would wait for the device, to learn the largest code
+    codes = dense.view(torch.int16)
+    if dense.dtype == torch.float32:
+        codes = codes[1::2]  # little-endian: the upper half comes second
+    ones = torch.ones((), dtype=torch.int64, device=x.device).expand(codes.shape)
+    found = torch.zeros(measures.CODES, dtype=torch.int64, device=x.device)
+    return found.scatter_add_(0, codes.long() & 0xFFFF, ones)
+
+
+_CHUNK = 1 << 20
+_scratch = threading.local()  # 4 MiB for each thread that counts: fresh memory would cost as much as the shift
+
+
+def _counted(dense: torch.Tensor) -> torch.Tensor:
+    """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
+    found = torch.zeros(measures.CODES, dtype=torch.int64)
+    room = getattr(_scratch, "room", None)
+    if room is None:
+        room = _scratch.room = np.empty(_CHUNK, np.uint32)
+    for chunk in dense.split(_CHUNK):
+        codes = room[: len(chunk)]
+        if chunk.dtype == torch.bfloat16:
+            codes[:] = chunk.view(torch.int16).numpy().view(np.uint16)
+        else:
+            np.right_shift(chunk.numpy().view(np.uint32), np.uint32(16), out=codes)
+        found += torch.bincount(torch.from_numpy(codes.view(np.int32)), minlength=measures.CODES)
+    return found
+
+
+@measures.copied.register(torch.Tensor)
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+class Landing:
+    """Small results on their way from a device to the host, in a few large copies that the caller does not wait for."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self._places = [(state, key) for reading in readings for state in reading.states for key in state]
+        self._copies: list[tuple[list[tuple[dict[str, Any], str]], torch.Tensor]] = []
+        self._events: list[Any] = []
+        for together in self._grouped():
+            self._send(together)
+
+    def wait(self) -> None:
+        """Wait for the copies and put NumPy arrays in the places of tensors; bfloat16 as its bits, uint16."""
+        for event in self._events:
+            event.synchronize()
+        for places, landed in self._copies:
+            start = 0
+            for state, key in places:
+                shape = state[key].shape
+                state[key] = _numpy(landed[start : start + shape.numel()].view(shape))
+                start += shape.numel()
+        for state, key in self._places:
+            if isinstance(state[key], torch.Tensor):
+                state[key] = _numpy(state[key].cpu())
+
+    def _grouped(self) -> list[list[tuple[dict[str, Any], str]]]:
+        """Group what lies on CUDA devices, by device and dtype; large tensors go alone."""
+        groups: dict[Any, list[tuple[dict[str, Any], str]]] = defaultdict(list)
+        for place, (state, key) in enumerate(self._places):
+            tensor = state[key]
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                alone = place if tensor.nbytes >= _LARGE else -1
+                groups[tensor.device, tensor.dtype, alone].append((state, key))
+        return list(groups.values())
+
+    def _send(self, together: list[tuple[dict[str, Any], str]]) -> None:
+        tensors = [state[key].reshape(-1) for state, key in together]
+        packed = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        landed = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        landed.copy_(packed, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(packed.device))
+        self._events.append(event)
+        self._copies.append((together, landed))
+
+
+def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    host = tensor.detach()
+    array: npt.NDArray[Any] = host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
+    return array
+
+
+def number(value: Any) -> float:
+    """Return a tensor of one element as a number; waits for its device."""
+    return float(value)

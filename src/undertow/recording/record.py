@@ -1,0 +1,401 @@
+"""The verb: watch sites of a network through the batches of a loop, and leave a run."""
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import InputError, RunError
+from ..measures import Measure, resolve
+from ..run import COMMITTED, FORMAT, arrow, read_manifest, write_manifest
+from ..sites import Predicate, Selection, Site, framework, selection
+from .schedule import Schedule
+from .writer import Batch, Writer, columns_of
+
+PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
+REDUCTIONS = ("mean", "sum")
+_HIDDEN = "no gradient reached its output, a view: if that is changed in place afterwards, take the module before it"
+_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size")
+
+
+def record(
+    folder: str | Path,
+    model: Any,
+    *,
+    sites: str | Predicate | Iterable[str | Site] = "conv",
+    measures: str | Measure | Iterable[str | Measure] = ("channel-norm", "zero-fraction"),
+    phase: str = "backward",
+    schedule: Schedule | None = None,
+    loss_reduction: str = "mean",
+    scaler: Any = None,
+    objective: str | None = None,
+    reference: str | None = None,
+    source: dict[str, Any] | None = None,
+    group: int = 64,
+) -> "Recording":
+    """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
+
+    Recording into the folder of an unfinished run of the same network and settings goes on with it: batches that are
+    on the disk are not recorded again. A network in training mode is the same if its structure is, since its weights
+    change; in evaluation mode its weights must be the same too.
+
+    Backward values are the gradient of what `.backward()` was called on, with respect to the site's output, with the
+    AMP scale divided out and nothing else: a mean over B samples makes each sample's gradient B times smaller. Sizes,
+    reduction and number of processes are recorded for each batch, and `per_sample=True` in reading undoes the mean.
+
+    Args:
+        folder: of the run; made where there is none.
+        model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count.
+        sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
+        measures: "channel-norm", "zero-fraction", "moments", "histogram", "keep" (a file for each batch and site),
+            "keep:sample" (one for each sample and site), or measures of your own.
+        phase: "backward" (gradients with respect to outputs), "forward" (the outputs) or "both".
+        schedule: which batches; None is all.
+        loss_reduction: "mean" or "sum": how the loss joins the samples of a batch. Recorded, see above.
+        scaler: the `torch.amp.GradScaler` that scales the loss, where there is one.
+        objective: what the gradient is of, in words, for the manifest.
+        reference: how the network is called, for the manifest.
+        source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
+        group: how many batches are published together at most; a killed process loses those not yet published.
+
+    Raises:
+        InputError: an argument that cannot be used, or sites that select nothing.
+        RunError: the folder holds something else: a finished run, one of another network or of other settings.
+
+    >>> import tempfile, torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(inplace=True), torch.nn.Flatten())
+    >>> folder = tempfile.mkdtemp()
+    >>> with record(folder, net, sites="conv", measures=["channel-norm"]) as recording:
+    ...     with recording.batch(samples=["a.jpg", "b.jpg"], epoch=0):
+    ...         net(torch.ones(2, 1, 5, 5)).sum().backward()
+    >>> import undertow.run
+    >>> undertow.run.Run(folder).table("channel_norm").select(["name", "site"]).to_pylist()
+    [{'name': 'a.jpg', 'site': '0'}, {'name': 'b.jpg', 'site': '0'}]
+    """
+    for what, word, known in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
+        if word not in known:
+            raise InputError(f"{what} {word!r} is not understood (known: {', '.join(known)})")
+    if not isinstance(group, int) or group < 1:
+        raise InputError(f"group={group!r} must be a whole number above 0")
+    arrow()
+    asked = selection(sites)
+    frame = framework(model)
+    asked.candidates(frame.parts(model))
+    listed = resolve(measures)
+    rank, world_size = frame.world()
+    settings = {
+        "phase": phase,
+        "schedule": None if schedule is None else schedule.settings(),
+        "measures": [measure.settings() for measure in listed],
+        "objective": objective,
+        "source": source,
+        "loss_reduction": loss_reduction,
+        "world_size": world_size,
+    }
+    return Recording(Path(folder), model, asked, listed, schedule, scaler, settings, reference, rank, group)
+
+
+@dataclass
+class Recording:
+    """A recording on its way: `with recording.batch(...)` around each batch.
+
+    Attributes:
+        folder: of the run.
+        batches: how many batches this process has recorded.
+        skipped: how many were on the disk already.
+    """
+
+    folder: Path
+    model: Any
+    selection: Selection
+    measures: Sequence[Measure]
+    schedule: Schedule | None
+    scaler: Any
+    settings: dict[str, Any]
+    reference: str | None
+    rank: int
+    group: int
+
+    def __post_init__(self) -> None:
+        self.batches = self.skipped = 0
+        self._frame = framework(self.model)
+        self._counted: dict[int, int] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._reached: set[str] = set()
+        self._arrived: set[str] = set()
+        self._views: set[str] = set()
+        self._stack = ExitStack()
+        self._writer: Writer | None = None
+        self._open = self._warned = False
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(self.folder, self.rank))
+            self._parts = self._frame.parts(self.model)
+            self.manifest = self._begin()
+            names = self.manifest["sites"]["names"]
+            self._names = names or self.selection.candidates(self._parts)
+            self._done = _on_disk(self.folder, self.rank)
+            self._writer = Writer(self.folder, self.measures, self.rank, self.group)
+            self._clear_tensors()
+            stack.callback(self._finish_writing)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            self._stack.close()
+        except RunError as failed:
+            if error is None:
+                raise
+            error.add_note(str(failed))
+        if error is None:
+            self._finish()
+
+    @contextmanager
+    def batch(self, samples: Any = None, *, epoch: int = 0, batch: int | None = None) -> Iterator[bool]:
+        """Record what happens inside, forward and backward, if the schedule wants it and the disk has it not.
+
+        Hooks are on the model inside alone. If an exception leaves it, nothing of this batch is recorded. Each call
+        counts as one batch, also under gradient accumulation; calls of modules are counted within it.
+
+        Args:
+            samples: one name for each sample, or None.
+            epoch: counted from 0.
+            batch: counted from 0 within its epoch; None counts the calls of this method.
+
+        Yields:
+            Whether this batch is recorded.
+
+        Raises:
+            RunError: something could not be written.
+            InputError: the batch was there already, or is inside another.
+        """
+        writer = self._entered()
+        names = None if samples is None else as_names(samples)
+        epoch, number = int(epoch), self._count(int(epoch), batch)
+        writer.check()
+        if (epoch, number) in self._seen:
+            raise InputError(f"batch {number} of epoch {epoch} is recorded already; count batches within each epoch")
+        self._seen.add((epoch, number))
+        if self.schedule is not None and not self.schedule.wants(epoch, number):
+            yield False
+            return
+        if (epoch, number) in self._done:
+            self.skipped += 1
+            yield False
+            return
+        modules = {part.name: part.module for part in self._parts if part.name in self._names}
+        probe = self._frame.Probe(modules, self.measures, frozenset(PHASES[self.settings["phase"]]), self.scaler)
+        self._open = True
+        try:
+            with probe:
+                yield True
+        except BaseException:
+            self._seen.discard((epoch, number))
+            raise
+        finally:
+            self._open = False
+        self._take(probe, names, epoch, number)
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """The sites of which nothing was recorded, each with the reason."""
+        backward = self.settings["phase"] != "forward"
+        reasons = {name: "its module was never called" for name in self._names if name not in self._reached}
+        for name in self._names if backward else ():
+            if name in self._reached and name not in self._arrived:
+                reasons[name] = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
+        return reasons if self.batches else {}
+
+    def flush(self) -> None:
+        """Publish all that was recorded so far; call it where a checkpoint of the training is saved."""
+        self._entered().flush()
+
+    def _entered(self) -> Writer:
+        if self._writer is None:
+            raise InputError("this recording is not open; write `with record(...) as recording:`")
+        if self._open:
+            raise InputError("a batch is being recorded; leave it before the next")
+        return self._writer
+
+    def _count(self, epoch: int, batch: int | None) -> int:
+        number = self._counted.get(epoch, 0) if batch is None else int(batch)
+        self._counted[epoch] = number + 1
+        return number
+
+    def _take(self, probe: Any, names: list[str] | None, epoch: int, number: int) -> None:
+        """Hand a batch over to the writer, its readings in an order that does not depend on the backward pass's."""
+        self._settle_sites(list(probe.order))
+        self._reached.update(probe.order)
+        self._arrived.update(probe.arrived)
+        self._views.update(probe.views)
+        self._warn_of_scale(probe.unscaled)
+        place = {name: i for i, name in enumerate(self._names)}
+        readings = [reading for reading in probe.readings if reading.site in place]
+        readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
+        size = len(names) if names is not None else max((reading.size for reading in readings), default=0)
+        facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
+        landing = self._frame.Landing(readings)
+        assert self._writer is not None
+        self._writer.put(Batch(epoch, number, names, size, facts, probe.scale, readings, landing))
+        self.batches += 1
+
+    def _warn_of_scale(self, unscaled: bool) -> None:
+        if unscaled and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "float16 gradients came out of autocast, and no scaler was given: if a GradScaler scales the loss, the "
+                "recorded gradients are scaled too; pass record(..., scaler=scaler)",
+                stacklevel=6,
+            )
+
+    def _settle_sites(self, order: list[str]) -> None:
+        """Resolve slices, and put the sites in order, by the first batch that called any of them."""
+        if self.manifest["sites"]["names"] or not order:
+            return
+        self._names = self.selection.chosen(self._parts, order)
+        self.manifest["sites"] = {"select": self.selection.text, "names": self._names, "order": "execution"}
+        if self.rank == 0:
+            write_manifest(self.folder, self.manifest)
+
+    def _clear_tensors(self) -> None:
+        """Remove tensors half written by a killed process; among several processes, others may be writing now."""
+        if self.settings["world_size"] == 1:
+            for aside in (self.folder / "tensors").glob(".*.safetensors"):
+                aside.unlink()
+
+    def _begin(self) -> dict[str, Any]:
+        """Publish a manifest, or go on with that of the same network and settings."""
+        manifest = {
+            "format": FORMAT,
+            "finished": False,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "model": {"reference": self.reference, **self._frame.identity(self.model)},
+            "sites": {"select": self.selection.text, "names": [], "order": None},
+            **self.settings,
+            "tables": {measure.table: columns_of(measure) for measure in self.measures},
+        }
+        _refuse_strangers(self.folder)
+        try:
+            write_manifest(self.folder, manifest, new=True)
+        except FileExistsError:
+            kept = read_manifest(self.folder)
+            _refuse_others(self.folder, kept, manifest)
+            return kept
+        return manifest
+
+    def _finish_writing(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _finish(self) -> None:
+        """Say what was not reached, and mark the run as finished."""
+        if not self.batches and not self._done:
+            raise InputError(f"no batch was recorded into {self.folder}: {self._why_none()}")
+        unreached = self.unreached
+        if self._names and len(unreached) == len(self._names) and not self._done:
+            raise InputError(
+                f"nothing was recorded into {self.folder}: {_listed(unreached)}; run the model, and call "
+                ".backward() for gradients, inside `with recording.batch(...)`"
+            )
+        if self.rank == 0:
+            finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
+            self.manifest = {**self.manifest, **finished}
+            write_manifest(self.folder, self.manifest)
+        if unreached:
+            warnings.warn(
+                f"{len(unreached)} of {len(self._names)} sites were not recorded: {_listed(unreached)}", stacklevel=3
+            )
+
+    def _why_none(self) -> str:
+        if self._seen:
+            return f"the schedule wanted none of {len(self._seen)} batches; see Schedule(epoch=, first=, every=)"
+        return "put `with recording.batch(samples=names, epoch=epoch):` around each of them"
+
+
+def as_names(samples: Any) -> list[str]:
+    """Return the names of samples, from texts, numbers, or an array of numbers.
+
+    Raises:
+        InputError: it is one text, not one for each sample.
+
+    >>> as_names(("a.jpg", 7))
+    ['a.jpg', '7']
+    """
+    if isinstance(samples, str | bytes):
+        raise InputError(f"samples is one text, {samples!r}; pass one name for each sample of the batch")
+    return [str(name) for name in getattr(samples, "tolist", lambda: samples)()]
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    """Join names by their reason, the first few of each."""
+    said = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name or "(model)" for name, why in reasons.items() if why == reason]
+        said.append(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {reason}")
+    return "; ".join(said)
+
+
+def _on_disk(folder: Path, rank: int) -> set[tuple[int, int]]:
+    """Return epoch and number of the batches that this rank has published."""
+    done: set[tuple[int, int]] = set()
+    for part in (folder / COMMITTED).glob(f"part-{rank:03d}-*.parquet"):
+        table = arrow().parquet.ParquetFile(part).read(columns=["epoch", "batch"])
+        done.update(zip(table["epoch"].to_pylist(), table["batch"].to_pylist(), strict=True))
+    return done
+
+
+@contextmanager
+def _alone(folder: Path, rank: int) -> Iterator[None]:
+    """Keep another process from recording into the same folder under the same rank; ends with the process.
+
+    Raises:
+        RunError: one does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / f".lock-{rank:03d}").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"another recording writes into {folder} at this moment; choose another folder") from error
+        yield
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a folder that holds something and is no run.
+
+    Raises:
+        RunError: it does.
+    """
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if held and "manifest.json" not in held:
+        raise RunError(f"{folder} holds {held[0]} and is no run; choose another folder")
+
+
+def _refuse_others(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse a run that is finished, or of another network or settings.
+
+    Raises:
+        RunError: with the first difference.
+    """
+    facts = ["class", "structure_sha256"]
+    if kept["model"]["mode"] == "evaluation" or asked["model"]["mode"] == "evaluation":
+        facts += ["mode", "weights_sha256"]
+    pairs = [(f"model {fact}", kept["model"][fact], asked["model"][fact]) for fact in facts]
+    pairs += [("sites", kept["sites"]["select"], asked["sites"]["select"])]
+    pairs += [(name, kept[name], asked[name]) for name in (*_SETTINGS, "tables")]
+    for name, before, now in pairs:
+        if before != now:
+            raise RunError(f"{folder} is a run with {name} {before!r}, not {now!r}; choose another folder")
+    if kept["finished"]:
+        raise RunError(f"{folder} is a finished run; choose another folder, or read it with Run({str(folder)!r})")

@@ -1,0 +1,248 @@
+"""Writes batches into a run from a thread of its own: whole groups of them, or nothing."""
+
+import hashlib
+import json
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import RunError
+from ..files import readable
+from ..measures import Measure
+from ..run import (
+    COMMITTED,
+    KEYS,
+    SAMPLE_KEYS,
+    SITE_KEYS,
+    TABLES,
+    appearing,
+    arrow,
+    schema,
+    settle,
+    write_tensor,
+)
+
+_WAITING = 4
+_AT_MOST_BYTES = 64 << 20
+_AT_MOST_SECONDS = 10.0
+
+
+@dataclass
+class Batch:
+    """All that one batch left, its arrays perhaps still on their way to the host."""
+
+    epoch: int
+    batch: int
+    names: Sequence[str] | None
+    size: int
+    facts: dict[str, Any]
+    scale: Any
+    readings: Sequence[Any]
+    landing: Any
+
+
+def columns_of(measure: Measure) -> dict[str, str]:
+    """Return the columns of a measure's table, with their types."""
+    keys = {**KEYS, **(SAMPLE_KEYS if measure.per_sample else {}), **SITE_KEYS, "dtype": "string"}
+    return {**keys, **measure.columns}
+
+
+class Writer:
+    """A thread with a bounded queue. Its first error stops it, and is raised by the next `check`, `put` or `close`.
+
+    Args:
+        folder: of the run.
+        measures: in the order in which each reading has its states.
+        rank: of the process, part of the names of its files.
+        group: how many batches are published together; they are also after 10 seconds or at 64 MiB.
+    """
+
+    def __init__(self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 64) -> None:
+        self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
+        self._schemas = {name: schema(columns) for name, columns in TABLES.items()}
+        self._schemas |= {measure.table: schema(columns_of(measure)) for measure in measures}
+        self._number = _clear_uncommitted(folder, rank, list(self._schemas))
+        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._batches = self._bytes = 0
+        self.committed = 0
+        self._since = time.monotonic()
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[Batch | threading.Event | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._run, name="undertow-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, batch: Batch) -> None:
+        """Hand a batch over; waits where the thread is behind."""
+        self.check()
+        self._queue.put(batch)
+
+    def flush(self) -> None:
+        """Publish all that was handed over, and wait until it lies on the disk."""
+        self.check()
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+        self.check()
+
+    def close(self) -> None:
+        """Publish what is left and end the thread.
+
+        Raises:
+            RunError: something could not be written.
+        """
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread.
+
+        Raises:
+            RunError: something could not be written; what was published before is whole.
+        """
+        if self._error is not None:
+            reason = " ".join(str(self._error).split()) or type(self._error).__name__
+            raise RunError(
+                f"recording into {self.folder} has stopped: {reason}; the {self.committed} batches "
+                "published since it began are whole, and recording again with the same settings goes on from them"
+            ) from self._error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._take(item)
+            except BaseException as error:  # whatever it was, the user's thread must hear of it
+                self._stop(error)
+            finally:
+                if isinstance(item, threading.Event):
+                    item.set()
+                item = None  # a batch must not live on while the thread waits
+        try:
+            if self._error is None:
+                self._publish()
+        except BaseException as error:
+            self._stop(error)
+
+    def _stop(self, error: BaseException) -> None:
+        self._error = error
+        self._rows.clear()
+
+    def _take(self, item: Batch | threading.Event) -> None:
+        if isinstance(item, threading.Event):
+            return self._publish()
+        self._add(item)
+        late = time.monotonic() - self._since > _AT_MOST_SECONDS
+        if self._batches >= self.group or self._bytes >= _AT_MOST_BYTES or late:
+            self._publish()
+        return None
+
+    def _add(self, batch: Batch) -> None:
+        """Finish the measures of a batch and keep their columns until the group is published."""
+        batch.landing.wait()
+        keys = {"epoch": batch.epoch, "batch": batch.batch}
+        scale = None if batch.scale is None else float(batch.scale)
+        self._rows["batches"].append({**keys, **batch.facts, "size": batch.size, "rank": self.rank, "scale": scale})
+        names = [None] * batch.size if batch.names is None else [_storable(name) for name in batch.names]
+        samples = {"sample": np.arange(batch.size, dtype=np.int32), "name": names}
+        self._rows["samples"].append({**keys, **samples})
+        for reading in batch.readings:
+            site = {name: getattr(reading, name) for name in (*SITE_KEYS, "dtype")}
+            for measure, state in zip(self.measures, reading.states, strict=True):
+                matching = batch.size == reading.size  # else the first axis is not that of the samples
+                called = {"sample": np.arange(reading.size), "name": names if matching else [None] * reading.size}
+                block = {**keys, **(called if measure.per_sample else {}), **site, **measure.finish(state)}
+                self._rows[measure.table].append(self._stored(measure, block, batch))
+        self._batches += 1
+
+    def _stored(self, measure: Measure, block: dict[str, Any], batch: Batch) -> dict[str, Any]:
+        """Write the tensors of a block into files and put their names in their places."""
+        for column, kind in measure.columns.items():
+            if kind == "tensor":
+                block[column] = [self._file(block, place, a, batch) for place, a in enumerate(block[column])]
+            else:
+                self._bytes += sum(np.asarray(value).nbytes for value in block[column])
+        return block
+
+    def _file(self, block: Mapping[str, Any], place: int, array: Any, batch: Batch) -> str:
+        """Write one tensor; the file is named after its sample or batch and its site, and after a digest of both."""
+        facts = {key: block[key] for key in (*KEYS, *SITE_KEYS)}
+        label, named = f"epoch{batch.epoch}-batch{batch.batch}", batch.names or []
+        if "sample" in block:
+            facts |= {"sample": place}
+            label = named[place] if place < len(named) else f"{label}-sample{place}"
+            named = [label]
+        digest = hashlib.sha256(json.dumps([facts, self.rank, label]).encode()).hexdigest()[:16]
+        name = f"{readable(label)}-{readable(block['site'] or 'model')}-{block['phase']}-{digest}.safetensors"
+        texts = {key: str(value) for key, value in facts.items()}
+        write_tensor(self.folder / "tensors" / name, array, block["dtype"], {**texts, "names": json.dumps(list(named))})
+        return name
+
+    def _publish(self) -> None:
+        """Let the parts of a group appear, the table that makes them count last."""
+        self._since = time.monotonic()
+        if not self._batches:
+            return
+        name = f"part-{self.rank:03d}-{self._number:06d}.parquet"
+        for table in sorted(self._schemas, key=lambda table: table == COMMITTED):
+            if table == COMMITTED:
+                for folder in (*{self.folder / other for other in self._schemas}, self.folder / "tensors", self.folder):
+                    settle(folder)
+            if blocks := self._rows.pop(table, None):
+                with appearing(self.folder / table / name) as aside:
+                    arrow().parquet.write_table(_table(self._schemas[table], blocks), aside, compression="zstd")
+        settle(self.folder / COMMITTED)
+        self.committed += self._batches
+        self._batches = self._bytes = 0
+        self._number += 1
+
+
+def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:
+    """Remove what a killed process of this rank left of a group, and return the number of the next one."""
+    committed = {part.name for part in (folder / COMMITTED).glob(f"part-{rank:03d}-*.parquet")}
+    for table in tables:
+        for part in (folder / table).glob(f"part-{rank:03d}-*.parquet"):
+            if part.name not in committed:
+                part.unlink()
+        for aside in (folder / table).glob(f".part-{rank:03d}-*"):
+            aside.unlink()
+    return 1 + max((int(name.split("-")[2].split(".")[0]) for name in committed), default=-1)
+
+
+def _table(schema: Any, blocks: Sequence[Mapping[str, Any]]) -> Any:
+    """Join blocks of columns, in which one value alone stands for all rows of its block."""
+    pa = arrow()
+    lengths = [max((len(v) for v in block.values() if _is_column(v)), default=1) for block in blocks]
+    arrays = []
+    for entry in schema:
+        values = [block[entry.name] for block in blocks]
+        if pa.types.is_list(entry.type):
+            arrays.append(_lists(pa, entry.type, values))
+        else:
+            spread = [v if _is_column(v) else [v] * n for v, n in zip(values, lengths, strict=True)]
+            arrays.append(pa.array([one for column in spread for one in column], entry.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list | np.ndarray)
+
+
+def _lists(pa: Any, kind: Any, values: Sequence[Any]) -> Any:
+    items = [item for value in values for item in value]
+    offsets = np.concatenate([[0], np.cumsum([len(item) for item in items])]).astype(np.int32)
+    joined: Any = np.concatenate(items) if items else []
+    return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type), type=kind)
+
+
+def _storable(name: str) -> str:
+    """A name as Parquet can hold it: bytes of a file name that are no text become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,265 @@
+"""Which places of a network are read: kinds, globs on dotted names, and slices in the order of execution.
+
+    conv                 every convolution; also linear, norm, relu, pool, and any class name, such as Bottleneck
+    features.*           names, where * stands for one part of a dotted name and ** for any number of parts
+    conv[:2], conv[-1]   the two nearest to the input, the one nearest to the output
+    conv[:2], fc         both
+
+No framework is imported until a model is given.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError, near
+
+KINDS = ("conv", "linear", "norm", "relu", "pool")
+Predicate = Callable[[str, Any], bool]
+_SLICE = re.compile(r"(.*?)\[(-?\d*(?::-?\d*){0,2})\]")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of a network, as a framework lists it: all its names, its kind, its classes and itself."""
+
+    names: tuple[str, ...]
+    kind: str
+    types: tuple[str, ...]
+    module: Any
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that can be read: the output of a module.
+
+    Attributes:
+        name: dotted; "" for a model that is one layer.
+        kind: conv, linear, norm, relu, pool, or else the class name in lower case.
+        type: class name.
+        shape: of the first call's output, or None where the network was not run, so that sites are in the order in
+            which the network defines them. Several outputs have their shapes in a tuple.
+        calls: how often one pass calls it; None where the network was not run.
+    """
+
+    name: str
+    kind: str
+    type: str
+    shape: tuple[Any, ...] | None = None
+    calls: int | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a selection: what to match, and which of the matches, in order of execution."""
+
+    pattern: str | Predicate
+    which: slice | int | None = None
+    is_name: bool = False
+
+    def matches(self, part: Part) -> bool:
+        """Whether it names the module by kind, class, or any of its dotted names."""
+        if callable(self.pattern):
+            return bool(self.pattern(part.name, part.module))
+        if not self.is_name and (self.pattern in KINDS or self.pattern in part.types):
+            return self.pattern in (part.kind, *part.types)
+        glob = _regex(self.pattern)
+        return any(glob.fullmatch(name) for name in part.names)
+
+    def pick(self, names: Sequence[str]) -> Sequence[str]:
+        """Take the slice of the names, which are in order of execution."""
+        if isinstance(self.which, int):
+            return names[self.which :][:1] if -len(names) <= self.which else ()
+        return names if self.which is None else names[self.which]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was asked for, before a network has run."""
+
+    text: str
+    terms: tuple[Term, ...]
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the order of execution matters."""
+        return any(term.which is not None for term in self.terms)
+
+    def candidates(self, parts: Sequence[Part]) -> list[str]:
+        """Return the names that match but for the slices, in the order of definition.
+
+        Raises:
+            InputError: some term names nothing, with near names.
+        """
+        for term in self.terms:
+            if not any(term.matches(part) for part in parts):
+                raise InputError(self._nothing(term, parts))
+        return [part.name for part in parts if any(term.matches(part) for term in self.terms)]
+
+    def chosen(self, parts: Sequence[Part], order: Sequence[str] | None) -> list[str]:
+        """Return the names that are selected, in order of execution, then those that were not executed.
+
+        Args:
+            order: the names in the order in which they first gave an output; None takes the order of definition.
+
+        Raises:
+            InputError: nothing is selected.
+        """
+        known = {part.name: part for part in parts}
+        names = list(known) if order is None else [*order, *(name for name in known if name not in set(order))]
+        executed = set(names if order is None else order)
+        taken: set[str] = set()
+        for term in self.terms:
+            found = [name for name in names if name in known and term.matches(known[name])]
+            if term.which is None:
+                taken.update(found)
+            else:
+                picked = term.pick([name for name in found if name in executed])
+                if not picked:
+                    raise InputError(f"sites {self.text!r} select nothing: a slice is beyond the {len(found)} matches")
+                taken.update(picked)
+        return [name for name in names if name in taken]
+
+    def _nothing(self, term: Term, parts: Sequence[Part]) -> str:
+        if callable(term.pattern):
+            return f"the predicate selects none of the {len(parts)} modules"
+        names = [name for part in parts for name in part.names if name]
+        types = [kind for part in parts for kind in part.types[:1]]
+        hint = near(term.pattern, [*names, *types, *KINDS])
+        there = ", ".join(dict.fromkeys([*(p.kind for p in parts if p.kind in KINDS), *types]))
+        return f"sites {term.pattern!r} select nothing{hint} (there are {there}; names like {', '.join(names[:3])})"
+
+
+def select(
+    model: Any,
+    what: str | Predicate | Iterable[str | Site] | None = None,
+    *,
+    kind: str | None = None,
+    name: str | None = None,
+    example: Any = None,
+) -> list[Site]:
+    """Choose places of a network.
+
+    With an `example` the network runs once, without gradients, and is as before afterwards: sites come in the order
+    in which they first gave an output, and slices follow it. Without one, order and slices are those of definition,
+    which in some networks differ; `Site.calls` is then None. Recording always takes the order of execution, that of
+    the first batch.
+
+    Args:
+        what: a selection such as "conv[:2], layer4.**.conv2", names or sites, or a predicate `(name, module) -> bool`.
+            A word that is a kind (conv, linear, norm, relu, pool) means the kind; `name=` takes it as a name.
+        kind: conv, linear, norm, relu, pool, or a class name.
+        name: a glob on dotted names; together with `kind` and `what`, all must hold.
+        example: the network's input, a tensor or a tuple of them.
+
+    Raises:
+        InputError: nothing is selected, or a selection that is not understood.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Conv2d(2, 3, 3))
+    >>> [site.name for site in select(net, "conv[-1], relu", example=torch.zeros(1, 1, 8, 8))]
+    ['1', '2']
+    """
+    frame = framework(model)
+    parts = frame.parts(model)
+    visits = None if example is None else frame.visits(model, example)
+    order = None if visits is None else list(visits)
+    asked = [selection(what)] if what is not None else []
+    asked += [selection(kind)] if kind is not None else []
+    asked += [Selection(name, (Term(name, is_name=True),))] if name is not None else []
+    if not asked:
+        raise InputError("nothing says which sites; pass a selection such as 'conv[:2]', kind= or name=")
+    for one in asked:
+        one.candidates(parts)
+    chosen = [one.chosen(parts, order) for one in asked]
+    names = [name for name in chosen[0] if all(name in others for others in chosen[1:])]
+    if not names:
+        raise InputError(f"no module is all of {' and '.join(repr(one.text) for one in asked)}")
+    return [site_of(part, visits) for part in _by_name(parts, names)]
+
+
+def site_of(part: Part, visits: dict[str, Any] | None = None) -> Site:
+    """Describe a module as a site, with its shape and calls where the network has run."""
+    shapes = [] if visits is None else visits.get(part.name, [])
+    calls = None if visits is None else len(shapes)
+    return Site(part.name, part.kind, part.types[0], shapes[0] if shapes else None, calls)
+
+
+def selection(what: str | Predicate | Iterable[str | Site] | Selection) -> Selection:
+    """Read a selection.
+
+    Raises:
+        InputError: it is empty or not understood.
+
+    >>> [term.which for term in selection("conv[:2], fc, norm[-1]").terms]
+    [slice(None, 2, None), None, -1]
+    """
+    if isinstance(what, Selection):
+        return what
+    if isinstance(what, str):
+        words = [word.strip() for word in what.split(",")]
+        terms = tuple(_term(word) for word in words if word)
+        if not terms or len(terms) < len(words):
+            raise InputError(f"sites {what!r} are not understood; write 'conv', 'features.*' or 'conv[:2], fc'")
+        return Selection(what, terms)
+    if callable(what):
+        return Selection(getattr(what, "__qualname__", type(what).__name__), (Term(what),))
+    names = [site.name if isinstance(site, Site) else site for site in what]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError("sites must be a selection such as 'conv[:2]', names, sites of select(), or a predicate")
+    return Selection(", ".join(names), tuple(Term(name, is_name=True) for name in names))
+
+
+def framework(model: Any) -> Any:
+    """Return the file that reads networks of this model's framework.
+
+    Raises:
+        InputError: the model is of no known framework.
+    """
+    if "torch" in {cls.__module__.partition(".")[0] for cls in type(model).__mro__}:
+        return importlib.import_module(".frameworks.torch.probe", __package__)
+    raise InputError(f"model is a {type(model).__name__}, whose modules cannot be listed; pass a torch.nn.Module")
+
+
+def _term(word: str) -> Term:
+    sliced = _SLICE.fullmatch(word)
+    pattern = sliced[1] if sliced else word
+    if not re.fullmatch(r"[^\s\[\]]+", pattern):
+        raise InputError(f"site {word!r} is not understood; write a kind or a name, then [:2], [-1] or nothing")
+    return Term(pattern, _which(sliced[2], word) if sliced else None)
+
+
+def _which(text: str, word: str) -> slice | int:
+    bounds = [int(bound) if bound else None for bound in text.split(":")]
+    if len(bounds) == 1:
+        if bounds[0] is None:
+            raise InputError(f"site {word!r} has an empty slice; write [:2], [-1] or nothing")
+        return bounds[0]
+    if len(bounds) == 3 and bounds[2] == 0:
+        raise InputError(f"site {word!r} has a step of 0; leave the step out or take another")
+    return slice(*bounds)
+
+
+def _regex(glob: str) -> re.Pattern[str]:
+    """Translate a glob on dotted names: * and ? stay within a part, ** is any number of parts, none included."""
+    pieces = []
+    parts = glob.split(".")
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        if part == "**":
+            pieces.append(r"[^.]+(?:\.[^.]+)*" if last else r"(?:[^.]+\.)*")
+        else:
+            escaped = re.escape(part).replace(r"\*", "[^.]*").replace(r"\?", "[^.]")
+            pieces.append(escaped + ("" if last else r"\."))
+    return re.compile("".join(pieces))
+
+
+def _by_name(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
+    known = {part.name: part for part in parts}
+    return [known[name] for name in names]

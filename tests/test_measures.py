@@ -1,0 +1,209 @@
+"""Measures: one contract for all, and an independent formula for each."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from undertow.errors import InputError
+from undertow.frameworks.torch import probe  # registers the kernels
+from undertow.measures import MEASURES, Histogram, Keep, Moments, counts, edges, finite, moments, norms, resolve, zeros
+
+ALL = [make() for make in MEASURES.values()] + [Keep(by="sample")]
+
+
+def same(measure, a, b):
+    """Whether two finished measures are equal: to the last bit, but for sums of floating-point numbers."""
+    assert a.keys() == b.keys() == measure.columns.keys()
+    for key in a:
+        for one, other in zip(a[key], b[key], strict=True):
+            if isinstance(measure, Moments) and key in ("mean", "m2"):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)
+            else:
+                np.testing.assert_array_equal(one, other)
+
+
+def values(seed, batch=6):
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(batch, 3, 2, 5)) * 10.0 ** draw.integers(-8, 4, size=(batch, 3, 1, 1)) + 0.1
+    return np.where(draw.random(x.shape) < 0.3, 0, x).astype(np.float32)
+
+
+@pytest.mark.parametrize("of_torch", [False, True], ids=["numpy", "torch"])
+@pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), cuts=st.lists(st.integers(1, 5), max_size=4, unique=True), shuffle=st.randoms())
+def test_any_split_merged_in_any_order_equals_the_whole(measure, of_torch, seed, cuts, shuffle):
+    x = values(seed)
+    whole = measure.finish(on_host(measure.reduce(given_as(x, of_torch))))
+    states = []
+    for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(x)], strict=True):
+        states.append(on_host(measure.reduce(given_as(x[start:end], of_torch), start)))
+    states += [measure.init()]
+    shuffle.shuffle(states)
+    while len(states) > 1:
+        a, b = states.pop(shuffle.randrange(len(states))), states.pop()
+        states.append(measure.merge(a, b))
+    same(measure, measure.finish(states[0]), whole)
+
+
+@pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
+def test_update_is_merging_what_one_array_reduces_to(measure):
+    x = values(1)
+    state = measure.update(measure.update(measure.init(), x[:2]), x[2:], 2)
+    same(measure, measure.finish(state), measure.finish(measure.reduce(x)))
+
+
+@pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
+def test_a_state_is_a_flat_dict_of_arrays(measure):
+    for state in (measure.init(), measure.reduce(values(0))):
+        assert all(isinstance(value, np.ndarray) for value in state.values())
+
+
+def given_as(x, of_torch):
+    return torch.from_numpy(x) if of_torch else x
+
+
+def on_host(state):
+    return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3),
+    "expanded": lambda x: x[:, :1, :1, :1].expand(4, 3, 5, 7),
+    "strided": lambda x: x[:, :, ::2],
+    "flat": lambda x: x.flatten(1),
+    "one axis of space": lambda x: x.flatten(2),
+    "empty": lambda x: x[:0],
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(params=DTYPES)
+def x(request, layout):
+    drawn = torch.from_numpy(np.random.default_rng(3).normal(size=(4, 3, 6, 7)))
+    drawn = torch.where(drawn.abs() < 0.4, torch.zeros(()), drawn + 0.2)
+    return layout(drawn.to(DTYPES[request.param]))
+
+
+def test_norms_by_hand(x):
+    wanted = np.array(
+        [[sum(float(v) ** 2 for v in np.ravel(channel)) ** 0.5 for channel in sample] for sample in x.double().numpy()]
+    ).reshape(x.shape[:2])
+    for found in (norms(x).numpy(), norms(x.double().numpy())):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_zeros_by_hand(x):
+    wanted = sum(value == 0 for value in x.double().flatten().tolist())
+    assert int(zeros(x)) == int(zeros(x.double().numpy())) == wanted
+
+
+def test_moments_by_hand(x):
+    listed = x.double().flatten().tolist()
+    found, plain = moments(x).numpy(), moments(x.double().numpy())
+    if not listed:
+        assert found.tolist() == plain.tolist() == [0, 0, np.inf, -np.inf]
+        return
+    mean = sum(listed) / len(listed)
+    wanted = [mean, sum((value - mean) ** 2 for value in listed), min(listed), max(listed)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(plain, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_counts_by_hand(x):
+    wanted = np.zeros(65536, np.int64)
+    for value in x.double().flatten().tolist():
+        wanted[int.from_bytes(struct.pack(">f", value)[:2], "big")] += 1
+    np.testing.assert_array_equal(counts(x).numpy(), wanted)
+    np.testing.assert_array_equal(counts(x.double().numpy()), wanted)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e5])
+def test_moments_stay_accurate_beside_a_large_mean(mean):
+    x = torch.randn(3, 4, 50, 60, generator=torch.Generator().manual_seed(0)) + mean
+    count, wide = x.numel(), x.double()
+    _, m2, _, _ = moments(x).tolist()
+    assert m2 / count == pytest.approx(float(wide.var(correction=0)), rel=2e-3 if mean else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
+def test_no_kernel_asks_a_device_for_values(measure, dtype):
+    """On the device "meta" there are none to be had: `.item()`, a branch on a value or a copy to the host raises."""
+    state = measure.reduce(torch.empty(2, 3, 40, 50, dtype=dtype, device="meta").transpose(2, 3))
+    assert any(isinstance(value, torch.Tensor) and value.is_meta for value in state.values())
+
+
+def test_a_nan_is_seen_in_the_moments():
+    for kernel in (torch.tensor([[1.0, float("nan")]]), np.array([[1.0, np.nan]])):
+        assert np.isnan(np.asarray(moments(kernel))[:2]).all()
+
+
+def test_more_values_than_one_chunk():
+    x = torch.randn(probe._CHUNK * 2 + 17, generator=torch.Generator().manual_seed(0)).view(1, -1)
+    np.testing.assert_array_equal(counts(x).numpy(), counts(x.numpy()))
+
+
+def test_zero_infinity_and_nan_have_cells_of_their_own():
+    tiny = 1e-41
+    x = torch.tensor([[0.0, -0.0, tiny, float("inf"), -float("inf"), float("nan"), 3.4e38, -(2.0**-126)]])
+    found = {int(code): int(counts(x)[code]) for code in counts(x).nonzero()}
+    assert found[0] == 2  # below 2**-133 a magnitude shares the cell of zero
+    assert found[0x8000] == found[0x7F80] == found[0xFF80] == found[0x7FC0] == found[0x7F7F] == found[0x8080] == 1
+    assert finite(np.array(list(found))).sum() == len(found) - 3
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+@settings(max_examples=300, deadline=None)
+def test_what_stands_for_a_code_is_within_two_to_the_minus_eight(value):
+    (code,) = counts(np.array([value], np.float32)).nonzero()[0]
+    found = edges()[code]
+    if abs(value) >= 2.0**-126:
+        assert abs(found - value) <= abs(value) * 2.0**-8
+    else:
+        assert abs(found - value) <= 2.0**-133
+
+
+def test_what_stands_for_a_code_is_exact_for_bfloat16():
+    every = torch.arange(65536).to(torch.int32).to(torch.uint16).view(torch.bfloat16)
+    np.testing.assert_array_equal(edges(exact=True), every.double().numpy())
+
+
+def test_a_histogram_is_sparse_when_finished():
+    row = Histogram().finish(Histogram().reduce(np.array([[1.0, 1.0, -2.0]])))
+    assert [column[0].tolist() for column in row.values()] == [[0x3F80, 0xC000], [2, 1]]
+
+
+def test_names_of_measures():
+    assert [m.name for m in resolve("moments")] == ["moments"]
+    assert [m.settings() for m in resolve(["keep:sample", "zero_fraction"])] == [
+        {"name": "keep", "by": "sample"},
+        {"name": "zero-fraction"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("histogramm", "did you mean histogram"),
+        ([], "no measure"),
+        (["moments", "moments"], "twice"),
+        ("keep:epoch", "not for each 'epoch'"),
+        ("moments:4", "no options"),
+    ],
+)
+def test_measures_that_are_not_understood(what, said):
+    with pytest.raises(InputError, match=said):
+        resolve(what)
