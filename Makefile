@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test check clean
+.PHONY: demo test fashion-mnist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev fashion-mnist
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -17,12 +20,17 @@ test: $(VENV)/.dev
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "undertow needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(INSTALL) '.[demo]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	touch $@
+
+# Real data for the tests; where there is no apt-get, the study downloads it through torchvision.
+fashion-mnist:
+	@test -e $(FASHION_MNIST) || ! command -v apt-get >/dev/null || \
+	    { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y dataset-fashion-mnist; }
 
 clean:
 	rm -rf $(VENV)

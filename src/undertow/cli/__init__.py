@@ -9,6 +9,9 @@ from ..errors import UndertowError
 from .demo import demo
 from .explain import explain
 from .models import models
+from .quantiles import compare, quantiles
+from .record import record, sites
+from .trace import trace
 
 INTERRUPTED = 130
 
@@ -25,10 +28,13 @@ def app() -> None:
     undertow demo                                      packaged photographs, classifier and all three rules
     undertow explain cat.jpg --model torchvision:vgg16 which pixels spoke for the predicted class
     undertow models resnet                             what can be named, and what of it works offline
+    undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
+    undertow quantiles runs/a                          what they are like, layer by layer
+    undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     """
 
 
-for command in (demo, explain, models):
+for command in (demo, explain, models, sites, record, quantiles, compare, trace):
     app.add_command(command)
 
 

@@ -1,0 +1,161 @@
+"""`undertow quantiles` and `undertow compare`: what a run says, as tables, CSV and charts."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+OF = ("magnitude", "value", "channel_norm")
+_of = click.option(
+    "--of", type=click.Choice(OF), help="Default: magnitude where there are histograms, else channel_norm."
+)
+_plot = click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="A .png, .svg or .pdf.")
+_csv = click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="All of it, as CSV.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_from = click.option("--from", "start", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+_to = click.option("--to", "stop", type=click.FloatRange(0, 1), default=0.95, show_default=True)
+_step = click.option("--step", type=click.FloatRange(0.0001, 1), default=0.05, show_default=True)
+
+
+@click.command(
+    short_help="Each site's quantiles.",
+    epilog="\b\nExamples:\n  undertow quantiles runs/vgg16\n"
+    "  undertow quantiles runs/fashion --from .5 --to .9 --step .2 --of magnitude --plot q.png --csv q.csv",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@_from
+@_to
+@_step
+@_of
+@_plot
+@_csv
+@_json
+def quantiles(
+    run: Path,
+    start: float,
+    stop: float,
+    step: float,
+    of: str | None,
+    plot: Path | None,
+    table: Path | None,
+    as_json: bool,
+) -> int:
+    """Print the quantiles of each site of RUN, 5 to 95 % unless asked otherwise; the median is marked."""
+    from ..analysis import quantiles as found
+    from ..run import Run
+
+    rows = found(Run(run), steps(start, stop, step), of=of)
+    flat = [row.as_dict() for row in rows]
+    _hand_over(flat, table, as_json, [("quantile", *(row.site for row in rows)), *_by_quantile(rows)])
+    if plot:
+        from ..show.plots import quantile_curves
+
+        quantile_curves({run.name: rows}, plot, title=f"{run.name}: quantiles of {rows[0].of}")
+    return 0
+
+
+@click.command(
+    short_help="The quantiles of several runs, side by side.",
+    epilog="\b\nExamples:\n  undertow compare runs/vgg16 runs/vgg16_bn\n"
+    "  undertow compare runs/vgg16 runs/vgg16_bn --plot compare.png --csv compare.csv",
+)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_of
+@_plot
+@_csv
+@_json
+def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path | None, as_json: bool) -> int:
+    """Put the quantiles of RUNS side by side: values, ratios to the first run, and the spread p95/p5.
+
+    Sites are paired by name where all runs have the same names, and by their order where not.
+    """
+    from ..analysis import compare as found
+    from ..analysis.quantiles import STEPS
+    from ..run import Run
+
+    rows = found([Run(run) for run in runs], of=of)
+    flat = []
+    lines: list[Sequence[object]] = [("site", "run", "p5", "median", "p95", "median / first", "p95 / p5")]
+    middle = STEPS.index(0.5)
+    for row in rows:
+        for i, run in enumerate(runs):
+            one = row.quantiles[i]
+            if one is not None:
+                flat.append(
+                    {
+                        "run": str(run),
+                        **one.as_dict(),
+                        "spread": row.spreads[i],
+                        "ratio_of_medians": row.ratios[i][middle],
+                    }
+                )
+                shown = (one.values[0], one.values[middle], one.values[-1], row.ratios[i][middle], row.spreads[i])
+                lines.append((one.site, str(run), *(f"{value:.4g}" for value in shown)))
+    _hand_over(flat, table, as_json, lines)
+    if plot:
+        from ..show.plots import quantile_curves
+
+        groups = {str(run): [row.quantiles[i] for row in rows if row.quantiles[i]] for i, run in enumerate(runs)}
+        quantile_curves(groups, plot, title="Quantiles side by side")  # type: ignore[arg-type]
+    return 0
+
+
+def steps(start: float, stop: float, step: float) -> list[float]:
+    """Return start, start + step, ... up to stop, without the rounding of adding.
+
+    >>> steps(0.05, 0.2, 0.05)
+    [0.05, 0.1, 0.15, 0.2]
+    """
+    from ..errors import InputError
+
+    if stop < start:
+        raise InputError(f"--to {stop} lies below --from {start}; exchange them")
+    return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1)]
+
+
+def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
+    lines: list[Sequence[object]] = []
+    for place, q in enumerate(rows[0].q if rows else ()):
+        mark = "  <- median" if q == 0.5 else ""
+        lines.append((f"{100 * q:g} %{mark}", *(f"{row.values[place]:.4g}" for row in rows)))
+    return [
+        *lines,
+        ("zeros", *(f"{row.zeros / row.count:.1%}" if row.count else "-" for row in rows)),
+        ("values", *(f"{row.count:,}" for row in rows)),
+        ("not finite", *(f"{row.nonfinite:,}" for row in rows)),
+    ]
+
+
+def _hand_over(flat: list[dict[str, Any]], path: Path | None, as_json: bool, lines: Sequence[Sequence[object]]) -> None:
+    """Write CSV where asked for, and print JSON or a table."""
+    from ..files import published
+
+    if path:
+        with published(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
+            writer.writeheader()
+            writer.writerows(flat)
+    if as_json:
+        plain = [{key: None if _is_no_number(value) else value for key, value in row.items()} for row in flat]
+        click.echo(json.dumps(plain, indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for place, heading in enumerate(lines[0]):
+        table.add_column(
+            str(heading), justify="right" if place > 1 or (isinstance(lines[0][0], str) and place) else "left"
+        )
+    for line in lines[1:]:
+        table.add_row(*(str(cell) for cell in line), style="bold" if "median" in str(line[0]) else "")
+    Console().print(table)
+
+
+def _is_no_number(value: object) -> bool:
+    """Whether JSON has no word for it: infinity, or not a number."""
+    return isinstance(value, float) and not math.isfinite(value)

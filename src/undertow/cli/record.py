@@ -1,0 +1,164 @@
+"""`undertow sites` and `undertow record`: choose places in a network, and record what flows through them."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+MEASURES = ("channel-norm", "zero-fraction", "moments", "histogram", "keep", "keep:sample")
+
+
+@click.command(
+    short_help="Which places of a network a selection names.",
+    epilog="\b\nExamples:\n  undertow sites --model torchvision:vgg16@none 'conv[:2]'\n"
+    "  undertow sites --model demo 'conv, linear' --json",
+)
+@click.argument("what", metavar="[SITES]", default="**")
+@click.option("--model", "reference", metavar="REF", required=True, help="As in `undertow explain`.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list instead of a table.")
+def sites(what: str, reference: str, as_json: bool) -> int:
+    """Print the modules that SITES selects, in order of execution: name, kind, output shape, calls.
+
+    SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
+    layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), or several of them with commas.
+    """
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import models
+    from ..frameworks.base import load
+    from ..sites import select
+
+    classifier = models.load(reference)
+    black = np.zeros((64, 64, 3), np.uint8)
+    x = load("torch").batch([classifier.preprocessing.array(_picture(black))], "cpu")
+    found = select(classifier.module, what, example=x)
+    if as_json:
+        click.echo(json.dumps([asdict(site) for site in found], indent=1))
+        return 0
+    table = Table(box=None)
+    for heading in ("name", "kind", "output shape", "calls"):
+        table.add_column(heading, justify="right" if heading == "calls" else "left")
+    for site in found:
+        table.add_row(site.name, site.kind, "never called" if not site.calls else _shape(site.shape), str(site.calls))
+    Console().print(table)
+    return 0
+
+
+def _picture(pixels: Any) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(pixels)
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape)) if shape and all(isinstance(side, int) for side in shape) else str(shape)
+
+
+@click.command(
+    short_help="Record gradients over a folder of photographs.",
+    epilog="\b\nExamples:\n"
+    "  undertow record photographs/ --model torchvision:vgg16 --sites 'conv[:2]' --out runs/vgg16\n"
+    "  undertow record photographs/ --model demo --measure histogram --limit 250 --out runs/demo --resume\n"
+    "  undertow record flowers/ --model nets.py:load --objective loss --measure channel-norm --out runs/flowers",
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", "reference", metavar="REF", required=True, help="As in `undertow explain`.")
+@click.option(
+    "--out", metavar="RUN", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder."
+)
+@click.option("--sites", "what", default="conv", show_default=True, help="See `undertow sites --help`.")
+@click.option(
+    "--measure", "measures", multiple=True, type=click.Choice(MEASURES), help="May be repeated. Default: channel-norm."
+)
+@click.option("--phase", type=click.Choice(("backward", "forward", "both")), default="backward", show_default=True)
+@click.option(
+    "--objective",
+    type=click.Choice(("predicted", "label", "loss")),
+    default="predicted",
+    show_default=True,
+    help="What is differentiated: the highest score, or the score or cross-entropy of the class that a photograph's "
+    "folder is named after.",
+)
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N photographs, in order of name.")
+@click.option("--batch-size", metavar="N", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--workers", metavar="N", type=click.IntRange(1), default=2, show_default=True, help="Threads that read.")
+@click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="As in `undertow explain`.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def record(
+    folder: Path,
+    reference: str,
+    out: Path,
+    what: str,
+    measures: tuple[str, ...],
+    weights: Path | None,
+    device: str,
+    resume: bool,
+    as_json: bool,
+    limit: int | None,
+    **options: Any,
+) -> int:
+    """Record the gradients at SITES for every photograph of FOLDER, each image's own, into the run --out.
+
+    Photographs that cannot be read are named and passed over, and the exit code is 2. Ctrl-C leaves a readable run;
+    the same command with --resume goes on with it.
+    """
+    from .. import images, models
+    from ..errors import InputError
+    from ..frameworks.base import load
+    from ..recording.photographs import as_facts, record_photographs
+
+    if (out / "manifest.json").exists() and not resume:
+        raise InputError(f"{out} is a run already; add --resume to go on with it, or choose another --out")
+    count = len(images.find([folder])[:limit])
+    classifier = models.load(reference, weights)
+    device = load("torch").device(device)
+    classifier.module.to(device)
+    with _progress(count) as advance:
+        done = record_photographs(
+            classifier,
+            folder,
+            out,
+            sites=what,
+            measures=measures or ("channel-norm",),
+            limit=limit,
+            device=device,
+            advance=advance,
+            **options,
+        )
+    for _, error in done.failed:
+        click.echo(f"error: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps(as_facts(done, out), indent=1, ensure_ascii=False))
+    else:
+        passed = f", {len(done.failed)} could not be read" if done.failed else ""
+        before = f", {done.before} batches were there already" if done.before else ""
+        click.echo(
+            f"{done.photographs} photographs recorded{before}{passed}\n  -> {out}\nNext: undertow quantiles {out}"
+        )
+    return 2 if done.failed else 0
+
+
+@contextmanager
+def _progress(count: int) -> Iterator[Callable[[int], None]]:
+    """Give a function to call with the number of photographs done, which moves a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=count, speed="")
+
+        def advance(more: int) -> None:
+            progress.advance(bar, more)
+            speed = progress.tasks[0].speed
+            progress.update(bar, speed=f"{speed:.1f} images/s" if speed else "")
+
+        yield advance

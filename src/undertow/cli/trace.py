@@ -1,0 +1,93 @@
+"""`undertow trace`: what goes in and out of each module in one pass, as a table."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..models import Classifier
+
+EXAMPLES = """\b
+Examples:
+  undertow trace --model torchvision:vgg11@none
+  undertow trace cat.jpg --model demo --json
+  undertow trace --model nets.py:load --shape 1,3,32,32 --seed 1
+"""
+
+
+@click.command(short_help="What goes in and out of each module in one pass.", epilog=EXAMPLES)
+@click.argument("photograph", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
+)
+@click.option(
+    "--weights",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="A .safetensors file, or a state dict saved by torch.save.",
+)
+@click.option("--shape", metavar="B,C,H,W", help="Of the random input; the model's own, one image, if left out.")
+@click.option("--seed", default=0, show_default=True, help="Of the random input.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def trace(
+    photograph: Path | None,
+    reference: str,
+    weights: Path | None,
+    shape: str | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Show what each module's gradients are in one pass, and whether closed formulas agree.
+
+    IMAGE is a photograph; without it the input is random. The gradient at the output is one everywhere: that of the
+    sum of all scores.
+    """
+    from .. import models
+    from ..errors import InputError
+    from ..frameworks.base import load
+    from ..recording.trace import trace as look
+
+    if photograph is not None and shape is not None:
+        raise InputError("--shape is for a random input; leave it out beside an IMAGE")
+    size = None if shape is None else _numbers(shape)
+    classifier = models.load(reference, weights)
+    backend = load("torch")
+    device = backend.device(device)
+    array = _random(size or _own_shape(classifier), seed) if photograph is None else _read(classifier, photograph)
+    found = look(classifier.module.to(device), backend.batch(list(array), device))
+    click.echo(json.dumps(found.facts(), indent=1, ensure_ascii=False) if as_json else str(found))
+    return 0
+
+
+def _numbers(shape: str) -> tuple[int, ...]:
+    from ..errors import InputError
+
+    words = shape.replace("x", ",").split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise InputError(f"--shape {shape!r} is not understood; write positive numbers, as in 1,3,224,224")
+    return tuple(map(int, words))
+
+
+def _own_shape(classifier: "Classifier") -> tuple[int, ...]:
+    from ..images import Preprocessing
+
+    preprocessing: Preprocessing = classifier.preprocessing
+    crop = preprocessing.crop
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    return (1, 3, height, width)
+
+
+def _random(shape: tuple[int, ...], seed: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def _read(classifier: "Classifier", photograph: Path) -> Any:
+    from .. import images
+
+    return classifier.preprocessing.array(images.read(photograph))[None]

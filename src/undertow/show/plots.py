@@ -1,0 +1,141 @@
+"""Quantiles as charts. Takes what `undertow.analysis` gives; never sees a model or a run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FrameworkError, InputError
+from ..files import published
+
+if TYPE_CHECKING:
+    from ..analysis import SiteQuantiles
+
+Groups = Mapping[str, "Sequence[SiteQuantiles]"]
+
+# Okabe and Ito's palette: told apart with any colour vision. Source: jfly.uni-koeln.de/color
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+UNITS = {
+    ("magnitude", "backward"): "|gradient|, objective per unit of output",
+    ("value", "backward"): "gradient, objective per unit of output",
+    ("channel_norm", "backward"): "ℓ2 norm of a channel's gradient, objective per unit of output",
+    ("magnitude", "forward"): "|output|",
+    ("value", "forward"): "output",
+    ("channel_norm", "forward"): "ℓ2 norm of a channel's output",
+}
+
+
+def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
+    """Draw each site's quantiles, a panel for each place in the network, a curve for each group; the median is marked.
+
+    Args:
+        groups: for each label, such as a run's name, its sites' quantiles, in order.
+        path: of a PNG, SVG or PDF; replaced as a whole.
+        title: above everything.
+
+    Raises:
+        InputError: nothing to draw, or a file type that cannot be written.
+        FrameworkError: matplotlib is missing.
+    """
+    places = max((len(rows) for rows in groups.values()), default=0)
+    figure, axes = _figure(places, groups)
+    for place, axis in enumerate(axes):
+        shown = [(i, label, rows[place]) for i, (label, rows) in enumerate(groups.items()) if place < len(rows)]
+        for i, label, row in shown:
+            percents = [100 * q for q in row.q]
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(percents, row.values, marker="o", markersize=3, color=colour, label=label)
+            if 0.5 in row.q:
+                median = row.values[row.q.index(0.5)]
+                axis.plot([50], [median], marker="D", markersize=8, color=colour, markeredgecolor="white")
+                axis.annotate(f"{median:.3g}", (50, median), (6, -12), textcoords="offset points", fontsize=8)
+        axis.set_title(" / ".join(dict.fromkeys(row.site for _, _, row in shown)), fontsize=10)
+        axis.set_xlabel("quantile, %")
+        _scale(axis, [value for _, _, row in shown for value in row.values])
+    axes[0].set_ylabel(_unit(groups))
+    return _save(figure, axes, groups, path, title)
+
+
+def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") -> Path:
+    """Draw one panel for each quantile and in it one bar for each site; several groups stand side by side.
+
+    Args:
+        groups: for each label its sites' quantiles, which include `q`.
+        q: fractions in [0, 1].
+        path, title: as `quantile_curves`.
+
+    Raises:
+        InputError, FrameworkError: as `quantile_curves`.
+    """
+    figure, axes = _figure(len(q), groups)
+    width = 0.8 / max(len(groups), 1)
+    every = [row.values[row.q.index(one)] for rows in groups.values() for row in rows for one in q]
+    for one, axis in zip(q, axes, strict=True):
+        for i, (label, rows) in enumerate(groups.items()):
+            values = [row.values[row.q.index(one)] for row in rows]
+            places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(rows))]
+            axis.bar(places, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label)
+            for place, value in zip(places, values, strict=True):
+                if value == 0:
+                    axis.annotate("0", (place, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+        longest = max(groups.values(), key=len)
+        names = [
+            " / ".join(dict.fromkeys(r[i].site for r in groups.values() if i < len(r))) for i in range(len(longest))
+        ]
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        axis.set_title(f"{100 * one:g} % quantile", fontsize=10)
+        _scale(axis, every)
+    axes[0].set_ylabel(_unit(groups))
+    return _save(figure, axes, groups, path, title)
+
+
+def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
+    if not panels or not any(groups.values()):
+        raise InputError("there are no quantiles to draw; was anything recorded?")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
+    columns = min(panels, 4)
+    lines = math.ceil(panels / columns)
+    figure = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    for unused in grid[panels:]:
+        unused.remove()
+    return figure, grid[:panels]
+
+
+def _scale(axis: Any, values: Sequence[float]) -> None:
+    """Choose a logarithmic scale where values span more than a decade; zero keeps its place below it."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    if not sizes or max(sizes) / min(sizes) < 10:
+        axis.set_ylim(bottom=min(0, *values) if len(values) > 1 else None)
+        return
+    axis.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(min(sizes))), linscale=0.4)
+    decades = range(math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes))) + 1)
+    step = math.ceil(len(decades) / 8)
+    ticks = [10.0**decade for decade in decades][::step]
+    negative = [-tick for tick in ticks] if min(values) < 0 else []
+    axis.set_yticks([*negative, 0, *ticks])
+    axis.minorticks_off()
+
+
+def _unit(groups: Groups) -> str:
+    row = next(row for rows in groups.values() for row in rows)
+    return UNITS.get((row.of, row.phase), f"{row.of}, {row.phase}")
+
+
+def _save(figure: Any, axes: list[Any], groups: Groups, path: str | Path, title: str) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
+    if len(groups) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    with published(path) as aside:
+        figure.savefig(aside, dpi=120)
+    return path
