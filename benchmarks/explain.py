@@ -34,7 +34,7 @@ TARGET = 3
 
 
 def mlp() -> nn.Module:
-    """A hundred ReLUs and hardly any arithmetic: the cost of the method alone (4-d input, which one peer insists on)."""
+    """A hundred ReLUs and hardly any arithmetic: the method alone. Its input has 4 axes because a peer insists."""
     layers = [layer for _ in range(100) for layer in (nn.Linear(64, 64), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(64, 10))
 

@@ -88,9 +88,8 @@ def test_demo_explains_the_packaged_photographs(capfd, tmp_path):
 
 
 def test_the_files_hold_what_the_library_gives(capfd, tmp_path, cat):
-    code, out, err = call(
-        capfd, "explain", cat, "--model", "demo", "--target", "tiger cat", "--target", "285", "--json", "--out", tmp_path
-    )
+    words = ("--model", "demo", "--target", "tiger cat", "--target", "285", "--json", "--out", tmp_path)
+    code, out, err = call(capfd, "explain", cat, *words)
     assert (code, err) == (0, "")
     (result,) = json.loads(out)["results"]
     assert [t["class"] for t in result["targets"]] == [282, 285]

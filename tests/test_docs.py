@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import click
+import duckdb
 import pytest
 
 import undertow as ut
@@ -49,3 +50,15 @@ def test_every_public_name_has_a_docstring():
 
 def test_the_version_is_the_packages():
     assert f'version = "{ut.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_readmes_query_reads_a_run(tmp_path):
+    page = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+    (query,) = re.findall(r"`(SELECT [^`]*)`", page)
+    found = duckdb.sql(query.replace("RUN", str(space["folder"]))).fetchall()
+    assert {site for site, _ in found} == {"1", "3"}
+    assert all(0 <= share <= 1 for _, share in found)

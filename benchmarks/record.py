@@ -1,0 +1,624 @@
+"""Recording side by side: undertow, a plain bincount, wandb.watch, TorchLens, nansense.
+
+    pip install -c constraints.txt -e '.[bench]'
+    python benchmarks/record.py --markdown benchmarks/record.md --images 250
+
+Training: each method has its own copy of the network and its own optimizer. All take turns of a few steps in one
+process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
+same round. Recordings are opened once, outside the timing; what a turn left in undertow's writer is published at its
+end, and that is charged at its share: a turn of 4 steps pays 4/64 of it, 64 batches being what is published together.
+In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
+those of a copy without. Images: batches of 16 against what one writes by hand, in turns of 16 images.
+"""
+
+import argparse
+import copy
+import logging
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import undertow as ut
+from undertow.frameworks.torch.vision import import_torchvision
+
+GROUP = 64  # batches that undertow publishes together
+PAUSE = 0.1  # seconds between turns, for what another process still has to write
+STEPS = 4  # of a turn
+BATCH = 16  # images
+SECTIONS = ("training", "inplace", "images", "memory")
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def stack(widths: tuple[int | str, ...], channels: int, norm: bool, inplace: bool, head: int) -> nn.Sequential:
+    """Build 3x3 convolutions with ReLUs and, where "M" stands, max-pooling by 2."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        if isinstance(width, str):
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers.append(nn.Conv2d(channels, width, 3, padding=1))
+        layers += [nn.BatchNorm2d(width)] * norm + [nn.ReLU(inplace=inplace)]
+        channels = width
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(head, 10))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.normal_(module.bias, std=0.1)
+    return net
+
+
+SIX = (16, 16, 16, "M", 32, 32, 32, "M")
+VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
+
+
+@dataclass
+class Task:
+    """One training to watch: a network, its optimizer and a batch."""
+
+    model: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.model.train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def twin(self) -> "Task":
+        return Task(copy.deepcopy(self.model), self.x, self.y)
+
+
+def six_convolutions(size: int = 128) -> Task:
+    torch.manual_seed(0)
+    net = stack(SIX, 1, norm=False, inplace=False, head=32 * 7 * 7)
+    return Task(net, torch.randn(size, 1, 28, 28), torch.randint(10, (size,)))
+
+
+def vgg11(size: int = 16, norm: bool = False, side: int = 64) -> Task:
+    torch.manual_seed(0)
+    net = stack(VGG11, 3, norm, inplace=True, head=512 * (side // 32) ** 2)
+    return Task(net, torch.randn(size, 3, side, side), torch.randint(10, (size,)))
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+# --- training: a method yields its step, and what it leaves to be done at the end of a turn ---------------------------
+
+
+@dataclass
+class Method:
+    """What is timed: a step, and publishing what `GROUP` of them left. `before` and `after` a turn are not."""
+
+    step: Callable[[], None]
+    publish: Callable[[], None] | None = None
+    before: Callable[[], None] = lambda: None
+    after: Callable[[], None] = lambda: None
+
+
+@contextmanager
+def plain(task: Task) -> Iterator[Method]:
+    yield Method(task.step)
+
+
+@contextmanager
+def undertow(task: Task, measures: tuple[str, ...]) -> Iterator[Method]:
+    names = [f"{i:05d}.jpg" for i in range(len(task.x))]
+    with folder() as place, ut.record(place, task.model, sites="conv", measures=measures, group=GROUP) as recording:
+
+        def step() -> None:
+            with recording.batch(samples=names):
+                task.step()
+
+        yield Method(step, recording.flush)
+
+
+@contextmanager
+def bincount(task: Task) -> Iterator[Method]:
+    """The histogram that one writes at first: the same codes, counted whole in a hook."""
+    totals = {name: torch.zeros(1 << 16, dtype=torch.int64) for name in convolutions(task.model)}
+
+    def count(name: str, gradient: torch.Tensor) -> None:
+        codes = (gradient.contiguous().view(torch.int32) >> 16) & 0xFFFF
+        totals[name] += torch.bincount(codes.flatten(), minlength=1 << 16)
+
+    def watch(name: str, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        output.register_hook(partial(count, name))
+
+    for name, module in convolutions(task.model).items():
+        module.register_forward_hook(partial(watch, name))
+    yield Method(task.step)
+
+
+@contextmanager
+def wandb_watch(task: Task) -> Iterator[Method]:
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    import wandb
+
+    with folder() as place:
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        run = wandb.init(project="benchmark", dir=place, mode="offline", settings=settings)
+        run.watch(task.model, log="gradients", log_freq=1)
+
+        def step() -> None:
+            task.step()
+            run.log({"step": 1})
+
+        try:
+            yield Method(step)
+        finally:
+            run.unwatch(task.model)
+            run.finish()
+
+
+@contextmanager
+def torchlens_trace(task: Task) -> Iterator[Method]:
+    def step() -> None:
+        task.optimizer.zero_grad()
+        traced_gradients(task)
+        task.optimizer.step()
+
+    yield Method(step, before=torchlens_on, after=torchlens_off)
+
+
+@contextmanager
+def torchlens_record(task: Task) -> Iterator[Method]:
+    def step() -> None:
+        task.optimizer.zero_grad()
+        recorded_gradients(task)
+        task.optimizer.step()
+
+    yield Method(step, before=torchlens_on, after=torchlens_off)
+
+
+@contextmanager
+def nansense_session(task: Task) -> Iterator[Method]:
+    """As its UI sets it for a view that follows each batch; the UI itself is not served."""
+    with session(task.model, task.optimizer) as watching:
+
+        def step() -> None:
+            with watching.batch(phase="train", epoch=0):
+                task.step()
+
+        yield Method(step)
+
+
+METHODS: dict[str, tuple[Callable[[Task], object], str]] = {
+    "plain step": (plain, "nothing"),
+    "undertow, norms + zeros + moments": (
+        partial(undertow, measures=("channel-norm", "zero-fraction", "moments")),
+        "each sample's channel norms, zero counts, moments of the gradient at each convolution's output",
+    ),
+    "undertow, histogram": (
+        partial(undertow, measures=("histogram",)),
+        "the histogram of every value of that gradient, 65,536 cells",
+    ),
+    "torch.bincount in a hook": (bincount, "the same histogram, summed over all batches, in memory"),
+    "wandb.watch, offline": (wandb_watch, "64-bin histograms of the weights' gradients"),
+    "TorchLens trace": (torchlens_trace, "the tensors at the convolutions, of the last batch"),
+    "TorchLens record": (torchlens_record, "the tensors at the convolutions, of the last batch"),
+    "nansense": (nansense_session, "copies of all activations, gradients, weights, of the last batch"),
+}
+TASKS = {"six convolutions, 28x28, b128": six_convolutions, "VGG11, 64x64, b16": vgg11}
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
+
+
+def torchlens_on() -> None:
+    """TorchLens wraps every function of torch on its first use and leaves it so, which would slow the others."""
+    from torchlens.backends.torch.wrappers import wrap_torch
+
+    wrap_torch()
+
+
+def torchlens_off() -> None:
+    from torchlens.backends.torch.wrappers import unwrap_torch
+
+    unwrap_torch()
+
+
+def traced_gradients(task: Task) -> dict[str, torch.Tensor]:
+    """Forward and backward as TorchLens documents them, saving what is needed: the scores and these gradients."""
+    import torchlens as tl
+
+    options = tl.options.CaptureOptions(save_grads=tl.func("conv2d"), backward_ready=True)
+    log = tl.trace(task.model, task.x, save=tl.func("linear"), capture=options)
+    log.log_backward(F.cross_entropy(log[log.output_layers[0]].out, task.y))
+    return {name: log[name].grad for name in convolutions(task.model)}
+
+
+def recorded_gradients(task: Task) -> dict[str, torch.Tensor]:
+    """The same through its lighter `fastlog`."""
+    import torchlens as tl
+    from torchlens.fastlog import record
+
+    only = {"save": tl.func("conv2d"), "default_op": False, "default_module": False}
+    scores, log = record(task.model, task.x, backward_ready=True, return_output=True, **only)
+    log.log_backward(F.cross_entropy(scores, task.y), save_grads=_is_conv)
+    return {found.ctx.module_stack[-1].address: found.ram_payload for found in log.grad_records}
+
+
+def _is_conv(context: object) -> bool:
+    return "conv2d" in (getattr(context, "layer_label", None) or "")
+
+
+@contextmanager
+def session(model: nn.Module, optimizer: object = None) -> Iterator[object]:
+    """A nansense session that publishes every batch and waits for nobody."""
+    import nansense
+
+    watching = nansense.start(model, epochs=1, optimizer=optimizer)
+    watching.detach()
+    watching.set_update_frequency(unit="batch", n=1)
+    try:
+        yield watching
+    finally:
+        watching.close()
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    place = Path(tempfile.mkdtemp(prefix="undertow-benchmark-"))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def turn(method: Method, steps: int) -> tuple[float, float, float]:
+    """Return the seconds of some steps with their share of publishing, on the clock and of all threads' work, and
+    those of publishing."""
+    method.before()
+    try:
+        began = clocks()
+        for _ in range(steps):
+            method.step()
+        stepped = clocks()
+        if method.publish is not None:
+            method.publish()
+        published = clocks()
+    finally:
+        method.after()
+    time.sleep(PAUSE)
+    wall, work = stepped - began + (published - stepped) * steps / GROUP
+    return float(wall), float(work), float((published - stepped)[0])
+
+
+def clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def training(rounds: int, quick: bool) -> Iterator[str]:
+    yield "| network | method | ms a step | x plain step | x its CPU time | publishing, ms | what it keeps |"
+    yield "|---|---|---:|---:|---:|---:|---|"
+    for network, make in TASKS.items():
+        task = make(4) if quick else make()
+        network += ", but b4" * quick
+        failed: dict[str, str] = {}
+        taken: dict[str, list[tuple[float, float, float]]] = {}
+        with ExitStack() as opened:
+            ready = {}
+            for name, (start, _) in METHODS.items():
+                try:
+                    ready[name] = opened.enter_context(start(task.twin()))
+                    turn(ready[name], 2)
+                except Exception as error:
+                    failed[name] = said(error)
+                    ready.pop(name, None)
+            taken = {name: [] for name in ready}
+            for _ in range(rounds):
+                for name in random.sample(list(ready), len(ready)):
+                    taken[name].append(turn(ready[name], STEPS))
+        for name, (_, keeps) in METHODS.items():
+            if name in failed:
+                yield f"| {network} | {name} | - | - | - | - | did not run: {failed[name]} |"
+                continue
+            turns, base = np.array(taken[name]), np.array(taken["plain step"])
+            ms, _, publishing = 1e3 * np.median(turns, axis=0)
+            wall, work = np.median(turns[:, :2] / base[:, :2], axis=0)
+            last = f"{publishing:.1f}" if ready[name].publish else "-"
+            yield f"| {network} | {name} | {ms / STEPS:.1f} | {wall:.3f} | {work:.3f} | {last} | {keeps} |"
+
+
+def said(error: BaseException) -> str:
+    text = " ".join(str(error).split()).replace("|", "/")
+    return f"{type(error).__name__}: {text[:90]}{'...' if len(text) > 90 else ''}"
+
+
+# --- the in-place network --------------------------------------------------------------------------------------------
+
+Gradients = dict[str, torch.Tensor]
+
+
+def retained(task: Task, modules: dict[str, nn.Module]) -> Gradients:
+    outputs: Gradients = {}
+
+    def keep(name: str, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
+    task.step()
+    for handle in handles:
+        handle.remove()
+    return {name: output.grad for name, output in outputs.items()}
+
+
+def truth(task: Task) -> tuple[Gradients, Gradients]:
+    """Return the gradients of an out-of-place copy: at each convolution's output, and behind the ReLU after it."""
+    task = task.twin()
+    for module in task.model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    everything = retained(task, dict(task.model.named_modules()))
+    convs = list(convolutions(task.model))
+    relus = [name for name, module in task.model.named_modules() if isinstance(module, nn.ReLU)]
+    return (
+        {name: everything[name] for name in convs},
+        {conv: everything[relu] for conv, relu in zip(convs, relus, strict=True)},
+    )
+
+
+def through_undertow(task: Task) -> Gradients:
+    with folder() as place:
+        with ut.record(place, task.model, sites="conv", measures="keep") as recording, recording.batch():
+            task.step()
+        return {row["site"]: torch.from_numpy(values) for row, values in ut.Run(place).tensors()}
+
+
+def through_nansense(task: Task) -> Gradients:
+    with session(task.model) as watching:
+        with watching.batch(phase="train", epoch=0):
+            task.step()
+        found = watching.snapshot.activation_gradients
+        return {name: found[name] for name in convolutions(task.model)}
+
+
+def through_torchlens(task: Task, gradients: Callable[[Task], Gradients]) -> Gradients:
+    torchlens_on()
+    try:
+        return gradients(task)
+    finally:
+        torchlens_off()
+
+
+def through_retain_grad(task: Task) -> Gradients:
+    return retained(task, convolutions(task.model))
+
+
+def through_full_hooks(task: Task) -> Gradients:
+    found: Gradients = {}
+    for name, module in convolutions(task.model).items():
+        module.register_full_backward_hook(lambda _, __, outer, name=name: found.update({name: outer[0].clone()}))
+    task.step()
+    return found
+
+
+READERS: dict[str, Callable[[Task], Gradients]] = {
+    "undertow": through_undertow,
+    "Tensor.retain_grad": through_retain_grad,
+    "register_full_backward_hook": through_full_hooks,
+    "TorchLens trace": partial(through_torchlens, gradients=traced_gradients),
+    "TorchLens record": partial(through_torchlens, gradients=recorded_gradients),
+    "nansense": through_nansense,
+}
+
+
+def verdict(found: Gradients, wanted: Gradients, behind: Gradients) -> tuple[int, str]:
+    """Return at how many sites the gradients are the true ones to the last bit, and what they are elsewhere."""
+    missing = [name for name in wanted if name not in found]
+    wrong = [name for name in wanted if name not in missing and not torch.equal(found[name], wanted[name])]
+    exact = len(wanted) - len(missing) - len(wrong)
+    if exact == len(wanted):
+        return exact, "exact"
+    parts = [f"nothing at {len(missing)}"] if missing else []
+    if wrong:
+        off = [100 * float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wrong]
+        post = sum(torch.equal(found[name], behind[name]) for name in wrong)
+        parts.append(f"post-ReLU values at {post}, " if post else "")
+        parts[-1] += f"{min(off):.0f} to {max(off):.0f} % off at {len(wrong)}"
+    return exact, "; ".join(parts)
+
+
+def in_place() -> Iterator[str]:
+    yield "| in-place network | tool | exact sites | gradients at the outputs of its convolutions |"
+    yield "|---|---|---:|---|"
+    for network, norm in (("VGG11", False), ("VGG11-BN", True)):
+        task = vgg11(4, norm)
+        wanted, behind = truth(task)
+        for tool, read in READERS.items():
+            try:
+                exact, text = verdict(read(task.twin()), wanted, behind)
+            except Exception as error:
+                exact, text = 0, f"error: {said(error)}"
+            yield f"| {network} | {tool} | {exact}/{len(wanted)} | {text} |"
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+Norms = dict[str, list[np.ndarray]]
+
+
+@contextmanager
+def by_hand(model: nn.Module, frozen: bool) -> Iterator[tuple[Callable[[torch.Tensor, int], None], Norms]]:
+    """Image by image, as people write it; `frozen` is the same without the gradients of weights."""
+    kept: Norms = {name: [] for name in list(convolutions(model))[:2]}
+
+    def norms(name: str, gradient: torch.Tensor) -> None:
+        kept[name].append(gradient[0].flatten(1).norm(dim=1).numpy())
+
+    def watch(name: str, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        output.register_hook(partial(norms, name))
+
+    for name in kept:
+        model.get_submodule(name).register_forward_hook(partial(watch, name))
+    model.requires_grad_(not frozen)
+
+    def run(images: torch.Tensor, start: int) -> None:
+        for image in images:
+            model.zero_grad()
+            scores = model(image[None].requires_grad_(frozen))
+            scores[0, int(scores.argmax())].backward()
+
+    yield run, kept
+
+
+@contextmanager
+def batched(model: nn.Module) -> Iterator[tuple[Callable[[torch.Tensor, int], None], Norms]]:
+    """Batches of 16, the objective summed, as `undertow record FOLDER` does it."""
+    kept: Norms = {}
+    model.requires_grad_(False)
+    with folder() as place:
+        with ut.record(place, model, sites="conv[:2]", measures="channel-norm", loss_reduction="sum") as recording:
+
+            def run(images: torch.Tensor, start: int) -> None:
+                names = [f"{start + i:06d}.jpg" for i in range(len(images))]
+                with recording.batch(samples=names):
+                    model(images.clone().requires_grad_()).amax(1).sum().backward()
+
+            yield run, kept
+        for row in ut.Run(place).table("channel_norm").to_pylist():
+            kept.setdefault(row["site"], []).append(np.array(row["values"], np.float32))
+
+
+HAND, FROZEN, BATCHED = "by hand, image by image", "the same, weights frozen", "undertow, batches of 16"
+
+
+def images(count: int, quick: bool) -> Iterator[str]:
+    yield f"| network, {count} images | method | images a second | x by hand | norms |"
+    yield "|---|---|---:|---:|---|"
+    side = 64 if quick else 224
+    for network in ("vgg16", "vgg16_bn"):
+        torch.manual_seed(0)
+        model = import_torchvision().models.get_model(network, weights=None).eval()
+        data = torch.randn(count, 3, side, side)
+        ways = {HAND: partial(by_hand, frozen=False), FROZEN: partial(by_hand, frozen=True), BATCHED: batched}
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        with ExitStack() as opened:
+            ready = {way: opened.enter_context(start(copy.deepcopy(model))) for way, start in ways.items()}
+            for run, kept in ready.values():  # once unseen
+                run(data[:2], count)
+                for found in kept.values():
+                    found.clear()
+            for start in range(0, count, BATCH):
+                for way in random.sample(list(ready), len(ready)):
+                    started = time.perf_counter()
+                    ready[way][0](data[start : start + BATCH], start)
+                    taken[way].append(time.perf_counter() - started)
+        wanted = ready[HAND][1]
+        ready[BATCHED][1].update({name: found[2:] for name, found in ready[BATCHED][1].items()})  # the unseen two
+        for way, seconds in taken.items():
+            ratio = statistics.median(b / t for t, b in zip(seconds, taken[HAND], strict=True))
+            kept = ready[way][1]
+            off = max(float(np.abs(np.stack(kept[n]) - w).max() / w.max()) for n, w in stacked(wanted).items())
+            same = "-" if way == HAND else f"within {off:.0e} of the largest"
+            yield f"| {network} | {way} | {count / sum(seconds):.2f} | {ratio:.2f} | {same} |"
+
+
+def stacked(norms: Norms) -> dict[str, np.ndarray]:
+    return {name: np.stack(found) for name, found in norms.items()}
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def resident() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def memory(batches: int) -> list[tuple[int, float]]:
+    """Record many batches in this process and return its resident MiB on the way: run it in a new one."""
+    torch.set_num_threads(1)  # two would wait for each other longer than they calculate
+    torch.manual_seed(0)
+    net = stack((4, "M", 4, "M"), 1, norm=False, inplace=True, head=16)
+    task = Task(net, torch.randn(8, 1, 8, 8), torch.randint(10, (8,)))
+    names = [f"{i}.jpg" for i in range(8)]
+    seen = []
+    measures = ("channel-norm", "zero-fraction", "moments", "histogram")
+    with folder() as place, ut.record(place, net, measures=measures) as recording:
+        for number in range(1, batches + 1):
+            with recording.batch(samples=names):
+                task.step()
+            if number in (batches // 10, batches // 2, batches):
+                seen.append((number, resident()))
+    return seen
+
+
+def memory_apart(batches: int) -> Iterator[str]:
+    yield "| batches recorded | resident MiB |"
+    yield "|---:|---:|"
+    command = [sys.executable, __file__, "--memory-of", str(batches)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        number, mib = line.split()
+        yield f"| {int(number):,} | {float(mib):.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help=f"rounds of {STEPS} training steps for each method")
+    parser.add_argument("--only", choices=SECTIONS, help="one section")
+    parser.add_argument("--images", type=int, default=32, help="images for each VGG16")
+    parser.add_argument("--markdown", type=Path, help="write the tables here as well")
+    parser.add_argument("--quick", action="store_true", help="small batches and 1,000 batches: does it run?")
+    parser.add_argument("--threads", type=int, help="of torch; as it chooses if not given")
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if given.memory_of:
+        for number, mib in memory(given.memory_of):
+            print(number, mib)
+        return
+    sections = {
+        "training": lambda: training(given.rounds, given.quick),
+        "inplace": in_place,
+        "images": lambda: images(given.images, given.quick),
+        "memory": lambda: memory_apart(1_000 if given.quick else 10_000),
+    }
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    lines = [f"{machine}, {os.cpu_count()} cores; medians over turns in random order."]
+    print(lines[0])
+    for name in [given.only] if given.only else SECTIONS:
+        lines.append("")
+        print()
+        for line in sections[name]():
+            lines.append(line)
+            print(line, flush=True)
+    if given.markdown:
+        given.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
