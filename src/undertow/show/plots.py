@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 UNITS = {
     ("magnitude", "backward"): "|gradient|, objective per unit of output",
     ("value", "backward"): "gradient, objective per unit of output",
-    ("channel_norm", "backward"): "ℓ2 norm of a channel's gradient, objective per unit of output",
+    ("channel_norm", "backward"): "ℓ2 norm of a channel's gradient,\nobjective per unit of output",
     ("magnitude", "forward"): "|output|",
     ("value", "forward"): "output",
     ("channel_norm", "forward"): "ℓ2 norm of a channel's output",
