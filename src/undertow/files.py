@@ -58,7 +58,7 @@ def distinct(names: Sequence[str]) -> list[str]:
     Names that differ in case only count as colliding.
 
     >>> distinct(["a/x.jpg", "A/x.jpg", "y.jpg"])
-    ['a_x.jpg-f8cb9c54', 'A_x.jpg-6c0fe7c8', 'y.jpg']
+    ['a_x.jpg-7ec9164c', 'A_x.jpg-0ec0354d', 'y.jpg']
     """
     short = [readable(name) for name in names]
     times = Counter(name.casefold() for name in short)
