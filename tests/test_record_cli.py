@@ -139,7 +139,12 @@ def test_each_image_has_its_own_gradient(tmp_path, network, folder, objective):
 def test_interrupted_and_resumed(tmp_path, network, folder):
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = [sys.executable, "-m", "undertow", "record", str(folder), "--model", f"{network}:slow", "--batch-size", "2"]
-    process = subprocess.Popen([*words, "--out", str(run)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*words, "--out", str(run)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     deadline = time.monotonic() + 60
     while not (run / "manifest.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
