@@ -364,19 +364,6 @@ def test_under_no_grad_and_inference_mode(x):
 
 @pytest.mark.parametrize("through", ["graph", "swap", "hook"])
 def test_weight_gradients_are_never_computed(x, through):
-    asked = []
-
-    class Linear(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, v, weight):
-            ctx.save_for_backward(v, weight)
-            return v @ weight.T
-
-        @staticmethod
-        def backward(ctx, g):
-            asked.append(ctx.needs_input_grad)
-            return g @ ctx.saved_tensors[1], None
-
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

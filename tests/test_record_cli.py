@@ -184,6 +184,20 @@ def test_wrong_words(capfd, tmp_path, network, folder, words, said):
     assert "Traceback" not in err
 
 
+def test_a_missing_folder_and_one_without_a_readable_photograph(capfd, tmp_path, network):
+    words = ("--model", f"{network}:plain", "--out", tmp_path / "run")
+    code, _, err = call(capfd, "record", tmp_path / "nope", *words)
+    assert code == 2
+    assert "nope does not exist" in err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "a.png").write_bytes(b"no picture")
+    code, _, err = call(capfd, "record", tmp_path / "all", *words)
+    assert code == 2
+    assert "none of 1 photographs could be read; the first:" in err
+    assert "a.png" in err
+
+
 def test_reading_what_is_no_run(capfd, tmp_path):
     code, _, err = call(capfd, "quantiles", tmp_path)
     assert code == 2

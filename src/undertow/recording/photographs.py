@@ -69,6 +69,7 @@ def record_photographs(
 
     Raises:
         InputError: nothing to record, or an argument that cannot be used.
+        PhotographError: there is no such folder, or not one photograph in it can be read.
         TargetError: a folder is not named after a class, where the objective needs it.
         RunError: the run's folder holds something else.
     """
@@ -76,6 +77,8 @@ def record_photographs(
         raise InputError(f"objective {objective!r} is unknown (known: {', '.join(OBJECTIVES)})")
     batch_size = batch_size or (4 if device == "cpu" else 32)
     root = Path(source)
+    if not root.exists():
+        raise PhotographError(f"{root} does not exist; check the name")
     paths = images.find([root])[:limit]
     names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in paths]
     labels = None if objective == "predicted" else [_label(classifier, path) for path in paths]
@@ -115,6 +118,8 @@ def record_photographs(
                     run_objective(x, wanted)
                 done.photographs += len(good)
             advance(len(loaded))
+        if not done.photographs and not done.before:
+            raise PhotographError(f"none of {len(names)} photographs could be read; the first: {done.failed[0][1]}")
     return done
 
 

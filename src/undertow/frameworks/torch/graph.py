@@ -111,7 +111,7 @@ def _positive_part(g: torch.Tensor | None) -> torch.Tensor | None:
     return None if g is None else torch.relu(g)
 
 
-# Rules of the form local(f(g)): f before the node's own backward is all there is to them, and costs a third of the
+# Rules of the form local(f(g)): f before the node's own backward is all there is to them, and costs half of the
 # general hook. The tests hold each of them to the general one.
 _BEFORE_LOCAL: dict[Rule, Callable[[torch.Tensor | None], torch.Tensor | None]] = {guided: _positive_part}
 
