@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undertow.errors import InputError
-from undertow.frameworks.torch import probe  # registers the kernels
+from undertow.frameworks.torch import kernels  # registers them
 from undertow.measures import MEASURES, Histogram, Keep, Moments, counts, edges, finite, moments, norms, resolve, zeros
 
 ALL = [make() for make in MEASURES.values()] + [Keep(by="sample")]
@@ -152,7 +152,7 @@ def test_a_nan_is_seen_in_the_moments():
 
 
 def test_more_values_than_one_chunk():
-    x = torch.randn(probe._CHUNK * 2 + 17, generator=torch.Generator().manual_seed(0)).view(1, -1)
+    x = torch.randn(kernels._CHUNK * 2 + 17, generator=torch.Generator().manual_seed(0)).view(1, -1)
     np.testing.assert_array_equal(counts(x).numpy(), counts(x.numpy()))
 
 

@@ -1,0 +1,115 @@
+"""What the measures are made of, on a PyTorch tensor wherever it lies, without waiting for a device."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import measures
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """Return the elements in the order in which they lie in memory, where they are dense: no copy then."""
+    order = sorted(range(x.ndim), key=lambda axis: (-x.stride()[axis], axis))
+    return x.permute(order).reshape(-1)
+
+
+def _float(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@measures.norms.register(torch.Tensor)
+def _norms(x: torch.Tensor) -> Any:
+    if x.ndim == 2:
+        return x.abs().float()
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[:2], dtype=torch.float32)
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim)), dtype=wide).float()
+
+
+@measures.zeros.register(torch.Tensor)
+def _zeros(x: torch.Tensor) -> Any:
+    if x.device.type != "cpu":
+        return (x == 0).sum()
+    dense = _float(flat(x)).numpy()
+    return np.asarray(dense.size - np.count_nonzero(dense != 0), np.int64)
+
+
+@measures.moments.register(torch.Tensor)
+def _moments(x: torch.Tensor) -> torch.Tensor:
+    dense = _float(flat(x))
+    if dense.numel() == 0:
+        return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
+    low, high = torch.aminmax(dense)
+    mean, m2 = _mean_and_deviations(dense)
+    return torch.stack([mean, m2, low.double(), high.double()])
+
+
+_ROW = 4096
+
+
+def _mean_and_deviations(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum rows in the tensor's precision and the rows' sums in float64; deviations are from a first mean."""
+    n = dense.numel()
+    mean = _total(dense, _sums) / n
+    squares = _total(dense, _squares)
+    if dense.device.type != "cpu" or bool(squares < 16 * n * mean * mean):  # elsewhere, to ask would be to wait
+        shifted = dense - mean.to(dense.dtype)
+        rest = _total(shifted, _sums) / n
+        return mean.to(dense.dtype).double() + rest, (_total(shifted, _squares) - n * rest * rest).clamp(min=0)
+    return mean, (squares - n * mean * mean).clamp(min=0)
+
+
+def _sums(rows: torch.Tensor) -> Any:
+    return rows.sum(1)
+
+
+def _squares(rows: torch.Tensor) -> Any:
+    return torch.linalg.vector_norm(rows, dim=1).double().square()
+
+
+def _total(dense: torch.Tensor, of: Any) -> Any:
+    whole = dense.numel() // _ROW * _ROW
+    total = of(dense[:whole].view(-1, _ROW)).double().sum()
+    return total + of(dense[whole:].view(1, -1)).double().sum() if whole < dense.numel() else total
+
+
+@measures.counts.register(torch.Tensor)
+def _counts(x: torch.Tensor) -> Any:
+    dense = flat(x) if x.dtype == torch.bfloat16 else flat(x).float()
+    if x.device.type == "cpu":
+        return _counted(dense)
+    # bincount would wait for the device, to learn the largest code
+    codes = dense.view(torch.int16)
+    if dense.dtype == torch.float32:
+        codes = codes[1::2]  # little-endian: the upper half comes second
+    ones = torch.ones((), dtype=torch.int64, device=x.device).expand(codes.shape)
+    found = torch.zeros(measures.CODES, dtype=torch.int64, device=x.device)
+    return found.scatter_add_(0, codes.long() & 0xFFFF, ones)
+
+
+_CHUNK = 1 << 20
+_scratch = threading.local()  # 4 MiB for each thread that counts: fresh memory would cost as much as the shift
+
+
+def _counted(dense: torch.Tensor) -> torch.Tensor:
+    """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
+    found = torch.zeros(measures.CODES, dtype=torch.int64)
+    room = getattr(_scratch, "room", None)
+    if room is None:
+        room = _scratch.room = np.empty(_CHUNK, np.uint32)
+    for chunk in dense.split(_CHUNK):
+        codes = room[: len(chunk)]
+        if chunk.dtype == torch.bfloat16:
+            codes[:] = chunk.view(torch.int16).numpy().view(np.uint16)
+        else:
+            np.right_shift(chunk.numpy().view(np.uint32), np.uint32(16), out=codes)
+        found += torch.bincount(torch.from_numpy(codes.view(np.int32)), minlength=measures.CODES)
+    return found
+
+
+@measures.copied.register(torch.Tensor)
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
