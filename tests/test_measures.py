@@ -10,7 +10,21 @@ from hypothesis import strategies as st
 
 from undertow.errors import InputError
 from undertow.frameworks.torch import kernels  # registers them
-from undertow.measures import MEASURES, Histogram, Keep, Moments, counts, edges, finite, moments, norms, resolve, zeros
+from undertow.measures import (
+    MEASURES,
+    ChannelSums,
+    Histogram,
+    Keep,
+    Moments,
+    counts,
+    edges,
+    finite,
+    moments,
+    norms,
+    resolve,
+    sums,
+    zeros,
+)
 
 ALL = [make() for make in MEASURES.values()] + [Keep(by="sample")]
 
@@ -20,7 +34,7 @@ def same(measure, a, b):
     assert a.keys() == b.keys() == measure.columns.keys()
     for key in a:
         for one, other in zip(a[key], b[key], strict=True):
-            if isinstance(measure, Moments) and key in ("mean", "m2"):
+            if isinstance(measure, Moments | ChannelSums) and key in ("mean", "m2", "sums", "absolutes"):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)
             else:
                 np.testing.assert_array_equal(one, other)
@@ -120,6 +134,13 @@ def test_moments_by_hand(x):
     wanted = [mean, sum((value - mean) ** 2 for value in listed), min(listed), max(listed)]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(plain, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_channel_sums_by_hand(x):
+    channels = [np.ravel(x.double().numpy()[:, place]).tolist() for place in range(x.shape[1])]
+    wanted = [[sum(channel) for channel in channels], [sum(map(abs, channel)) for channel in channels]]
+    for found in (sums(x).numpy(), sums(x.double().numpy())):
+        np.testing.assert_allclose(found, np.array(wanted), rtol=1e-5, atol=1e-5)
 
 
 def test_counts_by_hand(x):

@@ -9,7 +9,7 @@ A measure is a class with five short methods around a **state**, a flat dict of 
     finish(s)      the columns of its table: one row, or with `per_sample` one row for each sample
 
 `reduce` touches arrays through arithmetic, or through the functions below that a framework registers kernels for
-(`norms`, `zeros`, `moments`, `counts`, `copied`). A new measure is one class and one row of `MEASURES`.
+(`norms`, `zeros`, `moments`, `sums`, `counts`, `copied`). A new measure is one class and one row of `MEASURES`.
 """
 
 from abc import ABC, abstractmethod
@@ -65,6 +65,19 @@ def moments(x: Any) -> Any:
         wide = np.asarray(x, np.float64)
         mean = wide.mean()
         return np.array([mean, np.square(wide - mean).sum(), wide.min(), wide.max()])
+
+
+@singledispatch
+def sums(x: Any) -> Any:
+    """Return the sums, and the sums of magnitudes, over all axes but the second: `(B, C, ...)` to float64 `(2, C)`.
+
+    >>> sums(np.array([[[1.0, -3.0]], [[0.0, 1.0]]]))
+    array([[-1.],
+           [ 5.]])
+    """
+    axes = (0, *range(2, x.ndim))
+    wide = np.asarray(x, np.float64)
+    return np.stack([wide.sum(axes), np.abs(wide).sum(axes)])
 
 
 @singledispatch
@@ -229,6 +242,36 @@ class Moments(Measure):
 
 
 @final
+class ChannelSums(Measure):
+    """The sum and the sum of magnitudes of each channel, over samples and space: `(B, C, ...)` to two float64 `(C,)`.
+
+    Of a gradient, the sum is the gradient of the channel's bias; beside the sum of magnitudes it tells whether the
+    elements agree in sign. Merging adds, so the order matters to the last bits.
+
+    >>> measure = ChannelSums()
+    >>> measure.finish(measure.reduce(np.array([[1.0, 2.0], [-4.0, 1.0]])))
+    {'sums': [array([-3.,  3.])], 'absolutes': [array([5., 3.])]}
+    """
+
+    name = "channel-sums"
+    columns: ClassVar[Mapping[str, str]] = {"sums": "list<float64>", "absolutes": "list<float64>"}
+
+    def init(self) -> State:
+        return {"sums": np.zeros((2, 0))}
+
+    def reduce(self, x: Any, start: int = 0) -> State:
+        return {"sums": sums(x)}
+
+    def merge(self, a: State, b: State) -> State:
+        if a["sums"].size == 0 or b["sums"].size == 0:
+            return b if a["sums"].size == 0 else a
+        return {"sums": a["sums"] + b["sums"]}
+
+    def finish(self, state: State) -> Columns:
+        return {"sums": [state["sums"][0]], "absolutes": [state["sums"][1]]}
+
+
+@final
 class Histogram(Measure):
     """How often each truncated bfloat16 code occurs: 65,536 counters, kept sparse on disk.
 
@@ -300,7 +343,9 @@ class Keep(Measure):
         return {"file": list(values) if self.per_sample else [values]}
 
 
-MEASURES: dict[str, type[Measure]] = {m.name: m for m in (ChannelNorm, ZeroFraction, Moments, Histogram, Keep)}
+MEASURES: dict[str, type[Measure]] = {
+    m.name: m for m in (ChannelNorm, ZeroFraction, Moments, ChannelSums, Histogram, Keep)
+}
 
 
 def resolve(measures: "str | Measure | Iterable[str | Measure]") -> tuple[Measure, ...]:

@@ -38,6 +38,31 @@ TABLES: dict[str, dict[str, str]] = {
 }
 """The columns of the tables that every run has; a measure's own follow KEYS, SITE_KEYS and `dtype`."""
 
+DIAGNOSIS = SITE_KEYS | {
+    "step": "int16",
+    "op": "string",
+    "module": "string",
+    "settings": "string",
+    "readers": "string",
+    "shape": "list<int64>",
+    "dtype": "string",
+    "arrival": "string",
+    "joins": "int32",
+    "gain": "float64",
+    "zeros": "int64",
+    "expected_zeros": "int64",
+    "closed": "int64",
+    "slope": "float64",
+    "absolute": "float64",
+    "active": "list<int64>",
+    "codes": "list<uint16>",
+    "counts": "list<int64>",
+    "sums": "list<float64>",
+    "absolutes": "list<float64>",
+}
+"""The columns, behind KEYS, of the table `diagnosis`: a row for each site of a batch that was watched (step 0), and one
+for each function that its output alone went through. `undertow.diagnosis` says what they mean."""
+
 
 def arrow() -> Any:
     """Import pyarrow.

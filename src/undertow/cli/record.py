@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-MEASURES = ("channel-norm", "zero-fraction", "moments", "histogram", "keep", "keep:sample")
+MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
 
 @click.command(

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from ..errors import InputError, RunError
 from ..measures import Measure, resolve
-from ..run import COMMITTED, FORMAT, arrow, read_manifest, write_manifest
+from ..run import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manifest, write_manifest
 from ..sites import Predicate, Selection, Site, framework, selection
 from .schedule import Schedule
 from .writer import Batch, Writer, columns_of
@@ -18,7 +18,7 @@ from .writer import Batch, Writer, columns_of
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
 REDUCTIONS = ("mean", "sum")
 _HIDDEN = "no gradient reached its output, a view: if that is changed in place afterwards, take the module before it"
-_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size")
+_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size", "diagnose")
 
 
 def record(
@@ -34,6 +34,7 @@ def record(
     objective: str | None = None,
     reference: str | None = None,
     source: dict[str, Any] | None = None,
+    diagnose: bool | int = False,
     group: int = 64,
 ) -> "Recording":
     """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
@@ -50,8 +51,8 @@ def record(
         folder: of the run; made where there is none.
         model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count.
         sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
-        measures: "channel-norm", "zero-fraction", "moments", "histogram", "keep" (a file for each batch and site),
-            "keep:sample" (one for each sample and site), or measures of your own.
+        measures: "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for each
+            batch and site), "keep:sample" (one for each sample and site), or measures of your own.
         phase: "backward" (gradients with respect to outputs), "forward" (the outputs) or "both".
         schedule: which batches; None is all.
         loss_reduction: "mean" or "sum": how the loss joins the samples of a batch. Recorded, see above.
@@ -59,6 +60,7 @@ def record(
         objective: what the gradient is of, in words, for the manifest.
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
+        diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 16.
         group: how many batches are published together at most; a killed process loses those not yet published.
 
     Raises:
@@ -78,8 +80,12 @@ def record(
     for what, word, known in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
         if word not in known:
             raise InputError(f"{what} {word!r} is not understood (known: {', '.join(known)})")
-    if not isinstance(group, int) or group < 1:
-        raise InputError(f"group={group!r} must be a whole number above 0")
+    every = 16 if diagnose is True else int(diagnose)
+    for what, value, least in (("group", group, 1), ("diagnose", every, 0)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{what}={value!r} must be a whole number of at least {least}")
+    if every and phase == "forward":
+        raise InputError('diagnose needs gradients; record with phase="backward" or "both"')
     arrow()
     asked = selection(sites)
     frame = framework(model)
@@ -94,6 +100,7 @@ def record(
         "source": source,
         "loss_reduction": loss_reduction,
         "world_size": world_size,
+        "diagnose": every,
     }
     return Recording(Path(folder), model, asked, listed, schedule, scaler, settings, reference, rank, group)
 
@@ -140,7 +147,8 @@ class Recording:
             names = self.manifest["sites"]["names"]
             self._names = names or self.selection.candidates(self._parts)
             self._done = _on_disk(self.folder, self.rank)
-            self._writer = Writer(self.folder, self.measures, self.rank, self.group)
+            diagnose = bool(self.settings["diagnose"])
+            self._writer = Writer(self.folder, self.measures, self.rank, self.group, diagnose)
             self._clear_tensors()
             stack.callback(self._finish_writing)
             self._stack = stack.pop_all()
@@ -190,7 +198,9 @@ class Recording:
             yield False
             return
         modules = {part.name: part.module for part in self._parts if part.name in self._names}
-        probe = self._frame.Probe(modules, self.measures, frozenset(PHASES[self.settings["phase"]]), self.scaler)
+        watched = self.model if self._is_watched(number) else None
+        phases = frozenset(PHASES[self.settings["phase"]])
+        probe = self._frame.Probe(modules, self.measures, phases, self.scaler, watched)
         self._open = True
         try:
             with probe:
@@ -228,6 +238,11 @@ class Recording:
         self._counted[epoch] = number + 1
         return number
 
+    def _is_watched(self, number: int) -> bool:
+        """Whether a batch is watched for a diagnosis: which ones are must not depend on where a run was resumed."""
+        every = self.settings["diagnose"]
+        return bool(every) and number % every == 0
+
     def _take(self, probe: Any, names: list[str] | None, epoch: int, number: int) -> None:
         """Hand a batch over to the writer, its readings in an order that does not depend on the backward pass's."""
         self._settle_sites(list(probe.order))
@@ -240,9 +255,10 @@ class Recording:
         readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
         size = len(names) if names is not None else max((reading.size for reading in readings), default=0)
         facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
-        landing = self._frame.Landing(readings)
+        points = probe.points(self._names)
+        landing = self._frame.Landing([*readings, *points])
         assert self._writer is not None
-        self._writer.put(Batch(epoch, number, names, size, facts, probe.scale, readings, landing))
+        self._writer.put(Batch(epoch, number, names, size, facts, probe.scale, readings, points, landing))
         self.batches += 1
 
     def _warn_of_scale(self, unscaled: bool) -> None:
@@ -278,7 +294,8 @@ class Recording:
             "model": {"reference": self.reference, **self._frame.identity(self.model)},
             "sites": {"select": self.selection.text, "names": [], "order": None},
             **self.settings,
-            "tables": {measure.table: columns_of(measure) for measure in self.measures},
+            "tables": {measure.table: columns_of(measure) for measure in self.measures}
+            | ({"diagnosis": KEYS | DIAGNOSIS} if self.settings["diagnose"] else {}),
         }
         _refuse_strangers(self.folder)
         try:

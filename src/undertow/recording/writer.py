@@ -18,6 +18,7 @@ from ..files import readable
 from ..measures import Measure
 from ..run import (
     COMMITTED,
+    DIAGNOSIS,
     KEYS,
     SAMPLE_KEYS,
     SITE_KEYS,
@@ -45,6 +46,7 @@ class Batch:
     facts: dict[str, Any]
     scale: Any
     readings: Sequence[Any]
+    points: Sequence[Any]
     landing: Any
 
 
@@ -62,12 +64,16 @@ class Writer:
         measures: in the order in which each reading has its states.
         rank: of the process, part of the names of its files.
         group: how many batches are published together; they are also after 10 seconds or at 64 MiB.
+        diagnose: whether some batches are watched for a diagnosis.
     """
 
-    def __init__(self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 64) -> None:
+    def __init__(
+        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 64, diagnose: bool = False
+    ) -> None:
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
         self._schemas = {name: schema(columns) for name, columns in TABLES.items()}
         self._schemas |= {measure.table: schema(columns_of(measure)) for measure in measures}
+        self._schemas |= {"diagnosis": schema(KEYS | DIAGNOSIS)} if diagnose else {}
         self._number = _clear_uncommitted(folder, rank, list(self._schemas))
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._batches = self._bytes = 0
@@ -161,6 +167,7 @@ class Writer:
                 called = {"sample": np.arange(reading.size), "name": names if matching else [None] * reading.size}
                 block = {**keys, **(called if measure.per_sample else {}), **site, **measure.finish(state)}
                 self._rows[measure.table].append(self._stored(measure, block, batch))
+        self._rows["diagnosis"] += [{**keys, **point.row()} for point in batch.points]
         self._batches += 1
 
     def _stored(self, measure: Measure, block: dict[str, Any], batch: Batch) -> dict[str, Any]:

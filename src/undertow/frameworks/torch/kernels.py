@@ -5,8 +5,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ... import measures
+
+_FEATURES_LAST: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder),
+)
+
+
+def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
+    if x.layout != torch.strided:
+        x = x.to_dense()
+    if isinstance(module, nn.modules.conv._ConvNd) and x.ndim == module.weight.ndim - 1:
+        return x.unsqueeze(0)  # a single sample without a batch axis
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
+    return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:
@@ -74,6 +91,12 @@ def _total(dense: torch.Tensor, of: Any) -> Any:
     whole = dense.numel() // _ROW * _ROW
     total = of(dense[:whole].view(-1, _ROW)).double().sum()
     return total + of(dense[whole:].view(1, -1)).double().sum() if whole < dense.numel() else total
+
+
+@measures.sums.register(torch.Tensor)
+def _channel_sums(x: torch.Tensor) -> torch.Tensor:
+    wide = _float(x).flatten(2) if x.ndim > 2 else _float(x).unsqueeze(2)
+    return torch.stack([wide.sum(2).double().sum(0), torch.linalg.vector_norm(wide, 1, dim=2).double().sum(0)])
 
 
 @measures.counts.register(torch.Tensor)

@@ -8,7 +8,7 @@ import hashlib
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -20,9 +20,10 @@ from torch import nn
 from ...errors import ModelError
 from ...measures import Measure
 from ...sites import Part
-from . import kernels as kernels  # registers what the measures are made of
+from .kernels import arranged  # and what the measures are made of
 from .modules import ACTIVATIONS
 from .weights import weights_sha256
+from .witness import Point, Witness
 
 _POOLS = tuple(
     getattr(nn, f"{prefix}{kind}Pool{axes}d")
@@ -37,10 +38,6 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "relu": ACTIVATIONS["relu-like"],
     "pool": (*_POOLS, nn.LPPool1d, nn.LPPool2d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
 }
-_FEATURES_LAST: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
-    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder),
-)
 _LARGE = 1 << 22  # bytes from which a result is copied by itself
 
 
@@ -180,6 +177,7 @@ class Probe:
     """Reads the sites of one batch between `with` and its end; hooks are on the modules only in between.
 
     Attributes:
+        watched: the whole network, where this batch is also watched for a diagnosis.
         readings: in order of arrival.
         order: the sites in the order in which they first gave an output.
         arrived: the sites at which a gradient has come.
@@ -192,6 +190,7 @@ class Probe:
     measures: Sequence[Measure]
     phases: frozenset[str]
     scaler: Any = None
+    watched: Any = None
     readings: list[Reading] = field(default_factory=list)
     order: dict[str, None] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
@@ -206,23 +205,36 @@ class Probe:
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
         self._repeats: dict[tuple[str, int, str], int] = defaultdict(int)
         self._thread = 0
+        self._witness = None if self.watched is None else Witness(network(self.watched), self._unscaled)
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
         try:
             for name, module in self.modules.items():
                 self._handles.append(module.register_forward_hook(partial(self._after, name)))
+            if self._witness is not None:
+                self._witness.__enter__()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._witness is not None:
+            self._witness.__exit__(*_)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
+    def points(self, names: Sequence[str]) -> list[Point]:
+        """Return what was seen for a diagnosis of the sites named; nothing where this batch was not watched."""
+        return [] if self._witness is None else self._witness.close(names)
+
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        with nullcontext() if self._witness is None else torch._C.DisableTorchFunction():  # it must not see what we do
+            self._take(name, module, output)
+
+    def _take(self, name: str, module: nn.Module, output: Any) -> None:
         again = torch._C._current_graph_task_id() != -1  # inside a backward pass: checkpointing runs it once more
         if not again and threading.get_ident() != self._thread:
             return
@@ -235,8 +247,10 @@ class Probe:
         for key, tensor in tensors_in(output):
             if "forward" in self.phases and not again:
                 self._read(name, call, key, "forward", 0, module, tensor)
+            place = _before_views(module, tensor)
+            if self._witness is not None and not again:
+                self._witness.begin(name, call, key, module, tensor, place)
             if "backward" in self.phases and tensor.requires_grad:
-                place = _before_views(module, tensor)
                 if tensor.dtype == torch.float16 and self.scaler is None:
                     self.unscaled |= torch.is_autocast_enabled(tensor.device.type)
                 if place._is_view():
@@ -305,17 +319,6 @@ def _before_views(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
 
 def _sequence() -> int:
     return int(torch._C._autograd._get_sequence_nr())
-
-
-def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
-    if x.layout != torch.strided:
-        x = x.to_dense()
-    if isinstance(module, nn.modules.conv._ConvNd) and x.ndim == module.weight.ndim - 1:
-        return x.unsqueeze(0)  # a single sample without a batch axis
-    if x.ndim < 2:
-        return x.reshape(-1, 1)
-    return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
 
 
 class Landing:
