@@ -9,6 +9,8 @@ from . import rules as rules
 from .analysis import compare as compare
 from .attribution import Attribution as Attribution
 from .attribution import explain as explain
+from .diagnosis import Finding as Finding
+from .diagnosis import diagnose as diagnose
 from .errors import FrameworkError as FrameworkError
 from .errors import InputError as InputError
 from .errors import ModelError as ModelError

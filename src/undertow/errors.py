@@ -55,6 +55,6 @@ def near(word: str, known: Iterable[str], most: int = 3) -> str:
     >>> near("zebra", ["vgg16"])
     ''
     """
-    lowered = {name.lower(): name for name in known}
+    lowered = {name.lower(): name for name in known if name != word}
     close = difflib.get_close_matches(word.lower(), lowered, n=most, cutoff=0.6)
     return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""

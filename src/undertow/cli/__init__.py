@@ -7,6 +7,7 @@ import click
 
 from ..errors import UndertowError
 from .demo import demo
+from .diagnose import diagnose
 from .explain import explain
 from .models import models
 from .quantiles import compare, quantiles
@@ -30,11 +31,12 @@ def app() -> None:
     undertow models resnet                             what can be named, and what of it works offline
     undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
     undertow quantiles runs/a                          what they are like, layer by layer
+    undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     """
 
 
-for command in (demo, explain, models, sites, record, quantiles, compare, trace):
+for command in (demo, explain, models, sites, record, quantiles, compare, diagnose, trace):
     app.add_command(command)
 
 

@@ -71,13 +71,16 @@ def quantiles(
 def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path | None, as_json: bool) -> int:
     """Put the quantiles of RUNS side by side: values, ratios to the first run, and the spread p95/p5.
 
-    Sites are paired by name where all runs have the same names, and by their order where not.
+    Sites are paired by name where all runs have the same names, and by their order where not. Where the runs were
+    recorded with diagnose=True, sentences say what the differences come from.
     """
     from ..analysis import compare as found
     from ..analysis.quantiles import STEPS
+    from ..diagnosis import contrast
     from ..run import Run
 
-    rows = found([Run(run) for run in runs], of=of)
+    opened = [Run(run) for run in runs]
+    rows = found(opened, of=of)
     flat = []
     lines: list[Sequence[object]] = [("site", "run", "p5", "median", "p95", "median / first", "p95 / p5")]
     middle = STEPS.index(0.5)
@@ -96,6 +99,8 @@ def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path
                 shown = (one.values[0], one.values[middle], one.values[-1], row.ratios[i][middle], row.spreads[i])
                 lines.append((one.site, str(run), *(f"{value:.4g}" for value in shown)))
     _hand_over(flat, table, as_json, lines)
+    for sentence in contrast(opened) if not as_json else ():
+        click.echo(sentence)
     if plot:
         from ..show.plots import quantile_curves
 

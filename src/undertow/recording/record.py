@@ -80,7 +80,7 @@ def record(
     for what, word, known in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
         if word not in known:
             raise InputError(f"{what} {word!r} is not understood (known: {', '.join(known)})")
-    every = 16 if diagnose is True else int(diagnose)
+    every = 16 if diagnose is True else diagnose or 0
     for what, value, least in (("group", group, 1), ("diagnose", every, 0)):
         if not isinstance(value, int) or value < least:
             raise InputError(f"{what}={value!r} must be a whole number of at least {least}")
@@ -100,7 +100,7 @@ def record(
         "source": source,
         "loss_reduction": loss_reduction,
         "world_size": world_size,
-        "diagnose": every,
+        "diagnose": int(every),
     }
     return Recording(Path(folder), model, asked, listed, schedule, scaler, settings, reference, rank, group)
 

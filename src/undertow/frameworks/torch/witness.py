@@ -88,13 +88,15 @@ class Cut:
     """A call whose result left the autograd graph, with the node that it left from."""
 
     how: str
-    module: str
+    module: str | None
     node: Any
 
     @property
     def said(self) -> str:
         """What is written of it."""
-        return f"{self.how} in {self.module}" if self.module else f"{self.how} outside the network"
+        if self.module is None:
+            return f"{self.how} outside the network"
+        return f"{self.how} in {self.module or 'the forward of the network itself'}"
 
 
 @final
@@ -116,6 +118,7 @@ class Witness(TorchFunctionMode):
         self._at: Any = WeakTensorKeyDictionary()  # the points that a tensor is the value of
         self._under_way: list[tuple[nn.Module, str]] = []
         self._cuts: list[Cut] = []
+        self._used: set[int] = set()
         self._ran_backward = False
         self._stack = ExitStack()
 
@@ -135,6 +138,7 @@ class Witness(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._used.update(id(tensor) for tensor in _tensors((args, kwargs)) if isinstance(tensor, nn.Parameter))
         if func in _BACKWARD:
             self._ran_backward = True
             return func(*args, **kwargs)
@@ -168,8 +172,14 @@ class Witness(TorchFunctionMode):
         for point in self.points:
             if point.facts["step"] == 0 and point.facts["arrival"] == "":
                 point.facts["arrival"] = "arrived" if point.arrived else self._lost(point)
-        never = [Point({**_UNCALLED, "site": name}, nn.Identity()) for name in names if name not in called]
+        never = [self._uncalled(name) for name in names if name not in called]
         return [point for point in self.points if point.site in set(names)] + never
+
+    def _uncalled(self, name: str) -> Point:
+        module = self._network.get_submodule(name)
+        weights = [id(parameter) for parameter in module.parameters()]
+        by_another = bool(weights) and self._used.issuperset(weights)  # as attention does with its last layer
+        return Point({**_UNCALLED, "site": name} | ({"arrival": "used unseen"} if by_another else {}), module)
 
     def _begins(self, name: str, module: nn.Module, _: Any) -> None:
         self._under_way.append((module, name))
@@ -182,7 +192,7 @@ class Witness(TorchFunctionMode):
         self, func: Any, name: str, given: list[Tensor], before: list[Point], node: Any, forward: Any, result: Any
     ) -> None:
         """Take note of one call: who was read, where the graph was cut or joined, and whether the way goes on."""
-        where = self._under_way[-1][1] if self._under_way else ""
+        where = self._under_way[-1][1] if self._under_way else None
         made = [tensor for tensor in _tensors(result) if tensor.requires_grad]
         if not made:
             if func in _CUTS or (not torch.is_grad_enabled() and any(True for _ in _tensors(result))):
@@ -198,7 +208,7 @@ class Witness(TorchFunctionMode):
                 del self._at[tensor]  # it was changed in place
         if forward and len(made) == 1:
             for point in before:
-                self._go_on(point, name, where, forward, made[0])
+                self._go_on(point, name, where or "", forward, made[0])
 
     def _go_on(self, before: Point, name: str, where: str, forward: Any, result: Tensor) -> None:
         """Make the next point behind another one."""
@@ -229,7 +239,7 @@ class Witness(TorchFunctionMode):
                 if predict is not None:
                     state["expected_zeros"] = predict(g)
                 x = arranged(point.module, self._unscaled(g.reshape(place.shape)))
-                state["absolute"] = torch.linalg.vector_norm(x, 1, dtype=torch.promote_types(x.dtype, torch.float32))
+                state["absolute"] = torch.linalg.vector_norm(x, 1, dtype=_wide(x))
                 if point.facts["step"] == 0:
                     for measure in _AT_SITES:
                         state |= measure.reduce(x)
@@ -297,7 +307,7 @@ def _activation(func: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
     def state(module: nn.Module) -> dict[str, Any]:
         open_ = arranged(module, ~closed)
         active = open_.sum(dim=[axis for axis in range(open_.ndim) if axis != 1])
-        return {"closed": closed.sum(), "slope": slope.abs().mean(dtype=torch.float32), "active": active}
+        return {"closed": closed.sum(), "slope": slope.abs().mean(dtype=_wide(slope)), "active": active}
 
     def predict(g: Tensor) -> Tensor:
         return (closed | (g.reshape(closed.shape) == 0)).sum()
@@ -357,7 +367,12 @@ def _gain(module: nn.Module) -> dict[str, Any]:
         inputs = module.in_channels * math.prod(module.stride)
     else:
         return {}
-    return {"gain": torch.linalg.vector_norm(module.weight.detach(), dtype=torch.float32) / math.sqrt(inputs)}
+    weight = module.weight.detach()
+    return {"gain": torch.linalg.vector_norm(weight, dtype=_wide(weight)) / math.sqrt(inputs)}
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

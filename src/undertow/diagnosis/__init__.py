@@ -1,0 +1,65 @@
+"""From a run to findings: what is wrong, why, and what proves it. One file for each family of causes; no framework."""
+
+from collections.abc import Callable, Iterator
+
+from ..run import Run
+from .arrival import arrival
+from .channels import batch_norm
+from .contrast import contrast as contrast
+from .course import jump, noise
+from .dead import dead
+from .depth import depth
+from .evidence import Evidence
+from .finding import CAUSES as CAUSES
+from .finding import SEVERITIES as SEVERITIES
+from .finding import Finding as Finding
+from .finding import Findings as Findings
+from .finding import Lacking
+from .precision import nonfinite, underflow
+from .routing import activation, pooling
+
+RULES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
+    "non-finite": nonfinite,
+    "dead": dead,
+    "arrival": arrival,
+    "depth": depth,
+    "underflow": underflow,
+    "batch-norm": batch_norm,
+    "jump": jump,
+    "noise": noise,
+    "pooling": pooling,
+    "activation": activation,
+}
+"""What is looked for, in the order in which it is said. A new cause is one function and one row."""
+
+
+def diagnose(run: Run) -> Findings:
+    """Say what is wrong in a run, or remarkable, and why.
+
+    Each finding names its cause, the sites, figures predicted and observed, what to try, and its source. Without
+    `record(..., diagnose=True)` the causes that need a closer look are not looked for; `.checked` says which.
+
+    Args:
+        run: a run with gradients, finished or not.
+
+    Returns:
+        Findings: a list of `Finding`, the gravest first.
+
+    >>> import tempfile, torch, undertow as ut
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten())
+    >>> with ut.record(folder := tempfile.mkdtemp(), net, sites="conv", diagnose=True) as recording:
+    ...     with recording.batch():
+    ...         net(torch.arange(100.0).sin().view(1, 1, 10, 10)).sum().backward()
+    >>> [(one.cause, one.evidence["predicted"], one.evidence["observed"]) for one in ut.diagnose(ut.Run(folder))]
+    [('pooling', 0.75, 0.75)]
+    """
+    evidence = Evidence(run)
+    found: list[Finding] = []
+    checked = {}
+    for name, rule in RULES.items():
+        try:
+            found += rule(evidence)
+            checked[name] = "checked"
+        except Lacking as lacking:
+            checked[name] = f"not checked: {lacking}"
+    return Findings(found, checked)

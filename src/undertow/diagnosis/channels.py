@@ -1,0 +1,85 @@
+"""Channels whose gradient is one number for all samples and places: what batch norm takes away, and networks lack."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .evidence import WATCH, Evidence
+from .finding import Finding, Lacking, listed, percent
+
+AGREED = 0.5
+_COLUMN = 0.5
+_SOURCE = (
+    "|sum g| against sum |g| over batch and space for each channel: 0 behind batch norm, 1 where all elements agree in "
+    f"sign; reported from {AGREED:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
+)
+
+
+def batch_norm(evidence: Evidence) -> Iterator[Finding]:
+    """Say where the mean over batch and space dominates the gradient of channels that nothing normalises."""
+    shares = agreements(evidence)
+    if not shares:
+        raise Lacking(f"{WATCH}, or record the measure channel-sums")
+    normalised = {one.site for one in evidence.passages if one.normalised} if evidence.watched else set()
+    bare = set(shares) - normalised - {evidence.sites[-1]}  # nobody normalises the scores
+    high = {site: value for site, value in shares.items() if site in bare and value >= AGREED}
+    if len(high) < 2 or len(high) < len(bare) / 2:
+        return
+    worst = max(high, key=lambda site: high[site])
+    figures: dict[str, Any] = {"predicted": 0.0, "observed": high[worst], "agreement": shares}
+    sentence = (
+        f"At {listed(high)} the gradients of a channel agree in sign over samples and places: |sum g| is up to "
+        f"{percent(high[worst])} of sum |g| ({worst}), so that updates hardly depend on the input; batch norm "
+        "would make it 0"
+    )
+    if tails := _tails(evidence, worst):
+        figures["tail"] = tails
+        sentence += f"; its 99.9 % quantile of |g| is {tails:.3g} times the median"
+    if column := _column(evidence):
+        figures |= column
+        sentence += f"; output {column['column']} alone carries {percent(column['column_share'])} of the last gradient"
+    yield Finding(
+        "no-batch-norm",
+        "warning",
+        tuple(high),
+        sentence + ".",
+        figures,
+        "Batch norm behind these layers, or a smaller learning rate and centred inputs and outputs.",
+        _SOURCE,
+    )
+
+
+def agreements(evidence: Evidence) -> dict[str, float]:
+    """Return for each site the median over channels and batches of |sum g| / sum |g|."""
+    found: dict[str, list[float]] = {}
+    rows = [row for row in evidence.rows("channel_sums") if row["phase"] == "backward"]
+    for row in rows or [row for some in evidence.outputs.values() for row in some]:
+        sums, absolutes = np.abs(row["sums"]), np.asarray(row["absolutes"], np.float64)
+        some = absolutes > 0
+        if some.any():
+            found.setdefault(row["site"], []).append(float(np.median(sums[some] / absolutes[some])))
+    return {site: float(np.median(found[site])) for site in evidence.sites if site in found}
+
+
+def _tails(evidence: Evidence, site: str) -> float | None:
+    """Return the 99.9 % quantile of |g| over its median, zeros left out."""
+    if site not in evidence.values:
+        return None
+    values, weights = evidence.values[site]
+    order = np.argsort(np.abs(values))
+    order = order[np.abs(values)[order] > 0]
+    reached = np.cumsum(weights[order])
+    low, high = (np.abs(values)[order][np.searchsorted(reached, q * reached[-1])] for q in (0.5, 0.999))
+    return float(high / low)
+
+
+def _column(evidence: Evidence) -> dict[str, Any] | None:
+    """Return the one output of the last site that carries half of its gradient or more, of at least five."""
+    rows = evidence.outputs.get(evidence.sites[-1], [])
+    if not rows or len(rows[-1]["shape"]) != 2 or len(rows[-1]["absolutes"]) < 5:
+        return None
+    carried = np.sum([row["absolutes"] for row in rows], axis=0)
+    place = int(np.argmax(carried))
+    share = float(carried[place] / carried.sum())
+    return {"column": place, "column_share": share} if share >= _COLUMN else None

@@ -1,0 +1,117 @@
+"""What differs between two runs and why, in sentences: only where what stands behind a site proves it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..run import Run
+from .channels import agreements
+from .evidence import Evidence, Passage, Step
+from .finding import Lacking, called, percent
+from .routing import split
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One run's side of a pair of sites."""
+
+    evidence: Evidence
+    passage: Passage
+
+    @property
+    def site(self) -> str:
+        return self.passage.site
+
+    def first(self, kind: str) -> Step | None:
+        """Return the first step of a kind: "is_max_pool", "is_average_pool", "is_activation", "is_norm"."""
+        return next((step for step in self.passage.steps[1:] if getattr(step, kind)), None)
+
+    def median(self) -> float:
+        """Return the median of |g|, zeros included."""
+        values, weights = self.evidence.values[self.site]
+        order = np.argsort(np.abs(values))
+        reached = np.cumsum(weights[order])
+        return float(np.abs(values)[order][np.searchsorted(reached, reached[-1] / 2)])
+
+    def mean(self) -> float:
+        """Return the mean of |g|."""
+        return self.passage.steps[0].absolute / self.passage.steps[0].elements
+
+
+def contrast(runs: Sequence[Run]) -> list[str]:
+    """Say how each further run differs from the first one, and by what cause, site by site.
+
+    Sites are paired by name, or by their order where the names differ. Runs recorded without `diagnose=True` say
+    nothing, since nothing would be proved.
+
+    >>> contrast([])
+    []
+    """
+    said: list[str] = []
+    for other in runs[1:]:
+        try:
+            said += [sentence for a, b in _pairs(runs[0], other) for sentence in _differences(a, b)]
+        except Lacking:
+            continue
+    return said
+
+
+def _pairs(run: Run, other: Run) -> Iterator[tuple[_Side, _Side]]:
+    sides = [[_Side(evidence, one) for one in evidence.passages] for evidence in map(Evidence, (run, other))]
+    named = {side.site: side for side in sides[1]}
+    if set(named) == {side.site for side in sides[0]}:
+        yield from ((side, named[side.site]) for side in sides[0])
+    else:
+        yield from zip(*sides, strict=False)
+
+
+def _differences(a: _Side, b: _Side) -> Iterator[str]:
+    routes, spreads = a.first("is_max_pool"), b.first("is_average_pool")
+    if routes and spreads and split(a.passage).pooling > split(b.passage).pooling:
+        yield _pooled(a, b, "average pooling", "it spreads what max-pooling routes")
+    if a.first("is_average_pool") and b.first("is_max_pool") and split(b.passage).pooling > split(a.passage).pooling:
+        yield _pooled(a, b, "max-pooling", "it routes what average pooling spreads")
+    gate, leak = a.first("is_activation"), b.first("is_activation")
+    if gate and leak and gate.op != leak.op:
+        yield from _activated(a, b, gate, leak)
+    if bool(a.first("is_norm")) != bool(b.first("is_norm")):
+        yield from _normalised(a, b)
+
+
+def _pooled(a: _Side, b: _Side, what: str, why: str) -> str:
+    before, after = a.median(), b.median()
+    shares = [percent(split(side.passage).zeros) for side in (a, b)]
+    if before == after == 0:
+        verb = "lowers" if split(b.passage).zeros < split(a.passage).zeros else "raises"
+        return (
+            f"{what} {verb} the zeros at {called(b.site)} from {shares[0]} to {shares[1]}: {why} (both medians are 0)"
+        )
+    verb = "raises" if after > before else "lowers"
+    change = f"the median at {called(b.site)} from {before:.3g} to {after:.3g}"
+    return f"{what} {verb} {change}: {why} (zeros {shares[0]} against {shares[1]})"
+
+
+def _activated(a: _Side, b: _Side, gate: Step, leak: Step) -> Iterator[str]:
+    shares = [split(side.passage).activation for side in (a, b)]
+    if gate.closed > 0 and leak.closed == 0:
+        what = f"passes, scaled, what {gate.op} stops"
+    elif gate.closed == 0 and leak.closed > 0:
+        what = f"stops what {gate.op} passes"
+    else:
+        return
+    yield (
+        f"{leak.op} behind {called(b.site)} {what}: zeros made there {percent(shares[0])} against "
+        f"{percent(shares[1])}, mean |g| {a.mean():.3g} against {b.mean():.3g}"
+    )
+
+
+def _normalised(a: _Side, b: _Side) -> Iterator[str]:
+    norm = a.first("is_norm") or b.first("is_norm")
+    shares = [agreements(side.evidence).get(side.site, float("nan")) for side in (a, b)]
+    with_norm, without = (shares[0], shares[1]) if a.first("is_norm") else (shares[1], shares[0])
+    if norm and norm.op == "batch_norm" and with_norm < without:
+        yield (
+            f"batch_norm behind {called(b.site)} takes the mean out of each channel's gradient: |sum g| is "
+            f"{percent(with_norm)} of sum |g|, and {percent(without)} without it"
+        )

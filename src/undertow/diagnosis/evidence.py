@@ -1,0 +1,284 @@
+"""What a run says that a diagnosis can use: plain figures by site, whichever tables they come from. No framework."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..measures import CODES, edges, finite
+from ..run import Run
+from .finding import Lacking
+
+Floats = npt.NDArray[np.float64]
+WATCH = "record it with diagnose=True"
+
+
+@dataclass
+class Step:
+    """One function that a site's output went through, summed over the watched batches.
+
+    Gradients are counted at its output (`zeros`, `absolute`, of `elements`), predictions at its input.
+
+    Attributes:
+        op, module, settings: the function's name, where it was called, and its settings.
+        readers: how many functions read its output.
+        shape: of its output, `(B, C, ...)`, in the last batch.
+        closed: elements of its input to which its forward pass lets no gradient through; -1 where that is unknown.
+        expected_zeros: zeros of the gradient at its input, as foretold from `closed` and what came to its output.
+        slope: mean |derivative| of an activation; NaN of others.
+        active: of an activation's channels, how many elements were open.
+    """
+
+    op: str
+    module: str
+    settings: dict[str, Any]
+    readers: list[str]
+    shape: tuple[int, ...]
+    elements: int = 0
+    zeros: int = 0
+    closed: int = 0
+    expected_zeros: int = 0
+    slope: float = float("nan")
+    absolute: float = 0.0
+    active: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def is_norm(self) -> bool:
+        return self.op.endswith("_norm")
+
+    @property
+    def is_max_pool(self) -> bool:
+        return "max_pool" in self.op
+
+    @property
+    def is_average_pool(self) -> bool:
+        return "avg_pool" in self.op
+
+    @property
+    def closed_where_alive(self) -> float:
+        """The share that an activation closed in channels that were ever open; 0 where none was."""
+        alive = self.active[self.active > 0]
+        each = self.elements / len(self.active) if len(self.active) else 0.0
+        return float(1 - alive.sum() / (each * len(alive))) if len(alive) else 0.0
+
+    @property
+    def is_activation(self) -> bool:
+        return not (self.is_norm or self.is_max_pool or self.is_average_pool)
+
+
+@dataclass
+class Passage:
+    """A site's output (the first step) and what it went through up to its next reader."""
+
+    site: str
+    steps: list[Step]
+    gain: float
+    joins: int
+
+    @property
+    def pointwise(self) -> list[Step]:
+        """The activations and poolings that come before a normalisation or a second reader."""
+        found: list[Step] = []
+        for before, step in zip(self.steps, self.steps[1:], strict=False):
+            if step.is_norm or len(before.readers) > 1:
+                break
+            found.append(step)
+        return found
+
+    @property
+    def normalised(self) -> bool:
+        return any(step.is_norm for step in self.steps)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one function reads its end, so that what reaches it comes from there alone."""
+        return len(self.steps[-1].readers) == 1
+
+
+class Evidence:
+    """Reads a run, each part when it is first asked for.
+
+    Raises:
+        Lacking: what is asked for was not recorded.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.sites = run.sites
+        self.place = {site: i for i, site in enumerate(self.sites)}
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """Return the rows of a table, none where it was not recorded."""
+        return list(self.run.table(table).to_pylist()) if table in self.run.manifest["tables"] else []
+
+    @cached_property
+    def watched(self) -> list[dict[str, Any]]:
+        """The rows of the watched batches."""
+        return self.rows("diagnosis")
+
+    @cached_property
+    def outputs(self) -> dict[str, list[dict[str, Any]]]:
+        """For each site, its rows of the watched batches to which a gradient came, in the order of the batches."""
+        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in self.watched:
+            if row["step"] == 0 and row["arrival"] == "arrived":
+                found[row["site"]].append(row)
+        return {site: found[site] for site in self.sites if site in found}
+
+    @cached_property
+    def samples(self) -> int:
+        """How many samples the watched batches held."""
+        batches = {(row["epoch"], row["batch"]) for row in self.watched}
+        return sum(row["size"] for row in self.run.table("batches").to_pylist() if _key(row) in batches)
+
+    @cached_property
+    def passages(self) -> list[Passage]:
+        """What each site's output went through, in order of execution."""
+        if not self.watched:
+            raise Lacking(WATCH)
+        grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+        for row in self.watched:
+            if row["call"] >= 0 and row["zeros"] >= 0:
+                grouped[row["site"], row["call"], row["output"]].append(row)
+        found = [_passage(key[0], rows) for key, rows in grouped.items()]
+        return sorted((one for one in found if one), key=lambda one: self.place[one.site])
+
+    @cached_property
+    def zeros(self) -> dict[str, tuple[int, int]]:
+        """For each site how many elements of its gradients were zero, of how many."""
+        found: dict[str, tuple[int, int]] = {}
+        for row in self.rows("zero_fraction"):
+            if row["phase"] == "backward":
+                before = found.get(row["site"], (0, 0))
+                found[row["site"]] = (before[0] + row["zeros"], before[1] + row["total"])
+        for site, rows in self.outputs.items():
+            found.setdefault(site, (sum(r["zeros"] for r in rows), sum(_size(r["shape"]) for r in rows)))
+        for site, (values, weights) in self.values.items():
+            found.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
+        if not found:
+            raise Lacking("record the measure zero-fraction or histogram")
+        return {site: found[site] for site in self.sites if site in found}
+
+    @cached_property
+    def values(self) -> dict[str, tuple[Floats, npt.NDArray[np.int64]]]:
+        """For each site the finite values of its gradients and how often each came; empty without histograms."""
+        rows = [row for row in self.rows("histogram") if row["phase"] == "backward"]
+        rows = rows or [row for some in self.outputs.values() for row in some]
+        dense: dict[str, npt.NDArray[np.int64]] = {}
+        for row in rows:
+            counters = dense.setdefault(row["site"], np.zeros(CODES, np.int64))
+            np.add.at(counters, np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64))
+        exact = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
+        kept = finite(np.arange(CODES))
+        found = {}
+        for site in (site for site in self.sites if site in dense):
+            held = np.flatnonzero(kept & (dense[site] > 0))
+            found[site] = (edges(site in exact)[held], dense[site][held])
+        return found
+
+    @cached_property
+    def formats(self) -> dict[str, str]:
+        """For each site the number format that its gradient had."""
+        rows = self.rows("histogram") or [row for some in self.outputs.values() for row in some]
+        return {row["site"]: row["dtype"] for row in rows}
+
+    @cached_property
+    def scale(self) -> float:
+        """By what the loss was multiplied before the backward pass, and the gradients divided afterwards."""
+        scales = [row["scale"] for row in self.run.table("batches").to_pylist() if row["scale"]]
+        return float(min(scales)) if scales else 1.0
+
+    @cached_property
+    def sizes(self) -> dict[str, float]:
+        """For each site how large its gradient is: the median of |g| where g is not zero, or the root mean square."""
+        found = {site: _median(*held) for site, held in self.values.items()}
+        if not found:
+            found = {site: float(np.sqrt(np.mean(np.square(series)))) for site, series in self.course.items()}
+        return {site: size for site, size in found.items() if np.isfinite(size) and size > 0}
+
+    @cached_property
+    def course(self) -> dict[str, Floats]:
+        """For each site the root mean square of its gradient in each batch, in order; NaN and infinity included."""
+        found: dict[str, dict[tuple[int, int], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
+        for row in self.rows("moments"):
+            squares = row["m2"] + row["count"] * row["mean"] ** 2
+            found[row["site"]][_phased(row)].append((squares, row["count"]))
+        for row in self.rows("channel_norm") if not found else ():
+            norms = np.asarray(row["values"], np.float64)
+            found[row["site"]][_phased(row)].append((float(np.square(norms).sum()), len(norms)))
+        for row in self.rows("histogram") if not found else ():
+            found[row["site"]][_phased(row)].append(_squares(row))
+        if not found:
+            raise Lacking("record the measure moments, channel-norm or histogram")
+        return {site: _series(found[site]) for site in self.sites if any(b is not None for b in found.get(site, ()))}
+
+
+def _phased(row: dict[str, Any]) -> Any:
+    """Return the batch of a backward row; None for the others, which no series has."""
+    return _key(row) if row["phase"] == "backward" else None
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int]:
+    return row["epoch"], row["batch"]
+
+
+def _series(batches: dict[Any, list[tuple[float, int]]]) -> Floats:
+    sums = [np.sum(batches[key], axis=0) for key in sorted(key for key in batches if key is not None)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(np.array([total / count for total, count in sums], np.float64))
+
+
+def _squares(row: dict[str, Any]) -> tuple[float, int]:
+    codes, counts = np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return float((np.square(edges()[codes]) * counts).sum()), int(counts.sum())
+
+
+def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
+    """Return the median of the magnitudes that are not zero; NaN where all are."""
+    magnitudes = np.abs(values)
+    order = np.argsort(magnitudes)[int((magnitudes == 0).sum()) :]
+    reached = np.cumsum(weights[order])
+    return float(magnitudes[order][np.searchsorted(reached, reached[-1] / 2)]) if len(reached) else float("nan")
+
+
+def _size(shape: Iterable[int]) -> int:
+    return int(np.prod(list(shape), dtype=np.int64))
+
+
+def _passage(site: str, rows: list[dict[str, Any]]) -> Passage | None:
+    """Sum the rows of a site's calls over batches, as far as all went through the same functions."""
+    ways: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        ways[_key(row)].append(row)
+    whole = [sorted(way, key=lambda row: row["step"]) for way in ways.values()]
+    whole = [way for way in whole if way[0]["step"] == 0]
+    if not whole:
+        return None
+    length = 0
+    for length, together in enumerate(zip(*whole, strict=False), 1):
+        if len({(row["step"], row["op"], row["module"]) for row in together}) > 1:
+            length -= 1
+            break
+    steps = [_step([way[place] for way in whole]) for place in range(length)]
+    return Passage(site, steps, float(whole[-1][0]["gain"]), min(way[0]["joins"] for way in whole))
+
+
+def _step(rows: list[dict[str, Any]]) -> Step:
+    last = rows[-1]
+    found = Step(last["op"], last["module"], json.loads(last["settings"]), json.loads(last["readers"]), ())
+    found.shape = tuple(last["shape"])
+    found.elements = sum(_size(row["shape"]) for row in rows)
+    for name in ("zeros", "closed", "expected_zeros"):
+        counts = [row[name] for row in rows]
+        setattr(found, name, -1 if min(counts) < 0 else sum(counts))
+    found.slope = float(np.mean([row["slope"] for row in rows]))
+    found.absolute = float(sum(row["absolute"] for row in rows))
+    if last["active"]:
+        found.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
+    return found

@@ -1,0 +1,94 @@
+"""What a diagnosis says: one fact with its cause, its evidence and its source."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SEVERITIES = ("info", "warning", "error")
+CAUSES = (
+    *("pooling", "activation", "dead-units", "dead-layer", "vanishing", "exploding", "non-finite", "underflow"),
+    *("no-batch-norm", "unreached", "frozen", "detached", "jump", "noise"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One diagnosed fact.
+
+    Attributes:
+        cause: a code, one of `CAUSES`.
+        severity: "info" explains, "warning" is worth a look, "error" keeps the network from learning.
+        sites: the dotted names that it concerns, in order of execution.
+        sentence: what was found, in figures.
+        evidence: figures by name; where something was predicted, under "predicted" beside "observed".
+        remedy: what to try.
+        source: the paper, the formula, or the threshold.
+    """
+
+    cause: str
+    severity: str
+    sites: tuple[str, ...]
+    sentence: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    remedy: str = ""
+    source: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, as JSON has it."""
+        return asdict(self) | {"sites": list(self.sites)}
+
+
+class Findings(list[Finding]):
+    """Findings, the gravest first, and what was looked for.
+
+    Attributes:
+        checked: for each rule "checked", or why it could not be.
+    """
+
+    def __init__(self, found: Iterable[Finding], checked: dict[str, str]) -> None:
+        super().__init__(sorted(found, key=lambda one: -SEVERITIES.index(one.severity)))
+        self.checked = checked
+
+    def worst(self) -> str | None:
+        """Return the gravest severity, None where nothing was found.
+
+        >>> Findings([], {}).worst() is None
+        True
+        """
+        return self[0].severity if self else None
+
+
+class Lacking(Exception):
+    """What a rule needs was not recorded; the message says what to record."""
+
+
+def called(site: str) -> str:
+    """Return what a site is called in a sentence; a model that is one layer has no name of its own.
+
+    >>> called("conv1"), called("0"), called("")
+    ('conv1', "'0'", 'the model')
+    """
+    return f"'{site}'" if site[:1].isdigit() else site or "the model"
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Join names for a sentence.
+
+    >>> listed(["a", "b", "c"]), listed("abcdefgh", most=3)
+    ('a, b and c', 'a, b, c and 5 more')
+    """
+    known = [called(name) for name in names]
+    if len(known) > most:
+        return f"{', '.join(known[:most])} and {len(known) - most} more"
+    return " and ".join([", ".join(known[:-1]), known[-1]]) if len(known) > 1 else "".join(known)
+
+
+def percent(share: float) -> str:
+    """Write a fraction as a percentage, with the digits that its distance from 0 and 100 asks for.
+
+    >>> percent(0.75), percent(0.0004), percent(1.0)
+    ('75.0 %', '0.04 %', '100 %')
+    """
+    if share in (0.0, 1.0):
+        return f"{100 * share:.0f} %"
+    return f"{100 * share:.1f} %" if 0.001 <= share <= 0.999 else f"{100 * share:.3g} %"

@@ -1,0 +1,246 @@
+"""Zeros between a site and its next reader: which of them pooling made, and which an activation.
+
+Max-pooling hands each gradient to the one element of its window that won; the others get exactly zero. A ReLU hands
+it on where its input was positive. Both are known from the forward pass, so the zeros can be foretold and counted.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .evidence import Evidence, Passage, Step
+from .finding import Finding, called, listed, percent
+
+_MOSTLY = 0.6
+_SOURCE_POOLING = (
+    "at least 1 - windows / elements of the gradient at a max-pooling's input is zero; 1 - 1/k^2 for k x k windows "
+    "that do not overlap"
+)
+_SOURCE_GATE = "the derivative of max(x, 0) is 0 for x < 0; half of a symmetric input, so more than 60 % is reported"
+
+
+def windows(size: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1, ceil_mode: bool = False) -> int:
+    """Return how many windows of a pooling fit along one axis.
+
+    In ceil mode a last window may hang over the end, if it begins inside the input or the padding before it.
+
+    Source: the output size as torch.nn.MaxPool2d documents it.
+
+    >>> windows(7, kernel=2, stride=2), windows(7, kernel=2, stride=2, ceil_mode=True)
+    (3, 4)
+    """
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    fit = (-(-room // stride) if ceil_mode else room // stride) + 1
+    return fit - 1 if ceil_mode and (fit - 1) * stride >= size + padding else fit
+
+
+def least_zeros(
+    shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | None = None,
+    dilation: Sequence[int] | None = None,
+    ceil_mode: bool = False,
+) -> float:
+    """Return the share of the gradient at a max-pooling's input that is zero whatever the values: 0 to 1.
+
+    Each window hands its gradient to one element, so no more elements than windows can receive any.
+
+    Args:
+        shape: of the input's space, one size for each axis.
+        kernel, stride, padding, dilation: of each axis.
+        ceil_mode: whether windows may hang over the end.
+
+    >>> least_zeros((28, 28), (2, 2), (2, 2))
+    0.75
+    >>> round(least_zeros((7, 7), (3, 3), (2, 2)), 4)
+    0.8163
+    """
+    axes = len(shape)
+    along = zip(shape, kernel, stride, padding or (0,) * axes, dilation or (1,) * axes, strict=True)
+    return _zeros_of(math.prod(windows(*axis, ceil_mode) for axis in along), math.prod(shape))
+
+
+def _zeros_of(windows: int, elements: int) -> float:
+    return 1 - min(windows, elements) / elements
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the zeros of a site's gradient arise, as fractions of its elements.
+
+    Attributes:
+        pooling, activation: made by these on the way.
+        above: zero already where they came in.
+        foretold: whether each step's zeros are exactly those that its forward pass foretold.
+    """
+
+    pooling: float
+    activation: float
+    above: float
+    foretold: bool
+
+    @property
+    def zeros(self) -> float:
+        return self.pooling + self.activation + self.above
+
+
+def split(passage: Passage) -> Split:
+    """Follow a gradient from the far end of a passage to the site, and count which step made which zeros."""
+    steps = [passage.steps[0], *passage.pointwise]
+    shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zeros / steps[-1].elements}
+    foretold = True
+    for before, step in zip(steps[-2::-1], steps[:0:-1], strict=True):
+        share, carried = before.zeros / before.elements, sum(shares.values())
+        cause, made = "above", 0.0
+        if step.is_max_pool:
+            cause, made = "pooling", step.closed / before.elements
+        elif step.is_activation:
+            cause, made = "activation", share - carried
+        # behind a pooling the plane has another size: what was zero there is some other share of this one
+        shares = {key: value * (share - made) / carried if carried else 0.0 for key, value in shares.items()}
+        shares["above"] += 0.0 if carried else share - made
+        shares[cause] += made
+        foretold &= step.expected_zeros < 0 or step.expected_zeros == before.zeros
+    return Split(shares["pooling"], shares["activation"], shares["above"], foretold)
+
+
+def pooling(evidence: Evidence) -> Iterator[Finding]:
+    """Say of each site that a pooling follows what the pooling does to its gradient."""
+    for passage in evidence.passages:
+        steps = [passage.steps[0], *passage.pointwise]
+        for before, step in pairwise(steps):
+            if step.is_max_pool and len(step.shape) > 2:
+                yield _routed(passage, before, step)
+            elif step.is_average_pool and math.prod(step.shape[2:]) > 1:  # a mean over all space is no pooling
+                yield _spread(passage, before, step)
+
+
+def _routed(passage: Passage, before: Step, step: Step) -> Finding:
+    found = split(passage)
+    predicted = _least(before, step)
+    at_input = before.zeros / before.elements
+    between = [one.op for one in passage.pointwise if one.is_activation]
+    sentence = (
+        f"{percent(found.zeros)} of the gradient at {called(passage.site)} is exactly zero: {_where(step)} makes "
+        f"{percent(found.pooling)}, since each window hands its gradient to one element (at least "
+        f"{percent(predicted)} foretold at its input, {percent(at_input)} found)"
+    )
+    if between:
+        sentence += f", and {listed(between)} {percent(found.activation)}"
+    sentence += f"; {percent(found.above)} came as zero." if found.above else "."
+    figures = {"predicted": predicted, "observed": at_input, "zeros": found.zeros, "kind": "max"}
+    parts = {"by_pooling": found.pooling, "by_activation": found.activation, "arrived_zero": found.above}
+    return Finding(
+        "pooling",
+        "info",
+        (passage.site,),
+        sentence,
+        {**figures, **parts, "foretold_exactly": found.foretold, "module": step.module, **step.settings},
+        "Nothing is wrong: read quantiles of such a gradient above the share of zeros, or pool by averages, which "
+        "spread it.",
+        _SOURCE_POOLING,
+    )
+
+
+def _least(before: Step, step: Step) -> float:
+    """Return the least share of zeros at the pooling's input, from its geometry where it has one."""
+    inside, outside = before.shape[2:], step.shape[2:]
+    if "kernel_size" not in step.settings:
+        return _zeros_of(math.prod(outside), math.prod(inside))
+    kernel, stride, padding, dilation = (step.settings[key] for key in ("kernel_size", "stride", "padding", "dilation"))
+    return least_zeros(inside, kernel, stride, padding, dilation, step.settings["ceil_mode"])
+
+
+def _spread(passage: Passage, before: Step, step: Step) -> Finding:
+    predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
+    observed = (before.absolute / before.elements) / (step.absolute / step.elements) if step.absolute else 0.0
+    sentence = (
+        f"{_where(step)} behind {called(passage.site)} spreads the gradient and sends none of it to zero: its "
+        f"mean magnitude is multiplied by {observed:.3g} ({predicted:.3g} foretold, outputs over inputs)."
+    )
+    figures: dict[str, Any] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
+    return Finding(
+        "pooling",
+        "info",
+        (passage.site,),
+        sentence,
+        figures | step.settings,
+        "Nothing is wrong: compare magnitudes before and behind it with this factor in mind.",
+        "each input of a window of k elements receives 1/k of the gradient of its mean",
+    )
+
+
+def _where(step: Step) -> str:
+    kernel = step.settings.get("kernel_size")
+    size = " of " + " x ".join(map(str, kernel)) if kernel else ""
+    return f"{step.op}{size}{f' in {called(step.module)}' if step.module else ''}"
+
+
+def activation(evidence: Evidence) -> Iterator[Finding]:
+    """Say where more than 60 % of a gradient meets a closed gate, or a leaky one's slope."""
+    gated: dict[str, list[tuple[str, float, Split]]] = {}
+    for passage in evidence.passages:
+        steps = passage.pointwise
+        if not steps or not steps[0].is_activation:
+            continue
+        first, found = steps[0], split(passage)
+        elements = passage.steps[0].elements
+        if first.closed_where_alive > _MOSTLY and found.activation > max(_MOSTLY, found.pooling):
+            gated.setdefault(first.op, []).append((passage.site, first.closed / elements, found))
+        elif "negative_slope" in first.settings and _leaking(first) > _MOSTLY:
+            yield _leaky(passage, first)
+    for op, rows in gated.items():
+        yield _gate(op, rows)
+
+
+def _gate(op: str, rows: list[tuple[str, float, Split]]) -> Finding:
+    sites = tuple(dict.fromkeys(site for site, _, _ in rows))
+    worst = max(rows, key=lambda row: row[2].activation)
+    sentence = (
+        f"{op} was closed for {percent(worst[1])} of the output of {called(worst[0])}, and "
+        f"{percent(worst[2].zeros)} of the gradient there is exactly zero, {percent(worst[2].activation)} by it"
+    )
+    if len(sites) > 1:
+        sentence += f"; likewise at {listed(site for site in sites if site != worst[0])}"
+    return Finding(
+        "activation",
+        "info",
+        sites,
+        sentence + ".",
+        {
+            "op": op,
+            "predicted": [closed for _, closed, _ in rows],
+            "observed": [found.zeros for _, _, found in rows],
+            "by_activation": [found.activation for _, _, found in rows],
+            "foretold_exactly": all(found.foretold for _, _, found in rows),
+        },
+        "If the layer learns too slowly: a smaller negative bias, batch norm before the activation, or a leaky one.",
+        _SOURCE_GATE,
+    )
+
+
+def _leaking(step: Step) -> float:
+    """Return the share of a leaky ReLU's inputs that are negative, from its mean slope."""
+    return float((1 - step.slope) / (1 - step.settings["negative_slope"]))
+
+
+def _leaky(passage: Passage, step: Step) -> Finding:
+    observed = passage.steps[0].absolute / step.absolute if step.absolute else 0.0
+    share = _leaking(step)
+    sentence = (
+        f"{step.op} behind {called(passage.site)} multiplies {percent(share)} of the gradient by "
+        f"{step.settings['negative_slope']:g} and makes none of it zero: in all its magnitude falls to {observed:.3g} "
+        f"of what came ({step.slope:.3g} foretold, the mean slope)."
+    )
+    return Finding(
+        "activation",
+        "info",
+        (passage.site,),
+        sentence,
+        {"op": step.op, "predicted": step.slope, "observed": observed, "negative": share},
+        "Nothing is wrong: a larger slope passes more.",
+        "the derivative of a leaky ReLU is its slope for x < 0",
+    )
