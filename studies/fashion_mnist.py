@@ -17,6 +17,7 @@ import os
 import sys
 from collections import OrderedDict
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 import undertow as ut
+from undertow.diagnosis import contrast, fit
 from undertow.show import plots
 
 QUANTILES = (0.5, 0.7, 0.9)
@@ -38,6 +40,7 @@ FILES = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")}
 FILES["test"] = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, white being 1
 WIDTHS = (16, 16, 16, 32, 32, 32)
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": partial(torch.optim.SGD, momentum=0.9)}
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
@@ -136,7 +139,7 @@ def recordings(args: argparse.Namespace, model: nn.Module) -> list[Any]:
     points = "linear, relu" if args.network == "linear" else "conv, relu, pool"
     asked = {
         beside(args.out, "points"): {"sites": points, "measures": "zero-fraction", "phase": "both"},
-        args.out: {"sites": args.network, "measures": measures},
+        args.out: {"sites": args.network, "measures": measures, "diagnose": 8},
     }
     together = {
         "schedule": ut.Schedule(epoch=-1, first=args.batches, epochs=args.epochs),
@@ -155,7 +158,7 @@ def train(args: argparse.Namespace) -> float:
     folder = find_data(args.data)
     x, y = load_split(folder, "train", args.limit)
     model = network(args.network, args.pool, args.activation, args.seed).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args.lr)
     checkpoint = Checkpoint(args)
     begin = checkpoint.restore(model, optimizer)
     with ExitStack() as stack:
@@ -203,7 +206,19 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, device: str = "
 class Checkpoint:
     """The weights after the last whole epoch, beside the run, with the settings that they belong to."""
 
-    SETTINGS = ("network", "pool", "activation", "epochs", "batch_size", "lr", "seed", "limit", "batches", "keep")
+    SETTINGS = (
+        "network",
+        "pool",
+        "activation",
+        "epochs",
+        "batch_size",
+        "optimizer",
+        "lr",
+        "seed",
+        "limit",
+        "batches",
+        "keep",
+    )
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.path = beside(args.out, "training") / "checkpoint.pt"
@@ -257,6 +272,23 @@ def points_table(run: Any) -> str:
     return table(["output of", "zeros in its gradient", "zeros in its values"], body)
 
 
+def findings(run: Any) -> str:
+    found = ut.diagnose(run)
+    return "\n".join(f"- {one.severity}, {one.cause}: {one.sentence}" for one in found) or "- nothing found"
+
+
+def decay(run: Any) -> str:
+    """Word how the gradient changes with depth, where enough of it is there."""
+    sizes = ut.diagnosis.sizes(run)
+    if len(sizes) < 4:
+        return "- depth: no gradient at too many layers"
+    line = fit(np.log2(list(sizes.values())))
+    factor, low, high = (2.0**-slope for slope in (line.slope, line.high, line.low))
+    ends = [number(sizes[site]) for site in (list(sizes)[-1], next(iter(sizes)))]
+    between = f"from {ends[0]} to {ends[1]} (median of |g| where it is not zero)"
+    return f"- depth: {between}, by {factor:.3g} a layer towards the input (95 % interval {low:.3g} to {high:.3g})"
+
+
 def greatest_difference(run: Any, rows: list[Any]) -> float:
     """Return by how much the histograms' quantiles differ from those of the kept tensors, relatively, at most."""
     worst = 0.0
@@ -278,6 +310,11 @@ def report(args: argparse.Namespace, found: float) -> int:
     print(quantile_table(rows) + "\n")
     print("Zeros at successive points, from the input to the scores\n")
     print(points_table(ut.Run(beside(args.out, "points"))) + "\n")
+    print("What a diagnosis says\n")
+    print(findings(run) + "\n" + decay(run) + "\n")
+    for other in map(ut.Run, args.beside):
+        said = contrast([run, other])
+        print(f"Beside {other.manifest['model']['reference']}\n\n" + "\n".join(f"- {line}" for line in said) + "\n")
     if args.plot:
         others = {other.manifest["model"]["reference"]: other for other in map(ut.Run, args.beside)}
         groups = {label(args): rows} | {name: other.quantiles(QUANTILES) for name, other in others.items()}
@@ -301,7 +338,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--activation", default="relu", metavar="relu|leaky:0.1", type=_known_activation)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of Adam; %(default)s")
+    parser.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd has momentum 0.9")
+    parser.add_argument("--lr", type=float, default=1e-3, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N images alone")
     parser.add_argument("--batches", type=int, default=50, metavar="N", help="of the last epoch to record; %(default)s")

@@ -9,6 +9,7 @@ from .contrast import contrast as contrast
 from .course import jump, noise
 from .dead import dead
 from .depth import depth
+from .depth import fit as fit
 from .evidence import Evidence
 from .finding import CAUSES as CAUSES
 from .finding import SEVERITIES as SEVERITIES
@@ -31,6 +32,14 @@ RULES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
     "activation": activation,
 }
 """What is looked for, in the order in which it is said. A new cause is one function and one row."""
+
+
+def sizes(run: Run) -> dict[str, float]:
+    """Return how large the gradient is at each site where it is not zero throughout, in order of execution.
+
+    It is the median of |g| over the elements that are not zero, or without histograms the root mean square of all.
+    """
+    return Evidence(run).sizes
 
 
 def diagnose(run: Run) -> Findings:

@@ -48,6 +48,7 @@ def record_photographs(
     objective: str = "predicted",
     limit: int | None = None,
     batch_size: int | None = None,
+    diagnose: bool | int = False,
     workers: int = 2,
     device: str = "cpu",
     advance: Callable[[int], object] = lambda _: None,
@@ -65,6 +66,7 @@ def record_photographs(
             is named after, by name or number), or "loss" (the cross-entropy of that class).
         limit: how many photographs at most, in order of name.
         batch_size: None is 4 on a CPU, where larger batches only cost memory, and 32 elsewhere.
+        diagnose: as `undertow.record` has it.
         advance: called with the number of photographs done, read or not.
 
     Raises:
@@ -100,6 +102,7 @@ def record_photographs(
                 objective=objective,
                 reference=classifier.reference,
                 source=told,
+                diagnose=diagnose,
             )
         )
         batches = [range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)]

@@ -46,6 +46,13 @@ def _norms(x: torch.Tensor) -> Any:
     return torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim)), dtype=wide).float()
 
 
+def counted_true(mask: torch.Tensor) -> Any:
+    """Count what is true, on the mask's device; NumPy does it many times faster than torch sums booleans."""
+    if mask.device.type != "cpu":
+        return mask.sum()
+    return np.asarray(np.count_nonzero(mask.numpy()), np.int64)
+
+
 @measures.zeros.register(torch.Tensor)
 def _zeros(x: torch.Tensor) -> Any:
     if x.device.type != "cpu":

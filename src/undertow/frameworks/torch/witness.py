@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ... import measures
 from ...measures import ChannelSums, Histogram
 from ...run import DIAGNOSIS
-from .kernels import arranged
+from .kernels import arranged, counted_true
 
 _RELUS = ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "threshold", "clamp", "clamp_min", "clip")
 _SMOOTH = ("elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "sigmoid", "tanh", "hardswish", "hardsigmoid")
@@ -305,12 +305,12 @@ def _activation(func: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
     closed = slope == 0
 
     def state(module: nn.Module) -> dict[str, Any]:
-        open_ = arranged(module, ~closed)
-        active = open_.sum(dim=[axis for axis in range(open_.ndim) if axis != 1])
-        return {"closed": closed.sum(), "slope": slope.abs().mean(dtype=_wide(slope)), "active": active}
+        active = arranged(module, ~closed).float()  # booleans add up slowly; over space alone, floats are exact
+        active = (active.flatten(2).sum(2) if active.ndim > 2 else active).long().sum(0)
+        return {"closed": counted_true(closed), "slope": _mean_magnitude(slope), "active": active}
 
-    def predict(g: Tensor) -> Tensor:
-        return (closed | (g.reshape(closed.shape) == 0)).sum()
+    def predict(g: Tensor) -> Any:
+        return counted_true(closed | (g.reshape(closed.shape) == 0))
 
     settings = {key: v for key, v in kwargs.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return settings, state, predict
@@ -331,9 +331,9 @@ def _pooling(name: str, x: Tensor, args: Any, kwargs: Any) -> Any:
         return hits.scatter_add_(2, winners.flatten(2), weights.flatten(2).int()) > 0
 
     def state(module: nn.Module) -> dict[str, Any]:
-        return {"closed": (~reached(torch.ones_like(winners))).sum()}
+        return {"closed": counted_true(~reached(torch.ones_like(winners)))}
 
-    return settings, state, lambda g: (~reached(g.reshape(winners.shape) != 0)).sum()
+    return settings, state, lambda g: counted_true(~reached(g.reshape(winners.shape) != 0))
 
 
 def _geometry(name: str, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,6 +369,10 @@ def _gain(module: nn.Module) -> dict[str, Any]:
         return {}
     weight = module.weight.detach()
     return {"gain": torch.linalg.vector_norm(weight, dtype=_wide(weight)) / math.sqrt(inputs)}
+
+
+def _mean_magnitude(x: Tensor) -> Any:
+    return torch.linalg.vector_norm(x, 1, dtype=_wide(x)) / max(x.numel(), 1)
 
 
 def _wide(x: Tensor) -> torch.dtype:
