@@ -136,6 +136,17 @@ def test_each_image_has_its_own_gradient(tmp_path, network, folder, objective):
         assert np.allclose(row["values"], wanted.numpy(), rtol=1e-4, atol=1e-8)
 
 
+def test_a_watched_recording_is_diagnosed(capfd, tmp_path, network, folder):
+    run = tmp_path / "run"
+    words = ["record", folder / "cat", "--model", f"{network}:plain", "--measure", "zero-fraction", "--diagnose"]
+    code, _, err = call(capfd, *words, "--batch-size", 2, "--out", run)
+    assert code == 0, err
+    assert {row["batch"] for row in ut.Run(run).table("diagnosis").to_pylist()} == {0}
+    code, out, _ = call(capfd, "diagnose", run, "--json")
+    assert code == 0
+    assert json.loads(out)[0]["checked"]["pooling"] == "checked"
+
+
 def test_interrupted_and_resumed(tmp_path, network, folder):
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = [sys.executable, "-m", "undertow", "record", str(folder), "--model", f"{network}:slow", "--batch-size", "2"]
