@@ -630,3 +630,22 @@ def test_command(tmp_path, capsys):
     assert [row["formula"] for row in rows["calls"]] == ["equal"] * 5
     wrong = CliRunner().invoke(command, ["--model", reference, "--shape", "2,x"])
     assert isinstance(wrong.exception, ut.InputError)
+
+
+def test_the_command_fails_on_a_wrong_backward(tmp_path, capsys):
+    from undertow.cli import main
+
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Wrong(torch.autograd.Function):\n"
+        "    forward = staticmethod(lambda ctx, x: 2 * x)\n"
+        "    backward = staticmethod(lambda ctx, g: 3 * g)\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return Wrong.apply(x.flatten(1))\n"
+        "load = Net\n"
+    )
+    with pytest.raises(SystemExit) as left:
+        main(["trace", "--model", f"{tmp_path / 'net.py'}:load", "--shape", "1,3,2,2", "--device", "cpu"])
+    assert left.value.code == 1
+    assert "WRONG backward: Wrong" in capsys.readouterr().out

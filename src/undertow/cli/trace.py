@@ -15,6 +15,7 @@ Examples:
   undertow trace cat.jpg --model demo --json
   undertow trace --model nets.py:load --shape 1,3,32,32 --seed 1
 """
+WRONG = 1
 
 
 @click.command(short_help="What goes in and out of each module in one pass.", epilog=EXAMPLES)
@@ -44,11 +45,12 @@ def trace(
     """Show what each module's gradients are in one pass, and whether closed formulas agree.
 
     IMAGE is a photograph; without it the input is random. The gradient at the output is one everywhere: that of the
-    sum of all scores.
+    sum of all scores. The exit code is 1 if a custom backward is wrong or a formula differs.
     """
     from .. import models
     from ..errors import InputError
     from ..frameworks.base import load
+    from ..frameworks.inside import DIFFERS
     from ..recording.trace import trace as look
 
     if photograph is not None and shape is not None:
@@ -60,7 +62,7 @@ def trace(
     array = _random(size or _own_shape(classifier), seed) if photograph is None else _read(classifier, photograph)
     found = look(classifier.module.to(device), backend.batch(list(array), device))
     click.echo(json.dumps(found.facts(), indent=1, ensure_ascii=False) if as_json else str(found))
-    return 0
+    return WRONG if found.wrong or any(call.verdict == DIFFERS for call in found.calls) else 0
 
 
 def _numbers(shape: str) -> tuple[int, ...]:
