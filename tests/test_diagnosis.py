@@ -173,6 +173,9 @@ def test_what_an_activation_closed_by_its_derivative(name, tmp_path):
     assert step.closed == int((slopes == 0).sum())
     assert step.active.tolist() == (slopes != 0).sum(0).tolist()
     assert step.slope == pytest.approx(float(slopes.mean()), rel=1e-6)
+    g = 2 * act(net[0](x)).detach() if name != "inplace" else 2 * torch.relu(net[0](x)).detach()
+    assert step.expected_absolute == pytest.approx(float((slopes * g).abs().sum()), rel=1e-6)
+    assert step.expected_absolute == pytest.approx(Evidence(ut.Run(tmp_path / "r")).passages[0].steps[0].absolute)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(40, 60), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(8, 12, 4, stride=2)])

@@ -54,6 +54,7 @@ DIAGNOSIS = SITE_KEYS | {
     "closed": "int64",
     "slope": "float64",
     "absolute": "float64",
+    "expected_absolute": "float64",
     "active": "list<int64>",
     "codes": "list<uint16>",
     "counts": "list<int64>",

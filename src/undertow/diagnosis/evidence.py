@@ -30,6 +30,7 @@ class Step:
         shape: of its output, `(B, C, ...)`, in the last batch.
         closed: elements of its input to which its forward pass lets no gradient through; -1 where that is unknown.
         expected_zeros: zeros of the gradient at its input, as foretold from `closed` and what came to its output.
+        expected_absolute: sum of magnitudes at an activation's input, as foretold from its derivative and what came.
         slope: mean |derivative| of an activation; NaN of others.
         active: of an activation's channels, how many elements were open.
     """
@@ -45,6 +46,7 @@ class Step:
     expected_zeros: int = 0
     slope: float = float("nan")
     absolute: float = 0.0
+    expected_absolute: float = float("nan")
     active: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
@@ -278,7 +280,9 @@ def _step(rows: list[dict[str, Any]]) -> Step:
         counts = [row[name] for row in rows]
         setattr(found, name, -1 if min(counts) < 0 else sum(counts))
     found.slope = float(np.mean([row["slope"] for row in rows]))
-    found.absolute = float(sum(row["absolute"] for row in rows))
+    found.absolute, found.expected_absolute = (
+        float(sum(row[name] for row in rows)) for name in ("absolute", "expected_absolute")
+    )
     if last["active"]:
         found.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
     return found

@@ -228,19 +228,21 @@ def _leaking(step: Step) -> float:
 
 
 def _leaky(passage: Passage, step: Step) -> Finding:
-    observed = passage.steps[0].absolute / step.absolute if step.absolute else 0.0
+    observed, predicted = (
+        total / step.absolute if step.absolute else 0.0 for total in (passage.steps[0].absolute, step.expected_absolute)
+    )
     share = _leaking(step)
     sentence = (
         f"{step.op} behind {called(passage.site)} multiplies {percent(share)} of the gradient by "
         f"{step.settings['negative_slope']:g} and makes none of it zero: in all its magnitude falls to {observed:.3g} "
-        f"of what came ({step.slope:.3g} foretold, the mean slope)."
+        f"of what came ({predicted:.3g} foretold)."
     )
     return Finding(
         "activation",
         "info",
         (passage.site,),
         sentence,
-        {"op": step.op, "predicted": step.slope, "observed": observed, "negative": share},
+        {"op": step.op, "predicted": predicted, "observed": observed, "negative": share},
         "Nothing is wrong: a larger slope passes more.",
         "the derivative of a leaky ReLU is its slope for x < 0",
     )

@@ -36,7 +36,7 @@ _CUTS = {Tensor.detach: "detach()", Tensor.detach_: "detach_()", torch.detach: "
 _CUTS[Tensor.data.__get__] = ".data"  # type: ignore[attr-defined]
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _AT_SITES = (Histogram(), ChannelSums())
-_SCALARS = ("zeros", "expected_zeros", "closed", "absolute", "slope", "gain")
+_SCALARS = ("zeros", "expected_zeros", "closed", "absolute", "expected_absolute", "slope", "gain")
 
 
 @dataclass(eq=False)
@@ -230,16 +230,16 @@ class Witness(TorchFunctionMode):
         self._at[result] = [*self._at.get(result, ()), after]
         self._listen(after, result, predict)
 
-    def _listen(self, point: Point, place: Tensor, predict: Callable[[Tensor], Any] | None) -> None:
+    def _listen(self, point: Point, place: Tensor, predict: Callable[[Tensor], dict[str, Any]] | None) -> None:
         def arrived(gradient: Tensor) -> None:
             if point.arrived:  # a second backward pass through the same graph
                 return
             state, g = point.states[0], gradient.detach()
             with torch.no_grad():
-                if predict is not None:
-                    state["expected_zeros"] = predict(g)
-                x = arranged(point.module, self._unscaled(g.reshape(place.shape)))
-                state["absolute"] = torch.linalg.vector_norm(x, 1, dtype=_wide(x))
+                g = self._unscaled(g.reshape(place.shape))
+                state |= {} if predict is None else predict(g)
+                x = arranged(point.module, g)
+                state["absolute"] = _l1(x)
                 if point.facts["step"] == 0:
                     for measure in _AT_SITES:
                         state |= measure.reduce(x)
@@ -307,10 +307,14 @@ def _activation(func: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
     def state(module: nn.Module) -> dict[str, Any]:
         active = arranged(module, ~closed).float()  # booleans add up slowly; over space alone, floats are exact
         active = (active.flatten(2).sum(2) if active.ndim > 2 else active).long().sum(0)
-        return {"closed": counted_true(closed), "slope": _mean_magnitude(slope), "active": active}
+        return {"closed": counted_true(closed), "slope": _l1(slope) / max(slope.numel(), 1), "active": active}
 
-    def predict(g: Tensor) -> Any:
-        return counted_true(closed | (g.reshape(closed.shape) == 0))
+    def predict(g: Tensor) -> dict[str, Any]:
+        foretold = slope * g.reshape(slope.shape)
+        return {
+            "expected_zeros": counted_true(closed | (g.reshape(closed.shape) == 0)),
+            "expected_absolute": _l1(foretold),
+        }
 
     settings = {key: v for key, v in kwargs.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return settings, state, predict
@@ -333,7 +337,7 @@ def _pooling(name: str, x: Tensor, args: Any, kwargs: Any) -> Any:
     def state(module: nn.Module) -> dict[str, Any]:
         return {"closed": counted_true(~reached(torch.ones_like(winners)))}
 
-    return settings, state, lambda g: counted_true(~reached(g.reshape(winners.shape) != 0))
+    return settings, state, lambda g: {"expected_zeros": counted_true(~reached(g.reshape(winners.shape) != 0))}
 
 
 def _geometry(name: str, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,8 +375,8 @@ def _gain(module: nn.Module) -> dict[str, Any]:
     return {"gain": torch.linalg.vector_norm(weight, dtype=_wide(weight)) / math.sqrt(inputs)}
 
 
-def _mean_magnitude(x: Tensor) -> Any:
-    return torch.linalg.vector_norm(x, 1, dtype=_wide(x)) / max(x.numel(), 1)
+def _l1(x: Tensor) -> Any:
+    return torch.linalg.vector_norm(x, 1, dtype=_wide(x))
 
 
 def _wide(x: Tensor) -> torch.dtype:
