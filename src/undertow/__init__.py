@@ -5,6 +5,7 @@
 '0.1.0'
 """
 
+from . import derive as derive
 from . import rules as rules
 from .analysis import compare as compare
 from .attribution import Attribution as Attribution

@@ -8,6 +8,7 @@ import click
 from ..errors import UndertowError
 from .demo import demo
 from .diagnose import diagnose
+from .derive import derive
 from .explain import explain
 from .models import models
 from .quantiles import compare, quantiles
@@ -33,10 +34,11 @@ def app() -> None:
     undertow quantiles runs/a                          what they are like, layer by layer
     undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
+    undertow derive chain "x1>n1 n1>n2" --wrt n1       the chain rule on paper, checked by numbers
     """
 
 
-for command in (demo, explain, models, sites, record, quantiles, compare, diagnose, trace):
+for command in (demo, explain, models, sites, record, quantiles, compare, diagnose, trace, derive):
     app.add_command(command)
 
 

@@ -48,21 +48,33 @@ def trace(
     sum of all scores. The exit code is 1 if a custom backward is wrong or a formula differs.
     """
     from .. import models
-    from ..errors import InputError
-    from ..frameworks.base import load
     from ..frameworks.inside import DIFFERS
     from ..recording.trace import trace as look
+
+    classifier = models.load(reference, weights)
+    x = batch_for(classifier, photograph, shape, seed, device)
+    found = look(classifier.module.to(x.device), x)
+    click.echo(json.dumps(found.facts(), indent=1, ensure_ascii=False) if as_json else str(found))
+    return WRONG if found.wrong or any(call.verdict == DIFFERS for call in found.calls) else 0
+
+
+def batch_for(
+    classifier: "Classifier", photograph: Path | None, shape: str | None, seed: int, device: str = "cpu"
+) -> Any:
+    """Return a photograph as a batch of one on a device, or random numbers of a shape, or of the model's own.
+
+    Raises:
+        InputError: a shape beside a photograph, or one that is not understood; no such device.
+    """
+    from ..errors import InputError
+    from ..frameworks.base import load
 
     if photograph is not None and shape is not None:
         raise InputError("--shape is for a random input; leave it out beside an IMAGE")
     size = None if shape is None else _numbers(shape)
-    classifier = models.load(reference, weights)
     backend = load("torch")
-    device = backend.device(device)
     array = _random(size or _own_shape(classifier), seed) if photograph is None else _read(classifier, photograph)
-    found = look(classifier.module.to(device), backend.batch(list(array), device))
-    click.echo(json.dumps(found.facts(), indent=1, ensure_ascii=False) if as_json else str(found))
-    return WRONG if found.wrong or any(call.verdict == DIFFERS for call in found.calls) else 0
+    return backend.batch(list(array), backend.device(device))
 
 
 def _numbers(shape: str) -> tuple[int, ...]:

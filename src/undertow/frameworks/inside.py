@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EQUAL, DIFFERS, NO_FORMULA = "equal", "differs", "none"
+END = "E"
 CORRECT, WRONG, UNCHECKED = "correct", "wrong", "not checked"
 
 
@@ -96,3 +97,50 @@ class Pass:
     calls: tuple[Call, ...]
     functions: tuple[Checked, ...]
     unreached: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a pass looks like from outside one module call, or one joint between several.
+
+    Attributes:
+        name: dotted; with "#0", "#1", ... for a module called several times; the place and the operation for a joint.
+        kind: the module's class, or the operation.
+        gradient: ℓ2 norm of the gradient that its readers send to its outputs.
+        difference: between what all readers send and autograd's total there, relative to the largest absolute value.
+    """
+
+    name: str
+    kind: str
+    gradient: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What one block sends back to another that it reads.
+
+    Attributes:
+        source: the block that is read.
+        target: its reader, from where the gradient comes; "E" for the objective.
+        norm: ℓ2 norm of the gradient that the reader sends to the source's outputs.
+    """
+
+    source: str
+    target: str
+    norm: float
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One pass as blocks, in order of execution, and edges.
+
+    Attributes:
+        blocks: the inputs first.
+        edges: in the order of their sources, then of their targets.
+        passed_on: calls that made nothing of their own: they gave on what they were given.
+    """
+
+    blocks: tuple[Block, ...]
+    edges: tuple[Carried, ...]
+    passed_on: tuple[str, ...] = ()

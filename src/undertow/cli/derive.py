@@ -1,0 +1,238 @@
+"""`undertow derive`: the chain rule and directional derivatives on paper, checked by numbers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..derive import Derivative
+
+GOOD = 1e-8
+PAPER = ("the expression is", 1e-8)  # what was checked, and the difference that float64 may make
+PASS = ("what the edges carry adds up to", 1e-5)  # float32
+EXAMPLES = """\b
+Examples:
+  undertow derive chain "x1>n1 n1>n2 n1>n3 n2>n4 n3>n4" --wrt 'w[1,2]' --wrt x1
+  undertow derive directional "X*C*X" --wrt X --shape X=d,d --shape C=d,d
+  undertow derive model --model torchvision:resnet18@none --depth 2 --wrt layer2.0
+"""
+
+
+@click.group(short_help="The chain rule and directional derivatives on paper, checked.", epilog=EXAMPLES)
+def derive() -> None:
+    """Derive on paper what backpropagation computes, and check each answer with numbers."""
+
+
+_wrt = click.option("--wrt", "wanted", metavar="NAME", multiple=True, required=True, help="By what; may be repeated.")
+_plot = click.option(
+    "--plot",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Draw the way of the derivative, as PNG, SVG or PDF; numbered where --wrt is repeated.",
+)
+_latex = click.option("--latex", "as_latex", is_flag=True, help="Print LaTeX instead of plain text.")
+_seed = click.option("--seed", default=0, show_default=True, help="Of the random numbers.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+@derive.command(
+    short_help="The chain rule over a network of neurons.",
+    epilog="""\b
+Examples:
+  undertow derive chain "x1>n1 n1>n2 n1>n3 n2>n4 n3>n4" --wrt n1 --wrt 'w[1,2]' --expand
+  undertow derive chain "x1>n1 n1>n2" --wrt 'v[1,1][d]' --substitute --latex
+  undertow derive chain "x1>n1 n1>n2" --wrt 'x1[d]' --plot way.svg
+""",
+)
+@click.argument("network")
+@_wrt
+@click.option("--substitute", is_flag=True, help="Put in g', the weights and the quadratic error.")
+@click.option("--expand", is_flag=True, help="Also print the sum over all paths.")
+@_latex
+@_plot
+@_seed
+@_json
+def chain(
+    network: str,
+    wanted: Sequence[str],
+    substitute: bool,
+    expand: bool,
+    as_latex: bool,
+    plot: Path | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Derive E by NAME in a NETWORK such as "x1>n1 x2>n1 n1>n2": inputs x1, x2, ..., neurons n1, n2, ...
+
+    Neurons compute n_i = g(b_i + Σ w[k,i] n_k + Σ v[l,i]·x_l); those that no other reads are the outputs of
+    E = Σ over data of Σ_j (n_j − y_j)². NAME is n4, w[2,5], b[3], v[1,1], v[1,1][d], x2 or x2[d].
+    """
+    from ..derive import Network
+
+    graph = Network.parse(network)
+    return _tell([graph.derivative(name, substitute) for name in wanted], PAPER, as_latex, expand, plot, seed, as_json)
+
+
+@derive.command(
+    short_help="The chain rule over the blocks of a model.",
+    epilog="""\b
+Examples:
+  undertow derive model --model torchvision:resnet18@none --depth 2 --wrt layer2.0
+  undertow derive model cat.jpg --model demo --wrt x --plot demo.png
+""",
+)
+@click.argument("photograph", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
+)
+@click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="A .safetensors file or a state dict.")
+@click.option("--depth", default=1, show_default=True, help="Of nesting: 1 for the model's own parts.")
+@click.option("--target", metavar="CLASS", help="Whose score E is, number or name; the predicted class if left out.")
+@click.option("--shape", metavar="B,C,H,W", help="Of the random input; the model's own, one image, if left out.")
+@_wrt
+@click.option("--expand", is_flag=True, help="Also print the sum over all paths.")
+@_latex
+@_plot
+@_seed
+@_json
+def model(
+    photograph: Path | None,
+    reference: str,
+    weights: Path | None,
+    depth: int,
+    target: str | None,
+    shape: str | None,
+    wanted: Sequence[str],
+    expand: bool,
+    as_latex: bool,
+    plot: Path | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Derive the score of a class by the outputs of a block of a model, from one pass of an IMAGE or a random input.
+
+    NAME is a module's dotted name at this depth, or "x". With --plot, line width is the gradient that an edge carries.
+    """
+    from .. import models
+    from ..derive import from_model
+    from .trace import batch_for
+
+    classifier = models.load(reference, weights)
+    number = None if target is None else models.find_class(classifier, target)
+    blocks = from_model(classifier.module, batch_for(classifier, photograph, shape, seed), depth, number)
+    return _tell([blocks.derivative(name) for name in wanted], PASS, as_latex, expand, plot, seed, as_json)
+
+
+@derive.command(
+    short_help="The directional derivative of a matrix expression.",
+    epilog="""\b
+Examples:
+  undertow derive directional "X*X.T" --wrt X --shape X=d,d
+  undertow derive directional "norm(x)" --wrt x --shape x=1,d
+  undertow derive directional "Matrix([[1, x2]]) * Matrix([[x1], [sin(x2)]])" --wrt x --shape x=2
+""",
+)
+@click.argument("expression")
+@click.option("--wrt", metavar="NAME", required=True, help="The matrix that varies.")
+@click.option("--shape", "shapes", metavar="NAME=ROWS,COLUMNS", multiple=True, help="Of each name; names or numbers.")
+@_latex
+@_seed
+@_json
+def directional(expression: str, wrt: str, shapes: Sequence[str], as_latex: bool, seed: int, as_json: bool) -> int:
+    """Derive D f(X)[H], how an EXPRESSION f of matrices changes as X moves along H.
+
+    \b
+    + - * ** .T        sums, products, powers by a number, transpose; / by a scalar
+    .* or ∘, ./ or ⊘   entry by entry
+    inv tr det         of square matrices
+    norm normF         2-norm of a vector, Frobenius norm
+    exp log sin cos tanh sigmoid sqrt relu        of each entry
+    Matrix([[1, x2], [sin(x1), 0]])               of the entries x1, x2, ... of the vector x
+    """
+    from ..derive import directional as derived
+
+    d = derived(expression, wrt, _shapes(shapes))
+    differences = {"jvp": d.check(seed), "central_difference": d.check_by_differences(seed)}
+    agrees = differences["jvp"] <= GOOD and differences["central_difference"] <= 1e-4
+    if as_json:
+        facts = {"text": d.text, "latex": d.latex, "direction": d.direction.datum, "direction_shape": d.direction_shape}
+        facts |= {"result_shape": d.result_shape, "remarks": d.remarks, "differences": differences, "agrees": agrees}
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return 0 if agrees else 2
+    click.echo(d.latex if as_latex else d.text)
+    click.echo(f"  {d.direction.datum} ∈ {_space(d.direction_shape)}, the result ∈ {_space(d.result_shape)}")
+    for remark in d.remarks:
+        click.echo(f"  {remark}")
+    found = f"{_agreement(differences['jvp'], 1e-12)} of torch.func.jvp"
+    click.echo(f"  checked: {found}, {_agreement(differences['central_difference'], 1e-6)} of a central difference")
+    return 0 if agrees else 2
+
+
+def _tell(
+    derivatives: "Sequence[Derivative]",
+    checked: tuple[str, float],
+    as_latex: bool,
+    expand: bool,
+    plot: Path | None,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Print derivatives, draw them where asked, and say by the exit code whether numbers agree."""
+    differences = [d.check(seed) for d in derivatives]
+    for i, d in enumerate(derivatives):
+        if plot:
+            d.plot(plot if len(derivatives) == 1 else plot.with_stem(f"{plot.stem}-{i + 1}"))
+    if as_json:
+        rows = [_facts(d, difference, expand) for d, difference in zip(derivatives, differences, strict=True)]
+        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+    else:
+        told = zip(derivatives, differences, strict=True)
+        click.echo("\n\n".join(_words(d, checked[0], difference, as_latex, expand) for d, difference in told))
+    return 0 if all(difference <= checked[1] for difference in differences) else 2
+
+
+def _words(d: "Derivative", checked: str, difference: float, as_latex: bool, expand: bool) -> str:
+    count = d.operations
+    lines = [d.latex if as_latex else d.text]
+    if expand:
+        lines.append(f"  path by path: {d.expanded_text}")
+    lines.append(
+        f"  operations: factored {_count(count.factored)}; "
+        f"path by path {_count(count.expanded)} ({count.paths:,} {'path' if count.paths == 1 else 'paths'})"
+    )
+    return "\n".join([*lines, f"  checked: {checked} {_agreement(difference, 1e-12)} of autograd"])
+
+
+def _count(count: Any) -> str:
+    return f"{count.multiplications:,} × and {count.additions:,} +"
+
+
+def _facts(d: "Derivative", difference: float, expand: bool) -> dict[str, Any]:
+    count = d.operations
+    facts = {"wrt": d.name, "text": d.text, "latex": d.latex, "paths": count.paths}
+    facts |= {"factored": count.factored._asdict(), "expanded": count.expanded._asdict(), "difference": difference}
+    if expand:
+        facts["expanded_text"] = d.expanded_text
+    return facts
+
+
+def _agreement(difference: float, fine: float) -> str:
+    """Say how near numbers are; rounding, which differs from machine to machine, is not printed digit by digit."""
+    return f"within {fine:.0e}" if difference <= fine else f"within {difference:.1e}"
+
+
+def _space(shape: Sequence[object]) -> str:
+    return f"ℝ^{{{shape[0]}×{shape[1]}}}"
+
+
+def _shapes(words: Sequence[str]) -> dict[str, str]:
+    from ..errors import InputError
+
+    pairs = [word.partition("=") for word in words]
+    for (name, sign, shape), word in zip(pairs, words, strict=True):
+        if not (name.strip() and sign and shape.strip()):
+            raise InputError(f"--shape {word!r} is not understood; write NAME=ROWS,COLUMNS, as in X=d,k")
+    return {name.strip(): shape for name, _, shape in pairs}

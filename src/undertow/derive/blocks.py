@@ -1,0 +1,152 @@
+"""A model of somebody's as a graph of blocks, from one pass: the chain rule over it, and what each edge carries."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+from ..errors import InputError, near
+from ..frameworks.base import backend_of
+from ..frameworks.inside import Block, Carried, Passage
+from .chain import Derivative
+from .graph import END, Graph
+from .notation import Partial, Quantity
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Blocks(Graph):
+    """The module calls of one pass as blocks, with an edge wherever a gradient passes from one to another.
+
+    Attributes:
+        blocks: in order of execution, the inputs first; each with the norm of the gradient at its outputs.
+        edges: (source, target, norm): what the target sends back to the source that it reads; "E" is the objective.
+        passed_on: calls that made nothing of their own, such as an Identity: no block, for the gradient passes them
+            unchanged.
+    """
+
+    blocks: tuple[Block, ...]
+    edges: tuple[Carried, ...]
+    passed_on: tuple[str, ...] = ()
+
+    @cached_property
+    def readers(self) -> Mapping[str, Sequence[str]]:
+        """For each block those that read it, `END` for the objective."""
+        found: dict[str, list[str]] = {block.name: [] for block in self.blocks}
+        for edge in self.edges:
+            found[edge.source].append(edge.target)
+        return found
+
+    @cached_property
+    def order(self) -> Sequence[str]:
+        """The blocks' names, each after those that it reads."""
+        return [block.name for block in self.blocks]
+
+    @cached_property
+    def carried(self) -> Mapping[tuple[str, str], float]:
+        """The norm of the gradient that each edge (source, target) carries."""
+        return {(edge.source, edge.target): edge.norm for edge in self.edges}
+
+    def quantity(self, node: str) -> Quantity:
+        """How a block is written; in brackets where its name is not one word."""
+        escaped = node.replace("_", r"\_").replace("#", r"\#")
+        return Quantity(node if node.isidentifier() else f"({node.strip('()')})", rf"\mathrm{{{escaped}}}", False)
+
+    def shared_name(self, node: str) -> Quantity:
+        """δ(name) for a block of this name."""
+        written = self.quantity(node)
+        bare = written.text.strip("()")
+        return Quantity(f"δ({bare})", rf"\delta_{{{written.latex}}}", False)
+
+    def partial(self, reader: str, node: str) -> Partial:
+        """Return the Jacobian ∂reader/∂node by way of this edge alone, or the direct ∂E/∂node."""
+        if reader == END:
+            alone = list(self.readers[node]) == [END]
+            return Partial(Quantity("E", "E", False), self.quantity(node), direct=not alone)
+        return Partial(self.quantity(reader), self.quantity(node))
+
+    def derivative(self, wrt: str, substitute: bool = False) -> Derivative:
+        """Return ∂E/∂(the outputs of a block) by the chain rule: rows of partials times Jacobian matrices.
+
+        Args:
+            wrt: a block's name, or "x" for the input.
+            substitute: must be False; Jacobians of blocks have no closed form here.
+
+        Raises:
+            InputError: no block has this name.
+        """
+        if substitute:
+            raise InputError("blocks of a model cannot be written out; substitute is for networks of neurons")
+        if wrt not in self.readers:
+            raise InputError(f"there is no block {wrt!r}{self._hint(wrt)}")
+        return Derivative(self, wrt, self.quantity(wrt), ((wrt, None),))
+
+    def check(self, derivative: Derivative, seed: int) -> float:
+        """Return how far what the edges brought lies from autograd's total, at the worst block of a derivative."""
+        differences = {block.name: block.difference for block in self.blocks}
+        return max(differences[node] for node, _ in derivative.carrying)
+
+    def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
+        """Draw the blocks with the way of a derivative; see `Derivative.plot`."""
+        from ..show.graph import blocks
+
+        heading = title or f"∂E/∂{derivative.wrt.text}"
+        return blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
+
+    def _hint(self, wrt: str) -> str:
+        if wrt in self.passed_on:
+            return ": it gave on what it was given, unchanged, so its gradient is its input's"
+        calls = [name for name in self.readers if name.startswith(f"{wrt}#")]
+        if calls:
+            return f": it was called {len(calls)} times; take {' or '.join(calls[:4])}"
+        if any(name.startswith(f"{wrt}.") for name in self.readers):
+            return f" at this depth; its parts are blocks: {', '.join(n for n in self.order if n.startswith(wrt))}"
+        if any(wrt.startswith(f"{name}.") for name in self.readers):
+            return " at this depth; a greater depth would show it"
+        return near(wrt, self.readers) or f"; there are {', '.join(self.order[:12])}"
+
+
+def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks:
+    """Turn one pass of a model into a network of blocks.
+
+    A block is a module call at this depth of nesting, or a shallower one that called no other; a module called several
+    times has blocks "name#0", "name#1", ... What a forward computes itself is a block of its own, such as
+    "layer1.0.add", where it joins several others (residual additions, concatenations) or is read by several; else it
+    belongs to the block that reads it. The model, its mode, buffers, hooks and gradients, and the random state, are as
+    before afterwards.
+
+    Args:
+        model: an `nn.Module`.
+        x: a batch, `(B, ...)`, or a tuple of them.
+        depth: 1 for the model's own parts, 2 for their parts, and so on.
+        target: of which E is the sum over the batch: a class, one for each sample, or a function of the output that
+            returns `(B,)`, as in `undertow.explain`; by default each sample's predicted class.
+
+    Raises:
+        InputError: an argument that cannot be used.
+        ModelError: a compiled, scripted or reentrantly checkpointed part, into which it cannot see.
+        TargetError: a class that is not there.
+
+    >>> import torch
+    >>> class Residual(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.enter, self.bend, self.head = (torch.nn.Linear(3, 3) for _ in range(3))
+    ...     def forward(self, x):
+    ...         h = self.enter(x)
+    ...         return self.head(h + self.bend(h).relu())
+    >>> blocks = from_model(Residual(), torch.ones(2, 3))
+    >>> print(blocks.derivative("enter").text)
+    ∂E/∂enter = δ(add) · ∂add/∂bend · ∂bend/∂enter + δ(add) · ∂add/∂enter
+      where δ(add) = ∂E/∂add = ∂E/∂head · ∂head/∂add
+    """
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise InputError(f"depth {depth!r} is no depth of nesting; pass 1, 2, ...")
+    inputs = x if isinstance(x, tuple) else (x,)
+    if not inputs:
+        raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
+    torch_blocks = importlib.import_module(".blocks", backend_of(inputs[0]).__name__)  # type: ignore[attr-defined]
+    found: Passage = torch_blocks.passage(model, inputs, depth, target)
+    return Blocks(found.blocks, found.edges, found.passed_on)

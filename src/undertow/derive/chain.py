@@ -1,0 +1,213 @@
+"""One derivative by the chain rule: factored as backpropagation shares its tails, or path by path."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from .graph import END, Graph, product, total
+from .notation import LATEX, TEXT, Partial, Phrase, Quantity, Style
+
+MOST_PATHS = 10_000
+
+
+class Count(NamedTuple):
+    """How many multiplications and additions."""
+
+    multiplications: int
+    additions: int
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What it costs to evaluate a derivative for one data point when every partial is a given number.
+
+    Attributes:
+        factored: each ∂E/∂node computed once: a multiplication for each edge and each last factor, and an addition
+            wherever one more term joins. It grows with the edges.
+        expanded: each path a product, and the products added. It grows with the paths.
+        paths: how many there are from E to the quantity.
+    """
+
+    factored: Count
+    expanded: Count
+    paths: int
+
+
+@dataclass(frozen=True, eq=False)
+class Derivative:
+    """∂E/∂(a quantity), as a sum over nodes of ∂E/∂node times what the quantity does to that node.
+
+    Attributes:
+        graph: in which it is.
+        name: as it was asked for.
+        wrt: the quantity.
+        ends: for each node that reads the quantity directly, that node and ∂node/∂quantity; for a node's own
+            derivative the node and None.
+        summed: whether it is a sum over the data points, as those of weights are; the derivative by a neuron or an
+            input is that of one data point.
+        substituted: whether partials are replaced by what they mean.
+    """
+
+    graph: Graph
+    name: str
+    wrt: Quantity
+    ends: tuple[tuple[str, Partial | None], ...]
+    summed: bool = False
+    substituted: bool = False
+
+    @property
+    def text(self) -> str:
+        """The factored form, in plain text; a tail that is used more than once has a line and a name of its own."""
+        first, *others = self._lines(TEXT)
+        return "\n".join([first, *(f"  where {line}" for line in others)])
+
+    @property
+    def latex(self) -> str:
+        """The factored form in LaTeX; `aligned`, of amsmath and MathJax, where it has several lines."""
+        lines = self._lines(LATEX)
+        if len(lines) == 1:
+            return lines[0]
+        body = " \\\\\n".join(line.replace(" = ", " &= ", 1) for line in lines)
+        return f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
+
+    @cached_property
+    def expression(self) -> Any:
+        """The factored form in SymPy, for one data point: shared tails are one object, nothing is expanded.
+
+        Every partial is a symbol of the name that it has in `text`. Printing it writes a shared tail out each time.
+        """
+        terms = []
+        for node, last in self.ends:
+            delta = self.graph.delta(node, self.substituted)
+            factors = [] if last is None else [factor.symbol() for factor in last.factors(self.substituted)]
+            opened = delta.args if delta.is_Mul and self.graph.read_by[node] <= 1 else (delta,)
+            terms.append(product([*opened, *factors]))
+        return total(terms)
+
+    @cached_property
+    def expanded(self) -> Any:
+        """The sum over all paths in SymPy, for one data point.
+
+        Raises:
+            InputError: there are more than 10,000 paths.
+        """
+        return total([product([factor.symbol() for factor in factors]) for factors in self._products()])
+
+    @property
+    def expanded_text(self) -> str:
+        """The sum over all paths in plain text.
+
+        Raises:
+            InputError: there are more than 10,000 paths.
+        """
+        return self._equation(TEXT, TEXT.sum([TEXT.product(None, factors) for factors in self._products()]))
+
+    @cached_property
+    def operations(self) -> Operations:
+        """How many multiplications and additions both forms take."""
+        readers, nodes = self.graph.readers, self.graph.behind(node for node, _ in self.ends)
+        paths, lengths = Counter({END: 1}), Counter({END: 0})
+        for node in nodes:
+            paths[node] = sum(paths[reader] for reader in readers[node])
+            lengths[node] = sum(lengths[reader] + paths[reader] for reader in readers[node])
+        edges = sum(1 for node in nodes for reader in readers[node] if reader != END)
+        joins = sum(len(readers[node]) - 1 for node in nodes)
+        lasts = sum(1 for _, last in self.ends if last is not None)
+        count = sum(paths[node] for node, _ in self.ends)
+        length = sum(lengths[node] + (paths[node] if last else 0) for node, last in self.ends)
+        return Operations(
+            Count(edges + lasts, joins + len(self.ends) - 1), Count(length - count, count - 1), paths=count
+        )
+
+    @property
+    def carrying(self) -> tuple[tuple[str, str], ...]:
+        """The edges (node, reader) by which the derivative travels; `END` as the reader where it sets out from E."""
+        nodes = reversed(self.graph.behind(node for node, _ in self.ends))
+        return tuple((node, reader) for node in nodes for reader in self.graph.readers[node])
+
+    def check(self, seed: int = 0) -> float:
+        """Evaluate the expression with numbers and compare it with autograd.
+
+        For a network of neurons: random weights, biases and five data points, in float64, once for each of sigmoid,
+        tanh, ReLU and softplus. For blocks of a model: what the edges of this derivative brought to each node in the
+        pass that was watched.
+
+        Returns:
+            The largest absolute difference, relative to the derivative's largest absolute value.
+
+        Raises:
+            FrameworkError: PyTorch is missing.
+        """
+        return self.graph.check(self, seed)
+
+    def plot(self, path: str | Path, title: str = "") -> Path:
+        """Draw the graph with the edges that carry this derivative highlighted, as PNG, SVG or PDF.
+
+        Raises:
+            InputError: a file type that cannot be written.
+            FrameworkError: matplotlib is missing.
+        """
+        return self.graph.plot(self, path, title)
+
+    def _equation(self, style: Style, phrase: Phrase) -> str:
+        left = Partial(Quantity("E", "E"), self.wrt).symbol
+        over = (r"\sum_{p} " if style.latex else "Σ_p ") if self.summed else ""
+        right = f"{over}{style.bracketed(phrase)}" if self.summed else phrase.words
+        return f"{style.write(left)} = {right}"
+
+    def _lines(self, style: Style) -> list[str]:
+        """Write the derivative, then each shared tail, those nearest to the derivative first."""
+        graph, shared = self.graph, self._shared()
+        known: dict[str, Phrase] = {}
+        lines = []
+        for node in graph.behind(node for node, _ in self.ends):
+            terms = [
+                style.product(known.get(reader), graph.partial(reader, node).factors(self.substituted))
+                for reader in graph.readers[node]
+            ]
+            known[node] = style.sum(terms)
+            if node in shared:
+                name, whole = graph.shared_name(node), Partial(Quantity("E", "E"), graph.quantity(node)).symbol
+                lines.append(f"{style.write(name)} = {style.write(whole)} = {known[node].words}")
+                known[node] = Phrase(style.write(name))
+        whole_thing = style.sum(
+            [
+                known[node] if last is None else style.product(known[node], last.factors(self.substituted))
+                for node, last in self.ends
+            ]
+        )
+        return [self._equation(style, whole_thing), *reversed(lines)]
+
+    def _shared(self) -> set[str]:
+        """The nodes whose ∂E/∂node is used more than once here, and is more than one partial."""
+        readers = self.graph.readers
+        uses = Counter(node for node, _ in self.ends)
+        for node in self.graph.behind(uses):
+            uses.update(readers[node])
+        return {node for node, count in uses.items() if count > 1 and node != END and list(readers[node]) != [END]}
+
+    def _products(self) -> Iterator[tuple[Quantity, ...]]:
+        """Yield each path as its factors, from E to the quantity."""
+        if self.operations.paths > MOST_PATHS:
+            raise InputError(
+                f"∂E/∂{self.wrt.text} has {self.operations.paths:,} paths, more than {MOST_PATHS:,}: "
+                "too many to write out; take the factored form"
+            )
+        for node, last in self.ends:
+            tail = () if last is None else last.factors(self.substituted)
+            for path in self._paths(node):
+                yield (*path, *tail)
+
+    def _paths(self, node: str) -> Iterator[tuple[Quantity, ...]]:
+        stack: list[tuple[str, tuple[Quantity, ...]]] = [(node, ())]
+        while stack:
+            at, factors = stack.pop()
+            if at == END:
+                yield factors
+                continue
+            for reader in reversed(self.graph.readers[at]):
+                stack.append((reader, (*self.graph.partial(reader, at).factors(self.substituted), *factors)))

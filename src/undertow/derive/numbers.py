@@ -1,0 +1,158 @@
+"""A derivative with numbers in it: a network's values at a random point, and an expression evaluated there."""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..frameworks.base import load
+from .graph import END
+
+if TYPE_CHECKING:
+    from .chain import Derivative
+    from .network import Network
+
+Array = npt.NDArray[np.float64]
+POINTS = 5
+
+
+def _sigmoid(a: Array) -> Array:
+    return 0.5 * (1 + np.tanh(a / 2))
+
+
+# each with its slope
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "sigmoid": (_sigmoid, lambda a: _sigmoid(a) * (1 - _sigmoid(a))),
+    "tanh": (np.tanh, lambda a: 1 - np.tanh(a) ** 2),
+    "relu": (lambda a: np.maximum(a, 0), lambda a: (a > 0).astype(float)),
+    "softplus": (lambda a: np.logaddexp(0, a), _sigmoid),
+}
+
+
+class Values(dict[str, Array]):
+    """Arrays by the names of quantities; `x2[3]` is the third column of `x2`, and `x2[d]` all of them.
+
+    >>> Values({"x2": np.array([[5.0, 6.0, 7.0]])})["x2[3]"]
+    array([[7.]])
+    """
+
+    def __missing__(self, name: str) -> Array:
+        match = re.fullmatch(r"([xv].*)\[([a-z]|\d+)\]", name)
+        if match is None:
+            raise KeyError(name)
+        vector = self[match[1]]
+        return vector if match[2].isalpha() else vector[..., int(match[2]) - 1 : int(match[2])]
+
+
+def draw(network: "Network", activation: str, seed: int = 0, width: int = 2) -> Values:
+    """Return random weights, biases, targets and five data points, and what the network makes of them.
+
+    Args:
+        activation: "sigmoid", "tanh", "relu" or "softplus".
+        width: the least number of components of an input; each has up to two more.
+
+    Returns:
+        float64, by name: w[2,5] and b[3] of shape (1,), v[1,1] of (D,), x1 of (5, D), n4, y7 and g'(a4) of (5, 1).
+    """
+    rng = np.random.default_rng([seed, list(ACTIVATIONS).index(activation)])
+    g, slope = ACTIVATIONS[activation]
+    values = Values()
+    for node in network.nodes:
+        if node[0] == "x":
+            values[node] = rng.standard_normal((POINTS, rng.integers(width, width + 3)))
+    for neuron in network.order:
+        i, sources = neuron[1:], network.sources[neuron]
+        values[f"b[{i}]"] = rng.standard_normal(1) * 0.5
+        summed = np.broadcast_to(values[f"b[{i}]"], (POINTS, 1))
+        for source in sources:
+            letter = "w" if source[0] == "n" else "v"
+            size = values[source].shape[1]
+            weight = rng.standard_normal(size) * np.sqrt(2 / (len(sources) * size))
+            values[f"{letter}[{source[1:]},{i}]"] = weight
+            summed = summed + (values[source] * weight).sum(1, keepdims=True)
+        values[neuron], values[f"g'(a{i})"] = g(summed), slope(summed)
+    for output in network.outputs:
+        values[f"y{output[1:]}"] = rng.standard_normal((POINTS, 1))
+    return values
+
+
+def with_partials(network: "Network", values: Values) -> Values:
+    """Add the value of every ∂n_k/∂n_i and every ∂E/∂n_j."""
+    found = Values(values)
+    for node, readers in network.readers.items():
+        for reader in readers:
+            partial = network.partial(reader, node)
+            if reader == END:
+                found[partial.symbol.text] = 2 * (values[node] - values[f"y{node[1:]}"])
+            else:
+                found[partial.symbol.text] = values[f"g'(a{reader[1:]})"] * values[f"w[{node[1:]},{reader[1:]}]"]
+    return found
+
+
+def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
+    """Evaluate a SymPy expression of sums, products and powers; what occurs twice is computed once.
+
+    >>> import sympy
+    >>> a, b = sympy.symbols("a b")
+    >>> evaluate(a * (a + 2 * b), {"a": np.array([3.0]), "b": np.array([0.5])})
+    array([12.])
+    """
+    known: dict[int, Any] = {}
+    stack = [expression]
+    while stack:
+        node = stack[-1]
+        waiting = [] if node.is_Atom or node.is_Function else [arg for arg in node.args if id(arg) not in known]
+        if waiting:
+            stack.extend(waiting)
+            continue
+        known[id(stack.pop())] = _value(node, values, known)
+    return known[id(expression)]  # type: ignore[no-any-return]
+
+
+def _value(node: Any, values: Mapping[str, Array], known: dict[int, Any]) -> Any:
+    if node.is_Number:
+        return float(node)
+    if node.is_Atom or node.is_Function:
+        return values[str(node)]
+    parts = [known[id(arg)] for arg in node.args]
+    result = parts[0]
+    for part in parts[1:]:
+        result = result * part if node.is_Mul else result + part if node.is_Add else result**part
+    return result
+
+
+def difference(derivative: "Derivative", expression: Any, values: Values, autograd: Values) -> float:
+    """Return how far an expression for a derivative lies from autograd, relative to its largest absolute value."""
+    values = Values(values)
+    for _, last in derivative.ends:
+        if last is not None:
+            product: Any = 1.0
+            for factor in last.means:
+                product = product * values[factor.text]
+            values[last.symbol.text] = product
+    ours = np.broadcast_to(evaluate(expression, values), (POINTS, autograd[derivative.wrt.text].shape[-1]))
+    if derivative.summed:
+        ours = ours.sum(0)
+    return relative(ours, autograd[derivative.wrt.text])
+
+
+def relative(ours: Array, theirs: Array) -> float:
+    """Return the largest absolute difference over the largest absolute value of `theirs`; 0 where both are zero."""
+    apart = float(np.abs(ours - theirs).max())
+    return apart / float(np.abs(theirs).max() or 1.0)
+
+
+def largest_difference(network: "Network", derivative: "Derivative", seed: int) -> float:
+    """Compare with autograd at a random point for each activation; see `Derivative.check`."""
+    autograd = importlib.import_module(".neurons", load("torch").__name__)  # type: ignore[attr-defined]
+    component = re.search(r"\[(\d+)\]$", derivative.wrt.text) if derivative.wrt.text[0] in "xv" else None
+    width = max(2, int(component[1])) if component else 2
+    worst = []
+    for activation in ACTIVATIONS:
+        values = draw(network, activation, seed, width)
+        theirs = Values(autograd.gradients(network.order, network.edges, values, activation))
+        worst.append(difference(derivative, derivative.expression, with_partials(network, values), theirs))
+    return max(worst)
