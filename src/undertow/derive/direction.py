@@ -137,7 +137,7 @@ class Directional:
         """Return random matrices and sizes, and the derivative there; positive matrices where others will not do."""
         rng = np.random.default_rng(seed)
         known = {**m.symbols(self.function), **{s.datum: s for s in (self.wrt, self.direction)}}
-        sides = dict.fromkeys(side for s in known.values() for side in s.shape if isinstance(side, str))
+        sides = dict.fromkeys(side for side in (*m.sides(self.function), *self.wrt.shape) if isinstance(side, str))
         sizes: dict[Dimension, int] = dict(zip(sides, _sizes(len(sides), rng), strict=True))
         for attempt in range(40):
             values = {name: _random(s.shape, sizes, attempt % 2 == 1, rng) for name, s in known.items()}

@@ -254,6 +254,11 @@ def symbols(term: Term) -> dict[str, Term]:
     return found
 
 
+def sides(term: Term) -> list[Dimension]:
+    """Return the rows and columns of a term and of all in it, those of a zero that has no symbol left included."""
+    return [*term.shape, *(side for part in term.parts for side in sides(part))]
+
+
 def shown(shape: Shape) -> str:
     """Write a shape.
 

@@ -115,8 +115,8 @@ def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
 def _value(node: Any, values: Mapping[str, Array], known: dict[int, Any]) -> Any:
     if node.is_Number:
         return float(node)
-    if node.is_Atom or node.is_Function:
-        return values[str(node)]
+    if node.is_Symbol or node.is_Function:
+        return values[node.name if node.is_Symbol else str(node)]
     parts = [known[id(arg)] for arg in node.args]
     result = parts[0]
     for part in parts[1:]:

@@ -1,5 +1,6 @@
 """Forward-mode autograd's word on a directional derivative."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ def jvp(
         direction: of its shape.
     """
     tensors = {name: torch.from_numpy(value) for name, value in values.items()}
-    moved = torch.func.jvp(
-        lambda x: function({**tensors, wrt: x}, torch), (tensors[wrt],), (torch.from_numpy(direction),)
-    )
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of torch, about its own torch.jit
+        moved = torch.func.jvp(
+            lambda x: function({**tensors, wrt: x}, torch), (tensors[wrt],), (torch.from_numpy(direction),)
+        )
     return moved[1].numpy()  # type: ignore[no-any-return]

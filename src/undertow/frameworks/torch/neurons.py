@@ -31,9 +31,10 @@ def gradients(
     """
     g = ACTIVATIONS[activation]
     leaves = {name: torch.tensor(value, requires_grad=True) for name, value in values.items() if name[0] in "wbvx"}
+    points = next(len(value) for name, value in values.items() if name[0] == "y")
     neurons: dict[str, torch.Tensor] = {}
     for name in order:
-        summed = leaves[f"b[{name[1:]}]"]
+        summed = leaves[f"b[{name[1:]}]"].expand(points, 1)  # each data point has a value of its own
         for source in (a for a, b in edges if b == name):
             pair = f"[{source[1:]},{name[1:]}]"
             if source[0] == "x":
