@@ -81,16 +81,14 @@ def test_finite_differences_of_a_blocks_output(net):
     blocks = from_model(model, x, target=2)
     norms = {block.name: block.gradient for block in blocks.blocks}
     for name in ("enter", "bend", "inner", "head"):
-        out = {}
-        grab = model.get_submodule(name).register_forward_hook(lambda m, a, y: out.update(y=y))
-        scores = model(x)
-        grab.remove()
-        (g,) = torch.autograd.grad(scores[:, 2].sum(), out["y"])
+        out = []
+        with model.get_submodule(name).register_forward_hook(lambda m, a, y, out=out: out.append(y)):
+            scores = model(x)
+        (g,) = torch.autograd.grad(scores[:, 2].sum(), out)
         moved = []
         for step in (1e-6, -1e-6):
-            push = model.get_submodule(name).register_forward_hook(lambda m, a, y, step=step: y + step * g)
-            moved.append(float(model(x)[:, 2].sum().detach()))
-            push.remove()
+            with model.get_submodule(name).register_forward_hook(lambda m, a, y, move=step * g: y + move):
+                moved.append(float(model(x)[:, 2].sum().detach()))
         assert (moved[0] - moved[1]) / 2e-6 == pytest.approx(norms[name] ** 2, rel=1e-6)
 
 

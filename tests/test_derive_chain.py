@@ -221,7 +221,7 @@ def test_check_sees_a_derivative_of_something_else():
 
 def test_the_derivative_by_a_weight_is_a_sum_over_the_data_and_by_a_neuron_is_not():
     network = Network.parse(EXERCISE)
-    values, autograd = point(network, "sigmoid", 0)
+    _, autograd = point(network, "sigmoid", 0)
     assert autograd["w[2,5]"].shape == (1,)
     assert autograd["n4"].shape == (5, 1)
     assert network.derivative("w[2,5]").summed

@@ -1,0 +1,154 @@
+"""`undertow derive` as a person meets it, and the page of exercises, whose answers the tool writes.
+
+`python tests/test_derive_cli.py` writes docs/derive.md anew.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from undertow.cli import main
+from undertow.cli.derive import derive
+
+PAGE = Path(__file__).parent.parent / "docs" / "derive.md"
+ANSWER = re.compile(r"(?<=```sh\n)(undertow derive [^`]*?)\n```\n```text\n(.*?)(?=```)", re.S)
+EXERCISE = "x1>n1 x2>n2 n1>n3 n1>n4 n2>n4 n2>n5 n3>n6 n4>n6 n4>n7 n5>n7"
+
+
+def call(capfd, *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main(["derive", *map(str, words)])
+    printed = capfd.readouterr()
+    return left.value.code, printed.out, printed.err
+
+
+def test_every_answer_on_the_page_is_the_tools(capfd):
+    answers = ANSWER.findall(PAGE.read_text())
+    assert len(answers) >= 12
+    for line, answer in answers:
+        code, out, err = call(capfd, *shlex.split(line)[2:])
+        assert (code, out, err) == (0, answer, ""), line
+
+
+def test_the_numbers_on_the_page_are_the_librarys():
+    from undertow.derive import Network
+
+    page = PAGE.read_text()
+    rows = re.findall(r"^\| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) × ([\d,]+) \+ \| ([\d,]+) × ([\d,]+) \+ \|$", page, re.M)
+    assert len(rows) >= 3
+    for widths, *wanted in rows:
+        count = Network.layered([int(width) for width in widths.split(", ")]).derivative("b[1]").operations
+        assert [int(number.replace(",", "")) for number in wanted] == [count.paths, *count.factored, *count.expanded]
+
+
+def test_several_names_json_and_pictures(capfd, tmp_path):
+    words = ("chain", EXERCISE, "--wrt", "n4", "--wrt", "x2[d]", "--json", "--expand", "--plot", tmp_path / "way.png")
+    code, out, err = call(capfd, *words)
+    assert (code, err) == (0, "")
+    one, two = json.loads(out)
+    assert (one["wrt"], two["wrt"]) == ("n4", "x2[d]")
+    assert two["paths"] == 3
+    assert two["factored"] == {"multiplications": 6, "additions": 2}
+    assert two["expanded"] == {"multiplications": 9, "additions": 2}
+    assert two["expanded_text"].count("∂E/∂n7") == 2
+    assert two["difference"] < 1e-12
+    for name in ("way-1.png", "way-2.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 600
+
+
+def test_directional_json(capfd):
+    code, out, _ = call(capfd, "directional", "norm(X)", "--wrt", "X", "--shape", "X=1,d", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["text"] == "D(‖X‖₂)[H] = XHᵀ/‖X‖₂"
+    assert (facts["direction_shape"], facts["result_shape"]) == ([1, "d"], [1, 1])
+    assert facts["remarks"] == ["‖X‖₂ is not differentiable where X = 0"]
+    assert facts["differences"]["jvp"] < 1e-12
+    assert facts["differences"]["central_difference"] < 1e-6
+
+
+def test_a_model_from_a_file(capfd, tmp_path):
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.bend = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1)\n"
+        "        self.head = torch.nn.Linear(3, 4)\n"
+        "    def forward(self, x):\n"
+        "        h = self.conv(x)\n"
+        "        return self.head((h + self.bend(h)).mean((2, 3)))\n"
+        "load = Net\n"
+    )
+    words = ("model", "--model", f"{path}:load", "--shape", "2,3,8,8", "--wrt", "conv", "--target", "2")
+    code, out, err = call(capfd, *words, "--plot", tmp_path / "blocks.svg")
+    assert (code, err) == (0, "")
+    assert "∂E/∂conv = δ(add) · ∂add/∂bend · ∂bend/∂conv + δ(add) · ∂add/∂conv" in out
+    assert "what the edges carry adds up to" in out
+    assert "<svg" in (tmp_path / "blocks.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("chain", "x1>n1 n1>n2 n2>n1", "--wrt", "n1"), "cycle, n1 > n2 > n1, closed by n2>n1 at column 13"),
+        (("chain", EXERCISE, "--wrt", "w[2,6]"), "no edge n2>n6"),
+        (("chain", EXERCISE, "--wrt", "n4", "--plot", "way.jpg"), "must end in .png, .svg or .pdf"),
+        (("directional", "X*b", "--wrt", "X", "--shape", "X=d,d", "--shape", "b=k"), "column 3: 'b' is k×1"),
+        (("directional", "X", "--wrt", "X", "--shape", "X"), "write NAME=ROWS,COLUMNS"),
+        (("directional", "X", "--wrt", "Y", "--shape", "X=d,d"), "'Y', by which to derive, has no shape"),
+        (("model", "--model", "torchvision:alexnet@none", "--wrt", "feature"), "did you mean features"),
+    ],
+)
+def test_wrong_words_get_one_line_and_exit_code_2(capfd, words, said):
+    code, out, err = call(capfd, *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_an_answer_that_numbers_contradict_has_exit_code_2(capfd, monkeypatch):
+    from undertow.derive import Derivative, Directional
+
+    monkeypatch.setattr(Derivative, "check", lambda self, seed: 0.25)
+    code, out, _ = call(capfd, "chain", EXERCISE, "--wrt", "n4")
+    assert code == 2
+    assert "within 2.5e-01 of autograd" in out
+    monkeypatch.setattr(Directional, "check", lambda self, seed: 0.25)
+    code, out, _ = call(capfd, "directional", "X", "--wrt", "X", "--shape", "X=d,d")
+    assert code == 2
+    assert "within 2.5e-01 of torch.func.jvp" in out
+
+
+def test_every_subcommand_has_help_with_examples(capfd):
+    for name in derive.commands:
+        code, out, _ = call(capfd, name, "--help")
+        assert code == 0
+        lines = re.findall(r"^ *(undertow derive .*)$", out.partition("Examples:")[2], re.M)
+        assert lines
+        for line in lines:
+            words = shlex.split(line)[2:]
+            assert derive.commands[words[0]].make_context(words[0], words[1:])
+
+
+def regenerated() -> str:
+    """Return the page with every answer as the tool gives it now."""
+
+    def answer(found: re.Match[str]) -> str:
+        words = [sys.executable, "-m", *shlex.split(found[1])]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return f"{found[1]}\n```\n```text\n{said}"
+
+    return ANSWER.sub(answer, PAGE.read_text())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(regenerated())
