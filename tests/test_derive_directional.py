@@ -54,6 +54,21 @@ def test_known_derivatives(case):
     MathTextParser("agg").parse(f"${d.latex}$")
 
 
+EVERY_RULE = (
+    *(f"{name}(Y*a + b)" for name in ("exp", "log", "sin", "cos", "tanh", "sigmoid", "sqrt", "relu")),
+    *("Z ./ Y", "Y ./ (Y .* Z)", "Y .* Y .* Z", "normF(Y*a)*Y", "norm(Y*a)", "norm((Y*a).T)", "tr(Y.T*Y)/norm(a)"),
+    *("det(Y.T*Y)", "inv(Y.T*Y)", "(Y.T*Y)**3", "(Y.T*Y)**-2", "tr(Y.T*Y)**-1.5*Y", "Y*Y.T*(Z*Y.T).T", "-(Y - Z)*s"),
+)
+
+
+@pytest.mark.parametrize("text", EVERY_RULE)
+def test_every_rule_by_autograd_and_by_differences(text):
+    d = directional(text, "Y", {**SHAPES, "Y": ("k", "k"), "Z": ("k", "k"), "b": ("k",)})
+    for seed in (1, 2):
+        assert d.check(seed) < 1e-10
+        assert d.check_by_differences(seed) < 1e-5
+
+
 def values_for(d, seed: int) -> tuple[dict, np.ndarray, dict]:
     values, sizes, ours = d._at_a_point(seed)
     return values, ours, sizes
