@@ -69,6 +69,12 @@ def test_every_rule_by_autograd_and_by_differences(text):
         assert d.check_by_differences(seed) < 1e-5
 
 
+def test_terms_that_cancel_leave_rounding_and_no_alarm():
+    d = directional("X ./ X + s*inv(X)*X/s", "X", SHAPES)
+    assert d.check() < 1e-12
+    assert d.check_by_differences() < 1e-6
+
+
 def values_for(d, seed: int) -> tuple[dict, np.ndarray, dict]:
     values, sizes, ours = d._at_a_point(seed)
     return values, ours, sizes

@@ -7,8 +7,8 @@ import click
 
 from ..errors import UndertowError
 from .demo import demo
-from .diagnose import diagnose
 from .derive import derive
+from .diagnose import diagnose
 from .explain import explain
 from .models import models
 from .quantiles import compare, quantiles

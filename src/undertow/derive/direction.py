@@ -16,7 +16,6 @@ from . import matrices as m
 from .differential import differential
 from .evaluating import evaluate
 from .matrices import Dimension, Shape, Term
-from .numbers import relative
 from .packages import need
 from .parser import parse
 from .symbolic import is_explicit, sympy_of
@@ -101,7 +100,8 @@ class Directional:
         """Compare with forward-mode autograd (`torch.func.jvp`) on random matrices, in float64.
 
         Returns:
-            The largest absolute difference, relative to the largest absolute value.
+            The largest absolute difference, relative to the largest absolute value of the derivative or of one of the
+            terms that it is the sum of (they may cancel, as in D(X ⊘ X)).
 
         Raises:
             InputError: f has no finite value at any of the points tried.
@@ -115,13 +115,13 @@ class Directional:
             self.wrt.datum,
             values[self.direction.datum],
         )
-        return relative(ours, theirs)
+        return self._relative(ours, theirs, values, sizes)
 
     def check_by_differences(self, seed: int = 0) -> float:
         """Compare with a central difference on the same random matrices; it is right to about 1e-8 itself.
 
         Returns:
-            The largest absolute difference, relative to the largest absolute value.
+            The largest absolute difference, relative as in `check`.
 
         Raises:
             InputError: f has no finite value at any of the points tried.
@@ -131,7 +131,12 @@ class Directional:
         ahead, behind = (
             evaluate(self.function, {**values, name: values[name] + move}, sizes, np) for move in (step, -step)
         )
-        return relative(ours, (ahead - behind) / (2 * STEP))
+        return self._relative(ours, (ahead - behind) / (2 * STEP), values, sizes)
+
+    def _relative(self, ours: Any, theirs: Any, values: Mapping[str, Any], sizes: Mapping[Dimension, int]) -> float:
+        terms = self.derivative.parts if self.derivative.kind == "sum" else ()
+        largest = max(float(np.abs(one).max()) for one in (theirs, *(evaluate(t, values, sizes, np) for t in terms)))
+        return float(np.abs(ours - theirs).max()) / (largest or 1.0)
 
     def _at_a_point(self, seed: int) -> tuple[dict[str, Any], dict[Dimension, int], npt.NDArray[np.float64]]:
         """Return random matrices and sizes, and the derivative there; positive matrices where others will not do."""
