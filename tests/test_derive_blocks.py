@@ -319,3 +319,34 @@ def test_two_inputs_have_names():
 
     blocks = from_model(Two(), (torch.randn(2, 3), torch.randn(2, 2)))
     assert blocks.derivative("x[1]").text == "∂E/∂(x[1]) = ∂E/∂mul · ∂mul/∂b · ∂b/∂(x[1])"
+
+
+class Twice(nn.Module):
+    """Reads its input by two nodes, so what it sends back is a sum; and gives two outputs, one made of the other."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x * torch.sigmoid(x)
+        return y, y.exp()
+
+
+def test_a_block_that_reads_twice_and_gives_two_outputs():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.twice, self.b, self.c = nn.Linear(3, 4), Twice(), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y, z = self.twice(self.a(x))
+            return self.b(y) + self.c(z)
+
+    model, x = Around().double(), torch.randn(2, 3, dtype=torch.float64)
+    blocks = from_model(model, x, target=1)
+    h = model.a(x)
+    (total,) = torch.autograd.grad(model.b(model.twice(h)[0])[:, 1].sum() + model.c(model.twice(h)[1])[:, 1].sum(), h)
+    assert blocks.carried["a", "twice"] == pytest.approx(float(total.norm()), rel=1e-12)
+    to_y, to_z = model.b.weight[1].detach().repeat(2, 1), model.c.weight[1].detach().repeat(2, 1)
+    assert blocks.carried["twice", "b"] == pytest.approx(float(to_y.norm()), rel=1e-12)
+    assert blocks.carried["twice", "c"] == pytest.approx(float(to_z.norm()), rel=1e-12)
+    norm = {block.name: block.gradient for block in blocks.blocks}["twice"]
+    assert norm == pytest.approx(float(torch.cat([to_y, to_z]).norm()), rel=1e-12)
+    assert blocks.derivative("x").check() < 1e-12
