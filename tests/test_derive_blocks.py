@@ -1,6 +1,7 @@
 """A model as blocks: which edges there are, what they carry, and that nothing is left behind."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -302,6 +303,27 @@ def test_what_cannot_be_used_is_said(net):
 class Detached(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach()
+
+
+def test_a_scripted_part_is_refused():
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        scripted = torch.jit.trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3))
+    with pytest.raises(ut.ModelError, match="1 is scripted or traced"):
+        from_model(nn.Sequential(nn.Linear(3, 3), scripted), torch.randn(2, 3))
+
+
+def test_modules_with_the_names_of_the_input_and_the_objective():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.E, self.x = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.x(self.E(x))
+
+    blocks = from_model(Named(), torch.randn(2, 3))
+    assert blocks.order == ["x", "E#0", "x#0"]
+    assert list(blocks.carried) == [("x", "E#0"), ("E#0", "x#0"), ("x#0", "E")]
 
 
 def test_a_model_that_is_one_layer():

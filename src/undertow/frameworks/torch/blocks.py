@@ -71,6 +71,7 @@ def passage(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) -> Pas
         InputError, ModelError, TargetError: as `undertow.derive.from_model` says.
     """
     module = network(model)
+    _refuse_scripted(module)
     _, fed = leaves(inputs)
     request = Request(module, tuple(fed), plain, "gradient", None, "graph", "relu-like", training=False)
     with untouched(request):
@@ -86,6 +87,15 @@ def passage(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) -> Pas
             return Grouped(error, calls, entries, finish).passage()
         finally:
             start.put_back()
+
+
+def _refuse_scripted(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name or 'the model'} is scripted or traced, and calls inside TorchScript cannot be seen; "
+                "pass the Python module that was scripted"
+            )
 
 
 def _input_name(place: int, count: int) -> str:
@@ -140,6 +150,7 @@ class Grouped:
     def __init__(self, error: Tensor, calls: Sequence[Span], entries: Mapping[Any, str], finish: int) -> None:
         self._error = error
         self._calls = calls
+        self._reserved = {END, *entries.values()}
         self._blocks = [span for span in calls if not span.has_inner]
         self._begins = [span.begin for span in self._blocks]
         self._of_span: dict[Span, Group] = {}
@@ -268,7 +279,7 @@ class Grouped:
     def _called(self, span: Span) -> str:
         several = sum(other.module == span.module for other in self._blocks) > 1
         name = span.module or "(model)"
-        return f"{name}#{span.call}" if several or name == END else name
+        return f"{name}#{span.call}" if several or name in self._reserved else name
 
     def _step(self, group: Group) -> str:
         around = [span for span in self._calls if span.begin <= group.newest < span.end]
