@@ -142,14 +142,15 @@ def _why(evidence: Evidence, cause: str, figures: dict[str, Any]) -> tuple[str, 
     except Lacking:
         return f"To see why, {WATCH}.", "Residual connections, normalisation, or He initialisation."
     joins = max((passage.joins for passage in passages), default=0)
-    slopes = [step.slope for one in passages for step in one.pointwise if step.is_activation]
+    gates = [step for one in passages for step in one.pointwise if step.is_activation]
     gains = {passage.site: passage.gain for passage in passages if math.isfinite(passage.gain)}
-    slope = float(np.median(slopes)) if slopes else 1.0
+    slope = float(np.median([step.slope for step in gates])) if gates else 1.0
     gain = float(np.median(list(gains.values()))) if gains else 1.0
     figures |= {"residual_joins": joins, "median_slope": slope, "median_gain": gain}
     past = "No residual path passes by." if not joins else f"{joins} residual joins lie on the way."
     if cause == "vanishing" and slope < min(gain, 0.5):
-        said = f"The activations multiply it by {slope:.3g} each (sigmoid by at most 0.25)."
+        ops = dict.fromkeys(step.op + (", at most 0.25" if step.op == "sigmoid" else "") for step in gates)
+        said = f"The activations multiply it by {slope:.3g} each ({', '.join(ops)})."
         return f"{said} {past}", "ReLU in place of saturating activations, normalisation, or residual connections."
     said = f"The weights multiply it by {gain:.3g} a layer"
     if figures["breaks_between"] and (at := figures["breaks_between"][1]) in gains:

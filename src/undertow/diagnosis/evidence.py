@@ -93,6 +93,11 @@ class Passage:
         return found
 
     @property
+    def starved(self) -> bool:
+        """Whether nothing at all arrives, so that there is nothing to be split."""
+        return self.steps[0].zeros == self.steps[0].elements
+
+    @property
     def normalised(self) -> bool:
         return any(step.is_norm for step in self.steps)
 

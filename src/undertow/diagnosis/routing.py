@@ -110,6 +110,8 @@ def split(passage: Passage) -> Split:
 def pooling(evidence: Evidence) -> Iterator[Finding]:
     """Say of each site that a pooling follows what the pooling does to its gradient."""
     for passage in evidence.passages:
+        if passage.starved:
+            continue
         steps = [passage.steps[0], *passage.pointwise]
         for before, step in pairwise(steps):
             if step.is_max_pool and len(step.shape) > 2:
@@ -184,7 +186,7 @@ def activation(evidence: Evidence) -> Iterator[Finding]:
     gated: dict[str, list[tuple[str, float, Split]]] = {}
     for passage in evidence.passages:
         steps = passage.pointwise
-        if not steps or not steps[0].is_activation:
+        if not steps or not steps[0].is_activation or passage.starved:
             continue
         first, found = steps[0], split(passage)
         elements = passage.steps[0].elements
