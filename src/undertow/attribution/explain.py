@@ -69,7 +69,7 @@ def explain(
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
     request = Request(model, inputs, function, name, target, through, activations, training)
-    answer = backend_of(inputs[0]).explain(request)
+    answer = backend_of(inputs[0], model).explain(request)
     return Attribution(
         values=answer.maps if isinstance(x, tuple) else answer.maps[0],
         targets=answer.targets,
@@ -81,6 +81,7 @@ def explain(
         switches=answer.met.switches,
         skipped=answer.met.skipped,
         opaque=answer.met.opaque,
+        channels_last=answer.channels_last,
     )
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..files import published
-from ..frameworks.base import backend_of
+from ..frameworks.base import as_numpy
 from ..show import heatmap
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Attribution:
             hardly depends on the input.
         skipped: activations seen on the way and left alone, by the name of their graph node.
         opaque: autograd functions of the user's own on the way, by name: a rule cannot reach into them.
+        channels_last: images are `(B, H, W, C)`, as in Keras, and so are their values.
     """
 
     values: Any
@@ -44,9 +45,12 @@ class Attribution:
     switches: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     opaque: dict[str, int] = field(default_factory=dict)
+    channels_last: bool = False
 
     def numpy(self, channels_last: bool = False) -> Any:
-        """Return `values` as NumPy, `(B, C, H, W)`, or `(B, H, W, C)` with `channels_last`; a tuple for a tuple.
+        """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
+
+        A tuple for a tuple.
 
         Raises:
             InputError: `channels_last` for values that have no channels, such as `(B, features)`.
@@ -56,8 +60,8 @@ class Attribution:
         return self._array(self.values, channels_last)
 
     def _array(self, value: Any, channels_last: bool) -> npt.NDArray[Any]:
-        array = backend_of(value).to_numpy(value)
-        if not channels_last:
+        array = as_numpy(value)
+        if not channels_last or self.channels_last:
             return array
         axis = 1 if self.scores.ndim == 1 else 2
         if array.ndim < axis + 2:
@@ -76,9 +80,14 @@ class Attribution:
         Raises:
             InputError: the values are not those of images `(B, C, H, W)`, or there is no such sample, target or style.
         """
-        return heatmap.draw(self._map(sample, target), style)
+        return heatmap.draw(self.map(sample, target), style)
 
-    def _map(self, sample: int, target: int) -> npt.NDArray[Any]:
+    def map(self, sample: int = 0, target: int = 0) -> npt.NDArray[Any]:
+        """Return the map of one sample, and of one of its K targets, as `(C, H, W)`, wherever the model has C.
+
+        Raises:
+            InputError: the values are not those of images, or there is no such sample or target.
+        """
         array = self.numpy()
         several = self.scores.ndim == 2
         if isinstance(array, tuple) or array.ndim != (5 if several else 4):
@@ -87,7 +96,8 @@ class Attribution:
             raise InputError(f"there is no sample {sample} in a batch of {len(array)}")
         if not 0 <= target < (array.shape[1] if several else 1):
             raise InputError(f"there is no target {target} among {array.shape[1] if several else 1}")
-        return array[sample, target] if several else array[sample]  # type: ignore[no-any-return]
+        one = array[sample, target] if several else array[sample]
+        return np.moveaxis(one, -1, 0) if self.channels_last else one  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> Path:
         """Write values, targets and scores as safetensors, and the rest as its metadata; whole or not at all.
@@ -105,7 +115,7 @@ class Attribution:
         values = self.values if isinstance(self.values, tuple) else (self.values,)
         names = [f"values.{i}" for i in range(len(values))] if isinstance(self.values, tuple) else ["values"]
         tensors = {**dict(zip(names, values, strict=True)), "targets": self.targets, "scores": self.scores}
-        arrays = {name: backend_of(t).to_numpy(t) for name, t in tensors.items() if t is not None}
+        arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
         with published(path) as aside:
             aside.write_bytes(save(arrays, {"undertow": json.dumps(self.facts())}))
         return path

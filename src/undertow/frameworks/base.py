@@ -39,12 +39,17 @@ class Met:
 
 @dataclass(frozen=True)
 class Answer:
-    """One explanation as a framework gives it: a map for each input, None for an input that has no gradient."""
+    """One explanation as a framework gives it: a map for each input, None for an input that has no gradient.
+
+    Attributes:
+        channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
+    """
 
     maps: tuple[Any, ...]
     targets: Any
     scores: Any
     met: Met
+    channels_last: bool = False
 
 
 class Backend(Protocol):
@@ -65,18 +70,48 @@ class Backend(Protocol):
     ) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]: ...
 
 
-def backend_of(value: Any) -> Backend:
-    """Return the backend that a tensor belongs to.
+def backend_of(value: Any, model: Any = None) -> Backend:
+    """Return the backend that a tensor belongs to; that of the model, where the value is a NumPy array.
 
     Raises:
         InputError: the value is no tensor of a known framework.
         FrameworkError: the framework is not installed.
     """
-    roots = {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
+    roots = _roots(value)
     if "torch" in roots:
         return load("torch")
+    if roots & _KERAS or (roots & {"numpy"} and _runs_on_tensorflow(model)):
+        return load("keras")
     remedy = "; use torch.from_numpy(x)" if isinstance(value, np.ndarray) else ""
     raise InputError(f"x is a {type(value).__name__}, not a torch tensor or a tuple of them{remedy}")
+
+
+def backend_of_model(model: Any) -> Backend:
+    """Return the backend that a network runs on: torch, unless it is one of Keras or TensorFlow.
+
+    Raises:
+        FrameworkError: the framework is not installed.
+    """
+    return load("keras" if _runs_on_tensorflow(model) else "torch")
+
+
+def as_numpy(value: Any) -> npt.NDArray[Any]:
+    """Copy a tensor of any framework, or an array, to NumPy."""
+    return value.copy() if isinstance(value, np.ndarray) else backend_of(value).to_numpy(value)
+
+
+_KERAS = frozenset(("keras", "tensorflow", "tf_keras"))
+
+
+def _runs_on_tensorflow(model: Any) -> bool:
+    roots = _roots(model)
+    return bool(roots & _KERAS) and "torch" not in roots  # a Keras network on torch is a torch.nn.Module
+
+
+def _roots(value: Any) -> set[str]:
+    """Return the packages that a value's classes come from."""
+    return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
+
 
 
 def load(name: str) -> Backend:
@@ -88,6 +123,6 @@ def load(name: str) -> Backend:
     try:
         return cast(Backend, importlib.import_module(f".{name}", __package__))
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if error.name not in (name, "tensorflow"):
             raise
         raise FrameworkError(f'{name} is not installed; run: pip install "undertow[{name}]"') from error

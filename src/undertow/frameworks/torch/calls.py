@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import InputError, ModelError, TargetError
 from ..base import Request
+from ..targets import top
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,7 +207,7 @@ def _class_ids(output: torch.Tensor, target: Any) -> tuple[torch.Tensor, bool]:
     if target is None:
         return output.detach().argmax(1, keepdim=True), True
     if isinstance(target, str):
-        return output.detach().topk(_top(target, classes), dim=1).indices, False
+        return output.detach().topk(top(target, classes), dim=1).indices, False
     ids = _integers(target, output.device)
     if ids.ndim == 0:
         ids = ids.expand(batch)
@@ -231,11 +232,3 @@ def _integers(target: Any, device: torch.device) -> torch.Tensor:
         raise TargetError(f"target has dtype {ids.dtype}; class ids are integers")
     return ids.long()
 
-
-def _top(target: str, classes: int) -> int:
-    word, _, count = target.partition(":")
-    if word != "top" or not count.isdecimal() or int(count) < 1:
-        raise TargetError(f"target {target!r} is not understood; the only words are 'top:K', as in 'top:3'")
-    if int(count) > classes:
-        raise TargetError(f"target {target!r} asks for more classes than the model has ({classes})")
-    return int(count)

@@ -1,0 +1,74 @@
+"""Keras 3 on TensorFlow: rules on the traced graph of one call, or on a clone with swapped activations."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from ...errors import RuleError
+from ..base import Answer, Request
+from ..targets import class_ids, refuse_missing
+from .calls import refuse_other_backends, refuse_unfinite, restored, tensors
+from .tracing import traced
+
+
+def explain(request: Request) -> Answer:
+    """Explain the scores of one batch: one forward pass, and one backward pass for each target of a sample.
+
+    Raises:
+        InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
+    """
+    refuse_other_backends()
+    if request.through == "hook":
+        raise RuleError("through='hook' is PyTorch's: Keras layers have no backward hooks; use 'graph' or 'swap'")
+    inputs = tensors(request.inputs)
+    target, ids, single = request.target, None, not isinstance(request.target, str)
+    if target is not None and single and not callable(target):
+        ids, single = class_ids(target, len(inputs[0]))
+    graph = traced(request, inputs, 0 if ids is None else ids.shape[1])
+    if ids is not None and graph.classes is not None:
+        refuse_missing(ids, graph.classes)
+    with restored(graph.written):
+        scores, found_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
+    refuse_unfinite(scores)
+    targets = None if callable(target) else found_ids
+    return _answer(request, inputs, maps, targets, scores, single, deepcopy(graph.met))
+
+
+def _answer(
+    request: Request, inputs: Sequence[Any], maps: Sequence[Any], targets: Any, scores: Any, single: bool, met: Any
+) -> Answer:
+    """Complete the maps with None for integer inputs; what was asked for with NumPy arrays is answered with them."""
+    waiting = iter(maps)
+    every = [next(waiting) if x.dtype.is_floating else None for x in inputs]
+    if single:
+        every = [None if one is None else one[:, 0] for one in every]
+        scores, targets = scores[:, 0], None if targets is None else targets[:, 0]
+    whole = [_like(given, one) for given, one in zip(request.inputs, every, strict=True)]
+    first = request.inputs[0]
+    last = keras.config.image_data_format() == "channels_last"
+    return Answer(tuple(whole), _like(first, targets), _like(first, scores), met, channels_last=last)
+
+
+def _like(given: Any, value: Any) -> Any:
+    return value.numpy() if isinstance(given, np.ndarray) and value is not None else value
+
+
+def to_numpy(tensor: Any) -> npt.NDArray[Any]:
+    """Copy a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32."""
+    if tensor.dtype == tf.bfloat16:
+        tensor = tf.cast(tensor, tf.float32)
+    return np.array(tensor)
+
+
+def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
+    """Stack arrays `(C, H, W)` into a batch, `(B, H, W, C)` where that is how Keras has its images, on a device."""
+    stacked = np.stack(arrays)
+    if keras.config.image_data_format() == "channels_last":
+        stacked = np.moveaxis(stacked, 1, -1)
+    with tf.device(device):
+        return tf.constant(stacked)

@@ -1,0 +1,156 @@
+"""One call of somebody's model: what goes in, what comes out, which scores are meant, and nothing left behind."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from ...errors import FrameworkError, InputError, ModelError, TargetError
+from ..targets import top
+
+
+def refuse_other_backends() -> None:
+    """Refuse to go on where Keras does not run on TensorFlow.
+
+    Raises:
+        FrameworkError: it runs on JAX, say, or on torch, whose tensors go another way.
+    """
+    name = keras.backend.backend()
+    if name == "torch":
+        raise FrameworkError("keras runs on torch here: pass x as a torch tensor, as in torch.from_numpy(x)")
+    if name != "tensorflow":
+        raise FrameworkError(
+            f"keras runs on {name} here, which is not supported; set KERAS_BACKEND=tensorflow (or torch) before keras "
+            "is imported"
+        )
+
+
+def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the inputs as eager tensors.
+
+    Raises:
+        InputError: one is no array, is complex or not batched alike, or none is of floating point.
+    """
+    found = tuple(_tensor(place, x) for place, x in enumerate(inputs))
+    for place, x in enumerate(found):
+        if x.shape.rank == 0 or x.shape[0] != found[0].shape[0]:
+            raise InputError(f"input {place} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
+        if x.dtype.is_complex:
+            raise InputError(f"input {place} is complex ({x.dtype.name}); pass its parts, tf.math.real(x) and imag(x)")
+    if not any(x.dtype.is_floating for x in found):
+        kind = found[0].dtype.name
+        raise InputError(f"x is {kind}; a map needs floating point, as in tf.cast(x, 'float32') or embeddings")
+    return found
+
+
+def _tensor(place: int, x: Any) -> Any:
+    if isinstance(x, np.ndarray | tf.Variable) or (isinstance(x, tf.Tensor) and tf.is_tensor(x)):
+        try:
+            given = tf.convert_to_tensor(x)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"input {place} is an array of {x.dtype}, which TensorFlow lacks; pass float32") from error
+        if hasattr(given, "numpy"):
+            return given
+        raise InputError(f"input {place} is a symbolic tensor; pass numbers, outside tf.function")
+    raise InputError(f"input {place} is a {type(x).__name__}, not a TensorFlow tensor or NumPy array")
+
+
+def output_of(model: Callable[..., Any], inputs: Sequence[Any], training: bool = False) -> Any:
+    """Run the model, a Keras one with `training` as it says, and return its scores, `(B, ...)`.
+
+    Raises:
+        ModelError: what comes out is neither a tensor, nor a tuple whose first is, nor has `.logits`.
+    """
+    try:
+        out = _run(model, inputs, training)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype.name}" for x in inputs)
+        error.add_note(f"while the model ran on an input of shape {shapes}")
+        raise
+    scores = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
+    if isinstance(scores, tuple | list) and scores:
+        scores = scores[0]
+    if not isinstance(scores, tf.Tensor) or not scores.dtype.is_floating:
+        what = f"{scores.dtype.name} scores" if isinstance(scores, tf.Tensor) else f"a {type(out).__name__}"
+        raise ModelError(f"the model returned {what}; it must be a float tensor, a tuple of them, or have logits")
+    return scores
+
+
+def _run(model: Callable[..., Any], inputs: Sequence[Any], training: bool) -> Any:
+    if not isinstance(model, keras.Layer):
+        return model(*inputs)
+    if len(inputs) > 1 and len(getattr(model, "inputs", None) or ()) == len(inputs):
+        return model(list(inputs), training=training)  # a functional model takes its inputs as one structure
+    return model(*inputs, training=training)
+
+
+def chosen(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
+    """Return the scores to explain, `(B, K)`, the class ids, `(B, K)` or None, and for each column what to
+    differentiate: a tensor and the gradient to begin with.
+
+    Args:
+        ids: `(B, K)` where the target is class ids.
+
+    Raises:
+        TargetError: a target function that gives no score for each sample, or K is too large.
+        ModelError: the output is not `(B, classes)`.
+    """
+    batch = output.shape[0]
+    if callable(target):
+        scores = _scored(target(output), batch)
+        return scores[:, None], None, [(scores, tf.ones_like(scores))]
+    if ids is None:
+        k = 1 if target is None else top(target, output.shape[1])
+        ids = tf.math.top_k(output, k).indices
+    ids = tf.cast(ids, tf.int64)
+    scores = tf.gather(output, ids, axis=1, batch_dims=1)
+    columns = [(output, tf.one_hot(ids[:, k], output.shape[1], dtype=output.dtype)) for k in range(ids.shape[1])]
+    return scores, ids, columns
+
+
+def refuse_other_shapes(output: Any, batch: int) -> None:
+    """Refuse scores that are not one row of classes for each sample.
+
+    Raises:
+        ModelError: with the shape.
+    """
+    if output.shape.rank != 2 or output.shape[0] != batch or output.shape[1] is None:
+        shape = "unknown" if output.shape.rank is None else tuple(output.shape)
+        raise ModelError(
+            f"the model returned shape {shape} for a batch of {batch}, not ({batch}, classes); "
+            "pass target=lambda output: ... that returns one score for each sample"
+        )
+
+
+def _scored(scores: Any, batch: int) -> Any:
+    if isinstance(scores, tf.Tensor) and tuple(scores.shape) == (batch,):
+        return scores
+    what = f"shape {tuple(scores.shape)}" if isinstance(scores, tf.Tensor) else f"a {type(scores).__name__}"
+    raise TargetError(f"the target function returned {what}; it must return one score for each sample, ({batch},)")
+
+
+def refuse_unfinite(scores: Any) -> None:
+    """Refuse scores `(B, K)` that are no numbers.
+
+    Raises:
+        ModelError: naming the first sample.
+    """
+    values = scores.numpy().astype(np.float64)
+    if not np.isfinite(values).all():
+        sample, place = np.argwhere(~np.isfinite(values))[0]
+        value = values[sample, place]
+        raise ModelError(f"the score of sample {sample} is {value}; check its pixels and the model's weights for NaN")
+
+
+@contextmanager
+def restored(variables: Sequence[Any]) -> Iterator[None]:
+    """Put back the values of variables that a call may write: batch statistics, states of random generators."""
+    kept = [(variable, tf.identity(variable)) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in kept:
+            variable.assign(value)

@@ -1,0 +1,68 @@
+"""Which classes are meant, checked where no framework is needed."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import TargetError
+
+
+def top(target: str, classes: int) -> int:
+    """Return K of "top:K".
+
+    Raises:
+        TargetError: it is something else, or more than the model has classes.
+
+    >>> top("top:3", 10)
+    3
+    """
+    word, _, count = target.partition(":")
+    if word != "top" or not count.isdecimal() or int(count) < 1:
+        raise TargetError(f"target {target!r} is not understood; the only words are 'top:K', as in 'top:3'")
+    if int(count) > classes:
+        raise TargetError(f"target {target!r} asks for more classes than the model has ({classes})")
+    return int(count)
+
+
+def class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64], bool]:
+    """Return class ids `(B, K)` from an int, `(B,)` or `(B, K)`, and whether one a sample was asked for.
+
+    Raises:
+        TargetError: something else.
+
+    >>> class_ids(7, 2)
+    (array([[7],
+           [7]]), True)
+    """
+    try:
+        ids = np.asarray(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _not_understood(target) from error
+    if ids.dtype.kind not in "biuf":
+        raise _not_understood(target)
+    if ids.dtype.kind not in "iu":
+        raise TargetError(f"target has dtype {ids.dtype}; class ids are integers")
+    if ids.ndim == 0:
+        ids = np.broadcast_to(ids, (batch,))
+    if ids.ndim not in (1, 2) or len(ids) != batch or 0 in ids.shape[1:]:
+        raise TargetError(f"target has shape {ids.shape} for a batch of {batch}: pass an int, ({batch},) or (B, K)")
+    single = ids.ndim == 1
+    return ids.astype(np.int64).reshape(batch, -1 if batch else 1), single
+
+
+def refuse_missing(ids: npt.NDArray[np.int64], classes: int) -> None:
+    """Refuse ids that are no class of the model.
+
+    Raises:
+        TargetError: naming the first of them.
+    """
+    wrong = ids[(ids < 0) | (ids >= classes)]
+    if wrong.size:
+        raise TargetError(f"target {int(wrong[0])} is out of range: the model has classes 0 to {classes - 1}")
+
+
+def _not_understood(target: Any) -> TargetError:
+    return TargetError(
+        f"target {target!r} is not understood: pass None, an int, (B,) or (B, K) class ids, 'top:K' or a function"
+    )
