@@ -12,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import ops as framework_ops
+from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
 from ...errors import RuleError
 from ...rules import Rule, relu
@@ -231,8 +232,11 @@ def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
     entries = [tf.identity(x) if x.dtype.is_floating else x for x in call.inputs]
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
+    definition = body.as_graph_def()
+    for node in definition.node:
+        node.attr.pop("_class", None)  # colocated with operations of the graph that the body was called from
     outputs = tf.graph_util.import_graph_def(
-        body.as_graph_def(),
+        definition,
         input_map={inside.name: entry for inside, entry in zip(body.inputs, entries, strict=True)},
         return_elements=[y.name for y in body.outputs],
         name="opened",
@@ -241,12 +245,12 @@ def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def _body(call: Any) -> Any:
-    name = call.get_attr("f").name
-    graph = call.graph
+    """Return the graph of the function that an operation calls, from the graph it is in or one around that."""
+    name, graph = call.get_attr("f").name, call.graph
     while graph is not None:
         function = graph._get_function(name)
         if function is not None:
-            return function.graph
+            return function.graph if hasattr(function, "graph") else function_def_to_graph(function.definition)
         graph = getattr(graph, "outer_graph", None)
     raise RuleError(f"cannot see into the call {call.name!r}: its function {name!r} is not at hand; call its body")
 

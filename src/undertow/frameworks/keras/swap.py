@@ -37,7 +37,7 @@ def swapped(request: Request) -> Any:
     for layer in clone._flatten_layers():
         if isinstance(layer, layers):
             _set(layer, "call", ruled_activation(layer.call, request.rule))
-        elif getattr(layer, "activation", None) in functions:
+        elif vars(layer).get("activation") in functions:  # recurrent layers hand on that of their cell
             layer.activation = ruled_activation(layer.activation, request.rule)
     return clone
 

@@ -1,0 +1,53 @@
+"""Every awkward Keras network, every rule and both ways, against the independent twin."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import undertow as ut
+from keras_networks import AWKWARD, SMOOTH, Network
+from keras_references import reference
+
+def own_mixture(g, local):
+    """Ask for `local` twice and mix: nothing that a shortcut could stand in for."""
+    return local(ut.rules.relu(g)) - 0.5 * local(ut.rules.relu(-g))
+
+
+def assert_near(found, wanted):
+    for a, b in zip(*(v if isinstance(v, tuple) else (v,) for v in (found, wanted)), strict=True):
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= 2e-6 * np.abs(b).max()
+        assert np.abs(b).max() > 0
+
+
+@pytest.mark.parametrize("network", AWKWARD, ids=str)
+def test_graph_and_swap_equal_the_twin(network: Network):
+    hold(network, "relu-like", network.rewired)
+
+
+@pytest.mark.parametrize("network", SMOOTH, ids=str)
+def test_smooth_activations_too(network: Network):
+    hold(network, "all", network.rewired_all)
+
+
+def hold(network: Network, activations: str, wanted: int):
+    model, x = network.build()
+    if not isinstance(model, keras.Layer):
+        x = tf.constant(x)  # an array says nothing of whose function it is for
+    for rule in ("deconvnet", "guided", own_mixture):
+        if wanted == 0:
+            with pytest.raises(ut.RuleError, match="found no activation to rewire"):
+                ut.explain(model, x, rule=rule, target=1, activations=activations)
+            continue
+        values, calls = reference(*(network.twin or network.build)(), 1, rule, activations)
+        a = ut.explain(model, x, rule=rule, target=1, activations=activations)
+        assert_near(a.numpy(), values)
+        assert (a.rewired, calls) == (wanted, wanted)
+    if wanted and network.swap:
+        a = ut.explain(model, x, rule=own_mixture, target=1, activations=activations, through="swap")
+        assert_near(a.values, values)
+        assert a.rewired == wanted
+    elif wanted:
+        with pytest.raises(ut.RuleError, match=r"missed|could not clone|that can be cloned"):
+            ut.explain(model, x, target=1, activations=activations, through="swap")
