@@ -51,6 +51,7 @@ class Rewiring:
         self.missed: list[str] = []
         self._mark = mark
         self._counted: set[Any] = set()
+        self._given: list[Any] = []
 
     def attach(self, ops: Sequence[Any], inputs: Sequence[Any]) -> None:
         """Give every operation that a rule cares about its own gradient function.
@@ -61,18 +62,20 @@ class Rewiring:
         """
         for op in ops:
             if op.type in HIDDEN:
-                op._gradient_function = self._refuse(op.type, HIDDEN[op.type])
+                self._give(op, self._refuse(op.type, HIDDEN[op.type]))
             elif op.type in CALLS:
-                op._gradient_function = self._see_into
+                self._give(op, self._see_into)
         for activation in activations(ops, inputs):
             self._meet(activation)
 
     def settle(self) -> None:
-        """Look back when the backward pass is built.
+        """Look back when the backward pass is built, and take the gradient functions off: they know rule and model.
 
         Raises:
             RuleError: an activation was missed, or there was nothing to rewire.
         """
+        for op in self._given:
+            op._gradient_function = None
         if self.missed:
             listed = ", ".join(self.missed[:5]) + (", ..." if len(self.missed) > 5 else "")
             raise RuleError(
@@ -86,15 +89,32 @@ class Rewiring:
         root, own = activation.root, {op: _own_gradient(op) for op in activation.ops}
         if self._mark is not None and self._mark in root.name:
             if activation.kind is Kind.OPAQUE:
-                root._gradient_function = self._noted(root, own[root], self._count_rewired)
+                self._give(root, self._noted(own[root], self._count_rewired))
         elif activation.kind is Kind.OPAQUE and _recomputes(root):
-            root._gradient_function = self._refuse(root.name, HIDDEN["recompute_grad"])
+            self._give(root, self._refuse(root.name, HIDDEN["recompute_grad"]))
         elif activation.kind not in WANTED[self.request.activations]:
-            root._gradient_function = self._noted(root, own[root], lambda: self._count_left_alone(activation))
+            self._give(root, self._noted(own[root], lambda: self._count_left_alone(activation)))
         elif self._mark is not None:
-            root._gradient_function = self._noted(root, own[root], lambda: self.missed.append(root.name))
+            self._give(root, self._noted(own[root], lambda: self.missed.append(root.name)))
         else:
-            _replace(activation, own, self.request.rule, lambda: self._once(root, self._count_rewired))
+            self._rewire(activation, own)
+
+    def _give(self, op: Any, gradient: Any) -> None:
+        op._gradient_function = gradient
+        self._given.append(op)
+
+    def _rewire(self, activation: Activation, own: dict[Any, Any]) -> None:
+        """Let the last operation's gradient be the rule's, and hand that through to the activation's input."""
+        path = _path(activation)
+        root, place = path[0]
+
+        def gradient(op: Any, g: Any, *others: Any) -> Any:
+            self._once(op, self._count_rewired)
+            return _only(op, place, ruled(self.request.rule, g, lambda h: _local(activation, own, h, others)))
+
+        self._give(root, gradient)
+        for op, index in path[1:]:
+            self._give(op, _handed_through(index))
 
     def _once(self, op: Any, count: Callable[[], None]) -> None:
         """Count an operation once, however many targets there are."""
@@ -102,7 +122,7 @@ class Rewiring:
             self._counted.add(op)
             count()
 
-    def _noted(self, op: Any, own: Any, count: Callable[[], None]) -> Any:
+    def _noted(self, own: Any, count: Callable[[], None]) -> Any:
         def gradient(op: Any, *gs: Any) -> Any:
             self._once(op, count)
             return own(op, *gs)
@@ -145,20 +165,6 @@ class Rewiring:
             f"rule {self.request.rule_name!r} found no activation to rewire between the input and the scores "
             f"(met: {listed}); {'; '.join(remedies)}"
         )
-
-
-def _replace(activation: Activation, own: dict[Any, Any], rule: Rule, count: Callable[[], None]) -> None:
-    """Let the last operation's gradient be the rule's, and hand that through to the activation's input."""
-    path = _path(activation)
-    root, place = path[0]
-
-    def gradient(op: Any, g: Any, *others: Any) -> Any:
-        count()
-        return _only(op, place, ruled(rule, g, lambda h: _local(activation, own, h, others)))
-
-    root._gradient_function = gradient
-    for op, index in path[1:]:
-        op._gradient_function = _handed_through(index)
 
 
 def _handed_through(index: int) -> Any:
@@ -256,6 +262,6 @@ def _body(call: Any) -> Any:
 
 
 def _recomputes(op: Any) -> bool:
-    """Whether an operation's custom gradient is that of `tf.recompute_grad`."""
-    frames = op.traceback or ()
-    return any(f.name == "inner" and f.filename.endswith("custom_gradient.py") for f in frames)
+    """Whether an operation's custom gradient is that of `tf.recompute_grad`: whose code made what it hands on."""
+    frames = op.inputs[0].op.traceback or ()
+    return any(frame.name == "inner" and frame.filename.endswith("custom_gradient.py") for frame in frames)

@@ -1,0 +1,207 @@
+"""Four architectures, each written once and built in both frameworks with the same weights.
+
+A network is a function of a kit and an image. `InTorch` calls torch's functions on `(B, C, H, W)`; `InKeras` builds a
+functional model on `(B, H, W, C)`. Weights are drawn in the order of the calls, in torch's layout, and transposed for
+Keras; the table that `drawn` returns is what both kits read.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras import layers
+from torch.nn import functional as F
+
+SIDE, CLASSES = 32, 5
+
+
+def vgg(k: Any, x: Any) -> Any:
+    for i, (inside, outside) in enumerate([(3, 8), (8, 8), (8, 12), (12, 12)]):
+        x = k.relu(k.conv(x, inside, outside, 3, pad=1))
+        x = k.max_pool(x) if i % 2 else x
+    x = k.relu(k.dense(k.flatten(x), 12 * (SIDE // 4) ** 2, 24))
+    return k.dense(k.relu(k.dense(x, 24, 16)), 16, CLASSES)
+
+
+def residual(k: Any, x: Any) -> Any:
+    x = k.max_pool(k.relu(k.norm(k.conv(x, 3, 8, 7, stride=2, pad=3), 8)))
+    for inside, outside, stride in [(8, 8, 1), (8, 12, 2)]:
+        y = k.relu(k.norm(k.conv(x, inside, outside, 3, stride=stride, pad=1), outside))
+        y = k.norm(k.conv(y, outside, outside, 3, pad=1), outside)
+        skip = x if stride == 1 else k.norm(k.conv(x, inside, outside, 1, stride=stride), outside)
+        x = k.relu(k.add(y, skip))
+    return k.dense(k.mean(x), 12, CLASSES)
+
+
+def dense(k: Any, x: Any) -> Any:
+    x = k.max_pool(k.relu(k.norm(k.conv(x, 3, 8, 3, pad=1), 8)))
+    width = 8
+    for block in range(2):
+        for _ in range(2):
+            y = k.conv(k.relu(k.norm(x, width)), width, 12, 1)
+            y = k.conv(k.relu(k.norm(y, 12)), 12, 6, 3, pad=1)
+            x, width = k.cat(x, y), width + 6
+        if block == 0:
+            x, width = k.average_pool(k.conv(k.relu(k.norm(x, width)), width, width // 2, 1)), width // 2
+    return k.dense(k.mean(k.relu(k.norm(x, width))), width, CLASSES)
+
+
+def inverted(k: Any, x: Any) -> Any:
+    x = k.relu6(k.norm(k.conv(x, 3, 8, 3, stride=2, pad=1), 8))
+    for inside, outside, stride in [(8, 8, 1), (8, 12, 2), (12, 12, 1)]:
+        y = k.relu6(k.norm(k.conv(x, inside, 4 * inside, 1), 4 * inside))
+        y = k.relu6(k.norm(k.depthwise(y, 4 * inside, 3, stride=stride, pad=1), 4 * inside))
+        y = k.norm(k.conv(y, 4 * inside, outside, 1), outside)
+        x = k.add(x, y) if stride == 1 and inside == outside else y
+    return k.dense(k.mean(k.relu6(k.norm(k.conv(x, 12, 24, 1), 24))), 24, CLASSES)
+
+
+NETWORKS: dict[str, tuple[Callable[[Any, Any], Any], int]] = {  # with the number of its activations
+    "VGG-style": (vgg, 6),
+    "residual": (residual, 5),
+    "pre-activation dense": (dense, 11),
+    "inverted residual, ReLU6": (inverted, 8),
+}
+
+
+def _weights(numbers: np.random.Generator, *shape: int) -> np.ndarray:
+    return numbers.normal(size=shape) * (2 / np.prod(shape[1:])) ** 0.5
+
+
+class InTorch:
+    """Calls torch's functions with weights drawn from a seed, the same at each call."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        self.dtype, self.numbers = dtype, np.random.default_rng(seed)
+
+    def _of(self, array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(array, dtype=self.dtype)
+
+    def conv(self, x: Any, inside: int, outside: int, size: int, stride: int = 1, pad: int = 0) -> Any:
+        kernel, bias = _weights(self.numbers, outside, inside, size, size), self.numbers.normal(size=outside) * 0.1
+        return F.conv2d(x, self._of(kernel), self._of(bias), stride, pad)
+
+    def depthwise(self, x: Any, width: int, size: int, stride: int = 1, pad: int = 0) -> Any:
+        kernel = _weights(self.numbers, width, 1, size, size)
+        return F.conv2d(x, self._of(kernel), None, stride, pad, groups=width)
+
+    def norm(self, x: Any, width: int) -> Any:
+        return F.batch_norm(x, *map(self._of, _statistics(self.numbers, width)), eps=1e-5)
+
+    def dense(self, x: Any, inside: int, outside: int) -> Any:
+        return F.linear(x, self._of(_weights(self.numbers, outside, inside)))
+
+    relu, relu6 = staticmethod(F.relu), staticmethod(F.relu6)
+
+    def max_pool(self, x: Any) -> Any:
+        return F.max_pool2d(x, 2)
+
+    def average_pool(self, x: Any) -> Any:
+        return F.avg_pool2d(x, 2)
+
+    def add(self, x: Any, y: Any) -> Any:
+        return x + y
+
+    def cat(self, x: Any, y: Any) -> Any:
+        return torch.cat([x, y], 1)
+
+    def flatten(self, x: Any) -> Any:
+        return x.flatten(1)
+
+    def mean(self, x: Any) -> Any:
+        return x.mean((2, 3))
+
+
+def _statistics(numbers: np.random.Generator, width: int) -> Iterator[np.ndarray]:
+    """Running mean and variance, weight and bias."""
+    yield numbers.normal(size=width) * 0.3
+    yield numbers.uniform(0.5, 1.5, size=width)
+    yield numbers.normal(size=width) * 0.2 + 1
+    yield numbers.normal(size=width) * 0.3
+
+
+class InKeras:
+    """Builds layers with the same weights, transposed."""
+
+    def __init__(self, dtype: str, seed: int) -> None:
+        self.dtype, self.numbers = dtype, np.random.default_rng(seed)
+
+    def _made(self, layer: Any, x: Any, *weights: np.ndarray) -> Any:
+        y = layer(x)
+        layer.set_weights(weights)
+        return y
+
+    def conv(self, x: Any, inside: int, outside: int, size: int, stride: int = 1, pad: int = 0) -> Any:
+        kernel, bias = _weights(self.numbers, outside, inside, size, size), self.numbers.normal(size=outside) * 0.1
+        layer = layers.Conv2D(outside, size, stride, dtype=self.dtype)
+        return self._made(layer, self._padded(x, pad), kernel.transpose(2, 3, 1, 0), bias)
+
+    def depthwise(self, x: Any, width: int, size: int, stride: int = 1, pad: int = 0) -> Any:
+        kernel = _weights(self.numbers, width, 1, size, size)
+        layer = layers.DepthwiseConv2D(size, stride, use_bias=False, dtype=self.dtype)
+        return self._made(layer, self._padded(x, pad), kernel.transpose(2, 3, 0, 1))
+
+    def _padded(self, x: Any, pad: int) -> Any:
+        return layers.ZeroPadding2D(pad, dtype=self.dtype)(x) if pad else x
+
+    def norm(self, x: Any, width: int) -> Any:
+        mean, variance, weight, bias = _statistics(self.numbers, width)
+        return self._made(layers.BatchNormalization(epsilon=1e-5, dtype=self.dtype), x, weight, bias, mean, variance)
+
+    def dense(self, x: Any, inside: int, outside: int) -> Any:
+        layer = layers.Dense(outside, use_bias=False, dtype=self.dtype)
+        return self._made(layer, x, _weights(self.numbers, outside, inside).T)
+
+    def relu(self, x: Any) -> Any:
+        return layers.ReLU(dtype=self.dtype)(x)
+
+    def relu6(self, x: Any) -> Any:
+        return layers.ReLU(6.0, dtype=self.dtype)(x)
+
+    def max_pool(self, x: Any) -> Any:
+        return layers.MaxPooling2D(dtype=self.dtype)(x)
+
+    def average_pool(self, x: Any) -> Any:
+        return layers.AveragePooling2D(2, dtype=self.dtype)(x)
+
+    def add(self, x: Any, y: Any) -> Any:
+        return layers.Add(dtype=self.dtype)([x, y])
+
+    def cat(self, x: Any, y: Any) -> Any:
+        return layers.Concatenate(dtype=self.dtype)([x, y])
+
+    def flatten(self, x: Any) -> Any:
+        return layers.Flatten(dtype=self.dtype)(layers.Permute((3, 1, 2), dtype=self.dtype)(x))
+
+    def mean(self, x: Any) -> Any:
+        return layers.GlobalAveragePooling2D(dtype=self.dtype)(x)
+
+
+def both(name: str, dtype: str, seed: int = 11) -> tuple[Callable[[torch.Tensor], torch.Tensor], keras.Model]:
+    """Return one network as a function in torch and as a model in Keras."""
+    network, _ = NETWORKS[name]
+    x = keras.Input((SIDE, SIDE, 3), dtype=dtype)
+    model = keras.Model(x, network(InKeras(dtype, seed), x))
+    return lambda image: network(InTorch(getattr(torch, dtype), seed), image), model
+
+
+def difference(name: str, rule: str, dtype: str) -> tuple[float, int, int]:
+    """Return the largest difference of two maps, of the largest value, and how many activations each rewired."""
+    import undertow as ut
+
+    torch_model, keras_model = both(name, dtype)
+    image = np.random.default_rng(7).normal(size=(2, 3, SIDE, SIDE)).astype(dtype)
+    a = ut.explain(torch_model, torch.from_numpy(image), rule=rule, target=2)
+    b = ut.explain(keras_model, np.ascontiguousarray(image.transpose(0, 2, 3, 1)), rule=rule, target=2)
+    wanted, found = a.numpy(), b.numpy().transpose(0, 3, 1, 2)
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max()), a.rewired, b.rewired
+
+
+if __name__ == "__main__":
+    print("| network | activations | rule | float32 | float64 |\n|---|---:|---|---:|---:|")
+    for name in NETWORKS:
+        for rule in ("gradient", "deconvnet", "guided"):
+            rounded, rewired, _ = difference(name, rule, "float32")
+            print(f"| {name} | {rewired} | {rule} | {rounded:.1e} | {difference(name, rule, 'float64')[0]:.1e} |")

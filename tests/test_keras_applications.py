@@ -1,0 +1,27 @@
+"""The networks people use, random weights: counts and maps equal to the twin's."""
+
+import gc
+
+import keras
+import numpy as np
+import pytest
+
+import undertow as ut
+from keras_references import reference
+
+NETWORKS = {"DenseNet201": 201, "ResNet50": 49, "VGG16": 15, "MobileNetV2": 35}  # with their ReLU calls
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_counts_and_maps_equal_the_twins(name: str):
+    keras.utils.set_random_seed(3)
+    build = getattr(keras.applications, name)
+    model = build(weights=None, input_shape=(32, 32, 3), classes=7, classifier_activation=None)
+    x = np.random.default_rng(7).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    values, calls = reference(model, x, 5, "guided")
+    a = ut.explain(model, x, rule="guided", target=5)
+    assert (a.rewired, calls) == (NETWORKS[name], NETWORKS[name])
+    assert np.abs(a.values - values).max() <= 1e-5 * np.abs(values).max()
+    assert np.abs(values).max() > 0
+    keras.backend.clear_session()
+    gc.collect()
