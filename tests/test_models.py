@@ -19,6 +19,7 @@ import torch
 
 from undertow import models
 from undertow.errors import FrameworkError, ModelError, TargetError
+from undertow.frameworks import downloading
 from undertow.frameworks.torch import catalogue, vision, weights
 from undertow.images import Preprocessing, demo_photographs, read
 from undertow.models import Classifier, find_class, listing, load
@@ -161,10 +162,10 @@ def test_no_network_is_one_line_and_quick(offline: Path, capfd: pytest.CaptureFi
 
 
 def test_the_network_is_asked_with_a_limit() -> None:
-    assert "refused" in catalogue._unreachable("http://127.0.0.1:9/weights.pth")
+    assert "refused" in downloading._unreachable("http://127.0.0.1:9/weights.pth")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         started = time.monotonic()
-        told = catalogue._unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth", seconds=0.5)
+        told = downloading._unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth", seconds=0.5)
         assert "no answer from 127.0.0.1" in told or "timed out" in told
         assert time.monotonic() - started < 5
 
@@ -178,7 +179,7 @@ def test_an_address_that_swallows_packets_is_given_up(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("urllib.request.urlopen", swallow)
     started = time.monotonic()
-    assert catalogue._unreachable("http://example.org/x", seconds=0.2) == "no answer from example.org in 0.2 seconds"
+    assert downloading._unreachable("http://example.org/x", seconds=0.2) == "no answer from example.org in 0.2 seconds"
     assert time.monotonic() - started < 4
     over.set()
 

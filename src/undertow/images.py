@@ -105,6 +105,7 @@ class Preprocessing:
         crop: side of the centred square in pixels, or (height, width); what is too small is padded with black.
         mean, std: per channel R, G, B, in units of [0, 1].
         interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming", as Pillow does them.
+        order: "RGB" or "BGR", of the channels that the network is given; `mean` and `std` are of R, G, B all the same.
 
     Raises:
         ModelError: a value that cannot be used.
@@ -120,6 +121,7 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
+    order: str = "RGB"
 
     def __post_init__(self) -> None:
         sizes = (*_pair(self.resize), *_pair(self.crop))
@@ -130,6 +132,8 @@ class Preprocessing:
         if self.interpolation.upper() not in Image.Resampling.__members__:
             known = ", ".join(name.lower() for name in Image.Resampling.__members__)
             raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {known}")
+        if self.order not in ("RGB", "BGR"):
+            raise ModelError(f"unknown order '{self.order}' of channels; it is RGB or BGR")
 
     def view(self, image: Image.Image) -> NDArray[np.uint8]:
         """What the network looks at: resized and cropped, uint8 (H, W, 3).
@@ -148,7 +152,8 @@ class Preprocessing:
         """The network's input for one photograph: float32 (3, H, W), normalised. Raises as `view` does."""
         scaled = self.view(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
         mean, std = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (self.mean, self.std))
-        return np.ascontiguousarray((scaled - mean) / std)
+        normalised = (scaled - mean) / std
+        return np.ascontiguousarray(normalised[::-1] if self.order == "BGR" else normalised)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `result.json`; `Preprocessing(**d)` gives the same preprocessing back.
@@ -157,7 +162,8 @@ class Preprocessing:
         True
         """
         return {"resize": self.resize, "crop": self.crop, "mean": self.mean, "std": self.std} | {
-            "interpolation": self.interpolation
+            "interpolation": self.interpolation,
+            "order": self.order,
         }
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -176,6 +182,11 @@ def printable(text: object) -> str:
     'two\\\\nlines.png'
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, or else its kind, on one line."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -5,6 +5,8 @@ A reference is one of
     demo                            EfficientNet-Lite0 and its ImageNet weights, installed as packages
     torchvision:vgg16               with torchvision's default weights; @IMAGENET1K_V1 names others, @none is random
     timm:resnet18                   with timm's default weights; .a1_in1k names others, @none is random
+    keras:DenseNet201               of keras.applications, with ImageNet weights; @none is random
+    path/to/model.keras             a model that Keras saved
     path/to/file.py:function        your own; the function returns a network, or a dict or `Classifier` around one
 
 No framework is imported until `load` or `listing` needs one.
@@ -14,19 +16,23 @@ import difflib
 import importlib.util
 import json
 import os
+import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .errors import FrameworkError, ModelError, TargetError, UndertowError, near
+from .frameworks.base import runs_on_tensorflow
+from .frameworks.starting import quietly
 from .images import Preprocessing, printable
 
-FORMS = "demo, torchvision:NAME, timm:NAME or FILE.py:FUNCTION"
+FORMS = "demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras or FILE.py:FUNCTION"
+RANDOM = "random (seed 0)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class Classifier:
 
     Args:
         reference: what named it, as given.
-        module: a `torch.nn.Module` in eval mode on the CPU, (B, 3, H, W) float32 to (B, classes) scores.
+        module: a `torch.nn.Module` in eval mode on the CPU, (B, 3, H, W) float32 to (B, classes) scores; or a Keras
+            model, (B, H, W, 3).
         preprocessing: from a photograph to its input.
         classes: one name for each score.
         weights: where its weights are from, for people: "ImageNet, packaged", "IMAGENET1K_V1", "random (seed 0)",
@@ -86,6 +93,10 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     elif source in ("torchvision", "timm"):
         build = getattr(_vision(), f"from_{source}")
         made = build(rest.partition("@")[0], rest.partition("@")[2], file)
+    elif source == "keras":
+        made = _keras().from_applications(rest.partition("@")[0], rest.partition("@")[2], file)
+    elif reference.endswith(".keras"):
+        made = _keras().from_saved(reference, Path(reference).expanduser(), file)
     elif path.endswith(".py"):
         made = _from_file(reference, Path(path).expanduser(), function, file)
     else:
@@ -136,9 +147,12 @@ def listing(word: str | None = None) -> list[Reference]:
         ModelError: no model contains the word.
     """
     rows = [row for row in _demo_rows() if not word or word.lower() in row.reference]
-    for source in ("torchvision", "timm"):
+    for source, shelf in (("torchvision", _vision), ("timm", _vision), ("keras", _keras)):
         try:
-            rows += _vision().rows(source, word)
+            if source == "keras" and not word:  # TensorFlow takes seconds to load
+                rows.append(Reference("keras:NAME", "keras", "", False, _why_keras()))
+                continue
+            rows += shelf().rows(source, word)
         except FrameworkError as error:
             rows.append(Reference(f"{source}:NAME", source, "", False, str(error)))
     if word and not rows:
@@ -171,6 +185,23 @@ def _vision() -> ModuleType:
             raise
         raise FrameworkError('torch, which runs the models, is missing; run: pip install "undertow[torch]"') from error
     return vision
+
+
+def _keras() -> ModuleType:
+    try:
+        with quietly():
+            from .frameworks.keras import vision
+    except ModuleNotFoundError as error:
+        if error.name not in ("keras", "tensorflow"):
+            raise
+        raise FrameworkError(f'{error.name} is not installed; run: pip install "undertow[keras]"') from error
+    return vision
+
+
+def _why_keras() -> str:
+    if importlib.util.find_spec("keras") is None or importlib.util.find_spec("tensorflow") is None:
+        return 'keras or tensorflow is missing; run: pip install "undertow[keras]"'
+    return "`undertow models keras:` lists them"
 
 
 def _demo_rows() -> list[Reference]:
@@ -208,15 +239,28 @@ def _from_file(reference: str, path: Path, function: str, weights: Path | None) 
     """Run the function and complete what it returns: class names, preprocessing, eval mode, weights."""
     if not path.is_file():
         raise ModelError(f"no file {printable(path)}; a reference is {FORMS}")
-    with _vision().seeded(), _beside(path):
+    with _seeded(), _beside(path):
         try:
             made = _function(path, function)()
         except UndertowError:
             raise
         except (Exception, SystemExit) as error:
             raise ModelError(f"{printable(path)} failed{_where(error, path)}; correct it, then try again") from error
-    classifier: Classifier = _vision().from_made(reference, made, weights)
+    module = made.get("module") if isinstance(made, dict) else getattr(made, "module", made)
+    shelf = _keras() if runs_on_tensorflow(module) else _vision()
+    classifier: Classifier = shelf.from_made(reference, made, weights)
     return classifier
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Let a person's file draw random weights from seed 0: torch's, and Keras's, which begin from Python's `random`."""
+    with ExitStack() as stack:
+        with suppress(FrameworkError):
+            stack.enter_context(_vision().seeded())
+        stack.callback(random.setstate, random.getstate())
+        random.seed(0)
+        yield
 
 
 def _function(path: Path, function: str) -> Any:

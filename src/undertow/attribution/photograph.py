@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .. import images
 from ..errors import ModelError
 from ..files import published, readable
-from ..frameworks.base import load
+from ..frameworks.base import as_numpy, backend_of_model
 from ..models import Classifier
 from ..show import heatmap
 from ..show.panel import Row, panel
@@ -68,9 +68,9 @@ def explain_photograph(
         PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
     """
     photograph = images.read(path)
-    torch = load("torch")
-    x = torch.batch([classifier.preprocessing.array(photograph)], device)
-    predictions = _predictions(classifier, torch.probabilities(classifier.module, x)[0])
+    backend = backend_of_model(classifier.module)
+    x = backend.batch([classifier.preprocessing.array(photograph)], device)
+    predictions = _predictions(classifier, backend.probabilities(classifier.module, x)[0])
     wanted = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}
     for rule in rules:
@@ -78,8 +78,8 @@ def explain_photograph(
         maps[rule] = explain(classifier.module, x, rule=rule, target=wanted, through=through, activations=activations)
         seconds[rule] = round(time.perf_counter() - started, 4)
     first = maps[rules[0]]
-    ids = torch.to_numpy(first.targets)[0].tolist()
-    scores = torch.to_numpy(first.scores)[0].tolist()
+    ids = as_numpy(first.targets)[0].tolist()
+    scores = as_numpy(first.scores)[0].tolist()
     return Explained(
         path=path,
         view=classifier.preprocessing.view(photograph),
@@ -113,21 +113,27 @@ def write(explained: Explained, classifier: Classifier, folder: Path) -> dict[st
         files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
         for place, (class_id, _, _) in enumerate(explained.targets):
             suffix = f"-{class_id}" if len(explained.targets) > 1 else ""
-            files += _write_pictures(explained, attribution, place, folder, f"{readable(rule)}{suffix}")
+            values = _in_colour(attribution, place, classifier)
+            files += _write_pictures(explained.view, values, folder, f"{readable(rule)}{suffix}")
     result = {**_facts(explained, classifier), "files": files}
     with published(folder / "result.json") as aside:
         aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
 
 
-def _write_pictures(explained: Explained, attribution: Attribution, place: int, folder: Path, stem: str) -> list[str]:
+def _in_colour(attribution: Attribution, place: int, classifier: Classifier) -> npt.NDArray[Any]:
+    """Return the map of one target, its channels in the order of a picture's: `(3, H, W)`."""
+    values = attribution.map(0, place)
+    return values[::-1] if classifier.preprocessing.order == "BGR" else values
+
+
+def _write_pictures(view: npt.NDArray[np.uint8], values: npt.NDArray[Any], folder: Path, stem: str) -> list[str]:
     from PIL import Image
 
-    values = attribution.numpy()[0, place]
     names = [f"{stem}-{style}.png" for style in ("magnitude", "colour", "overlay")]
-    _write_image(attribution.image(0, place, "magnitude"), folder / names[0])
-    _write_image(attribution.image(0, place, "colour"), folder / names[1])
-    _write_image(Image.fromarray(heatmap.overlay(explained.view, values)), folder / names[2])
+    _write_image(heatmap.draw(values, "magnitude"), folder / names[0])
+    _write_image(heatmap.draw(values, "colour"), folder / names[1])
+    _write_image(Image.fromarray(heatmap.overlay(view, values)), folder / names[2])
     return names
 
 
@@ -139,7 +145,7 @@ def _write_image(image: Any, path: Path) -> None:
 def draw_panel(explained: Explained, classifier: Classifier) -> Any:
     """Draw one photograph's panel, a row for each target."""
     rows = [
-        Row(f"{class_id} {name}", [(_heading(a), a.numpy()[0, place]) for a in explained.maps.values()])
+        Row(f"{class_id} {name}", [(_heading(a), _in_colour(a, place, classifier)) for a in explained.maps.values()])
         for place, (class_id, name, _) in enumerate(explained.targets)
     ]
     (_, likeliest, probability), weights = explained.predictions[0], classifier.weights
@@ -179,7 +185,7 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
 
 
 def _facts(explained: Explained, classifier: Classifier) -> dict[str, Any]:
-    packages = ("undertow", "torch", "torchvision", "timm", "numpy", "pillow")
+    packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
         "photograph": str(explained.path),
         "model": classifier.reference,

@@ -1,5 +1,6 @@
 """The command: parse, call one public function, print. Every error is one line; `--debug` shows the traceback."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,6 +45,7 @@ for command in (demo, explain, models, sites, record, quantiles, compare, diagno
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 2 something could not be done, 130 interrupted, 1 a fault of our own."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow writes of its own affairs past Python
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]

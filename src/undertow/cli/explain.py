@@ -23,13 +23,14 @@ Examples:
   undertow explain holiday/ --model demo --rule guided --target "tiger cat" --target 285
   undertow explain cat.jpg --model torchvision:vgg16 --weights vgg16.safetensors --target top:3 --json
   undertow explain scan.png --model nets.py:load --through swap
+  undertow explain cat.jpg --model keras:ResNet50
 """
 
 
 @click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
 @click.argument("photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
+    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION."
 )
 @click.option(
     "--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; all three if left out."
@@ -59,7 +60,7 @@ Examples:
     "--weights",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="A .safetensors file, or a state dict saved by torch.save.",
+    help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
@@ -131,11 +132,12 @@ def run(
     """Explain and write every photograph; print what came of each; return the exit code."""
     from ..attribution.photograph import explain_photograph, write
     from ..files import distinct
-    from ..frameworks.base import load
+    from ..frameworks.base import backend_of_model
     from . import one_line
 
-    device = load("torch").device(device)
-    classifier.module.to(device)
+    backend = backend_of_model(classifier.module)
+    device = backend.device(device)
+    backend.place(classifier.module, device)
     started = time.perf_counter()
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []

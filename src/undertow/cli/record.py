@@ -31,12 +31,12 @@ def sites(what: str, reference: str, as_json: bool) -> int:
     from rich.table import Table
 
     from .. import models
-    from ..frameworks.base import load
+    from ..frameworks.base import backend_of_model
     from ..sites import select
 
     classifier = models.load(reference)
     black = np.zeros((64, 64, 3), np.uint8)
-    x = load("torch").batch([classifier.preprocessing.array(_picture(black))], "cpu")
+    x = backend_of_model(classifier.module).batch([classifier.preprocessing.array(_picture(black))], "cpu")
     found = select(classifier.module, what, example=x)
     if as_json:
         click.echo(json.dumps([asdict(site) for site in found], indent=1))
@@ -113,15 +113,16 @@ def record(
     """
     from .. import images, models
     from ..errors import InputError
-    from ..frameworks.base import load
+    from ..frameworks.base import backend_of_model
     from ..recording.photographs import as_facts, record_photographs
 
     if (out / "manifest.json").exists() and not resume:
         raise InputError(f"{out} is a run already; add --resume to go on with it, or choose another --out")
     count = len(images.find([folder])[:limit])
     classifier = models.load(reference, weights)
-    device = load("torch").device(device)
-    classifier.module.to(device)
+    backend = backend_of_model(classifier.module)
+    device = backend.device(device)
+    backend.place(classifier.module, device)
     with _progress(count) as advance:
         done = record_photographs(
             classifier,

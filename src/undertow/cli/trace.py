@@ -64,14 +64,17 @@ def batch_for(
     """Return a photograph as a batch of one on a device, or random numbers of a shape, or of the model's own.
 
     Raises:
-        InputError: a shape beside a photograph, or one that is not understood; no such device.
+        InputError: a shape beside a photograph, or one that is not understood; no such device; a Keras network.
     """
     from ..errors import InputError
-    from ..frameworks.base import load
+    from ..frameworks.base import load, runs_on_tensorflow
 
     if photograph is not None and shape is not None:
         raise InputError("--shape is for a random input; leave it out beside an IMAGE")
     size = None if shape is None else _numbers(shape)
+    if runs_on_tensorflow(classifier.module):
+        name = classifier.reference
+        raise InputError(f"{name} is a Keras network; this command reads PyTorch's alone (explain and record read both)")
     backend = load("torch")
     array = _random(size or _own_shape(classifier), seed) if photograph is None else _read(classifier, photograph)
     return backend.batch(list(array), backend.device(device))

@@ -65,6 +65,8 @@ class Backend(Protocol):
 
     def device(self, name: str) -> str: ...
 
+    def place(self, model: Any, device: str) -> None: ...
+
     def objective(
         self, model: Any, name: str
     ) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]: ...
@@ -80,7 +82,7 @@ def backend_of(value: Any, model: Any = None) -> Backend:
     roots = _roots(value)
     if "torch" in roots:
         return load("torch")
-    if roots & _KERAS or (roots & {"numpy"} and _runs_on_tensorflow(model)):
+    if roots & _KERAS or (roots & {"numpy"} and runs_on_tensorflow(model)):
         return load("keras")
     remedy = "; use torch.from_numpy(x)" if isinstance(value, np.ndarray) else ""
     raise InputError(f"x is a {type(value).__name__}, not a torch tensor or a tuple of them{remedy}")
@@ -92,7 +94,7 @@ def backend_of_model(model: Any) -> Backend:
     Raises:
         FrameworkError: the framework is not installed.
     """
-    return load("keras" if _runs_on_tensorflow(model) else "torch")
+    return load("keras" if runs_on_tensorflow(model) else "torch")
 
 
 def as_numpy(value: Any) -> npt.NDArray[Any]:
@@ -103,7 +105,8 @@ def as_numpy(value: Any) -> npt.NDArray[Any]:
 _KERAS = frozenset(("keras", "tensorflow", "tf_keras"))
 
 
-def _runs_on_tensorflow(model: Any) -> bool:
+def runs_on_tensorflow(model: Any) -> bool:
+    """Whether a network is of Keras or TensorFlow, and not of Keras on torch."""
     roots = _roots(model)
     return bool(roots & _KERAS) and "torch" not in roots  # a Keras network on torch is a torch.nn.Module
 

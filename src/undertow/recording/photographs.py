@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .. import images
 from ..errors import InputError, PhotographError, TargetError
-from ..frameworks.base import load
+from ..frameworks.base import backend_of_model
 from ..models import Classifier, find_class
 from ..run import Run
 from .record import record
@@ -84,11 +84,11 @@ def record_photographs(
     paths = images.find([root])[:limit]
     names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in paths]
     labels = None if objective == "predicted" else [_label(classifier, path) for path in paths]
-    torch = load("torch")
+    backend = backend_of_model(classifier.module)
     told = {"photographs": len(names), "names_sha256": _digest(names), "batch_size": batch_size, "objective": objective}
     done = Recorded()
     with ExitStack() as stack:
-        run_objective = stack.enter_context(torch.objective(classifier.module, objective))
+        run_objective = stack.enter_context(backend.objective(classifier.module, objective))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         recording = stack.enter_context(
@@ -116,7 +116,7 @@ def record_photographs(
             done.failed += [(name, str(array)) for name, array in loaded if isinstance(array, PhotographError)]
             if good:
                 wanted = None if labels is None else [labels[names.index(name)] for name, _ in good]
-                x = torch.batch([array for _, array in good], device)
+                x = backend.batch([array for _, array in good], device)
                 with recording.batch(samples=[name for name, _ in good], batch=number):
                     run_objective(x, wanted)
                 done.photographs += len(good)

@@ -118,4 +118,7 @@ def _of_model(model: Any) -> ModuleType:
 
 
 def _of_tensor(value: Any) -> ModuleType:
-    return importlib.import_module(".redirect", backend_of(value).__name__)  # type: ignore[attr-defined]
+    package = backend_of(value).__name__  # type: ignore[attr-defined]
+    if package.endswith(".keras"):
+        raise InputError("redirect works on PyTorch networks alone; a tf.custom_gradient does the same in Keras")
+    return importlib.import_module(".redirect", package)

@@ -158,6 +158,8 @@ def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
 
 
 def _package(backend: Backend) -> str:
+    if backend.__name__.endswith(".keras"):  # type: ignore[attr-defined]
+        raise InputError("trace reads PyTorch networks alone; for Keras there are explain and record")
     return backend.__name__  # type: ignore[attr-defined, no-any-return]
 
 

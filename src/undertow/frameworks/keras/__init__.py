@@ -1,6 +1,6 @@
 """Keras 3 on TensorFlow: rules on the traced graph of one call, or on a clone with swapped activations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ...errors import RuleError
+from ...errors import InputError, RuleError
 from ..base import Answer, Request
 from ..targets import class_ids, refuse_missing
-from .calls import refuse_other_backends, refuse_unfinite, restored, tensors
+from .calls import output_of, refuse_other_backends, refuse_other_shapes, refuse_unfinite, restored, tensors
 from .tracing import traced
 
 
@@ -72,3 +72,34 @@ def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
         stacked = np.moveaxis(stacked, 1, -1)
     with tf.device(device):
         return tf.constant(stacked)
+
+
+def probabilities(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+    """Return the softmax of the model's scores, `(B, classes)` float64.
+
+    Raises:
+        ModelError: the output is not `(B, classes)`.
+    """
+    scores = output_of(model, [x])
+    refuse_other_shapes(scores, len(x))
+    return to_numpy(tf.nn.softmax(tf.cast(scores, tf.float64)))
+
+
+def device(name: str) -> str:
+    """Return the device that a name means, as TensorFlow has it; "auto" is the fastest one there is.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    there = {found.name.removeprefix("/physical_device:").lower() for found in tf.config.list_physical_devices()}
+    if name == "auto":
+        return "gpu:0" if "gpu:0" in there else "cpu:0"
+    kind, _, number = name.lower().replace("cuda", "gpu").partition(":")
+    full = f"{kind}:{number or 0}"
+    if full not in there:
+        raise InputError(f"device {name!r} cannot be used here; use --device auto or cpu")
+    return full
+
+
+def place(model: Any, device: str) -> None:
+    """Leave a network where it is: TensorFlow fetches variables to the device that computes."""

@@ -112,6 +112,11 @@ def device(name: str) -> str:
     return name
 
 
+def place(model: torch.nn.Module, device: str) -> None:
+    """Move a network to a device."""
+    model.to(device)
+
+
 @contextmanager
 def objective(model: torch.nn.Module, name: str) -> Iterator[Callable[[torch.Tensor, Sequence[int] | None], None]]:
     """Give what runs a batch forward and backward; the objective is summed, so each sample's gradient is its own.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import FrameworkError
-from ...images import printable
+from ...images import one_line
 
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -85,8 +85,3 @@ def package(name: str, extra: str) -> Any:
     except ImportError as error:
         reason = "is missing" if getattr(error, "name", None) == name else f"cannot be imported ({one_line(error)})"
         raise FrameworkError(f'{name} {reason}; run: pip install "undertow[{extra}]"') from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text, or else its kind, on one line."""
-    return printable(" ".join(str(error).split())) or type(error).__name__

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from ...errors import ModelError, near
-from ...images import Preprocessing, printable
-from ...models import Classifier, imagenet_names
-from .catalogue import RANDOM, downloaded, in_hub, in_hugging_face, named
+from ...images import Preprocessing, one_line, printable
+from ...models import RANDOM, Classifier, imagenet_names
+from ..downloading import downloaded
+from .catalogue import in_hub, in_hugging_face, named
 from .catalogue import names as names
 from .catalogue import rows as rows
-from .importing import import_timm, import_torchvision, one_line, package
+from .importing import import_timm, import_torchvision, package
 from .weights import fit, read_state, weights_sha256
 
 

@@ -1,0 +1,44 @@
+"""Whether what has to come from the network can come, asked before a hub's own retries take a minute."""
+
+import http.client
+import ssl
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ModelError
+from ..images import one_line
+
+
+def downloaded(reference: str, url: str | None, build: Callable[[], Any]) -> Any:
+    """Build with weights that may come from the network: asked first, since the hubs' own retries take a minute."""
+    remedy = f"give --weights FILE or use {reference.partition('@')[0].partition('.')[0]}@none"
+    if url and (reason := _unreachable(url)):
+        raise ModelError(f"could not download the weights of {reference} ({reason}); {remedy}")
+    try:
+        return build()
+    except Exception as error:
+        raise ModelError(f"could not get the weights of {reference} ({one_line(error)}); {remedy}") from error
+
+
+def _unreachable(url: str, seconds: float = 10) -> str:
+    """Why nothing answers at an address, or "". An answer that refuses is an answer, and left to the hubs."""
+    outcome = [f"no answer from {urllib.parse.urlsplit(url).hostname} in {seconds:g} seconds"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            outcome[0] = ""
+        except (urllib.error.HTTPError, http.client.HTTPException, ssl.SSLError):
+            outcome[0] = ""
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            outcome[0] = "" if isinstance(reason, ssl.SSLError) else one_line(reason)
+
+    asking = threading.Thread(target=ask, daemon=True)  # an address that swallows packets outlasts any timeout
+    asking.start()
+    asking.join(seconds)
+    return outcome[0]
