@@ -64,7 +64,9 @@ def _weight(numbers: np.random.Generator, value: np.ndarray) -> np.ndarray:
     )
 
 
-def _row(name: str, make: Callable[[], Any], rewired: int, shape: Any = IMAGE, twin: Any = None, **facts: Any) -> Network:
+def _row(
+    name: str, make: Callable[[], Any], rewired: int, shape: Any = IMAGE, twin: Any = None, **facts: Any
+) -> Network:
     shapes = shape if isinstance(shape[0], tuple) else (shape,)
     return Network(
         name,
@@ -95,7 +97,11 @@ class Around(keras.Model):
 
 
 def _string() -> keras.Model:
-    stack = [layers.Conv2D(5, 3, activation="relu"), layers.Activation("relu"), layers.DepthwiseConv2D(2, activation="relu6")]
+    stack = [
+        layers.Conv2D(5, 3, activation="relu"),
+        layers.Activation("relu"),
+        layers.DepthwiseConv2D(2, activation="relu6"),
+    ]
     stack += [layers.Flatten(), layers.Dense(7, activation="leaky_relu"), layers.Dense(CLASSES)]
     return keras.Sequential([keras.Input(IMAGE), *stack])
 

@@ -125,8 +125,8 @@ class Twin:
 def replaced(twin: Twin, activations: str) -> Iterator[None]:
     with ExitStack() as stack:
         put = {name: ("formula", formula) for name, formula in RELU_LIKE.items()}
-        put |= {name: ("itself", activations == "all") for name in SMOOTH}
-        put |= {name: ("itself", False) for name in LEFT_ALONE}
+        put |= dict.fromkeys(SMOOTH, ("itself", activations == "all"))
+        put |= dict.fromkeys(LEFT_ALONE, ("itself", False))
         for path, (how, what) in put.items():
             name = path.rpartition(".")[2]
             original = pkgutil.resolve_name(path)

@@ -315,7 +315,7 @@ def test_keras_on_torch_goes_to_torchs_side():
 
 def test_keras_on_other_backends_is_refused(net, x, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")  # which is not among the packages of the tests
-    with pytest.raises(ut.FrameworkError, match="keras runs on jax here.*KERAS_BACKEND=tensorflow"):
+    with pytest.raises(ut.FrameworkError, match=r"keras runs on jax here.*KERAS_BACKEND=tensorflow"):
         ut.explain(net, x)
 
 
@@ -390,7 +390,9 @@ def test_few_graphs_are_kept_and_none_keeps_its_model(net):
 
 def test_the_model_is_as_before(net, x):
     def state():
-        return [w.tobytes() for w in net.get_weights()], [(id(v), vars(v).get("activation")) for v in net._flatten_layers()]
+        return [w.tobytes() for w in net.get_weights()], [
+            (id(v), vars(v).get("activation")) for v in net._flatten_layers()
+        ]
 
     before, given = state(), x.copy()
     for through in ("graph", "swap"):

@@ -9,6 +9,7 @@ import undertow as ut
 from keras_networks import AWKWARD, SMOOTH, Network
 from keras_references import reference
 
+
 def own_mixture(g, local):
     """Ask for `local` twice and mix: nothing that a shortcut could stand in for."""
     return local(ut.rules.relu(g)) - 0.5 * local(ut.rules.relu(-g))

@@ -20,7 +20,7 @@ import torch
 from undertow import models
 from undertow.errors import FrameworkError, ModelError, TargetError
 from undertow.frameworks import downloading
-from undertow.frameworks.torch import catalogue, vision, weights
+from undertow.frameworks.torch import vision, weights
 from undertow.images import Preprocessing, demo_photographs, read
 from undertow.models import Classifier, find_class, listing, load
 

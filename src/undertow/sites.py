@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError, near
+from .frameworks.base import load, runs_on_tensorflow
 
 KINDS = ("conv", "linear", "norm", "relu", "pool")
 Predicate = Callable[[str, Any], bool]
@@ -222,9 +223,12 @@ def framework(model: Any) -> Any:
     Raises:
         InputError: the model is of no known framework.
     """
+    if runs_on_tensorflow(model):
+        return load("keras.probe")
     if "torch" in {cls.__module__.partition(".")[0] for cls in type(model).__mro__}:
         return importlib.import_module(".frameworks.torch.probe", __package__)
-    raise InputError(f"model is a {type(model).__name__}, whose modules cannot be listed; pass a torch.nn.Module")
+    kind = type(model).__name__
+    raise InputError(f"model is a {kind}, whose modules cannot be listed; pass a torch.nn.Module or a Keras model")
 
 
 def _term(word: str) -> Term:

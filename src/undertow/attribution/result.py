@@ -97,7 +97,7 @@ class Attribution:
         if not 0 <= target < (array.shape[1] if several else 1):
             raise InputError(f"there is no target {target} among {array.shape[1] if several else 1}")
         one = array[sample, target] if several else array[sample]
-        return np.moveaxis(one, -1, 0) if self.channels_last else one  # type: ignore[no-any-return]
+        return np.moveaxis(one, -1, 0) if self.channels_last else one
 
     def save(self, path: str | Path) -> Path:
         """Write values, targets and scores as safetensors, and the rest as its metadata; whole or not at all.

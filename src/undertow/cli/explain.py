@@ -30,7 +30,11 @@ Examples:
 @click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
 @click.argument("photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION."
+    "--model",
+    "reference",
+    metavar="REF",
+    required=True,
+    help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION.",
 )
 @click.option(
     "--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; all three if left out."

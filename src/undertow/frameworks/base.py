@@ -116,7 +116,6 @@ def _roots(value: Any) -> set[str]:
     return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
 
 
-
 def load(name: str) -> Backend:
     """Import one backend by its name.
 

@@ -30,6 +30,20 @@ class Difference:
         return self.largest <= self.allowed
 
 
+@dataclass(slots=True)
+class Reading:
+    """What the measures made of one tensor; arrays are the framework's until they have landed on the host."""
+
+    site: str
+    call: int
+    output: str
+    phase: str
+    repeat: int
+    dtype: str
+    size: int
+    states: list[dict[str, Any]]
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one module in one pass. Tensors are the framework's, detached; a gradient that nothing made is None.

@@ -49,14 +49,16 @@ def record(
 
     Args:
         folder: of the run; made where there is none.
-        model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count.
+        model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count. Or a Keras model
+            that runs eagerly, under a `tf.GradientTape` or compiled with `run_eagerly=True`.
         sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
         measures: "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for each
             batch and site), "keep:sample" (one for each sample and site), or measures of your own.
         phase: "backward" (gradients with respect to outputs), "forward" (the outputs) or "both".
         schedule: which batches; None is all.
         loss_reduction: "mean" or "sum": how the loss joins the samples of a batch. Recorded, see above.
-        scaler: the `torch.amp.GradScaler` that scales the loss, where there is one.
+        scaler: the `torch.amp.GradScaler` or `keras.optimizers.LossScaleOptimizer` that scales the loss, where there
+            is one.
         objective: what the gradient is of, in words, for the manifest.
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.

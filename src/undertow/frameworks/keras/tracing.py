@@ -1,9 +1,9 @@
 """The traced graph of one explanation, forward and backward, and the few that are kept for the next call.
 
-A trace costs seconds where a call costs milliseconds, so those of Keras models and `tf.function`s are kept: of the last
-32, each under its model (weakly), the shapes and dtypes of the inputs, the rule and the kind of target. Weights are read
-when a graph runs, so new values count at once. What else a graph depends on is part of the key: the plain attributes of
-every layer. A plain Python function, and a target that is one, can close over anything and are traced for each call.
+A trace costs seconds where a call costs milliseconds, so the last 32 of Keras models and `tf.function`s are kept: each
+under its model (weakly), the shapes and dtypes of the inputs, the rule and the kind of target. Weights are read when a
+graph runs, so new values count at once. What else a graph depends on is part of the key: the plain attributes of every
+layer. A plain Python function, and a target that is one, can close over anything and are traced for each call.
 """
 
 import threading

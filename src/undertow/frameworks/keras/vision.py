@@ -1,6 +1,6 @@
 """Keras networks that have a name: those of keras.applications, saved ones, and what a person's function returns."""
 
-import hashlib
+import os
 import random
 import sys
 import zipfile
@@ -16,6 +16,7 @@ from ...images import Preprocessing, one_line, printable
 from ...models import RANDOM, Classifier, Reference, imagenet_names
 from ..downloading import downloaded
 from .calls import refuse_other_backends
+from .layers import weights_sha256
 
 _HUB = "https://storage.googleapis.com/tensorflow/keras-applications/"
 
@@ -71,7 +72,8 @@ def _trained(build: Callable[..., Any], reference: str) -> Any:
 
 def _is_cached(name: str) -> bool:
     """Whether Keras has downloaded weights of a network before; its files are named nearly as the networks are."""
-    files = Path(keras.config.keras_home(), "models").glob("*")
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    files = (home / "models").glob("*")
     return any(file.name.replace("_", "").lower().startswith(name.lower()) for file in files)
 
 
@@ -87,7 +89,7 @@ def _random(build: Callable[..., Any]) -> Any:
 
 def _preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
     """Learn what the network's own `preprocess_input` does, which is affine in each channel, by asking it."""
-    ask = sys.modules[build.__module__].preprocess_input  # type: ignore[attr-defined]
+    ask = sys.modules[build.__module__].preprocess_input
     black, red, white = (
         ask(np.array(pixel, np.float32).reshape(1, 1, 1, 3)).reshape(3).astype(np.float64)
         for pixel in ((0, 0, 0), (255, 0, 0), (255, 255, 255))
@@ -163,12 +165,16 @@ def from_made(reference: str, made: Any, file: Path | None, weights: str | None 
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
     every = [f"class {index}" for index in range(count)] if classes is None else classes
     rows = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in every)
-    return _classifier(reference, module, preprocessing, rows, weights or (file.name if file else f"made by {reference}"))
+    return _classifier(
+        reference, module, preprocessing, rows, weights or (file.name if file else f"made by {reference}")
+    )
 
 
 def _guessed(reference: str, module: Any, given: Any) -> Preprocessing:
     if len(getattr(module, "input_shape", None) or ()) != 4:
-        raise ModelError(f"{reference} does not take one batch of images; undertow.explain takes any input, from Python")
+        raise ModelError(
+            f"{reference} does not take one batch of images; undertow.explain takes any input, from Python"
+        )
     if given is not None:
         return Preprocessing(**dict(given))
     inside = any(isinstance(layer, keras.layers.Rescaling) for layer in module._flatten_layers())
@@ -179,7 +185,7 @@ def _guessed(reference: str, module: Any, given: Any) -> Preprocessing:
 def _without_softmax(module: Any) -> None:
     """Take a final softmax off: under it the score of a class falls whenever another's rises."""
     last = module.layers[-1] if module.layers else None
-    if getattr(last, "activation", None) is keras.activations.softmax:
+    if last is not None and getattr(last, "activation", None) is keras.activations.softmax:
         last.activation = keras.activations.linear
 
 
@@ -199,22 +205,6 @@ def _load_weights(module: Any, file: Path, reference: str) -> None:
     except Exception as error:
         text = one_line(error)[:160]
         raise ModelError(f"{printable(file)} does not fit {reference} ({text}); Keras reads .weights.h5") from error
-
-
-def weights_sha256(module: Any) -> str:
-    """The SHA-256 of a network's weights: for each in order its path, dtype and shape, as for PyTorch, then its values."""
-    digest = hashlib.sha256()
-    for variable in module.weights:
-        value = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
-        shape = "x".join(map(str, value.shape))
-        digest.update(f"{_settled(variable, module)}\0{variable.dtype}\0{shape}\0".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
-def _settled(variable: Any, module: Any) -> str:
-    """A variable's path without the network's own name, which Keras numbers anew in each process."""
-    return str(variable.path).removeprefix(f"{module.name}/")
 
 
 def _classifier(

@@ -231,4 +231,3 @@ def _integers(target: Any, device: torch.device) -> torch.Tensor:
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TargetError(f"target has dtype {ids.dtype}; class ids are integers")
     return ids.long()
-

@@ -20,6 +20,7 @@ from torch import nn
 from ...errors import ModelError
 from ...measures import Measure
 from ...sites import Part
+from ..inside import Reading
 from .kernels import arranged  # and what the measures are made of
 from .modules import ACTIVATIONS
 from .weights import weights_sha256
@@ -156,20 +157,6 @@ def tensors_in(output: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]
             yield from tensors_in(value, f"{key}.{place}" if key else str(place))
     elif hasattr(output, "__dataclass_fields__"):
         yield from tensors_in(vars(output), key)
-
-
-@dataclass(slots=True)
-class Reading:
-    """What the measures made of one tensor; arrays are of torch until they have landed on the host."""
-
-    site: str
-    call: int
-    output: str
-    phase: str
-    repeat: int
-    dtype: str
-    size: int
-    states: list[dict[str, Any]]
 
 
 @dataclass

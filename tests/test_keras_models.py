@@ -1,0 +1,231 @@
+"""Keras networks by reference and from the command line: real networks and files, and every way that fails."""
+
+import json
+import subprocess
+import sys
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from PIL import Image
+
+import undertow as ut
+from undertow import models
+from undertow.cli import main
+from undertow.frameworks import downloading
+from undertow.images import Preprocessing, demo_photographs, read
+
+RANDOM = "keras:MobileNetV2@none"
+
+# Keras's own saving and loading, with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+
+@pytest.fixture(scope="module")
+def named() -> models.Classifier:
+    return models.load(RANDOM)
+
+
+def saved(folder: Path, *stack: layers.Layer) -> Path:
+    path = folder / "net.keras"
+    keras.Sequential([keras.Input((16, 16, 3)), *stack]).save(path)
+    return path
+
+
+def small(folder: Path) -> Path:
+    head = [layers.Flatten(), layers.Dense(4, activation="softmax", name="top")]
+    return saved(folder, layers.Conv2D(5, 3, activation="relu", name="first"), layers.MaxPooling2D(), *head)
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    out = capsys.readouterr()
+    return int(ended.value.code or 0), out.out, out.err
+
+
+def test_applications_are_whole_and_the_same_every_time(named):
+    again = models.load(RANDOM)
+    assert named.weights_sha256 == again.weights_sha256
+    assert (named.weights, len(named.classes), named.classes[282]) == ("random (seed 0)", 1000, "tiger cat")
+    assert named.module.layers[-1].activation is keras.activations.linear
+    assert named.preprocessing.crop == 224
+
+
+@pytest.mark.parametrize("name", ["VGG16", "MobileNetV2", "DenseNet121", "EfficientNetB0"])  # one of each convention
+def test_preprocessing_is_the_networks_own(name):
+    from undertow.frameworks.keras.vision import _preprocessing
+
+    class Shaped:
+        input_shape = (None, 224, 224, 3)
+
+    build = getattr(keras.applications, name)
+    ours = _preprocessing(build, Shaped)
+    photograph = read(demo_photographs()["chelsea"])
+    pixels = ours.view(photograph)
+    theirs = sys.modules[build.__module__].preprocess_input(pixels.astype(np.float32)[None])[0]
+    assert np.allclose(ours.array(photograph).transpose(1, 2, 0), theirs, atol=2e-5 * np.abs(theirs).max())
+    assert Preprocessing(**ours.as_dict()) == ours
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("keras:ResNet5", "keras has no classifier 'ResNet5'; did you mean ResNet50"),
+        ("keras:qqq", "`undertow models keras:` lists them"),
+        ("keras:VGG16@V9", "has no weights 'V9'; it has imagenet and none"),
+        ("nowhere.keras", "no model nowhere.keras: there is no such file"),
+    ],
+)
+def test_unknown_models_are_told(reference, said):
+    with pytest.raises(ut.ModelError, match=said):
+        models.load(reference)
+
+
+def test_weights_that_cannot_be_had_are_told(monkeypatch, tmp_path):
+    def refuse(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(downloading.urllib.request, "urlopen", refuse)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    with pytest.raises(ut.ModelError, match=r"could not download the weights of keras:VGG16 .*keras:VGG16@none"):
+        models.load("keras:VGG16")
+
+
+def test_weights_from_a_file(named, tmp_path):
+    path = tmp_path / "mine.weights.h5"
+    other = models.load("keras:MobileNet@none")
+    named.module.save_weights(path)
+    loaded = models.load("keras:MobileNetV2", path)
+    assert (loaded.weights, loaded.weights_sha256) == ("mine.weights.h5", named.weights_sha256)
+    other.module.save_weights(path)
+    with pytest.raises(ut.ModelError, match=r"mine.weights.h5 does not fit keras:MobileNetV2"):
+        models.load("keras:MobileNetV2", path)
+    with pytest.raises(ut.ModelError, match="there is no such file"):
+        models.load("keras:MobileNetV2", tmp_path / "none.weights.h5")
+
+
+def test_a_saved_model_gives_logits(tmp_path):
+    path = small(tmp_path)
+    before = keras.saving.load_model(path)
+    classifier = models.load(str(path))
+    assert classifier.classes == ("class 0", "class 1", "class 2", "class 3")
+    assert classifier.preprocessing == Preprocessing(16, 16, (0.0,) * 3, (1.0,) * 3)
+    x = np.random.default_rng(0).random((2, 16, 16, 3)).astype(np.float32)
+    assert np.allclose(keras.ops.softmax(classifier.module(x)).numpy(), before(x).numpy(), atol=1e-6)
+
+
+def test_saved_code_is_never_run(tmp_path):
+    path = saved(tmp_path, layers.Lambda(lambda v: v * 2), layers.Flatten(), layers.Dense(2))
+    with pytest.raises(ut.ModelError, match="holds a lambda, which is code and is never run"):
+        models.load(str(path))
+    path.write_bytes(b"no archive")
+    with pytest.raises(ut.ModelError, match=r"no readable .keras file, which is a zip archive"):
+        models.load(str(path))
+
+
+def test_layers_of_ones_own_need_their_code(tmp_path):
+    with zipfile.ZipFile(small(tmp_path)) as whole, zipfile.ZipFile(tmp_path / "own.keras", "w") as other:
+        for name in whole.namelist():
+            other.writestr(name, whole.read(name).replace(b'"class_name": "Flatten"', b'"class_name": "TheirOwn"'))
+    with pytest.raises(ut.ModelError, match=r"layers of somebody's own; load it in FILE.py:FUNCTION"):
+        models.load(str(tmp_path / "own.keras"))
+
+
+def test_networks_that_a_function_makes(tmp_path):
+    file = tmp_path / "nets.py"
+    head = "import keras\nL = keras.layers\n"
+    head += "def net(*end):\n    return keras.Sequential([keras.Input((16, 16, 3)), *end])\n"
+    file.write_text(
+        head + "def good():\n    return {'module': net(L.Conv2D(3, 3, activation='relu'), L.Flatten(), L.Dense(2)), "
+        "'classes': ['cat', 'dog']}\n"
+        "def features():\n    return net(L.Conv2D(3, 3))\n"
+        "def wrong():\n    return {'module': net(L.Flatten(), L.Dense(2)), 'classes': ['cat']}\n"
+    )
+    classifier = models.load(f"{file}:good")
+    assert classifier.classes == ("cat", "dog")
+    assert models.load(f"{file}:good").weights_sha256 == classifier.weights_sha256
+    with pytest.raises(ut.ModelError, match=r"must give scores of shape \(B, classes\)"):
+        models.load(f"{file}:features")
+    with pytest.raises(ut.ModelError, match="names 1 classes but scores 2"):
+        models.load(f"{file}:wrong")
+
+
+def test_listing():
+    found = {row.reference: row for row in models.listing("keras:densenet")}
+    assert set(found) == {f"keras:DenseNet{n}{end}" for n in (121, 169, 201) for end in ("", "@none")}
+    assert found["keras:DenseNet201@none"].offline
+    assert "keras:NAME" in {row.reference for row in models.listing()}
+
+
+def test_explaining_a_photograph(capsys, tmp_path):
+    photograph = demo_photographs()["chelsea"]
+    model = small(tmp_path)
+    code, out, err = run(capsys, "explain", photograph, "--model", model, "--out", tmp_path / "out", "--json")
+    assert (code, err.replace("\r", "").strip()) == (0, "")
+    (result,) = json.loads(out)["results"]
+    assert result["rules"]["guided"]["rewired"] == 1
+    assert result["versions"]["keras"] == keras.__version__
+    assert sum(one["probability"] for one in result["predictions"]) == pytest.approx(1, abs=1e-4)
+    folder = tmp_path / "out" / "chelsea"
+    with Image.open(folder / "guided-magnitude.png") as picture:
+        assert picture.size == (16, 16)
+
+
+def test_a_map_of_a_network_that_reads_bgr_is_drawn_in_rgb(tmp_path):
+    from undertow.attribution.photograph import explain_photograph, write
+
+    red_only = keras.Sequential([keras.Input((8, 8, 3)), layers.ReLU(), layers.Flatten(), layers.Dense(2)])
+    kernel = np.zeros((8, 8, 3, 2), np.float32)
+    kernel[..., 2, :] = 1  # B, G, R: the third is red
+    red_only.set_weights([kernel.reshape(-1, 2), np.zeros(2)])
+    preprocessing = Preprocessing(8, 8, (0.0,) * 3, (1.0,) * 3, order="BGR")
+    classifier = models.Classifier("made", red_only, preprocessing, ("a", "b"), "made", "")
+    explained = explain_photograph(classifier, demo_photographs()["chelsea"], rules=["gradient"])
+    values = explained.maps["gradient"].values.numpy()[0, 0]
+    assert [bool(values[..., channel].any()) for channel in range(3)] == [False, False, True]
+    write(explained, classifier, tmp_path / "out")
+    with Image.open(tmp_path / "out" / "gradient-colour.png") as opened:
+        picture = np.asarray(opened).astype(int)
+    assert (picture[..., 0] > picture[..., 2]).all()
+
+
+def test_recording_photographs(capsys, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("chelsea", "coffee"):
+        read(demo_photographs()[name]).resize((40, 30)).save(folder / f"{name}.png")
+    model, out = small(tmp_path), tmp_path / "run"
+    words = ["record", folder, "--model", model, "--sites", "conv, linear", "--out", out, "--measure", "channel-norm"]
+    assert run(capsys, *words)[0] == 0
+    recorded = ut.Run(out)
+    rows = recorded.table("channel_norm").to_pylist()
+    assert {(row["name"], row["site"]) for row in rows} == {
+        (f"{name}.png", site) for name in ("chelsea", "coffee") for site in ("first", "top")
+    }
+    top = [row["values"] for row in rows if row["site"] == "top"]
+    assert all(sorted(values) == [0, 0, 0, 1] for values in top)  # of the highest score, summed over the batch
+    assert recorded.manifest["model"]["mode"] == "evaluation"
+    code, out_text, _ = run(capsys, "sites", "--model", model, "conv")
+    assert code == 0
+    assert "first" in out_text
+
+
+def test_what_reads_torch_alone_says_so(capsys, tmp_path):
+    code, _, err = run(capsys, "trace", "--model", small(tmp_path))
+    assert code == 2
+    assert "is a Keras network; trace reads PyTorch's alone" in err
+
+
+def test_tensorflow_is_loaded_only_when_needed():
+    code = "import sys, undertow, undertow.models, undertow.cli; assert not {'keras', 'tensorflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_command_writes_no_line_of_tensorflows(tmp_path):
+    words = [sys.executable, "-m", "undertow", "sites", "--model", small(tmp_path), "conv"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""
