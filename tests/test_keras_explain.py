@@ -126,9 +126,14 @@ def test_several_targets(net, x):
 
 def test_a_function_of_the_output_is_never_stale(net, x):
     both = ut.explain(net, x, target=[[0, 1]] * 3, rule="gradient").values
-    for weight in (1.0, 2.0):  # one function whose closure changes
-        a = ut.explain(net, x, target=lambda out: weight * out[:, 0] - out[:, 1], rule="gradient")  # noqa: B023
-        assert np.allclose(a.values, weight * both[:, 0] - both[:, 1], atol=1e-5)
+    weights = [1.0]
+
+    def weighted(out):
+        return weights[0] * out[:, 0] - out[:, 1]
+
+    for weights[0] in (1.0, 2.0):
+        a = ut.explain(net, x, target=weighted, rule="gradient")
+        assert np.allclose(a.values, weights[0] * both[:, 0] - both[:, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,10 @@ def test_weights_that_cannot_be_had_are_told(monkeypatch, tmp_path):
 
 def test_weights_from_a_file(named, tmp_path):
     path = tmp_path / "mine.weights.h5"
-    other = models.load("keras:MobileNet@none")
     named.module.save_weights(path)
     loaded = models.load("keras:MobileNetV2", path)
     assert (loaded.weights, loaded.weights_sha256) == ("mine.weights.h5", named.weights_sha256)
-    other.module.save_weights(path)
+    keras.Sequential([keras.Input((4,)), layers.Dense(2)]).save_weights(path)
     with pytest.raises(ut.ModelError, match=r"mine.weights.h5 does not fit keras:MobileNetV2"):
         models.load("keras:MobileNetV2", path)
     with pytest.raises(ut.ModelError, match="there is no such file"):
@@ -159,7 +158,6 @@ def test_listing():
     found = {row.reference: row for row in models.listing("keras:densenet")}
     assert set(found) == {f"keras:DenseNet{n}{end}" for n in (121, 169, 201) for end in ("", "@none")}
     assert found["keras:DenseNet201@none"].offline
-    assert "keras:NAME" in {row.reference for row in models.listing()}
 
 
 def test_explaining_a_photograph(capsys, tmp_path):

@@ -26,7 +26,7 @@ from .swap import MARK, swapped
 
 _MOST = 32
 _WRITES = ("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp", "ResourceScatterUpdate")
-_PLAIN = (bool, int, float, str, bytes, type(None))
+_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +99,12 @@ def _attributes(model: Any) -> tuple[Hashable, ...]:
     for layer in model._flatten_layers():
         found.append(weakref.ref(layer))
         for name, value in vars(layer).items():
-            if name[0] != "_" and isinstance(value, _PLAIN):
-                found.append((name, value))
-            elif isinstance(value, types.FunctionType):
-                found.append((name, weakref.ref(value)))
+            kind = type(value)
+            if kind in _PLAIN:
+                if name[0] != "_":
+                    found += name, value
+            elif kind is types.FunctionType:
+                found += name, weakref.ref(value)
     return tuple(found)
 
 
