@@ -151,7 +151,10 @@ def main() -> None:
         del METHODS["tf-keras-vis"]
     machine = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, Python {platform.python_version()}"
     lines = [f"{machine}, {os.cpu_count()} cores; medians over rounds in random order.", ""]
-    lines += ["| network | method | first call s | ms | x plain gradient | guided map |", "|---|---|---:|---:|---:|---|"]
+    lines += [
+        "| network | method | first call s | ms | x plain gradient | guided map |",
+        "|---|---|---:|---:|---:|---|",
+    ]
     for name in [given.only] if given.only else NETWORKS:
         rounds = given.rounds * (30 if name.endswith("MLP") else 1)
         for method, (first, ms, ratio, verdict) in times(name, rounds).items():

@@ -204,6 +204,11 @@ def _function() -> Any:
     return lambda x: tf.reduce_mean(tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "VALID")), (1, 2)) @ head
 
 
+def _read_within(h: Any) -> Any:
+    """What would be one activation with a cap if nobody else read the uncapped one."""
+    return tf.clip_by_value(h, 0.0, 0.5) + h * 0.3
+
+
 def _inner(decorate: Callable[[Any], Any]) -> Callable[[], keras.Model]:
     return lambda: Around(decorate(lambda h: tf.nn.relu(h) + tf.nn.leaky_relu(h - 0.3, 0.1)))
 
@@ -253,6 +258,7 @@ AWKWARD: list[Network] = [
     _row("ops_clip", lambda: around(lambda h: ops.clip(h, 0, 0.5)), 1),
     _row("where", lambda: Around(lambda h: tf.where(h > 0, h, 0.0)), 1, twin=lambda: Around(lambda h: tf.nn.relu(h))),
     _row("two_readers", lambda: Around(lambda h: tf.nn.relu(h) * 1.3 - h * 0.4), 1),
+    _row("read_within", lambda: Around(lambda h: _read_within(tf.nn.relu(h))), 2),
     _row("scaled", lambda: Around(lambda h: 1.7 * tf.nn.relu(h) + 0.3), 1),
     _row("twice", lambda: Around(lambda h: tf.nn.relu(tf.nn.relu(h) - 0.2)), 2),
     _row("both_signs", lambda: Around(lambda h: tf.nn.relu(h) * 0.4 + tf.nn.relu(-h)), 2),

@@ -5,6 +5,7 @@ functional model on `(B, H, W, C)`. Weights are drawn in the order of the calls,
 Keras; the table that `drawn` returns is what both kits read.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,6 +180,7 @@ class InKeras:
         return layers.GlobalAveragePooling2D(dtype=self.dtype)(x)
 
 
+@functools.cache
 def both(name: str, dtype: str, seed: int = 11) -> tuple[Callable[[torch.Tensor], torch.Tensor], keras.Model]:
     """Return one network as a function in torch and as a model in Keras."""
     network, _ = NETWORKS[name]

@@ -376,7 +376,8 @@ def test_a_thousand_calls_keep_nothing(x):
     assert len(tracing._kept) == kept
 
 
-def test_few_graphs_are_kept_and_none_keeps_its_model(net):
+def test_few_graphs_are_kept_and_none_keeps_its_model(net, monkeypatch):
+    monkeypatch.setattr(tracing, "_MOST", 5)
     for batch in range(1, tracing._MOST + 4):
         ut.explain(net, np.ones((batch, 4), np.float32), rule="gradient")
     assert len(tracing._kept) == tracing._MOST
