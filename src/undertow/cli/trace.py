@@ -74,7 +74,9 @@ def batch_for(
     size = None if shape is None else _numbers(shape)
     if runs_on_tensorflow(classifier.module):
         name = classifier.reference
-        raise InputError(f"{name} is a Keras network; this command reads PyTorch's alone (explain and record read both)")
+        raise InputError(
+            f"{name} is a Keras network; this command reads PyTorch's alone (explain and record read both)"
+        )
     backend = load("torch")
     array = _random(size or _own_shape(classifier), seed) if photograph is None else _read(classifier, photograph)
     return backend.batch(list(array), backend.device(device))
