@@ -216,7 +216,7 @@ def test_recording_photographs(capsys, tmp_path):
 def test_what_reads_torch_alone_says_so(capsys, tmp_path):
     code, _, err = run(capsys, "trace", "--model", small(tmp_path))
     assert code == 2
-    assert "is a Keras network; trace reads PyTorch's alone" in err
+    assert "is a Keras network; this command reads PyTorch's alone" in err
 
 
 def test_tensorflow_is_loaded_only_when_needed():
