@@ -29,5 +29,7 @@ from .recording import trace as trace
 from .run import Run as Run
 from .sites import Site as Site
 from .sites import select as select
+from .verdict import Verdict as Verdict
+from .verdict import trust as trust
 
 __version__ = "0.1.0"

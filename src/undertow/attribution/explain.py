@@ -6,6 +6,8 @@ from typing import Any
 from ..errors import InputError, near
 from ..frameworks.base import Request, backend_of
 from ..rules import Rule, resolve
+from .estimators import estimate
+from .estimators import resolve as resolve_estimator
 from .result import Attribution
 
 THROUGH = ("graph", "swap", "hook")
@@ -21,6 +23,8 @@ def explain(
     through: str = "graph",
     activations: str = "relu-like",
     training: bool = False,
+    estimator: str = "gradient",
+    seed: int = 0,
 ) -> Attribution:
     """Map how each element of the input speaks for a score, under a rule for the activations on the way.
 
@@ -41,10 +45,13 @@ def explain(
         activations: "relu-like" (ReLU, ReLU6/Hardtanh, LeakyReLU, PReLU, RReLU, Threshold, clamp(min=0) and maximum
             with zero, in any spelling), or "all" (also GELU, SiLU, Mish, ELU, SELU, CELU, Softplus, Hardswish).
         training: explain a module in training mode; its batch statistics are put back afterwards.
+        estimator: "gradient" (one backward pass), "smoothgrad[:N]", "integrated[:N]" (from zero), "input-times",
+            "grad-cam:LAYER" or "guided-grad-cam:LAYER", each around any rule; see `undertow.attribution.estimators`.
+        seed: of SmoothGrad's noise.
 
     Returns:
         Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; a tuple for a
-        tuple.
+        tuple. Grad-CAM's have one channel: `(B, 1, H, W)`.
 
     Raises:
         InputError: an argument that cannot be used: TargetError for a class, ModelError for the model or its output.
@@ -61,6 +68,7 @@ def explain(
     (tensor([[1., 0.]]), tensor([1.]), 1)
     """
     name, function = resolve(rule)
+    averaging = resolve_estimator(estimator)
     _one_of("through", through, THROUGH)
     _one_of("activations", activations, ACTIVATIONS)
     if not callable(model):
@@ -69,12 +77,13 @@ def explain(
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
     request = Request(model, inputs, function, name, target, through, activations, training)
-    answer = backend_of(inputs[0], model).explain(request)
+    answer = estimate(backend_of(inputs[0], model), request, averaging, seed)
     return Attribution(
         values=answer.maps if isinstance(x, tuple) else answer.maps[0],
         targets=answer.targets,
         scores=answer.scores,
         rule=name,
+        estimator=averaging.name,
         through=through,
         activations=activations,
         rewired=answer.met.rewired,

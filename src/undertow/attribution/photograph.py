@@ -37,6 +37,7 @@ class Explained:
         maps: an attribution for each rule, of `(1, K, 3, H, W)` values.
         seconds: wall time for each rule.
         device: where it ran.
+        verdicts: what `undertow.trust` says of each rule's map of the first target, as plain data; empty if not asked.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Explained:
     maps: dict[str, Attribution]
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
+    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def explain_photograph(
@@ -56,6 +58,7 @@ def explain_photograph(
     target: Any = "top:1",
     through: str = "graph",
     activations: str = "relu-like",
+    estimator: str = "gradient",
     device: str = "cpu",
 ) -> Explained:
     """Explain one photograph under several rules.
@@ -75,7 +78,15 @@ def explain_photograph(
     maps, seconds = {}, {}
     for rule in rules:
         started = time.perf_counter()
-        maps[rule] = explain(classifier.module, x, rule=rule, target=wanted, through=through, activations=activations)
+        maps[rule] = explain(
+            classifier.module,
+            x,
+            rule=rule,
+            target=wanted,
+            through=through,
+            activations=activations,
+            estimator=estimator,
+        )
         seconds[rule] = round(time.perf_counter() - started, 4)
     first = maps[rules[0]]
     ids = as_numpy(first.targets)[0].tolist()
@@ -150,11 +161,19 @@ def draw_panel(explained: Explained, classifier: Classifier) -> Any:
     ]
     (_, likeliest, probability), weights = explained.predictions[0], classifier.weights
     title = f"{explained.path.name}   {classifier.reference} ({weights}) sees {likeliest} {probability:.2f}"
-    return panel(explained.view, title, rows, notes(explained.maps))
+    return panel(explained.view, title, rows, [*notes(explained.maps), *_said(explained)])
+
+
+def _said(explained: Explained) -> list[str]:
+    """The sentence of each verdict, to stand next to the maps."""
+    target = explained.targets[0][1]
+    return [f"May it be believed? {rule}, {target}: {v['sentence']}" for rule, v in explained.verdicts.items()]
 
 
 def _heading(attribution: Attribution) -> str:
-    return f"{attribution.rule} ({attribution.rewired} rewired)" if attribution.rewired else attribution.rule
+    how = "" if attribution.estimator == "gradient" else f" {attribution.estimator}"
+    rewired = f" ({attribution.rewired} rewired)" if attribution.rewired else ""
+    return f"{attribution.rule}{how}{rewired}"
 
 
 def likeness(maps: Sequence[npt.NDArray[Any]]) -> float:
@@ -196,6 +215,7 @@ def _facts(explained: Explained, classifier: Classifier) -> dict[str, Any]:
         "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],
         "rules": {name: {**a.facts(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
         "notes": notes(explained.maps),
+        "verdicts": explained.verdicts,
         "device": explained.device,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
     }

@@ -23,10 +23,11 @@ class Attribution:
 
     Attributes:
         values: shape and dtype of the input, `(B, ...)`; with K targets a sample, `(B, K, ...)`; a tuple for a tuple of
-            inputs, None in the place of an integer input. Unit: score per unit of input.
+            inputs, None in the place of an integer input. Unit: score per unit of input; score for "integrated" and
+            "input-times". Grad-CAM has one channel, `(B, 1, H, W)`.
         targets: class ids, int64, `(B,)` or `(B, K)`; None where the target was a function.
         scores: the explained outputs, shape of `targets`.
-        rule, through, activations: what was asked for.
+        rule, estimator, through, activations: what was asked for.
         rewired: how many activation calls the rule acted on; 0 for "gradient", which changes none.
         switches: how many max-poolings lie on the way (not counted for "gradient"). Without any, a deconvnet map
             hardly depends on the input.
@@ -41,6 +42,7 @@ class Attribution:
     rule: str
     through: str = "graph"
     activations: str = "relu-like"
+    estimator: str = "gradient"
     rewired: int = 0
     switches: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -122,5 +124,5 @@ class Attribution:
 
     def facts(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""
-        names = ("rule", "through", "activations", "rewired", "switches", "skipped", "opaque")
+        names = ("rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque")
         return {name: getattr(self, name) for name in names}

@@ -15,6 +15,7 @@ from .models import models
 from .quantiles import compare, quantiles
 from .record import record, sites
 from .trace import trace
+from .trust import trust
 
 INTERRUPTED = 130
 
@@ -30,6 +31,7 @@ def app() -> None:
     \b
     undertow demo                                      packaged photographs, classifier and all three rules
     undertow explain cat.jpg --model torchvision:vgg16 which pixels spoke for the predicted class
+    undertow trust cat.jpg --model demo                may that map be believed: six questions and a sentence
     undertow models resnet                             what can be named, and what of it works offline
     undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
     undertow quantiles runs/a                          what they are like, layer by layer
@@ -39,7 +41,7 @@ def app() -> None:
     """
 
 
-for command in (demo, explain, models, sites, record, quantiles, compare, diagnose, trace, derive):
+for command in (demo, explain, trust, models, sites, record, quantiles, compare, diagnose, trace, derive):
     app.add_command(command)
 
 

@@ -23,6 +23,7 @@ Examples:
   undertow explain holiday/ --model demo --rule guided --target "tiger cat" --target 285
   undertow explain cat.jpg --model torchvision:vgg16 --weights vgg16.safetensors --target top:3 --json
   undertow explain scan.png --model nets.py:load --through swap
+  undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust
   undertow explain cat.jpg --model keras:ResNet50
 """
 
@@ -61,6 +62,14 @@ Examples:
     help="all: also GELU, SiLU, ELU and the like.",
 )
 @click.option(
+    "--estimator",
+    default="gradient",
+    show_default=True,
+    metavar="HOW",
+    help="smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER.",
+)
+@click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
+@click.option(
     "--weights",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -83,6 +92,8 @@ def explain(
     targets: Sequence[str],
     through: str,
     activations: str,
+    estimator: str,
+    judge: bool,
     weights: Path | None,
     device: str,
     out: Path,
@@ -103,8 +114,9 @@ def explain(
         "target": target_of(classifier, targets),
         "through": through,
         "activations": activations,
+        "estimator": estimator,
     }
-    return run(classifier, found, asked, device, out, as_json)
+    return run(classifier, found, asked, device, out, as_json, judge=judge)
 
 
 def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
@@ -132,8 +144,9 @@ def run(
     out: Path,
     as_json: bool = False,
     keep: "Callable[[Explained], object]" = lambda _: None,
+    judge: bool = False,
 ) -> int:
-    """Explain and write every photograph; print what came of each; return the exit code."""
+    """Explain, judge where asked to, and write every photograph; print what came of each; return the exit code."""
     from ..attribution.photograph import explain_photograph, write
     from ..files import distinct
     from ..frameworks.base import backend_of_model
@@ -145,10 +158,11 @@ def run(
     started = time.perf_counter()
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    for path, folder in zip(photographs, distinct([_label(p, photographs) for p in photographs]), strict=True):
+    for path, folder in zip(photographs, distinct([folder_label(p, photographs) for p in photographs]), strict=True):
         with _status(f"{path.name} ({len(results) + len(failed) + 1} of {len(photographs)})"):
             try:
                 explained = explain_photograph(classifier, path, **asked, device=device)
+                explained = _judged(explained, classifier, device) if judge else explained
                 results.append({**write(explained, classifier, out / folder), "folder": str(out / folder)})
             except Exception as error:
                 if "--debug" in sys.argv:
@@ -167,7 +181,19 @@ def run(
     return 2 if failed else 0
 
 
-def _label(path: Path, among: Sequence[Path]) -> str:
+def _judged(explained: "Explained", classifier: "Classifier", device: str) -> "Explained":
+    """Add a verdict on each rule's map of the first target."""
+    from dataclasses import replace
+
+    from ..verdict.photograph import trust_photograph
+
+    pairs = [(rule, attribution.estimator) for rule, attribution in explained.maps.items()]
+    judged = trust_photograph(classifier, explained.path, pairs=pairs, target=explained.targets[0][0], device=device)
+    told = zip(explained.maps, judged.verdicts.values(), strict=True)
+    return replace(explained, verdicts={rule: verdict.facts() for rule, verdict in told})
+
+
+def folder_label(path: Path, among: Sequence[Path]) -> str:
     """Name a photograph by its stem; by its whole path where two share the stem."""
     same = [p for p in among if p.stem.casefold() == path.stem.casefold()]
     return path.stem if len(same) == 1 else str(path)
@@ -200,5 +226,7 @@ def _lines(explained: "Explained", folder: Path) -> Iterator[str]:
     yield f"explained: {names}"
     for rule, attribution in explained.maps.items():
         yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+    for rule, verdict in explained.verdicts.items():
+        yield f"  {rule:<10}{verdict['sentence']}"
     yield f"  -> {folder / 'panel.png'}"
     yield ""

@@ -52,12 +52,39 @@ class Answer:
     channels_last: bool = False
 
 
+@dataclass(frozen=True)
+class Inside:
+    """What one pass left at some layers, as NumPy, by the layer's name.
+
+    Attributes:
+        answer: of the pass itself, as `explain` gives it; its maps are None where directions were asked for.
+        values: each layer's output, `(B, ...)`.
+        gradients: what flowed back to it under the rule, `(B, K, ...)`, for K targets or directions.
+        at_input: what flowed back to the input, `(B, K, ...)`.
+    """
+
+    answer: Answer
+    values: dict[str, npt.NDArray[Any]]
+    gradients: dict[str, npt.NDArray[Any]]
+    at_input: npt.NDArray[Any]
+
+
 class Backend(Protocol):
     """A framework, as `explain` sees it."""
 
     def explain(self, request: Request) -> Answer: ...
 
     def to_numpy(self, tensor: Any) -> npt.NDArray[Any]: ...
+
+    def like(self, array: npt.NDArray[Any], x: Any) -> Any: ...
+
+    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]: ...
+
+    def layers(self, model: Any, x: Any) -> list[str]: ...
+
+    def redrawn(self, model: Any, layers: Sequence[str], seed: int) -> Any: ...
+
+    def inside(self, request: Request, layers: Sequence[str], directions: npt.NDArray[Any] | None = None) -> Inside: ...
 
     def batch(self, arrays: Sequence[npt.NDArray[Any]], device: str) -> Any: ...
 

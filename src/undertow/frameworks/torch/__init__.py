@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -12,6 +13,9 @@ from ...rules import RULES, gradient
 from ..base import Answer, Met, Request
 from .calls import chosen, eager, leaves, output_of, refuse_training, untouched
 from .graph import ThroughGraph, Way, visited
+from .layers import inside as inside
+from .layers import layers as layers
+from .layers import redrawn as redrawn
 from .modules import ThroughHooks, ThroughSwap
 from .nodes import Kind, hidden_reason, name_of, walk
 
@@ -82,6 +86,24 @@ def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
 def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> torch.Tensor:
     """Stack arrays of one shape into a batch on a device."""
     return torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
+
+
+def like(array: npt.NDArray[Any], x: torch.Tensor) -> torch.Tensor:
+    """Make an array a tensor of the dtype and on the device of `x`."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(x.device, x.dtype)
+
+
+def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the model's scores as they are, `(B, classes)`.
+
+    Raises:
+        ModelError: the output is not `(B, classes)`.
+    """
+    with torch.no_grad():
+        found = output_of(eager(model), [x.clone()])
+    if found.ndim != 2:
+        raise ModelError(f"the model returned shape {tuple(found.shape)}, not (batch, classes)")
+    return to_numpy(found)
 
 
 def probabilities(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:

@@ -1,0 +1,219 @@
+"""How gradients are averaged over inputs, or weighed by a layer: each around any rule, on any framework.
+
+| estimator | values, each of the input's shape unless said | passes |
+|---|---|---|
+| gradient | one backward pass at the input itself | 1 |
+| smoothgrad:N | the mean over N inputs with normal noise, a tenth of each sample's range of values | 1 + N |
+| integrated:N | the mean over N points of the straight line from zero to the input, times the input | 1 + N |
+| input-times | the gradient times the input | 1 |
+| grad-cam:LAYER | the layer's channels weighed by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
+| guided-grad-cam:LAYER | the rule's map times the Grad-CAM of the plain gradient | 2 |
+
+Targets are those of the input itself: noise does not change the class that is explained.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError, near
+from ..frameworks.base import Answer, Backend, Request
+from ..rules import gradient
+
+Array = npt.NDArray[Any]
+KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
+COUNTS = {"smoothgrad": 25, "integrated": 50}
+LAYERED = ("grad-cam", "guided-grad-cam")
+NOISE = 0.1
+TOGETHER = 8  # inputs in one pass: a larger batch gains nothing on a CPU and costs memory
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator as asked for.
+
+    Attributes:
+        kind: one of `KINDS`.
+        count: how many inputs are averaged; 1 where none are.
+        layer: of Grad-CAM; empty elsewhere.
+    """
+
+    kind: str
+    count: int = 1
+    layer: str = ""
+
+    @property
+    def passes(self) -> int:
+        """How often each sample goes forward and backward."""
+        return 1 + self.count if self.kind in COUNTS else 2 if self.kind == "guided-grad-cam" else 1
+
+    @property
+    def name(self) -> str:
+        """The estimator as one word, its number or layer included."""
+        detail = str(self.count) if self.kind in COUNTS else self.layer
+        return f"{self.kind}:{detail}" if detail else self.kind
+
+
+def resolve(word: str) -> Estimator:
+    """Return the estimator that a word means.
+
+    Raises:
+        InputError: no such estimator, a number that is none, or a layer that is missing.
+
+    >>> resolve("smoothgrad:10")
+    Estimator(kind='smoothgrad', count=10, layer='')
+    >>> resolve("grad-cam")
+    Traceback (most recent call last):
+    undertow.errors.InputError: estimator 'grad-cam' needs a layer, as in grad-cam:layer4
+    """
+    kind, colon, detail = str(word).partition(":")
+    if kind not in KINDS:
+        forms = "gradient, smoothgrad:N, integrated:N, input-times, grad-cam:LAYER, guided-grad-cam:LAYER"
+        raise InputError(f"unknown estimator {word!r}{near(kind, KINDS)} (known: {forms})")
+    if kind in LAYERED:
+        if not detail:
+            raise InputError(f"estimator {word!r} needs a layer, as in {kind}:layer4")
+        return Estimator(kind, layer=detail)
+    if kind not in COUNTS:
+        if colon:
+            raise InputError(f"estimator {kind!r} takes nothing after it; write {kind!r} alone")
+        return Estimator(kind)
+    if colon and not (detail.isdecimal() and int(detail)):
+        raise InputError(f"estimator {word!r} is not understood; write a number of inputs, as in {kind}:25")
+    return Estimator(kind, int(detail) if colon else COUNTS[kind])
+
+
+def estimate(backend: Backend, request: Request, estimator: Estimator, seed: int, noise: float = NOISE) -> Answer:
+    """Answer a request by an estimator. Shapes as in the table above; dtype and device of the input.
+
+    Args:
+        seed: of SmoothGrad's noise, the same on every framework and device.
+        noise: SmoothGrad's standard deviation, as a fraction of each sample's range (largest minus smallest value).
+
+    Raises:
+        InputError: Grad-CAM of a layer that is not there, or has no two spatial axes.
+
+    Source: SmoothGrad, Smilkov et al. 2017, arXiv 1706.03825; integrated gradients, Sundararajan et al. 2017,
+        arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
+    """
+    if estimator.kind in LAYERED:
+        return _by_layer(backend, request, estimator)
+    answer = backend.explain(request)
+    if estimator.kind == "gradient":
+        return answer
+    inputs = [backend.to_numpy(x) for x in request.inputs]
+    wide = [None if m is None else backend.to_numpy(m).astype(np.float64) for m in answer.maps]
+    if estimator.kind == "smoothgrad":
+        wide = _mean(backend, request, answer, _noisy(inputs, wide, estimator.count, seed, noise))
+    elif estimator.kind == "integrated":
+        wide = _mean(backend, request, answer, _on_the_line(inputs, wide, estimator.count))
+    if estimator.kind != "smoothgrad":
+        wide = [_times(m, x, answer.scores) for m, x in zip(wide, inputs, strict=True)]
+    maps = (None if m is None else backend.like(m, x) for m, x in zip(wide, request.inputs, strict=True))
+    return replace(answer, maps=tuple(maps))
+
+
+def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
+    """Multiply by the input; with K targets a sample, each target's map."""
+    if values is None:
+        return None
+    return values * (x if scores.ndim == 1 else x[:, None])
+
+
+def _noisy(inputs: list[Array], wanted: list[Any], count: int, seed: int, noise: float) -> Iterator[list[Array]]:
+    generator = np.random.default_rng(seed)
+    for _ in range(count):
+        yield [x if m is None else x + _of_range(x, generator, noise) for x, m in zip(inputs, wanted, strict=True)]
+
+
+def _of_range(x: Array, generator: np.random.Generator, noise: float) -> Array:
+    axes = tuple(range(1, x.ndim))
+    spread = x.max(axes, keepdims=True) - x.min(axes, keepdims=True)
+    return (generator.standard_normal(x.shape) * noise * spread).astype(x.dtype)
+
+
+def _on_the_line(inputs: list[Array], wanted: list[Any], count: int) -> Iterator[list[Array]]:
+    """Yield the midpoints of `count` equal parts of the way from zero to the input."""
+    for place in range(count):
+        share = np.float32((place + 0.5) / count)
+        yield [x if m is None else x * share for x, m in zip(inputs, wanted, strict=True)]
+
+
+def _mean(backend: Backend, request: Request, first: Answer, points: Iterator[list[Array]]) -> list[Array | None]:
+    """Return the mean of the maps at the points, several points in one pass."""
+    batch = len(request.inputs[0])
+    # a function of the scores may know the places in the batch, so it sees the batch as it is
+    together = 1 if first.targets is None else max(1, TOGETHER // max(batch, 1))
+    totals: list[Any] = [0.0] * len(request.inputs)
+    count = 0
+    while some := list(islice(points, together)):
+        count += len(some)
+        inputs = [np.concatenate(parts) for parts in zip(*some, strict=True)]
+        ids = request.target if first.targets is None else np.concatenate([backend.to_numpy(first.targets)] * len(some))
+        fed = tuple(backend.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
+        maps = backend.explain(replace(request, inputs=fed, target=ids)).maps
+        for place, found in enumerate(maps):
+            if found is not None:
+                array = backend.to_numpy(found).astype(np.float64)
+                totals[place] = totals[place] + array.reshape(len(some), batch, *array.shape[1:]).sum(0)
+    return [total / count if isinstance(total, np.ndarray) else None for total in totals]
+
+
+def _by_layer(backend: Backend, request: Request, estimator: Estimator) -> Answer:
+    guided = estimator.kind == "guided-grad-cam"
+    x = request.inputs[0]
+    plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
+    seen = backend.inside(plain, [estimator.layer])
+    if estimator.layer not in seen.values:
+        raise InputError(f"layer {estimator.layer!r} is not on the way from x to the scores, or returns no tensor")
+    values, gradients = seen.values[estimator.layer], seen.gradients[estimator.layer]
+    if values.ndim != 4 or x.ndim != 4:
+        raise InputError(
+            f"Grad-CAM needs a layer of channels on a plane, (B, C, H, W); {estimator.layer!r} gives {values.shape}"
+        )
+    cam = upsampled(grad_cam(values, gradients), x.shape[-2:])[:, :, None]
+    cam = cam[:, 0] if seen.answer.scores.ndim == 1 else cam
+    if not guided:
+        return replace(seen.answer, maps=(backend.like(cam, x),))
+    answer = backend.explain(request)
+    return replace(answer, maps=(backend.like(backend.to_numpy(answer.maps[0]) * cam, x),))
+
+
+def grad_cam(values: Array, gradients: Array) -> Array:
+    """Weigh a layer's channels by their mean gradients and keep the positive part.
+
+    Args:
+        values: the layer's output, `(B, C, h, w)`.
+        gradients: what flowed back to it, `(B, K, C, h, w)`.
+
+    Returns:
+        `(B, K, h, w)` float64.
+
+    Source: Selvaraju et al. 2016, arXiv 1610.02391, equations 1 and 2.
+
+    >>> grad_cam(np.full((1, 2, 1, 1), 3.0), np.array([2.0, -1.0]).reshape(1, 1, 2, 1, 1)).item()
+    3.0
+    """
+    weights = gradients.astype(np.float64).mean((-2, -1), keepdims=True)
+    cam: Array = np.maximum((weights * values[:, None]).sum(2), 0)
+    return cam
+
+
+def upsampled(planes: Array, size: tuple[int, int]) -> Array:
+    """Resize planes `(..., h, w)` to `(..., H, W)` by bilinear interpolation, a pixel's value being at its centre.
+
+    >>> upsampled(np.array([[0.0, 1.0]]), (1, 4)).tolist()
+    [[0.0, 0.25, 0.75, 1.0]]
+    """
+    rows, columns = (_weights(old, new) for old, new in zip(planes.shape[-2:], size, strict=True))
+    return np.asarray(rows @ planes @ columns.T)
+
+
+def _weights(old: int, new: int) -> Array:
+    """How much of each old pixel is in each new one, `(new, old)`."""
+    places = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))

@@ -1,0 +1,138 @@
+"""A verdict as one picture: the photograph, its map, six answers, and the three curves behind them."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FrameworkError, InputError
+from ..files import published
+from . import heatmap
+
+LEVELS = {"yes": "#009E73", "weak": "#E69F00", "no": "#D55E00"}
+QUESTIONS = {
+    "class": "depends on the class",
+    "weights": "depends on the trained weights",
+    "input": "is more than edges",
+    "faithfulness": "marks what carries the score",
+    "stability": "stays under small noise",
+    "convergence": "keeps directions distinct",
+}
+FAINT = "#5A5A62"
+
+
+def figure(photograph: heatmap.Pixels, values: heatmap.Map, facts: Mapping[str, Any], path: str | Path) -> Path:
+    """Draw a verdict.
+
+    Args:
+        photograph: `(H, W, 3)` uint8, what the network looked at.
+        values: the judged map, `(C, H, W)`.
+        facts: of the verdict, as `Verdict.facts()` or a file of it gives them.
+        path: of a PNG, SVG or PDF; replaced as a whole.
+
+    Raises:
+        InputError: a file type that cannot be written.
+        FrameworkError: matplotlib is missing.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
+    drawn = Figure(figsize=(13, 7.6), layout="constrained")
+    title = f"{facts['rule']}, {facts['estimator']}: {facts['target_name']}"
+    drawn.suptitle("\n".join([title, *textwrap.wrap(facts["sentence"], 120)]), fontsize=12, x=0.01, ha="left")
+    grid = drawn.add_gridspec(2, 12, height_ratios=(1.15, 1))
+    for place, (name, pixels) in enumerate(
+        {"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()
+    ):
+        axis = drawn.add_subplot(grid[0, 3 * place : 3 * place + 3])
+        axis.imshow(np.asarray(pixels))
+        axis.set_title(name, fontsize=10, color=FAINT)
+        axis.axis("off")
+    _answers(drawn.add_subplot(grid[0, 6:]), facts)
+    curves = {"weights": _weights, "faithfulness": _faithfulness, "convergence": _convergence}
+    for place, (question, draw) in enumerate(curves.items()):
+        axis = drawn.add_subplot(grid[1, 4 * place : 4 * place + 4])
+        if question in facts["answers"]:
+            draw(axis, facts["answers"][question]["numbers"])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+        else:
+            axis.axis("off")
+    with published(path) as aside:
+        drawn.savefig(aside, dpi=110)
+    return path
+
+
+def _answers(axis: Any, facts: Mapping[str, Any]) -> None:
+    """List the six answers; the level is written out as well as coloured."""
+    axis.axis("off")
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 1)
+    for place, (question, asks) in enumerate(QUESTIONS.items()):
+        top = 1 - (place + 0.1) / len(QUESTIONS)
+        answer = facts["answers"].get(question)
+        text = answer["sentence"] if answer else f"not asked: {facts['unanswered'].get(question, '')}"
+        level = answer["level"] if answer else "-"
+        axis.text(0.0, top, level, color="white" if answer else FAINT, va="top", fontsize=9, weight="bold",
+                  bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
+        axis.text(0.085, top, asks, va="top", fontsize=10)
+        axis.text(0.085, top - 0.055, "\n".join(textwrap.wrap(text, 88)[:2]), va="top", fontsize=8, color=FAINT)
+
+
+def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
+    layers = numbers["layers"]
+    for rows, count, label, style in (
+        (numbers["cascade"], "redrawn", "from the top down", "-o"),
+        (numbers["single"], "from_top", "this one alone", ":s"),
+    ):
+        axis.plot([row[count] for row in rows], [row["spearman"] for row in rows], style, markersize=4, label=label)
+    _marks(axis, numbers["null"]["spearman"])
+    axis.set_xscale("log")
+    ticks = [row["redrawn"] for row in numbers["cascade"]]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(min(-0.1, *axis.get_ylim()), 1.05)
+    axis.set_title("weights drawn anew: likeness to the map", fontsize=10)
+    axis.set_xlabel(f"layers counted from the top, of {layers}", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _faithfulness(axis: Any, numbers: Mapping[str, Any]) -> None:
+    found = numbers["replacements"]["blur"]
+    colours = {"map": "#0072B2", "edges": "#CC79A7", "random": FAINT}
+    for order, curve in found.items():
+        shares = np.linspace(0, 100, len(curve["deletion"]))
+        axis.plot(shares, curve["insertion"], color=colours[order], label=f"{order}, brought back")
+        axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, taken away")
+    axis.set_title("score as the strongest pixels come or go (blur)", fontsize=10)
+    axis.set_xlabel("% of the pixels, strongest first", fontsize=9)
+    axis.set_ylabel("0: all blurred, 1: none", fontsize=9)
+    axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+def _convergence(axis: Any, numbers: Mapping[str, Any]) -> None:
+    rows: Sequence[Mapping[str, Any]] = numbers["depths"]
+    axis.plot(range(len(rows)), [row["cosine"] for row in rows], "-o", markersize=4, color="#0072B2")
+    _marks(axis, numbers["null"])
+    axis.set_xticks(range(len(rows)), [_short(row["layer"]) for row in rows], rotation=35, ha="right", fontsize=7)
+    axis.set_ylim(min(-0.25, *axis.get_ylim()), 1.05)
+    axis.set_title("random directions on their way back: mean cosine", fontsize=10)
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else "…" + name[-most + 1 :]
+
+
+def _marks(axis: Any, marks: Mapping[str, float]) -> None:
+    """Shade where two random maps would lie: unrelated below the one line, mostly the same above the other."""
+    axis.axhline(marks["half"], color=LEVELS["no"], linewidth=0.8, linestyle="--")
+    axis.axhline(marks["unrelated"], color=LEVELS["yes"], linewidth=0.8, linestyle="--")
+    for key, text, align in (("half", "mostly the same", "bottom"), ("unrelated", "unrelated", "top")):
+        axis.text(0.99, marks[key], text, fontsize=7, color=FAINT, ha="right", va=align,
+                  transform=axis.get_yaxis_transform())  # fmt: skip

@@ -1,0 +1,169 @@
+"""Do the pixels that the map marks carry the score?"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .fill import blurred, imputed, meaned
+from .input import edges
+from .null import random_maps
+from .result import NO, WEAK, YES, Answer
+from .similarity import plane
+
+Array = npt.NDArray[Any]
+Scores = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]
+STEPS = 8
+FEW = 3  # random orders under the replacements that set no level
+CHANCE = 0.05
+SOURCE = "deletion and insertion, Petsiuk et al. 2018, arXiv 1806.07421; imputation, Rong et al. 2022, arXiv 2202.00449"
+DEFINITION = (
+    "Do the pixels it marks carry the score? Pixels are taken away in the order of their magnitude (deletion), or "
+    "brought back into a blurred photograph (insertion). Scores run from 0, all pixels replaced, to 1, none. The area "
+    "under insertion less that under deletion. 'no': random orders as lumpy as the map do as well (a permutation test "
+    "at 5 %). 'weak': better than those, but no better than the photograph's own edges. 'yes': better than both."
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The scores of one order under one replacement, at shares 0, 1/steps, ... 1 of the pixels.
+
+    Attributes:
+        deletion: with that share of the pixels replaced, the strongest first.
+        insertion: with that share of the pixels there, the strongest first; empty where it was not asked for.
+    """
+
+    deletion: list[float]
+    insertion: list[float]
+
+    @property
+    def gap(self) -> float:
+        """Area under insertion less area under deletion; twice the area under 1 less deletion where there is one."""
+        if not self.insertion:
+            return 1 - 2 * area(self.deletion)
+        return area(self.insertion) - area(self.deletion)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the curves and their areas, ready for JSON."""
+        facts: dict[str, Any] = {"deletion": self.deletion, "deletion_area": area(self.deletion)}
+        if self.insertion:
+            facts |= {"insertion": self.insertion, "insertion_area": area(self.insertion)}
+        return {**facts, "gap": self.gap}
+
+
+def area(curve: list[float]) -> float:
+    """Return the area under a curve over [0, 1], by the trapezoidal rule.
+
+    >>> area([1.0, 0.5, 0.0])
+    0.5
+    """
+    return float(np.trapezoid(curve, dx=1 / (len(curve) - 1)))
+
+
+def masks(order: Array, steps: int = STEPS) -> npt.NDArray[np.bool_]:
+    """Return which pixels are the strongest 1/steps, 2/steps, ... of a plane, `(steps - 1, H, W)`; ties by position.
+
+    >>> masks(np.array([[3.0, 1.0], [2.0, 4.0]]), steps=2).astype(int).tolist()
+    [[[1, 0], [0, 1]]]
+    """
+    place = np.empty(order.size, int)
+    place[np.argsort(-np.ravel(order), kind="stable")] = np.arange(order.size)
+    counts = np.arange(1, steps) * order.size / steps
+    return place.reshape(order.shape) < counts[:, None, None].round()
+
+
+def images(samples: int, steps: int = STEPS) -> int:
+    """How many images `answer` shows the network."""
+    inner = steps - 1
+    return 3 + inner * (2 * (2 + samples) + 2 * (2 + min(FEW, samples)) + (2 + min(FEW, samples)))
+
+
+def answer(values: Array, image: Array, scores: Scores, samples: int, seed: int, steps: int = STEPS) -> Answer:
+    """Take pixels away in the map's order and in others, and compare what becomes of the score.
+
+    Args:
+        values: the map, `(C, H, W)`.
+        image: the input, `(C, H, W)` float32.
+        scores: from images `(n, C, H, W)` to the explained score of each, `(n,)`.
+        samples: random orders under blur; three of them under the other replacements.
+        seed: of the random orders and of the imputation's noise.
+    """
+    generator = np.random.default_rng(seed)
+    own = plane(values)
+    random = random_maps(own, samples, generator)
+    orders = {"map": own, "edges": edges(image), **{f"random {i}": one for i, one in enumerate(random)}}
+    few = dict(list(orders.items())[: 2 + FEW])
+    ends = scores(np.stack([image, blurred(image), meaned(image)]))
+    curves = {
+        "blur": _replaced(orders, image, blurred(image), scores, (ends[0], ends[1]), steps),
+        "mean": _replaced(few, image, meaned(image), scores, (ends[0], ends[2]), steps),
+        "imputation": _imputed(few, image, scores, (ends[0], ends[2]), steps, generator),
+    }
+    blur = {name: curve.gap for name, curve in curves["blur"].items()}
+    value, chance = blur["map"], [gap for name, gap in blur.items() if name.startswith("random")]
+    p = (1 + sum(gap >= value for gap in chance)) / (1 + len(chance))
+    level = NO if p > CHANCE else YES if value > blur["edges"] else WEAK
+    numbers = {
+        "p": p,
+        "edges": blur["edges"],
+        "random": {"mean": float(np.mean(chance)), "largest": max(chance), "orders": len(chance)},
+        "score": {"whole": float(ends[0]), "blurred": float(ends[1]), "mean": float(ends[2])},
+        "replacements": {name: _facts(found) for name, found in curves.items()},
+    }
+    return Answer(value, numbers, level, _sentence(level, value, numbers), DEFINITION, SOURCE)
+
+
+def _replaced(
+    orders: Mapping[str, Array], image: Array, blank: Array, scores: Scores, ends: tuple[float, float], steps: int
+) -> dict[str, Curve]:
+    found = {}
+    for name, order in orders.items():
+        strong = masks(order, steps)[:, None]
+        made = scores(np.concatenate([np.where(strong, blank, image), np.where(strong, image, blank)]))
+        without, alone = _scaled(made[: len(strong)], ends), _scaled(made[len(strong) :], ends)
+        found[name] = Curve([1.0, *without, 0.0], [0.0, *alone, 1.0])
+    return found
+
+
+def _imputed(
+    orders: Mapping[str, Array],
+    image: Array,
+    scores: Scores,
+    ends: tuple[float, float],
+    steps: int,
+    generator: np.random.Generator,
+) -> dict[str, Curve]:
+    """Deletion alone, each missing pixel filled from its neighbours; with none left, the image's mean."""
+    found = {}
+    for name, order in orders.items():
+        made = scores(np.stack([imputed(image, strong, generator) for strong in masks(order, steps)]))
+        found[name] = Curve([1.0, *_scaled(made, ends), 0.0], [])
+    return found
+
+
+def _scaled(found: Array, ends: tuple[float, float]) -> list[float]:
+    """Measure scores from 0, all replaced, to 1, none. A photograph that scores no higher than its blank keeps the sign."""
+    whole, blank = ends
+    span = abs(whole - blank) or 1.0
+    return [float(score) for score in (found - blank) / span]
+
+
+def _facts(found: Mapping[str, Curve]) -> dict[str, Any]:
+    random = [curve for name, curve in found.items() if name.startswith("random")]
+    mean = Curve(
+        np.mean([c.deletion for c in random], 0).tolist(),
+        np.mean([c.insertion for c in random], 0).tolist() if random[0].insertion else [],
+    )
+    return {"map": found["map"].facts(), "edges": found["edges"].facts(), "random": mean.facts()}
+
+
+def _sentence(level: str, value: float, numbers: dict[str, Any]) -> str:
+    told = f"{value:.2f}, edges {numbers['edges']:.2f}, random orders {numbers['random']['mean']:.2f}"
+    if level == NO:
+        return f"The pixels that the map marks carry the score no better than chance ({told})."
+    if level == WEAK:
+        return f"The pixels that the map marks carry the score, but the photograph's edges do as well ({told})."
+    return f"The pixels that the map marks carry the score ({told})."

@@ -1,0 +1,111 @@
+"""What stands in the place of a pixel that is taken away: a blur, a mean, or what its neighbours suggest."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Image = npt.NDArray[np.float32]
+BLUR = 1 / 20  # standard deviation, as a fraction of the longer side
+NOISE = 0.01
+WEIGHTS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)}
+
+
+def blurred(image: Array) -> Image:
+    """Blur an image `(C, H, W)` by a Gaussian of a twentieth of its longer side; at borders the rest counts more.
+
+    >>> blurred(np.ones((1, 2, 3))).round(3).tolist()
+    [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
+    """
+    height, width = image.shape[-2:]
+    width_of_blur = BLUR * max(height, width)
+    rows, columns = (_gaussian(size, width_of_blur) for size in (height, width))
+    return np.asarray(rows @ image @ columns.T, np.float32)
+
+
+def _gaussian(size: int, deviation: float) -> npt.NDArray[np.float64]:
+    away = np.subtract.outer(np.arange(size), np.arange(size))
+    weights = np.exp(-0.5 * (away / deviation) ** 2)
+    return weights / weights.sum(1, keepdims=True)  # type: ignore[no-any-return]
+
+
+def meaned(image: Array) -> Image:
+    """Return an image of each channel's mean.
+
+    >>> meaned(np.array([[[1.0, 3.0]]])).tolist()
+    [[[2.0, 2.0]]]
+    """
+    return np.broadcast_to(np.mean(image, (-2, -1), keepdims=True), image.shape).astype(np.float32)
+
+
+def imputed(
+    image: Array, missing: npt.NDArray[np.bool_], generator: np.random.Generator, noise: float = NOISE, most: int = 40
+) -> Image:
+    """Fill missing pixels so that each is the weighted mean of its eight neighbours, plus a little noise.
+
+    Direct neighbours weigh 1/6, diagonal ones 1/12, those beyond the border nothing. The linear system is solved by
+    conjugate gradients from a coarse guess, which after `most` steps leaves what nobody sees; more steps leave less.
+
+    Args:
+        image: `(C, H, W)`.
+        missing: `(H, W)`, True where a pixel is to be filled; at least one must stay.
+        noise: standard deviation, in the image's unit.
+
+    Source: noisy linear imputation, Rong et al. 2022, arXiv 2202.00449, section 4.
+    """
+    known = np.where(missing, 0.0, np.asarray(image, np.float64))
+    degree = _neighbours(np.ones(missing.shape))
+    guess = np.where(missing, _coarse(known, ~missing), 0.0)
+    # unknowns u: degree * u - (their missing neighbours) = (their known neighbours); symmetric and positive definite
+    solved = _conjugate_gradients(lambda u: np.where(missing, degree * u - _neighbours(u), 0.0),
+                                  np.where(missing, _neighbours(known), 0.0), guess, most)  # fmt: skip
+    drawn = noise * generator.standard_normal(known.shape)
+    return np.where(missing, solved + drawn, known).astype(np.float32)
+
+
+def _neighbours(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return at each pixel the weighted sum of its neighbours; beyond the border there is nothing."""
+    height, width = values.shape[-2:]
+    padded = np.pad(values, [(0, 0)] * (values.ndim - 2) + [(1, 1), (1, 1)])
+    sides = 0.5 * (padded[..., :, :-2] + padded[..., :, 2:]) + padded[..., :, 1:-1]
+    total: npt.NDArray[np.float64] = (sides[..., :-2, :] + sides[..., 2:, :]) / 6
+    middle = padded[..., 1 : height + 1, :]
+    return total + (middle[..., :width] + middle[..., 2:]) / 6
+
+
+def _coarse(known: npt.NDArray[np.float64], there: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Guess missing pixels by the mean of the smallest aligned block, of 2, 4, 8, ... pixels, that knows any."""
+    if there.all() or not there.any():
+        return known
+    height, width = there.shape
+    even = [(0, height % 2), (0, width % 2)]
+    count = _blocks(np.pad(there.astype(np.float64), even))
+    total = _blocks(np.pad(known * there, [(0, 0), *even]))
+    mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
+    above = np.where(count > 0, mean, _coarse(mean, count > 0))
+    return np.where(there, known, above.repeat(2, -2).repeat(2, -1)[..., :height, :width])
+
+
+def _blocks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return (  # type: ignore[no-any-return]
+        values[..., ::2, ::2] + values[..., 1::2, ::2] + values[..., ::2, 1::2] + values[..., 1::2, 1::2]
+    )
+
+
+def _conjugate_gradients(apply: Any, right: Array, guess: Array, most: int) -> npt.NDArray[np.float64]:
+    """Solve a symmetric positive definite system, all channels in one; stop where the residual is rounding."""
+    solution = guess.copy()
+    residual = right - apply(solution)
+    direction, size = residual.copy(), float((residual**2).sum())
+    enough = 1e-24 * float((right**2).sum())
+    for _ in range(most):
+        if size <= enough:
+            break
+        moved = apply(direction)
+        step = size / float((direction * moved).sum())
+        solution += step * direction
+        residual -= step * moved
+        before, size = size, float((residual**2).sum())
+        direction = residual + size / before * direction
+    return solution

@@ -1,0 +1,63 @@
+"""Is the map more than the photograph's own edges?"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .class_ import LEVELS
+from .null import marks_against
+from .result import NO, WEAK, YES, Answer
+from .similarity import correlation, plane, spearman, ssim
+
+Array = npt.NDArray[Any]
+SOURCE = "Adebayo et al. 2018, arXiv 1810.03292, section 5; Nie et al. 2018, arXiv 1805.07039"
+DEFINITION = (
+    "Is the map more than an edge detector? Rank correlation of its magnitudes with the photograph's edges (Sobel). "
+    "'no': as high as for random maps that share half of their variance with the edges, or higher. 'yes': no higher "
+    "than for unrelated random maps."
+)
+
+
+def edges(image: Array) -> npt.NDArray[np.float64]:
+    """Return how steep an image `(C, H, W)` is at each pixel, `(H, W)`: the length of the Sobel gradient of its grey.
+
+    Borders are mirrored. Unit: that of the image, per pixel.
+
+    >>> edges(np.array([[[0.0, 1.0, 2.0]] * 3]))[:, 1].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    grey = np.pad(np.asarray(image, np.float64).mean(0), 1, mode="symmetric")
+    smooth = (grey[:-2] + 2 * grey[1:-1] + grey[2:]) / 4
+    across = (smooth[:, 2:] - smooth[:, :-2]) / 2
+    smooth = (grey[:, :-2] + 2 * grey[:, 1:-1] + grey[:, 2:]) / 4
+    along = (smooth[2:] - smooth[:-2]) / 2
+    return np.hypot(across, along)  # type: ignore[no-any-return]
+
+
+def answer(values: Array, image: Array, samples: int, seed: int) -> Answer:
+    """Compare a map with the image that it is of.
+
+    Args:
+        values: the map, `(C, H, W)`.
+        image: the input, `(C, H, W)`, on the same plane.
+    """
+    magnitudes, steep = plane(values), edges(image)
+    value = spearman(magnitudes, steep)
+    null = marks_against(magnitudes, steep, samples, np.random.default_rng(seed))
+    level = LEVELS.get(null.place(value), WEAK)
+    numbers = {
+        "edges": value,
+        "edges_ssim": ssim(magnitudes, steep),
+        "image": correlation(np.mean(values, 0), np.mean(image, 0)),
+        "null": null.facts(),
+    }
+    return Answer(value, numbers, level, _sentence(level, value), DEFINITION, SOURCE)
+
+
+def _sentence(level: str, value: float) -> str:
+    if level == NO:
+        return f"The map is mostly an edge detector: its magnitudes follow the photograph's own edges ({value:.2f})."
+    if level == YES:
+        return f"The map is no edge detector ({value:.2f} with the photograph's edges)."
+    return f"The map follows the photograph's own edges in part ({value:.2f})."

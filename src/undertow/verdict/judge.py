@@ -1,0 +1,210 @@
+"""One image before the six questions: which maps and scores each needs, and how many passes that takes."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..attribution import estimators
+from ..attribution.explain import explain
+from ..errors import InputError, ModelError, TargetError
+from ..frameworks.base import Backend, Request
+from ..rules import Rule, resolve
+from . import class_, convergence, faithfulness, input, stability, weights
+from .null import Null
+from .result import Answer
+
+Array = npt.NDArray[Any]
+Explainer = Callable[[Any, Any, list[int]], Any]
+TOGETHER = 4  # images in one pass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a verdict takes, said beforehand.
+
+    Attributes:
+        forward: images that go forward alone.
+        backward: images that go forward and backward.
+        seconds: an estimate from one timed pass of each kind, on this machine as it is now.
+    """
+
+    forward: int
+    backward: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.forward} images forward, {self.backward} forward and backward, about {self.seconds:.0f} s"
+
+
+@dataclass
+class Judge:
+    """What every question may ask for; it counts what goes through the network.
+
+    Attributes:
+        x: the image as the framework's tensor, `(1, C, H, W)`; `image` is the same as NumPy, `(C, H, W)`.
+        explainer: from a model, images `(n, C, H, W)` and their n class ids to maps `(n, C, H, W)` or `(n, H, W)`; None
+            where a map was given and nothing can make another.
+        each: how often an image goes forward and backward for one map.
+        advance: called with the number of passes done.
+    """
+
+    backend: Backend
+    model: Any
+    x: Any
+    target: int
+    scores: Array
+    names: Sequence[str] | None
+    seed: int
+    samples: int
+    explainer: Explainer | None = None
+    each: int = 1
+    advance: Callable[[int], object] = lambda _: None
+    passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
+
+    def __post_init__(self) -> None:
+        self.image: npt.NDArray[np.float32] = self.backend.to_numpy(self.x)[0].astype(np.float32)
+
+    def name(self, class_id: int) -> str:
+        """Name a class."""
+        return self.names[class_id] if self.names is not None else f"class {class_id}"
+
+    def count(self, kind: str, images: int) -> None:
+        """Note that images went through the network."""
+        self.passes[kind] += images
+        self.advance(images)
+
+    def maps(
+        self, images: Array, ids: Sequence[int], model: Any = None, explainer: Explainer | None = None
+    ) -> list[Array]:
+        """Return the map of each image for its class, a few images in one pass."""
+        make = explainer or self.explainer
+        assert make is not None  # questions that need maps are not asked without an explainer
+        found: list[Array] = []
+        for start in range(0, len(images), TOGETHER):
+            some = images[start : start + TOGETHER]
+            told = list(ids[start : start + TOGETHER])
+            made = make(self.model if model is None else model, self.backend.like(some, self.x), told)
+            found += list(as_maps(made, len(some), self.image.shape[-2:]))
+            self.count("backward", len(some) * (1 if explainer else self.each))
+        return found
+
+    def target_scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        """Return the explained class's score of each image, `(n,)`."""
+        found = []
+        for start in range(0, len(images), 4 * TOGETHER):
+            some = images[start : start + 4 * TOGETHER]
+            found.append(self.backend.scores(self.model, self.backend.like(some, self.x))[:, self.target])
+            self.count("forward", len(some))
+        return np.concatenate(found).astype(np.float64)
+
+    def ask_class(self, original: Array, null: Null, compare: bool) -> Answer:
+        """Ask about other classes; `compare` asks the plain gradient about the same ones."""
+        roles = class_.others(self.scores, self.target, self.seed)
+        if not roles:
+            raise InputError("the model has one class alone")
+        images = np.stack([self.image] * len(roles))
+        maps = dict(zip(roles, self.maps(images, list(roles)), strict=True))
+        ids = [self.target, *roles]
+        plain = self.maps(np.stack([self.image] * len(ids)), ids, explainer=gradient_map) if compare else []
+        names = {i: self.name(i) for i in ids}
+        return class_.answer(original, maps, roles, names, self.target, null, plain)
+
+    def ask_weights(self, original: Array, null: Null) -> Answer:
+        """Draw layers anew, from the top down and one at a time."""
+        layers = self.backend.layers(self.model, self.x)
+        self.count("forward", 1)
+        if not layers:
+            raise InputError("the model is a plain function or has no layers that could be drawn anew")
+        steps = weights.cascade(layers)
+        cascaded = [(names[-1], len(names), self._redrawn(names)) for names in steps]
+        single = [(names[-1], len(names), self._redrawn(names[-1:])) for names in steps]
+        return weights.answer(original, cascaded, single, len(layers), null)
+
+    def _redrawn(self, names: list[str]) -> Array:
+        twin = self.backend.redrawn(self.model, names, self.seed)
+        return self.maps(self.image[None], [self.target], model=twin)[0]
+
+    def ask_input(self, original: Array) -> Answer:
+        """Compare the map with the image's edges."""
+        return input.answer(original, self.image, self.samples, self.seed)
+
+    def ask_faithfulness(self, original: Array) -> Answer:
+        """Take pixels away in the map's order."""
+        return faithfulness.answer(original, self.image, self.target_scores, self.samples, self.seed)
+
+    def ask_stability(self, original: Array) -> Answer:
+        """Add small noise."""
+        noisy = stability.noisy(self.image, stability.DRAWS, self.seed)
+        maps = self.maps(noisy, [self.target] * len(noisy))
+        return stability.answer(original, maps, stability.RADIUS, self.samples, self.seed)
+
+    def ask_convergence(self, rule: str | Rule, estimator: estimators.Estimator) -> Answer:
+        """Send random directions back; where a map ends at a layer, to that layer."""
+        name, function = resolve(rule)
+        request = Request(self.model, (self.x,), function, name, None, "graph", "relu-like", False)
+        every = self.backend.layers(self.model, self.x)
+        self.count("forward", 1)
+        chosen = np.unique(np.linspace(0, len(every) - 1, min(convergence.DEPTHS, len(every))).round().astype(int))
+        only = estimator.layer if estimator.kind == "grad-cam" else ""
+        names = [only] if only else [every[i] for i in chosen]
+        drawn = np.random.default_rng(self.seed).standard_normal((convergence.DIRECTIONS, self.scores.size))
+        seen = self.backend.inside(request, names, drawn.astype(np.float32))
+        self.count("backward", convergence.DIRECTIONS)
+        gradients = {at: g[0] for at, g in seen.gradients.items()}
+        return convergence.answer(gradients, gradients.get(only, seen.at_input[0]), self.samples, self.seed)
+
+
+def gradient_map(model: Any, x: Any, target: list[int]) -> Any:
+    """Return the plain gradient's maps, whatever else is judged."""
+    return explain(model, x, rule="gradient", target=target).numpy()
+
+
+def as_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
+    """Return maps as `(count, C, H, W)`, from an array or tensor with or without channels.
+
+    Raises:
+        InputError: they are not of that many images, or of another size.
+    """
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    array = array[:, None] if array.ndim == 3 else array
+    if array.ndim != 4 or len(array) != count or array.shape[-2:] != tuple(size):
+        raise InputError(f"maps have shape {array.shape}; they must be ({count}, channels, {size[0]}, {size[1]})")
+    if not np.isfinite(array).all():
+        raise ModelError("a map holds NaN or infinity; check the model's weights")
+    return array
+
+
+def checked_target(target: Any, scores: Array) -> int:
+    """Return the class to judge by: the given one, or the highest score.
+
+    Raises:
+        TargetError: it is no class id of the model.
+    """
+    if target is None:
+        return int(np.argmax(scores))
+    if isinstance(target, bool) or not isinstance(target, int | np.integer):
+        raise TargetError(f"target {target!r} is not understood; a verdict is about one class: pass its id, or None")
+    if not 0 <= target < len(scores):
+        raise TargetError(f"target {target} is out of range: the model has classes 0 to {len(scores) - 1}")
+    return int(target)
+
+
+def cost(judge: Judge, plain: bool) -> Cost:
+    """Count the passes of a whole verdict, and estimate their time by one of each kind."""
+    classes = len(class_.others(judge.scores, judge.target, judge.seed))
+    steps = len(weights.cascade(judge.backend.layers(judge.model, judge.x)))
+    maps = 1 + classes + 2 * steps + stability.DRAWS
+    beside = 0 if plain else 1 + classes
+    backward = judge.each * maps + beside + convergence.DIRECTIONS
+    forward = 3 + faithfulness.images(judge.samples)
+    gradient_map(judge.model, judge.x, [judge.target])  # the first pass of a process is slow
+    started = time.perf_counter()
+    judge.backend.scores(judge.model, judge.x)
+    middle = time.perf_counter()
+    gradient_map(judge.model, judge.x, [judge.target])
+    done = time.perf_counter()
+    return Cost(forward, backward, forward * (middle - started) + backward * (done - middle))

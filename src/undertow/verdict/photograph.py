@@ -1,0 +1,130 @@
+"""One photograph through one classifier and before the six questions, for each rule and estimator; and its files."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import images
+from ..errors import FrameworkError
+from ..files import published, readable
+from ..frameworks.base import load
+from ..models import Classifier
+from ..show import verdict as show
+from .judge import Cost
+from .result import Verdict
+from .trust import SAMPLES, trust
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of one photograph.
+
+    Attributes:
+        path: where it is.
+        view: `(H, W, 3)` uint8, what the network looked at.
+        verdicts: one for each rule and estimator, by `label`.
+    """
+
+    path: Path
+    view: npt.NDArray[np.uint8]
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
+def label(rule: str, estimator: str) -> str:
+    """Name a rule and an estimator in one word.
+
+    >>> label("guided", "gradient"), label("guided", "smoothgrad:25")
+    ('guided', 'guided smoothgrad:25')
+    """
+    return rule if estimator == "gradient" else f"{rule} {estimator}"
+
+
+def ask_for(rules: Sequence[str], estimators: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair every rule with every estimator."""
+    return [(rule, estimator) for estimator in estimators for rule in rules]
+
+
+def cost_of(classifier: Classifier, path: Path, pairs: Sequence[tuple[str, str]], device: str, samples: int) -> Cost:
+    """Say what `trust_photograph` with the same arguments takes.
+
+    Raises:
+        PhotographError, InputError, ModelError: as `trust_photograph`.
+    """
+    x = load("torch").batch([classifier.preprocessing.array(images.read(path))], device)
+    costs = [trust.cost(classifier.module, x, rule=r, estimator=e, samples=samples) for r, e in pairs]
+    return Cost(sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.seconds for c in costs))
+
+
+def trust_photograph(
+    classifier: Classifier,
+    path: Path,
+    *,
+    pairs: Sequence[tuple[str, str]],
+    target: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    samples: int = SAMPLES,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Judged:
+    """Judge the maps of one photograph.
+
+    Args:
+        classifier: whose module is on `device`.
+        pairs: of rule and estimator, as `ask_for` gives them.
+        target: a class id; None is the predicted one.
+        seed, samples, advance: as `undertow.trust`.
+
+    Raises:
+        PhotographError, ModelError, TargetError, RuleError, InputError: as `images.read` and `undertow.trust` say.
+    """
+    photograph = images.read(path)
+    x = load("torch").batch([classifier.preprocessing.array(photograph)], device)
+    verdicts = {}
+    for rule, estimator in pairs:
+        found = trust(
+            classifier.module,
+            x,
+            rule=rule,
+            estimator=estimator,
+            target=target,
+            names=classifier.classes,
+            seed=seed,
+            samples=samples,
+            advance=advance,
+        )
+        verdicts[label(rule, estimator)] = found
+    return Judged(path, classifier.preprocessing.view(photograph), verdicts)
+
+
+def write(judged: Judged, classifier: Classifier, folder: Path) -> dict[str, Any]:
+    """Write a picture for each verdict, and `verdict.json` last; return what it says.
+
+    Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "verdict.json").unlink(missing_ok=True)
+    files, notes = [], []
+    for name, verdict in judged.verdicts.items():
+        path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
+        try:
+            assert verdict.values is not None  # a fresh verdict holds its map
+            files.append(show.figure(judged.view, verdict.values, verdict.facts(), path).name)
+        except FrameworkError as error:
+            notes = [str(error)]
+    result = {
+        "photograph": str(judged.path),
+        "model": classifier.reference,
+        "weights": classifier.weights,
+        "weights_sha256": classifier.weights_sha256,
+        "verdicts": {name: verdict.facts() for name, verdict in judged.verdicts.items()},
+        "notes": notes,
+        "files": files,
+    }
+    with published(folder / "verdict.json") as aside:
+        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
