@@ -133,7 +133,8 @@ def _noisy(inputs: list[Array], wanted: list[Any], count: int, seed: int, noise:
 def _of_range(x: Array, generator: np.random.Generator, noise: float) -> Array:
     axes = tuple(range(1, x.ndim))
     spread = x.max(axes, keepdims=True) - x.min(axes, keepdims=True)
-    return (generator.standard_normal(x.shape) * noise * spread).astype(x.dtype)
+    drawn: Array = generator.standard_normal(x.shape) * noise * spread
+    return drawn.astype(x.dtype)
 
 
 def _on_the_line(inputs: list[Array], wanted: list[Any], count: int) -> Iterator[list[Array]]:
@@ -216,4 +217,5 @@ def upsampled(planes: Array, size: tuple[int, int]) -> Array:
 def _weights(old: int, new: int) -> Array:
     """How much of each old pixel is in each new one, `(new, old)`."""
     places = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
+    shares: Array = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
+    return shares

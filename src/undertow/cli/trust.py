@@ -33,7 +33,7 @@ Examples:
     "estimators",
     metavar="HOW",
     multiple=True,
-    help="gradient, smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER; may be repeated.",
+    help="gradient, smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER.",
 )
 @click.option("--target", metavar="CLASS", help="A number or a name. Default: the predicted class.")
 @click.option(

@@ -43,10 +43,11 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, facts: Mapping[str, 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
-    drawn = Figure(figsize=(13, 7.6), layout="constrained")
-    title = f"{facts['rule']}, {facts['estimator']}: {facts['target_name']}"
-    drawn.suptitle("\n".join([title, *textwrap.wrap(facts["sentence"], 120)]), fontsize=12, x=0.01, ha="left")
-    grid = drawn.add_gridspec(2, 12, height_ratios=(1.15, 1))
+    drawn = Figure(figsize=(13.5, 8.2))
+    title = f"{facts['target_name']}: {facts['rule']}, {facts['estimator']}"
+    drawn.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
+    drawn.text(0.03, 0.945, "\n".join(textwrap.wrap(facts["sentence"], 125)), fontsize=12, va="top")
+    grid = drawn.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
     for place, (name, pixels) in enumerate(
         {"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()
     ):
@@ -82,7 +83,7 @@ def _answers(axis: Any, facts: Mapping[str, Any]) -> None:
         axis.text(0.0, top, level, color="white" if answer else FAINT, va="top", fontsize=9, weight="bold",
                   bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
         axis.text(0.085, top, asks, va="top", fontsize=10)
-        axis.text(0.085, top - 0.055, "\n".join(textwrap.wrap(text, 88)[:2]), va="top", fontsize=8, color=FAINT)
+        axis.text(0.085, top - 0.06, "\n".join(textwrap.wrap(text, 98)[:2]), va="top", fontsize=8, color=FAINT)
 
 
 def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
@@ -112,21 +113,18 @@ def _faithfulness(axis: Any, numbers: Mapping[str, Any]) -> None:
         axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, taken away")
     axis.set_title("score as the strongest pixels come or go (blur)", fontsize=10)
     axis.set_xlabel("% of the pixels, strongest first", fontsize=9)
-    axis.set_ylabel("0: all blurred, 1: none", fontsize=9)
-    axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axis.set_ylabel("0: all blurred, 1: none", fontsize=9, labelpad=0)
+    axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 def _convergence(axis: Any, numbers: Mapping[str, Any]) -> None:
     rows: Sequence[Mapping[str, Any]] = numbers["depths"]
     axis.plot(range(len(rows)), [row["cosine"] for row in rows], "-o", markersize=4, color="#0072B2")
     _marks(axis, numbers["null"])
-    axis.set_xticks(range(len(rows)), [_short(row["layer"]) for row in rows], rotation=35, ha="right", fontsize=7)
+    axis.set_xticks(range(len(rows)), [row["layer"].rpartition(".")[2] for row in rows], rotation=30, ha="right")
+    axis.tick_params(axis="x", labelsize=7)
     axis.set_ylim(min(-0.25, *axis.get_ylim()), 1.05)
     axis.set_title("random directions on their way back: mean cosine", fontsize=10)
-
-
-def _short(name: str, most: int = 18) -> str:
-    return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
 def _marks(axis: Any, marks: Mapping[str, float]) -> None:

@@ -23,7 +23,7 @@ DEFINITION = (
 
 
 def mean_cosine(vectors: Array) -> float:
-    """Return the mean cosine between any two of `(K, ...)` vectors, in [-1 / (K - 1), 1]. Vectors of zeros count as one.
+    """Return the mean cosine between any two of `(K, ...)` vectors, from -1 / (K - 1) to 1; zeros count as one vector.
 
     >>> mean_cosine(np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])).__round__(4)
     0.3333
@@ -63,7 +63,7 @@ def answer(gradients: Mapping[str, Array], at_input: Array, samples: int, seed: 
     value = mean_cosine(at_input)
     null = flipped(at_input, 10 * samples, seed)
     level = {"high": NO, "low": YES}.get(null.place(value), WEAK)
-    depths = [{"layer": name, "cosine": mean_cosine(g)} for name, g in reversed(gradients.items())]
+    depths = [{"layer": name, "cosine": mean_cosine(g)} for name, g in reversed(list(gradients.items()))]
     numbers = {"depths": depths, "directions": len(at_input), "null": null.facts()}
     return Answer(value, numbers, level, _sentence(level, value), DEFINITION, SOURCE)
 

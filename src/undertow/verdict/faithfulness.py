@@ -145,7 +145,7 @@ def _imputed(
 
 
 def _scaled(found: Array, ends: tuple[float, float]) -> list[float]:
-    """Measure scores from 0, all replaced, to 1, none. A photograph that scores no higher than its blank keeps the sign."""
+    """Measure scores from 0, all replaced, to 1, none. The sign of a difference stays."""
     whole, blank = ends
     span = abs(whole - blank) or 1.0
     return [float(score) for score in (found - blank) / span]

@@ -202,9 +202,12 @@ def cost(judge: Judge, plain: bool) -> Cost:
     backward = judge.each * maps + beside + convergence.DIRECTIONS
     forward = 3 + faithfulness.images(judge.samples)
     gradient_map(judge.model, judge.x, [judge.target])  # the first pass of a process is slow
+    one_forward = _seconds(lambda: judge.backend.scores(judge.model, judge.x))
+    one_backward = _seconds(lambda: gradient_map(judge.model, judge.x, [judge.target]))
+    return Cost(forward, backward, forward * one_forward + backward * one_backward)
+
+
+def _seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
-    judge.backend.scores(judge.model, judge.x)
-    middle = time.perf_counter()
-    gradient_map(judge.model, judge.x, [judge.target])
-    done = time.perf_counter()
-    return Cost(forward, backward, forward * (middle - started) + backward * (done - middle))
+    run()
+    return time.perf_counter() - started

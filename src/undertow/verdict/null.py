@@ -4,7 +4,7 @@ A random map has the values of the map in question and, as nearly as ranks allow
 in lumps as large, at places that mean nothing. From pairs of them come two marks for a similarity:
 
     unrelated   the 95th percentile over pairs that have nothing in common
-    half        the median over pairs that share one half of their variance: beyond it two maps are more the same than not
+    half        the median over pairs that share half of their variance: from there on maps are more the same than not
 
 A similarity is *low* up to the first, *high* from the second on, *between* elsewhere.
 """

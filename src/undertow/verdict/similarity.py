@@ -59,7 +59,7 @@ def _unit(flat: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
     if largest == 0 or not np.isfinite(largest):
         return None
     scaled = flat / largest
-    return scaled / np.linalg.norm(scaled)  # type: ignore[no-any-return]
+    return scaled / np.linalg.norm(scaled)
 
 
 def spearman(a: Array, b: Array) -> float:

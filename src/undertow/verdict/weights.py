@@ -70,9 +70,9 @@ def answer(
 
 def _sentence(level: str, numbers: dict[str, Any]) -> str:
     with_top, with_all = numbers["top"], numbers["all"]
-    told = f"{with_top:.2f} with the last layer's weights random, {with_all:.2f} with all of them"
+    told = f"{with_top:.2f} with the last layer random, {with_all:.2f} with all"
     if level == NO:
-        lost = "changes only when lower layers are random too" if with_all < with_top / 2 else "stays the same"
+        lost = "changes only with the lower ones" if with_all < with_top / 2 else "stays the same"
         return f"What the upper layers learned hardly matters to the map: it {lost} ({told})."
     if level == YES:
         return f"The map goes with the trained weights ({told})."
