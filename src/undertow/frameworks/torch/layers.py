@@ -143,6 +143,8 @@ def _watched(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, to
     What flows on is a copy, so that a successor that works in place does not reach what is kept.
     """
     root = module_of(uncompiled(model))
+    if not names:
+        return {}
     if root is None:
         raise InputError(f"model is a {type(model).__name__}; layers are those of a torch.nn.Module")
     known = dict(root.named_modules())

@@ -1,0 +1,92 @@
+"""The numbers that Quantus defines too are Quantus's."""
+
+import numpy as np
+import pytest
+import quantus
+import torch
+from torch import nn
+
+import undertow as ut
+from undertow.verdict import class_, faithfulness, fill, similarity, stability
+
+
+@pytest.fixture
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 49, 4)
+        ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def explained(model, inputs, targets, **_):
+    """Guided maps, as Quantus asks for them: arrays in, arrays out."""
+    images = torch.as_tensor(np.asarray(inputs), dtype=torch.float32)
+    return ut.explain(model, images, target=torch.as_tensor(np.asarray(targets))).numpy()
+
+
+QUIET = {"disable_warnings": True, "display_progressbar": False, "normalise": False, "abs": False}
+
+
+def test_similarities():
+    a, b = np.random.default_rng(0).random((2, 14, 19))
+    b += a
+    assert similarity.spearman(a, b) == pytest.approx(quantus.correlation_spearman(a.ravel(), b.ravel()))
+    assert similarity.correlation(a, b) == pytest.approx(quantus.correlation_pearson(a.ravel(), b.ravel()))
+
+
+def test_max_sensitivity(net, x):
+    """Quantus draws its own noise, so it is given ours, one copy after the other."""
+    noisy = stability.noisy(x[0].numpy(), 5, seed=0)
+    waiting = iter(noisy)
+    metric = quantus.MaxSensitivity(
+        nr_samples=5,
+        norm_numerator=quantus.fro_norm,
+        norm_denominator=quantus.fro_norm,
+        similarity_func=quantus.difference,
+        perturb_func=lambda arr, **_: np.stack([next(waiting)] * len(arr)),
+        perturb_func_kwargs={},
+        **QUIET,
+    )
+    target = net(x).argmax(1).numpy()
+    theirs = metric(model=net, x_batch=x.numpy(), y_batch=target, explain_func=explained)
+    maps = explained(net, noisy, np.repeat(target, 5))
+    original = explained(net, x, target)[0]
+    assert stability.answer(original, list(maps), 0.02, 19, 0).value == pytest.approx(theirs[0], rel=1e-4)
+
+
+def test_deletion_by_the_mean(net, x):
+    """Quantus's pixel flipping in seven steps, with the mean of each channel put in."""
+    image, target = x[0].numpy(), int(net(x).argmax())
+    image = image - image.mean((1, 2), keepdims=True) + 0.25  # one mean for all channels: Quantus knows no other
+    values = np.abs(explained(net, image[None], [target])).max(1)
+
+    def scores(images):
+        with torch.no_grad():
+            return net(torch.from_numpy(images)).numpy()[:, target].astype(np.float64)
+
+    ends = scores(np.stack([image, fill.meaned(image)]))
+    ours = faithfulness._replaced({"map": values[0]}, image, fill.meaned(image), scores, tuple(ends), steps=8)["map"]
+    flipping = quantus.PixelFlipping(
+        features_in_step=32, perturb_baseline="mean", perturb_func=quantus.baseline_replacement_by_indices, **QUIET
+    )
+    theirs = flipping(
+        model=net, x_batch=image[None], y_batch=np.array([target]), a_batch=values[:, None], softmax=False
+    )
+    expected = (np.array(theirs[0]) - ends[1]) / abs(ends[0] - ends[1])
+    assert ours.deletion[1:] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_random_logit(net, x):
+    """Quantus's random logit: SSIM of the map with that of another class, on its own scale."""
+    target = np.array([0])
+    metric = quantus.RandomLogit(num_classes=2, similarity_func=quantus.correlation_spearman, seed=1, **QUIET)
+    theirs = metric(model=net, x_batch=x.numpy(), y_batch=target, explain_func=explained)
+    a, b = (explained(net, x, [i])[0] for i in (0, 1))
+    assert similarity.spearman(a, b) == pytest.approx(theirs[0], abs=1e-6)
+    assert class_.SOURCE
