@@ -166,14 +166,16 @@ def test_the_number_of_images_is_known_beforehand():
 def test_max_sensitivity_by_hand():
     original = np.array([[[3.0, 4.0]]])
     maps = [np.array([[[3.0, 3.0]]]), np.array([[[0.0, 4.0]]])]
-    found = stability.answer(original, maps, 0.02, 19, 0)
+    found = stability.answer(original, maps, 0.02, MARKS, 0)
     assert found.value == pytest.approx(3 / 5)
     assert found.numbers["mean"] == pytest.approx((1 / 5 + 3 / 5) / 2)
     assert found.numbers["interval"][0] <= found.numbers["mean"] <= found.numbers["interval"][1]
 
 
 def test_stability_by_how_much_of_the_map_stays():
-    levels = {share: stability.answer(ORIGINAL, [mixed(share, 50)], 0.02, 19, 0).level for share in (1.0, 0.9, 0.1, 0)}
+    levels = {
+        share: stability.answer(ORIGINAL, [mixed(share, 50)], 0.02, MARKS, 0).level for share in (1.0, 0.9, 0.1, 0)
+    }
     assert levels == {1.0: "yes", 0.9: "yes", 0.1: "weak", 0: "no"}
 
 

@@ -61,7 +61,7 @@ def test_a_field_keeps_the_spectrum_exactly():
 
 def test_the_first_mark_lets_at_most_one_in_twenty_unrelated_maps_pass_and_few_related_ones():
     # one map's own spectrum is spikier than the one it was drawn from, so the mark errs on the side of "unrelated"
-    marks = null.marks(lumpy(9), similarity.spearman, 200, np.random.default_rng(0))
+    marks = null.marks(lumpy(9), {"m": similarity.spearman}, 200, np.random.default_rng(0))["m"]
     pairs = [(lumpy(100 + i), lumpy(600 + i)) for i in range(200)]
     above = [similarity.spearman(a, b) > marks.unrelated for a, b in pairs]
     related = [similarity.spearman(a, a + b) > marks.unrelated for a, b in pairs]
@@ -70,12 +70,14 @@ def test_the_first_mark_lets_at_most_one_in_twenty_unrelated_maps_pass_and_few_r
 
 
 def test_lumps_make_unrelated_maps_more_alike():
-    fine, coarse = (null.marks(lumpy(9, width=w), similarity.spearman, 60, np.random.default_rng(0)) for w in (0.5, 4))
+    fine, coarse = (
+        null.marks(lumpy(9, width=w), {"m": similarity.spearman}, 60, np.random.default_rng(0))["m"] for w in (0.5, 4)
+    )
     assert fine.unrelated < 0.1 < coarse.unrelated < coarse.half
 
 
 def test_half_is_what_maps_that_share_half_of_their_variance_have():
-    marks = null.marks(lumpy(10, (64, 64)), similarity.correlation, 60, np.random.default_rng(0))
+    marks = null.marks(lumpy(10, (64, 64)), {"m": similarity.correlation}, 60, np.random.default_rng(0))["m"]
     assert marks.half == pytest.approx(0.5, abs=0.05)
     against = null.marks_against(lumpy(10, (64, 64)), lumpy(11, (64, 64)), 60, np.random.default_rng(0))
     assert against.half == pytest.approx(np.sqrt(0.5), abs=0.07)
@@ -117,7 +119,7 @@ def test_imputed_pixels_solve_the_linear_system(share):
     image, order = lumpy(14, (2, 17, 22)), lumpy(15, (17, 22), width=1)
     missing = order > np.quantile(order, 1 - share)
     exact = solved(image, missing)
-    assert np.allclose(fill.imputed(image, missing, np.random.default_rng(0), 0.0, most=500), exact, atol=1e-5)
+    assert np.allclose(fill.imputed(image, missing, np.random.default_rng(0), 0.0, most=500), exact, atol=1e-4)
     quick = fill.imputed(image, missing, np.random.default_rng(0), 0.0)
     assert np.abs(quick - exact).max() < 0.05 * np.ptp(image)
     noisy = fill.imputed(image, missing, np.random.default_rng(0), 0.1, most=500) - exact

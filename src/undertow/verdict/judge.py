@@ -19,7 +19,7 @@ from .result import Answer
 
 Array = npt.NDArray[Any]
 Explainer = Callable[[Any, Any, list[int]], Any]
-TOGETHER = 4  # images in one pass
+TOGETHER = 4  # images in one pass: more take longer each on a CPU, and cost memory
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Judge:
     def target_scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return the explained class's score of each image, `(n,)`."""
         found = []
-        for start in range(0, len(images), 4 * TOGETHER):
-            some = images[start : start + 4 * TOGETHER]
+        for start in range(0, len(images), TOGETHER):
+            some = images[start : start + TOGETHER]
             found.append(self.backend.scores(self.model, self.backend.like(some, self.x))[:, self.target])
             self.count("forward", len(some))
         return np.concatenate(found).astype(np.float64)
@@ -136,11 +136,11 @@ class Judge:
         """Take pixels away in the map's order."""
         return faithfulness.answer(original, self.image, self.target_scores, self.samples, self.seed)
 
-    def ask_stability(self, original: Array) -> Answer:
+    def ask_stability(self, original: Array, null: Null) -> Answer:
         """Add small noise."""
         noisy = stability.noisy(self.image, stability.DRAWS, self.seed)
         maps = self.maps(noisy, [self.target] * len(noisy))
-        return stability.answer(original, maps, stability.RADIUS, self.samples, self.seed)
+        return stability.answer(original, maps, stability.RADIUS, null, self.seed)
 
     def ask_convergence(self, rule: str | Rule, estimator: estimators.Estimator) -> Answer:
         """Send random directions back; where a map ends at a layer, to that layer."""

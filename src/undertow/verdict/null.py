@@ -9,16 +9,17 @@ in lumps as large, at places that mean nothing. From pairs of them come two mark
 A similarity is *low* up to the first, *high* from the second on, *between* elsewhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .similarity import correlation, plane, spearman
+from .similarity import correlation, cosine, plane, spearman
 
 Array = npt.NDArray[Any]
+Measure = Callable[[Array, Array], float]
 LOW, BETWEEN, HIGH = "low", "between", "high"
 
 
@@ -85,22 +86,33 @@ def _with_values(drawn: Array, values: Array) -> Array:
     return placed.reshape(values.shape)
 
 
-def marks(values: Array, measure: Callable[[Array, Array], float], count: int, generator: np.random.Generator) -> Marks:
-    """Find both marks of a measure by `count` pairs of random maps like `values`.
+def pairs(values: Array, count: int, generator: np.random.Generator) -> Iterator[tuple[Array, Array, Array, Array]]:
+    """Yield two unrelated random maps like `values`, then two that share half of their variance, `count` times."""
+    deviates = gaussian(values, generator)
+    for _ in range(count):
+        one, other, common = (field(deviates, generator) for _ in range(3))
+        one, other, first, second = (_with_values(f, values) for f in (one, other, one + common, other + common))
+        yield one, other, first, second
 
-    >>> got = marks(np.random.default_rng(1).random((32, 32)), spearman, 19, np.random.default_rng(0))
+
+def marks(
+    values: Array, measures: Mapping[str, Measure], count: int, generator: np.random.Generator
+) -> dict[str, Marks]:
+    """Find both marks of each measure by `count` pairs of random maps like `values`.
+
+    >>> lumps = np.random.default_rng(1).random((32, 32))
+    >>> got = marks(lumps, {"spearman": spearman}, 19, np.random.default_rng(0))["spearman"]
     >>> bool(got.unrelated < 0.1), round(got.half, 1)
     (True, 0.5)
     """
-    deviates = gaussian(values, generator)
-
-    def pair(shared: bool) -> float:
-        common, one, other = (field(deviates, generator) for _ in range(3))
-        first, second = (one + common, other + common) if shared else (one, other)
-        return measure(_with_values(first, values), _with_values(second, values))
-
-    unrelated, half = ([pair(shared) for _ in range(count)] for shared in (False, True))
-    return Marks(float(np.quantile(unrelated, 0.95)), float(np.median(half)))
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in measures}
+    for one, other, first, second in pairs(values, count, generator):
+        for name, measure in measures.items():
+            found[name].append((measure(one, other), measure(first, second)))
+    return {
+        name: Marks(float(np.quantile([u for u, _ in both], 0.95)), float(np.median([h for _, h in both])))
+        for name, both in found.items()
+    }
 
 
 def marks_against(values: Array, other: Array, count: int, generator: np.random.Generator) -> Marks:
@@ -114,19 +126,19 @@ def marks_against(values: Array, other: Array, count: int, generator: np.random.
 
 @dataclass(frozen=True)
 class Null:
-    """The marks of one map: of its magnitudes by rank correlation, of its signed values by correlation."""
+    """The marks of one map: of its magnitudes by rank correlation, of its signed values by correlation and cosine."""
 
     spearman: Marks
     correlation: Marks
+    cosine: Marks
 
     @staticmethod
     def of(values: Array, count: int, seed: int) -> "Null":
-        """Draw both from `count` pairs of random maps like `values`, `(C, H, W)`."""
+        """Draw them from `count` pairs of random maps like `values`, `(C, H, W)`."""
         generator = np.random.default_rng(seed)
-        return Null(
-            marks(plane(values), spearman, count, generator),
-            marks(np.asarray(values, np.float64), correlation, count, generator),
-        )
+        of_magnitudes = marks(plane(values), {"spearman": spearman}, count, generator)
+        of_signed = marks(np.asarray(values), {"correlation": correlation, "cosine": cosine}, count, generator)
+        return Null(**of_magnitudes, **of_signed)
 
     def place(self, spearman: float, correlation: float) -> str:
         """Join both: *high* and *low* where both say so, *between* elsewhere.
@@ -137,5 +149,5 @@ class Null:
         return places.pop() if len(places) == 1 else BETWEEN
 
     def facts(self) -> dict[str, dict[str, float]]:
-        """Return all marks, ready for JSON."""
+        """Return what `place` goes by, ready for JSON."""
         return {"spearman": self.spearman.facts(), "correlation": self.correlation.facts()}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .null import Marks, marks
+from .null import Null
 from .result import NO, WEAK, YES, Answer
 from .similarity import likeness
 
@@ -43,34 +43,30 @@ def sensitivity(original: Array, other: Array) -> float:
     return away / length if length else float("inf") if away else 0.0
 
 
-def answer(original: Array, maps: Sequence[Array], radius: float, samples: int, seed: int) -> Answer:
+def answer(original: Array, maps: Sequence[Array], radius: float, null: Null, seed: int) -> Answer:
     """Compare the map with those of noisy copies of its image.
 
     Args:
         original: the map, `(C, H, W)`.
         maps: those of the noisy copies.
         radius: of the noise, as `noisy` takes it.
+        seed: of the interval of the mean.
     """
     found = [sensitivity(original, values) for values in maps]
     alike = [likeness(original, values)["spearman"] for values in maps]
     value = max(found)
-    null = marks(
-        np.asarray(original, np.float64), lambda a, b: -sensitivity(a, b), samples, np.random.default_rng(seed)
-    )
-    level = _level(-value, null)
+    # random maps have the map's own length, so that between two of them the change and the cosine are one number
+    unrelated, half = (float(np.sqrt(2 - 2 * cosine)) for cosine in (null.cosine.unrelated, null.cosine.half))
+    level = YES if value <= half else NO if value >= unrelated else WEAK
     numbers = {
         "mean": float(np.mean(found)),
         "interval": _interval(found, seed),
         "spearman": float(np.mean(alike)),
         "draws": len(found),
         "radius": radius,
-        "null": {"unrelated": round(-null.unrelated, 4), "half": round(-null.half, 4)},
+        "null": {"unrelated": round(unrelated, 4), "half": round(half, 4)},
     }
     return Answer(value, numbers, level, _sentence(level, value, radius, len(found)), DEFINITION, SOURCE)
-
-
-def _level(value: float, null: Marks) -> str:
-    return {"high": YES, "between": WEAK, "low": NO}[null.place(value)]
 
 
 def _interval(values: list[float], seed: int) -> list[float]:

@@ -92,7 +92,7 @@ class Trust:
             "weights": lambda: judge.ask_weights(original, null),
             "input": lambda: judge.ask_input(original),
             "faithfulness": lambda: judge.ask_faithfulness(original),
-            "stability": lambda: judge.ask_stability(original),
+            "stability": lambda: judge.ask_stability(original, null),
             "convergence": lambda: judge.ask_convergence(rule, how),
         }
         return _verdict(judge, original, asked, {}, name, how.name, started)
@@ -145,7 +145,7 @@ class Trust:
             asked |= {
                 "class": lambda: judge.ask_class(original, null, compare=False),
                 "weights": lambda: judge.ask_weights(original, null),
-                "stability": lambda: judge.ask_stability(original),
+                "stability": lambda: judge.ask_stability(original, null),
             }
         unasked = {name: UNMADE for name in ("class", "weights", "stability") if explainer is None}
         unasked["convergence"] = "it is about a rule of this library, and the map was given as an array"
