@@ -71,7 +71,7 @@ def _neighbours(values: Array) -> Array:
     sides = 0.5 * (padded[..., :, :-2] + padded[..., :, 2:]) + padded[..., :, 1:-1]
     total = (sides[..., :-2, :] + sides[..., 2:, :]) / 6
     middle = padded[..., 1 : height + 1, :]
-    return total + (middle[..., :width] + middle[..., 2:]) / 6
+    return np.asarray(total + (middle[..., :width] + middle[..., 2:]) / 6)
 
 
 def _coarse(known: Image, there: npt.NDArray[np.bool_]) -> Image:
