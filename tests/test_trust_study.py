@@ -45,7 +45,7 @@ def test_a_random_last_layer_changes_the_gradient_and_not_the_guided_map():
 @pytest.fixture(scope="module")
 def garments():
     args = argparse.Namespace(data=None)
-    return trust.data(args, "train", 2000), trust.data(args, "test", 60)
+    return trust.data(args, "train", 3000), trust.data(args, "test", 60)
 
 
 def test_the_patch_that_decides_is_where_maps_point(garments):
@@ -64,7 +64,7 @@ def test_the_patch_that_decides_is_where_maps_point(garments):
 
 def test_a_model_that_is_right_for_the_wrong_reason_is_caught(garments):
     (x, y), (test, right) = garments
-    cheat = trust.train(trust.small_network(4), trust.stamped(x, y, seed=0)[0], y, 5, "cheat")
+    cheat = trust.train(trust.small_network(4), trust.stamped(x, y, seed=0)[0], y, 6, "cheat")
     familiar, where = trust.stamped(test, right, seed=2)
     other, _ = trust.stamped(test, (right + 1) % 4, seed=2)
     assert trust.accuracy(cheat, familiar, right) > 0.85
