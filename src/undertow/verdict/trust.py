@@ -161,7 +161,7 @@ class Trust:
         target: int | None = None,
         samples: int = SAMPLES,
     ) -> Cost:
-        """Say what `ut.trust` with the same arguments takes: passes, and seconds by one timed pass of each kind.
+        """Say what `ut.trust` with the same arguments takes: passes, and seconds by two timed passes of each kind.
 
         Raises:
             InputError, TargetError, ModelError, FrameworkError: as `ut.trust`.
