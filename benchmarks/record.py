@@ -7,8 +7,10 @@ Training: each method has its own copy of the network and its own optimizer. All
 process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
 same round. Recordings are opened once, outside the timing; what a turn left in undertow's writer is published at its
 end, and that is charged at its share: a turn of 4 steps pays 4/64 of it, 64 batches being what is published together.
+Pairs: the plain step and undertow's alone, in turns of one step, so that neither follows another tool's; a watched
+batch is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
-those of a copy without. Images: batches of 16 against what one writes by hand, in turns of 16 images.
+those of a copy without. Images: batches of 4 against what one writes by hand, in turns of 16 images.
 """
 
 import argparse
@@ -41,8 +43,8 @@ from undertow.frameworks.torch.vision import import_torchvision
 GROUP = 64  # batches that undertow publishes together
 PAUSE = 0.1  # seconds between turns, for what another process still has to write
 STEPS = 4  # of a turn
-BATCH = 16  # images
-SECTIONS = ("training", "inplace", "images", "memory")
+TURN, BATCH = 16, 4  # images
+SECTIONS = ("training", "pairs", "inplace", "images", "memory")
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -103,6 +105,12 @@ def vgg11(size: int = 16, norm: bool = False, side: int = 64) -> Task:
     return Task(net, torch.randn(size, 3, side, side), torch.randint(10, (size,)))
 
 
+def vgg16(size: int = 4) -> Task:
+    torch.manual_seed(0)
+    net = import_torchvision().models.vgg16_bn(weights=None)
+    return Task(net, torch.randn(size, 3, 224, 224), torch.randint(10, (size,)))
+
+
 def convolutions(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
 
@@ -126,9 +134,10 @@ def plain(task: Task) -> Iterator[Method]:
 
 
 @contextmanager
-def undertow(task: Task, measures: tuple[str, ...]) -> Iterator[Method]:
+def undertow(task: Task, measures: tuple[str, ...], diagnose: int = 0) -> Iterator[Method]:
     names = [f"{i:05d}.jpg" for i in range(len(task.x))]
-    with folder() as place, ut.record(place, task.model, sites="conv", measures=measures, group=GROUP) as recording:
+    options = {"sites": "conv", "measures": measures, "group": GROUP, "diagnose": diagnose}
+    with folder() as place, ut.record(place, task.model, **options) as recording:
 
         def step() -> None:
             with recording.batch(samples=names):
@@ -348,6 +357,26 @@ def training(rounds: int, quick: bool) -> Iterator[str]:
             yield f"| {network} | {name} | {ms / STEPS:.1f} | {wall:.3f} | {work:.3f} | {last} | {keeps} |"
 
 
+def pairs(rounds: int, quick: bool) -> Iterator[str]:
+    yield "| network | recorded | plain step, ms | x plain step | x its CPU time |"
+    yield "|---|---|---:|---:|---:|"
+    three = ("channel-norm", "zero-fraction", "moments")
+    settings = {"norms + zeros + moments": (three, 0), "histogram": (("histogram",), 0)}
+    settings["norms + zeros + moments, watched"] = (three, 1)
+    for network, make in {**TASKS, "VGG16-BN, 224x224, b4": vgg16}.items():
+        task = make(4) if quick else make()
+        for name, (measures, diagnose) in settings.items():
+            with plain(task.twin()) as base, undertow(task.twin(), measures, diagnose) as ours:
+                turn(base, 1), turn(ours, 1)
+                taken: dict[str, list[tuple[float, float, float]]] = {"base": [], "ours": []}
+                for _ in range(max(rounds // 2, 3) if make is vgg16 else 3 * rounds):
+                    for which, method in random.sample([("base", base), ("ours", ours)], 2):
+                        taken[which].append(turn(method, 1))
+            found, against = np.array(taken["ours"]), np.array(taken["base"])
+            wall, work = np.median(found[:, :2] / against[:, :2], axis=0)
+            yield f"| {network} | {name} | {1e3 * np.median(against[:, 0]):.1f} | {wall:.3f} | {work:.3f} |"
+
+
 def said(error: BaseException) -> str:
     text = " ".join(str(error).split()).replace("|", "/")
     return f"{type(error).__name__}: {text[:90]}{'...' if len(text) > 90 else ''}"
@@ -493,23 +522,24 @@ def by_hand(model: nn.Module, frozen: bool) -> Iterator[tuple[Callable[[torch.Te
 
 @contextmanager
 def batched(model: nn.Module) -> Iterator[tuple[Callable[[torch.Tensor, int], None], Norms]]:
-    """Batches of 16, the objective summed, as `undertow record FOLDER` does it."""
+    """Batches of 4, the objective summed, as `undertow record FOLDER` does it."""
     kept: Norms = {}
     model.requires_grad_(False)
     with folder() as place:
         with ut.record(place, model, sites="conv[:2]", measures="channel-norm", loss_reduction="sum") as recording:
 
             def run(images: torch.Tensor, start: int) -> None:
-                names = [f"{start + i:06d}.jpg" for i in range(len(images))]
-                with recording.batch(samples=names):
-                    model(images.clone().requires_grad_()).amax(1).sum().backward()
+                for place, some in enumerate(images.split(BATCH)):
+                    names = [f"{start + place * BATCH + i:06d}.jpg" for i in range(len(some))]
+                    with recording.batch(samples=names):
+                        model(some.clone().requires_grad_()).amax(1).sum().backward()
 
             yield run, kept
         for row in ut.Run(place).table("channel_norm").to_pylist():
             kept.setdefault(row["site"], []).append(np.array(row["values"], np.float32))
 
 
-HAND, FROZEN, BATCHED = "by hand, image by image", "the same, weights frozen", "undertow, batches of 16"
+HAND, FROZEN, BATCHED = "by hand, image by image", "the same, weights frozen", "undertow, batches of 4"
 
 
 def images(count: int, quick: bool) -> Iterator[str]:
@@ -521,6 +551,8 @@ def images(count: int, quick: bool) -> Iterator[str]:
         model = import_torchvision().models.get_model(network, weights=None).eval()
         data = torch.randn(count, 3, side, side)
         ways = {HAND: partial(by_hand, frozen=False), FROZEN: partial(by_hand, frozen=True), BATCHED: batched}
+        if count > 4 * TURN:
+            del ways[FROZEN]  # it says what part of the gain is frozen weights; a few images say that as well
         taken: dict[str, list[float]] = {way: [] for way in ways}
         with ExitStack() as opened:
             ready = {way: opened.enter_context(start(copy.deepcopy(model))) for way, start in ways.items()}
@@ -528,10 +560,10 @@ def images(count: int, quick: bool) -> Iterator[str]:
                 run(data[:2], count)
                 for found in kept.values():
                     found.clear()
-            for start in range(0, count, BATCH):
+            for start in range(0, count, TURN):
                 for way in random.sample(list(ready), len(ready)):
                     started = time.perf_counter()
-                    ready[way][0](data[start : start + BATCH], start)
+                    ready[way][0](data[start : start + TURN], start)
                     taken[way].append(time.perf_counter() - started)
         wanted = ready[HAND][1]
         ready[BATCHED][1].update({name: found[2:] for name, found in ready[BATCHED][1].items()})  # the unseen two
@@ -603,6 +635,7 @@ def main() -> None:
         return
     sections = {
         "training": lambda: training(given.rounds, given.quick),
+        "pairs": lambda: pairs(given.rounds, given.quick),
         "inplace": in_place,
         "images": lambda: images(given.images, given.quick),
         "memory": lambda: memory_apart(1_000 if given.quick else 10_000),

@@ -456,3 +456,33 @@ def test_threads_do_not_meet(x):
     for thread in threads:
         thread.join()
     assert all(np.array_equal(found[place], wanted[place]) for place in range(8))
+
+
+# estimators
+
+
+def test_estimators_average_what_keras_answers(net, x):
+    plain = ut.explain(net, x, rule="guided")
+    assert np.allclose(ut.explain(net, x, rule="guided", estimator="input-times").values, plain.values * x)
+    path = ut.explain(net, x, rule="gradient", estimator="integrated:400", target=1)
+    wanted = np.asarray(net(x))[:, 1] - np.asarray(net(np.zeros_like(x)))[:, 1]
+    assert path.values.dtype == x.dtype
+    np.testing.assert_allclose(path.values.sum(1), wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+    smooth = ut.explain(net, tf.constant(x), rule="guided", estimator="smoothgrad:3", seed=2)
+    draw, total = np.random.default_rng(2), 0.0
+    for _ in range(3):
+        noise = draw.standard_normal(x.shape) * 0.1 * (x.max(1, keepdims=True) - x.min(1, keepdims=True))
+        total = total + ut.explain(net, x + noise.astype(np.float32), rule="guided", target=plain.targets).values
+    assert tf.is_tensor(smooth.values)
+    np.testing.assert_allclose(smooth.numpy(), total / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_what_looks_inside_is_refused_in_one_line(net, x):
+    image = np.zeros((1, 8, 8, 3), np.float32)
+    for ask in (
+        lambda: ut.explain(net, x, estimator="grad-cam:dense"),
+        lambda: ut.trust(net, image),
+        lambda: ut.derive.from_model(net, x),
+    ):
+        with pytest.raises(ut.ModelError, match="PyTorch networks alone"):
+            ask()

@@ -90,7 +90,7 @@ def _shape(shape: Any) -> str:
 @click.option("--workers", metavar="N", type=click.IntRange(1), default=2, show_default=True, help="Threads that read.")
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="As in `undertow explain`.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--diagnose", is_flag=True, help="Watch every 16th batch more closely, for `undertow diagnose`.")
+@click.option("--diagnose", is_flag=True, help="Watch every 8th batch more closely, for `undertow diagnose`.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def record(

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from ..errors import InputError, near
+from ..errors import InputError, ModelError, near
 from ..frameworks.base import backend_of
 from ..frameworks.inside import Block, Carried, Passage
 from .chain import Derivative
@@ -147,6 +147,9 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
-    torch_blocks = importlib.import_module(".blocks", backend_of(inputs[0]).__name__)  # type: ignore[attr-defined]
+    package = backend_of(inputs[0], model).__name__  # type: ignore[attr-defined]
+    if package.endswith(".keras"):
+        raise ModelError("from_model reads PyTorch networks alone, and this is one of Keras")
+    torch_blocks = importlib.import_module(".blocks", package)
     found: Passage = torch_blocks.passage(model, inputs, depth, target)
     return Blocks(found.blocks, found.edges, found.passed_on)

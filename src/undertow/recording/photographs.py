@@ -18,6 +18,7 @@ from ..models import Classifier, find_class
 from ..run import Run
 from .record import record
 
+_OFTEN = 8
 OBJECTIVES = ("predicted", "label", "loss")
 Loaded = tuple[str, npt.NDArray[np.float32] | PhotographError]
 
@@ -66,7 +67,7 @@ def record_photographs(
             is named after, by name or number), or "loss" (the cross-entropy of that class).
         limit: how many photographs at most, in order of name.
         batch_size: None is 4 on a CPU, where larger batches only cost memory, and 32 elsewhere.
-        diagnose: as `undertow.record` has it.
+        diagnose: as `undertow.record` has it, but True is 8: batches are small, and nobody waits for a training step.
         advance: called with the number of photographs done, read or not.
 
     Raises:
@@ -102,7 +103,7 @@ def record_photographs(
                 objective=objective,
                 reference=classifier.reference,
                 source=told,
-                diagnose=diagnose,
+                diagnose=_OFTEN if diagnose is True else diagnose,
             )
         )
         batches = [range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)]

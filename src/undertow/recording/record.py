@@ -62,7 +62,7 @@ def record(
         objective: what the gradient is of, in words, for the manifest.
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
-        diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 16.
+        diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 32.
         group: how many batches are published together at most; a killed process loses those not yet published.
 
     Raises:
@@ -82,7 +82,7 @@ def record(
     for what, word, known in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
         if word not in known:
             raise InputError(f"{what} {word!r} is not understood (known: {', '.join(known)})")
-    every = 16 if diagnose is True else diagnose or 0
+    every = 32 if diagnose is True else diagnose or 0
     for what, value, least in (("group", group, 1), ("diagnose", every, 0)):
         if not isinstance(value, int) or value < least:
             raise InputError(f"{what}={value!r} must be a whole number of at least {least}")

@@ -192,7 +192,7 @@ def _judge(
     explainer: Explainer | None,
     each: int,
 ) -> Judge:
-    backend = backend_of(x)
+    backend = backend_of(x, model)
     shape = tuple(x.shape)
     if len(shape) != 4 or shape[0] != 1:
         raise InputError(f"x has shape {shape}; a verdict is about one image, (1, C, H, W): pass image[None] of each")

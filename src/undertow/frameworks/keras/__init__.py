@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ...errors import InputError, RuleError
+from ...errors import InputError, ModelError, RuleError
 from ..base import Answer, Request
 from ..targets import class_ids, refuse_missing
 from .calls import output_of, refuse_other_backends, refuse_other_shapes, refuse_unfinite, restored, tensors
@@ -64,6 +64,28 @@ def to_numpy(tensor: Any) -> npt.NDArray[Any]:
     if tensor.dtype == tf.bfloat16:
         tensor = tf.cast(tensor, tf.float32)
     return np.array(tensor)
+
+
+def like(array: npt.NDArray[Any], x: Any) -> Any:
+    """Make an array what `x` is, a tensor or an array, of its dtype."""
+    if isinstance(x, np.ndarray):
+        return array.astype(x.dtype)
+    return tf.cast(tf.constant(array), x.dtype)
+
+
+def refuse_looking_inside(*_: Any, **__: Any) -> Any:
+    """Refuse what verdicts and Grad-CAM need of a network.
+
+    Raises:
+        ModelError: always.
+    """
+    raise ModelError(
+        "verdicts and Grad-CAM look into PyTorch networks alone, and this is one of Keras; "
+        "the estimators smoothgrad, integrated and input-times work"
+    )
+
+
+scores = layers = redrawn = inside = refuse_looking_inside
 
 
 def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
