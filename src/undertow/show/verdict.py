@@ -46,7 +46,7 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, facts: Mapping[str, 
     drawn = Figure(figsize=(13.5, 8.2))
     title = f"{facts['target_name']}: {facts['rule']}, {facts['estimator']}"
     drawn.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
-    drawn.text(0.03, 0.945, "\n".join(textwrap.wrap(facts["sentence"], 125)), fontsize=12, va="top")
+    drawn.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(facts["sentence"]), 125)), fontsize=12, va="top")
     grid = drawn.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
     for place, (name, pixels) in enumerate(
         {"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()
@@ -78,7 +78,7 @@ def _answers(axis: Any, facts: Mapping[str, Any]) -> None:
     for place, (question, asks) in enumerate(QUESTIONS.items()):
         top = 1 - (place + 0.1) / len(QUESTIONS)
         answer = facts["answers"].get(question)
-        text = answer["sentence"] if answer else f"not asked: {facts['unanswered'].get(question, '')}"
+        text = _plain(answer["sentence"]) if answer else f"not asked: {facts['unanswered'].get(question, '')}"
         level = answer["level"] if answer else "-"
         axis.text(0.0, top, level, color="white" if answer else FAINT, va="top", fontsize=9, weight="bold",
                   bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
@@ -134,3 +134,8 @@ def _marks(axis: Any, marks: Mapping[str, float]) -> None:
     for key, text, align in (("half", "mostly the same", "bottom"), ("unrelated", "unrelated", "top")):
         axis.text(0.99, marks[key], text, fontsize=7, color=FAINT, ha="right", va=align,
                   transform=axis.get_yaxis_transform())  # fmt: skip
+
+
+def _plain(sentence: str) -> str:
+    """Return a sentence without the marks that stand for italics in text."""
+    return sentence.replace("*", "")
