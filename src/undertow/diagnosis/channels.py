@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from ..analysis.quantiles import weighted
 from .evidence import WATCH, Evidence
-from .finding import Finding, Lacking, listed, percent
+from .finding import Finding, Lacking, called, listed, percent
 
 AGREED = 0.5
 _COLUMN = 0.5
@@ -30,7 +31,7 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
     figures: dict[str, Any] = {"predicted": 0.0, "observed": high[worst], "agreement": shares}
     sentence = (
         f"At {listed(high)} the gradients of a channel agree in sign over samples and places: |sum g| is up to "
-        f"{percent(high[worst])} of sum |g| ({worst}), so that updates hardly depend on the input; batch norm "
+        f"{percent(high[worst])} of sum |g| ({called(worst)}), so that updates hardly depend on the input; batch norm "
         "would make it 0"
     )
     if tails := _tails(evidence, worst):
@@ -67,11 +68,9 @@ def _tails(evidence: Evidence, site: str) -> float | None:
     if site not in evidence.values:
         return None
     values, weights = evidence.values[site]
-    order = np.argsort(np.abs(values))
-    order = order[np.abs(values)[order] > 0]
-    reached = np.cumsum(weights[order])
-    low, high = (np.abs(values)[order][np.searchsorted(reached, q * reached[-1])] for q in (0.5, 0.999))
-    return float(high / low)
+    some = values != 0
+    low, high = weighted(np.abs(values[some]), weights[some], (0.5, 0.999))
+    return high / low if np.isfinite(low) else None
 
 
 def _column(evidence: Evidence) -> dict[str, Any] | None:

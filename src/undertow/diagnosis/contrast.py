@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..analysis.quantiles import weighted
 from ..run import Run
 from .channels import agreements
 from .evidence import Evidence, Passage, Step
@@ -30,9 +31,7 @@ class _Side:
     def median(self) -> float:
         """Return the median of |g|, zeros included."""
         values, weights = self.evidence.values[self.site]
-        order = np.argsort(np.abs(values))
-        reached = np.cumsum(weights[order])
-        return float(np.abs(values)[order][np.searchsorted(reached, reached[-1] / 2)])
+        return weighted(np.abs(values), weights, [0.5])[0]
 
     def mean(self) -> float:
         """Return the mean of |g|."""
@@ -82,14 +81,13 @@ def _differences(a: _Side, b: _Side) -> Iterator[str]:
 def _pooled(a: _Side, b: _Side, what: str, why: str) -> str:
     before, after = a.median(), b.median()
     shares = [percent(split(side.passage).zeros) for side in (a, b)]
-    if before == after == 0:
-        verb = "lowers" if split(b.passage).zeros < split(a.passage).zeros else "raises"
-        return (
-            f"{what} {verb} the zeros at {called(b.site)} from {shares[0]} to {shares[1]}: {why} (both medians are 0)"
-        )
-    verb = "raises" if after > before else "lowers"
+    fewer = split(b.passage).zeros < split(a.passage).zeros
+    if before == after or (after > before) != fewer:  # then the median says nothing of the zeros
+        change = f"the zeros at {called(b.site)} from {shares[0]} to {shares[1]}"
+        medians = f"medians {before:.3g} and {after:.3g}" if before != after else f"both medians are {before:.3g}"
+        return f"{what} {'lowers' if fewer else 'raises'} {change}: {why} ({medians})"
     change = f"the median at {called(b.site)} from {before:.3g} to {after:.3g}"
-    return f"{what} {verb} {change}: {why} (zeros {shares[0]} against {shares[1]})"
+    return f"{what} {'raises' if fewer else 'lowers'} {change}: {why} (zeros {shares[0]} against {shares[1]})"
 
 
 def _activated(a: _Side, b: _Side, gate: Step, leak: Step) -> Iterator[str]:

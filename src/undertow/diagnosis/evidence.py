@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..analysis.quantiles import weighted
 from ..measures import CODES, edges, finite
 from ..run import Run
 from .finding import Lacking
@@ -248,10 +249,8 @@ def _squares(row: dict[str, Any]) -> tuple[float, int]:
 
 def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
     """Return the median of the magnitudes that are not zero; NaN where all are."""
-    magnitudes = np.abs(values)
-    order = np.argsort(magnitudes)[int((magnitudes == 0).sum()) :]
-    reached = np.cumsum(weights[order])
-    return float(magnitudes[order][np.searchsorted(reached, reached[-1] / 2)]) if len(reached) else float("nan")
+    some = values != 0
+    return weighted(np.abs(values[some]), weights[some], [0.5])[0]
 
 
 def _size(shape: Iterable[int]) -> int:

@@ -81,11 +81,8 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
         raise Lacking("record the measure histogram")
     formats = evidence.formats
     sunk: dict[str, float] = {}
-    for site, (values, weights) in evidence.values.items():
-        smallest = SMALLEST_NORMAL[formats[site]] / evidence.scale
-        magnitudes = np.abs(values)
-        there = int(weights[magnitudes > 0].sum())
-        share = int(weights[(magnitudes > 0) & (magnitudes < smallest)].sum()) / there if there else 0.0
+    for site in evidence.values:
+        share = _below(evidence, site, formats[site])
         if share >= _SHARE:
             sunk[site] = share
     if sunk:
@@ -108,8 +105,8 @@ def _sunk(evidence: Evidence, sunk: dict[str, float]) -> Finding:
             "predicted": 0.0,
             "observed": sunk[worst],
             "below_normal": sunk,
-            "below_float16": _below(evidence, worst, SMALLEST_NORMAL["float16"]),
-            "below_bfloat16": _below(evidence, worst, SMALLEST_NORMAL["bfloat16"]),
+            "below_float16": _below(evidence, worst, "float16"),
+            "below_bfloat16": _below(evidence, worst, "bfloat16"),
             "loss_scale": evidence.scale,
             "suggested_loss_scale": scale,
         },
@@ -119,7 +116,9 @@ def _sunk(evidence: Evidence, sunk: dict[str, float]) -> Finding:
     )
 
 
-def _below(evidence: Evidence, site: str, smallest: float) -> float:
+def _below(evidence: Evidence, site: str, kind: str) -> float:
+    """Return how much of a gradient that is not zero lay below a format's smallest normal number, the loss scaled."""
+    smallest = SMALLEST_NORMAL[kind] / evidence.scale
     values, weights = evidence.values[site]
     magnitudes = np.abs(values)
     there = int(weights[magnitudes > 0].sum())
