@@ -328,13 +328,13 @@ def test_a_run_without_a_closer_look_is_diagnosed_as_far_as_it_goes(tmp_path):
 
 
 def test_the_loss_scale_is_known_and_undone(tmp_path):
-    """Scaled by 2^14, gradients of 1e-6 lie above float16's smallest normal number; unscaled they would not."""
+    """Scaled by 2^16, gradients of 1e-6 lie above float16's smallest normal number; unscaled they would not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).half()
     found = []
-    for name, scale in (("plain", None), ("scaled", 2.0**14)):
+    for name, scale in (("plain", None), ("scaled", 2.0**16)):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
-        options = {"sites": "linear", "measures": "histogram", "scaler": scaler}
+        options = {"sites": "linear", "measures": "histogram", "scaler": scaler, "diagnose": 1}
         with ut.record(tmp_path / name, model, **options) as recording, recording.batch():
             loss = (model(torch.ones(16, 8).half()).float() * 1e-6).sum()
             (scaler.scale(loss) if scaler else loss).backward()

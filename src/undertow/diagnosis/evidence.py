@@ -191,8 +191,12 @@ class Evidence:
 
     @cached_property
     def formats(self) -> dict[str, str]:
-        """For each site the number format that its gradient had."""
-        rows = self.rows("histogram") or [row for some in self.outputs.values() for row in some]
+        """For each site the number format that its gradient was computed in.
+
+        Where a loss was scaled, histograms are of what the scale was divided out of, in float32; a watched batch also
+        knows the format of the output itself.
+        """
+        rows = [*self.rows("histogram"), *(row for some in self.outputs.values() for row in some)]
         return {row["site"]: row["dtype"] for row in rows}
 
     @cached_property
