@@ -176,7 +176,9 @@ class Writer:
             if kind == "tensor":
                 block[column] = [self._file(block, place, a, batch) for place, a in enumerate(block[column])]
             else:
-                self._bytes += sum(np.asarray(value).nbytes for value in block[column])
+                values = block[column]
+                parts = [values] if isinstance(values, np.ndarray) else map(np.asarray, values)
+                self._bytes += sum(part.nbytes for part in parts)
         return block
 
     def _file(self, block: Mapping[str, Any], place: int, array: Any, batch: Batch) -> str:
@@ -205,7 +207,7 @@ class Writer:
                     settle(folder)
             if blocks := self._rows.pop(table, None):
                 with appearing(self.folder / table / name) as aside:
-                    arrow().parquet.write_table(_table(self._schemas[table], blocks), aside, compression="zstd")
+                    _write(_table(self._schemas[table], blocks), aside)
         settle(self.folder / COMMITTED)
         self.committed += self._batches
         self._batches = self._bytes = 0
@@ -231,23 +233,52 @@ def _table(schema: Any, blocks: Sequence[Mapping[str, Any]]) -> Any:
     arrays = []
     for entry in schema:
         values = [block[entry.name] for block in blocks]
-        if pa.types.is_list(entry.type):
-            arrays.append(_lists(pa, entry.type, values))
-        else:
-            spread = [v if _is_column(v) else [v] * n for v, n in zip(values, lengths, strict=True)]
-            arrays.append(pa.array([one for column in spread for one in column], entry.type))
+        join = _lists if pa.types.is_list(entry.type) else _column
+        arrays.append(join(pa, entry.type, values, lengths))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _write(table: Any, path: Path) -> None:
+    """Write a part: texts and keys as dictionaries, measured numbers, of which none returns, by planes of bytes."""
+    types = arrow().types
+    lists = [entry for entry in table.schema if types.is_list(entry.type)]
+    arrow().parquet.write_table(
+        table,
+        path,
+        compression="zstd",
+        use_dictionary=[entry.name for entry in table.schema if entry not in lists],
+        use_byte_stream_split=[f"{e.name}.list.element" for e in lists if types.is_floating(e.type.value_type)],
+    )
 
 
 def _is_column(value: Any) -> bool:
     return isinstance(value, list | np.ndarray)
 
 
-def _lists(pa: Any, kind: Any, values: Sequence[Any]) -> Any:
-    items = [item for value in values for item in value]
-    offsets = np.concatenate([[0], np.cumsum([len(item) for item in items])]).astype(np.int32)
-    joined: Any = np.concatenate(items) if items else []
+def _column(pa: Any, kind: Any, values: Sequence[Any], lengths: Sequence[int]) -> Any:
+    if not any(map(_is_column, values)):
+        each = pa.array(values, kind)
+        return each if len(each) == sum(lengths) else each.take(pa.array(np.repeat(np.arange(len(each)), lengths)))
+    columns = [v if _is_column(v) else [v] * n for v, n in zip(values, lengths, strict=True)]
+    distinct = {id(column): column for column in columns}
+    if len(distinct) < len(columns):  # all sites of a batch share its names
+        made = {key: pa.array(column, kind) for key, column in distinct.items()}
+        return pa.chunked_array([made[id(column)] for column in columns], kind)
+    if all(isinstance(column, np.ndarray) for column in columns):
+        return pa.array(np.concatenate(columns), kind)
+    return pa.array([one for column in columns for one in column], kind)
+
+
+def _lists(pa: Any, kind: Any, values: Sequence[Any], lengths: Sequence[int]) -> Any:
+    sizes = [np.full(*v.shape) if _is_table(v) else [len(item) for item in v] for v in values]
+    flat = [item for v in values for item in ([v.reshape(-1)] if _is_table(v) else v)]
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int32)
+    joined: Any = np.concatenate(flat) if flat else []
     return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type), type=kind)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 2
 
 
 def _storable(name: str) -> str:
