@@ -31,6 +31,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
+from undertow.frameworks.torch import kernels
 from undertow.frameworks.torch.vision import import_torchvision
 
 GROUP = 64  # batches that undertow publishes together
@@ -362,14 +364,20 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|"
     three = ("channel-norm", "zero-fraction", "moments")
     settings = {"norms + zeros + moments": (three, 0), "histogram": (("histogram",), 0)}
+    settings |= {f"{name}, without C": setting for name, setting in settings.items()}
     settings["norms + zeros + moments, watched"] = (three, 1)
     for network, make in {**TASKS, "VGG16-BN, 224x224, b4": vgg16}.items():
         task = make(4) if quick else make()
         for name, (measures, diagnose) in settings.items():
-            with plain(task.twin()) as base, undertow(task.twin(), measures, diagnose) as ours:
+            walk = None if "without" in name else kernels._walk
+            with (
+                mock.patch.object(kernels, "_walk", walk),
+                plain(task.twin()) as base,
+                undertow(task.twin(), measures, diagnose) as ours,
+            ):
                 turn(base, 1), turn(ours, 1)
                 taken: dict[str, list[tuple[float, float, float]]] = {"base": [], "ours": []}
-                for _ in range(max(rounds // 2, 3) if make is vgg16 else 3 * rounds):
+                for _ in range(rounds if make is vgg16 else 5 * rounds):
                     for which, method in random.sample([("base", base), ("ours", ours)], 2):
                         taken[which].append(turn(method, 1))
             found, against = np.array(taken["ours"]), np.array(taken["base"])

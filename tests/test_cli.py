@@ -182,6 +182,10 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
+def test_the_version_tells_that_the_c_part_was_built(capfd):
+    assert call(capfd, "--version") == (0, "undertow 0.1.0\n", "")
+
+
 def test_models_lists_what_works_offline(capfd):
     code, out, _ = call(capfd, "models", "vgg16", "--json")
     assert code == 0

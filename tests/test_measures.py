@@ -46,16 +46,16 @@ def values(seed, batch=6):
     return np.where(draw.random(x.shape) < 0.3, 0, x).astype(np.float32)
 
 
-@pytest.mark.parametrize("of_torch", [False, True], ids=["numpy", "torch"])
+@pytest.mark.parametrize("way", ["numpy", "torch", "walked"])
 @pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 999), cuts=st.lists(st.integers(1, 5), max_size=4, unique=True), shuffle=st.randoms())
-def test_any_split_merged_in_any_order_equals_the_whole(measure, of_torch, seed, cuts, shuffle):
+def test_any_split_merged_in_any_order_equals_the_whole(measure, way, seed, cuts, shuffle):
     x = values(seed)
-    whole = measure.finish(on_host(measure.reduce(given_as(x, of_torch))))
+    whole = measure.finish(reduced(measure, x, way))
     states = []
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(x)], strict=True):
-        states.append(on_host(measure.reduce(given_as(x[start:end], of_torch), start)))
+        states.append(reduced(measure, x[start:end], way, start))
     states += [measure.init()]
     shuffle.shuffle(states)
     while len(states) > 1:
@@ -77,12 +77,23 @@ def test_a_state_is_a_flat_dict_of_arrays(measure):
         assert all(isinstance(value, np.ndarray) for value in state.values())
 
 
-def given_as(x, of_torch):
-    return torch.from_numpy(x) if of_torch else x
+def reduced(measure, x, way, start=0):
+    """The state of an array: by NumPy, by torch alone, or by torch with our walks in C."""
+    if way == "numpy":
+        return measure.reduce(x, start)
+    x = torch.from_numpy(x)
+    with pytest.MonkeyPatch.context() as patched:
+        if way == "torch":
+            patched.setattr(kernels, "_walk", None)
+        with kernels.walking(x):
+            state = measure.reduce(x, start)
+    return {key: np.asarray(value) for key, value in state.items()}
 
 
-def on_host(state):
-    return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+def kernel(function, x):
+    """What a function makes of a tensor where the measures of it may share a walk."""
+    with kernels.walking(x):
+        return np.asarray(function(x))
 
 
 LAYOUTS = {
@@ -103,8 +114,16 @@ def layout(request):
     return LAYOUTS[request.param]
 
 
+@pytest.fixture(params=["torch", "walked"])
+def way(request, monkeypatch):
+    assert kernels._walk is not None, "the C of undertow was not built: reinstall it where there is a compiler"
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_walk", None)
+    return request.param
+
+
 @pytest.fixture(params=DTYPES)
-def x(request, layout):
+def x(request, layout, way):
     drawn = torch.from_numpy(np.random.default_rng(3).normal(size=(4, 3, 6, 7)))
     drawn = torch.where(drawn.abs() < 0.4, torch.zeros(()), drawn + 0.2)
     return layout(drawn.to(DTYPES[request.param]))
@@ -114,19 +133,19 @@ def test_norms_by_hand(x):
     wanted = np.array(
         [[sum(float(v) ** 2 for v in np.ravel(channel)) ** 0.5 for channel in sample] for sample in x.double().numpy()]
     ).reshape(x.shape[:2])
-    for found in (norms(x).numpy(), norms(x.double().numpy())):
+    for found in (kernel(norms, x), norms(x.double().numpy())):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_zeros_by_hand(x):
     wanted = sum(value == 0 for value in x.double().flatten().tolist())
-    assert int(zeros(x)) == int(zeros(x.double().numpy())) == wanted
+    assert int(kernel(zeros, x)) == int(zeros(x.double().numpy())) == wanted
 
 
 def test_moments_by_hand(x):
     listed = x.double().flatten().tolist()
-    found, plain = moments(x).numpy(), moments(x.double().numpy())
+    found, plain = kernel(moments, x), moments(x.double().numpy())
     if not listed:
         assert found.tolist() == plain.tolist() == [0, 0, np.inf, -np.inf]
         return
@@ -139,7 +158,7 @@ def test_moments_by_hand(x):
 def test_channel_sums_by_hand(x):
     channels = [np.ravel(x.double().numpy()[:, place]).tolist() for place in range(x.shape[1])]
     wanted = [[sum(channel) for channel in channels], [sum(map(abs, channel)) for channel in channels]]
-    for found in (sums(x).numpy(), sums(x.double().numpy())):
+    for found in (kernel(sums, x), sums(x.double().numpy())):
         np.testing.assert_allclose(found, np.array(wanted), rtol=1e-5, atol=1e-5)
 
 
@@ -147,15 +166,15 @@ def test_counts_by_hand(x):
     wanted = np.zeros(65536, np.int64)
     for value in x.double().flatten().tolist():
         wanted[int.from_bytes(struct.pack(">f", value)[:2], "big")] += 1
-    np.testing.assert_array_equal(counts(x).numpy(), wanted)
+    np.testing.assert_array_equal(kernel(counts, x), wanted)
     np.testing.assert_array_equal(counts(x.double().numpy()), wanted)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, -1e5])
-def test_moments_stay_accurate_beside_a_large_mean(mean):
+def test_moments_stay_accurate_beside_a_large_mean(mean, way):
     x = torch.randn(3, 4, 50, 60, generator=torch.Generator().manual_seed(0)) + mean
     count, wide = x.numel(), x.double()
-    _, m2, _, _ = moments(x).tolist()
+    _, m2, _, _ = kernel(moments, x)
     assert m2 / count == pytest.approx(float(wide.var(correction=0)), rel=2e-3 if mean else 1e-6)
 
 
@@ -168,19 +187,67 @@ def test_no_kernel_asks_a_device_for_values(measure, dtype):
 
 
 def test_a_nan_is_seen_in_the_moments():
-    for kernel in (torch.tensor([[1.0, float("nan")]]), np.array([[1.0, np.nan]])):
-        assert np.isnan(np.asarray(moments(kernel))[:2]).all()
+    for row in (torch.tensor([[1.0, float("nan")]]), np.array([[1.0, np.nan]])):
+        assert np.isnan(np.asarray(moments(row))[:2]).all()
 
 
-def test_more_values_than_one_chunk():
+@pytest.mark.parametrize("place", [0, 1, 17, 99])
+def test_what_is_not_finite_is_seen_wherever_it_lies(place, way):
+    x = torch.ones(2, 2, 5, 5)
+    x.view(-1)[place] = float("inf")
+    np.testing.assert_array_equal(kernel(moments, x), [np.inf, np.nan, 1, np.inf])
+    x.view(-1)[place] = float("nan")
+    assert np.isnan(kernel(moments, x)).all()
+    assert np.isnan(kernel(norms, x)).sum() == 1
+    assert np.isnan(kernel(sums, x)).sum() == 2
+
+
+def test_the_number_of_threads_changes_no_bit():
+    x = torch.randn(5, 7, 31, 37, generator=torch.Generator().manual_seed(0)).relu()
+    found, counted = [], []
+    for threads in (1, 2, 3, 8):
+        norms_, sums_ = np.empty((5, 7), np.float32), np.empty((5, 7, 3))
+        five = kernels._walk.reduce(x.numpy(), norms_, sums_, threads)
+        tables, codes = np.zeros((threads, 4, 65536), np.uint32), np.zeros(65536, np.int64)
+        kernels._walk.count(x.numpy(), tables, codes)
+        assert not tables.any()
+        found.append((five, norms_.tobytes(), sums_.tobytes()))
+        counted.append(codes.tobytes())
+    assert len(set(found)) == len(set(counted)) == 1
+
+
+def test_measures_of_one_tensor_share_a_walk(monkeypatch):
+    walks = []
+    monkeypatch.setattr(kernels._walk, "reduce", lambda *a, real=kernels._walk.reduce: walks.append(1) or real(*a))
+    x = torch.randn(2, 3, 4, 4)
+    with kernels.walking(x):
+        for name in ("channel-norm", "zero-fraction", "moments", "channel-sums"):
+            MEASURES[name]().reduce(x)
+        assert float(zeros(torch.zeros(1, 1, 5))) == 5  # another tensor meanwhile
+    assert walks == [1]
+
+
+@pytest.mark.parametrize(
+    "sizes", [(24, 7, 6, 1), (24, 0, 0, 1), (24, 6, 17, 1), (24, 6, 18, 0)], ids=["rows", "none", "sums", "threads"]
+)
+def test_a_walk_refuses_arrays_that_do_not_fit(sizes):
+    values, rows, sums_, threads = sizes
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels._walk.reduce(np.zeros(values, np.float32), np.zeros(rows, np.float32), np.zeros(sums_), threads)
+    with pytest.raises(ValueError, match="right size"):
+        kernels._walk.count(np.zeros(values, np.float32), np.zeros(65536, np.uint32), np.zeros(65536, np.int64))
+
+
+def test_more_values_than_one_chunk(way):
     x = torch.randn(kernels._CHUNK * 2 + 17, generator=torch.Generator().manual_seed(0)).view(1, -1)
-    np.testing.assert_array_equal(counts(x).numpy(), counts(x.numpy()))
+    np.testing.assert_array_equal(kernel(counts, x), counts(x.numpy()))
 
 
-def test_zero_infinity_and_nan_have_cells_of_their_own():
+def test_zero_infinity_and_nan_have_cells_of_their_own(way):
     tiny = 1e-41
     x = torch.tensor([[0.0, -0.0, tiny, float("inf"), -float("inf"), float("nan"), 3.4e38, -(2.0**-126)]])
-    found = {int(code): int(counts(x)[code]) for code in counts(x).nonzero()}
+    counted = kernel(counts, x)
+    found = {int(code): int(counted[code]) for code in np.flatnonzero(counted)}
     assert found[0] == 2  # below 2**-133 a magnitude shares the cell of zero
     assert found[0x8000] == found[0x7F80] == found[0xFF80] == found[0x7FC0] == found[0x7F7F] == found[0x8080] == 1
     assert finite(np.array(list(found))).sum() == len(found) - 3

@@ -1,5 +1,6 @@
 """The command: parse, call one public function, print. Every error is one line; `--debug` shows the traceback."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ from .trace import trace
 from .trust import trust
 
 INTERRUPTED = 130
+_BUILT = "" if importlib.util.find_spec("undertow._walk") else ", without its C part: recording takes longer"
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Add --debug to any command to see the traceback behind an error.",
 )
-@click.version_option(package_name="undertow")
+@click.version_option(package_name="undertow", message=f"%(prog)s %(version)s{_BUILT}")
 def app() -> None:
     """Show what flows backward through a neural network.
 

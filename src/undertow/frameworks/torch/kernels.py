@@ -1,13 +1,24 @@
-"""What the measures are made of, on a PyTorch tensor wherever it lies, without waiting for a device."""
+"""What the measures are made of, on a PyTorch tensor wherever it lies, without waiting for a device.
+
+Float32 in the host's memory is walked by our own C (`_walk.c`), where that could be built: once for norms, zeros,
+moments and sums together, under `walking`.
+"""
 
 import threading
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from ... import measures
+
+try:
+    from ... import _walk
+except ImportError:  # it was installed without a C compiler
+    _walk = None  # type: ignore[assignment]
 
 _FEATURES_LAST: tuple[type[nn.Module], ...] = (
     *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
@@ -19,8 +30,8 @@ def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
     if x.layout != torch.strided:
         x = x.to_dense()
-    if isinstance(module, nn.modules.conv._ConvNd) and x.ndim == module.weight.ndim - 1:
-        return x.unsqueeze(0)  # a single sample without a batch axis
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return x.unsqueeze(0) if x.ndim == module.weight.ndim - 1 else x  # a single sample has no batch axis
     if x.ndim < 2:
         return x.reshape(-1, 1)
     return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
@@ -36,8 +47,54 @@ def _float(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+_thread = threading.local()
+
+
+class _Walk:
+    """What one walk over a tensor `(B, C, ...)` finds, made when the first measure asks."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    @cached_property
+    def found(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], tuple[float, float, float, float, int]]:
+        """Norms `(B, C)`; each row's sum, sum of magnitudes and of squares `(B, C, 3)`; and of the whole tensor the
+        sum, the sum of squares, the smallest element, the largest, and the number of zeros."""
+        norms, sums = np.empty(self.x.shape[:2], np.float32), np.empty((*self.x.shape[:2], 3))
+        return norms, sums, _walk.reduce(self.x.numpy(), norms, sums, _threads(self.x))
+
+
+class walking:
+    """A context in which the measures of `x` in this thread share a walk; `x` must not change meanwhile."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __enter__(self) -> None:
+        _thread.walk = _Walk(self.x) if self.x.ndim > 2 and _walkable(self.x) else None
+
+    def __exit__(self, *_: object) -> None:
+        _thread.walk = None
+
+
+def _threads(x: torch.Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() >> 15))
+
+
+def _walkable(x: torch.Tensor) -> bool:
+    ours = _walk is not None and x.is_cpu and x.dtype == torch.float32
+    return ours and x.is_contiguous() and x.numel() > 0
+
+
+def _walked(x: torch.Tensor) -> Any:
+    walk = getattr(_thread, "walk", None)
+    return walk.found if walk is not None and walk.x is x else None
+
+
 @measures.norms.register(torch.Tensor)
 def _norms(x: torch.Tensor) -> Any:
+    if walked := _walked(x):
+        return walked[0]
     if x.ndim == 2:
         return x.abs().float()
     if x.numel() == 0:
@@ -55,6 +112,8 @@ def counted_true(mask: torch.Tensor) -> Any:
 
 @measures.zeros.register(torch.Tensor)
 def _zeros(x: torch.Tensor) -> Any:
+    if walked := _walked(x):
+        return np.asarray(walked[2][4], np.int64)
     if x.device.type != "cpu":
         return (x == 0).sum()
     dense = _float(flat(x)).numpy()
@@ -62,7 +121,13 @@ def _zeros(x: torch.Tensor) -> Any:
 
 
 @measures.moments.register(torch.Tensor)
-def _moments(x: torch.Tensor) -> torch.Tensor:
+def _moments(x: torch.Tensor) -> Any:
+    if walked := _walked(x):
+        total, squares, low, high, _ = walked[2]
+        mean = total / x.numel()
+        m2 = squares - mean * total
+        if not m2 < _CANCELLED * squares:  # else too few digits are left of it
+            return np.array([mean, m2, low, high])
     dense = _float(flat(x))
     if dense.numel() == 0:
         return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
@@ -72,6 +137,7 @@ def _moments(x: torch.Tensor) -> torch.Tensor:
 
 
 _ROW = 4096
+_CANCELLED = 1e-4  # of the sum of squares; what a walk rounds is some 1e-13 of it
 
 
 def _mean_and_deviations(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +167,9 @@ def _total(dense: torch.Tensor, of: Any) -> Any:
 
 
 @measures.sums.register(torch.Tensor)
-def _channel_sums(x: torch.Tensor) -> torch.Tensor:
+def _channel_sums(x: torch.Tensor) -> Any:
+    if walked := _walked(x):
+        return walked[1][..., :2].sum(0).T
     wide = _float(x).flatten(2) if x.ndim > 2 else _float(x).unsqueeze(2)
     return torch.stack([wide.sum(2).double().sum(0), torch.linalg.vector_norm(wide, 1, dim=2).double().sum(0)])
 
@@ -121,15 +189,16 @@ def _counts(x: torch.Tensor) -> Any:
 
 
 _CHUNK = 1 << 20
-_scratch = threading.local()  # 4 MiB for each thread that counts: fresh memory would cost as much as the shift
 
 
-def _counted(dense: torch.Tensor) -> torch.Tensor:
+def _counted(dense: torch.Tensor) -> Any:
     """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
+    if _walkable(dense):
+        counts = np.zeros(measures.CODES, np.int64)
+        _walk.count(dense.numpy(), _room("tables", (min(_threads(dense), 8), 4, measures.CODES)), counts)
+        return counts
     found = torch.zeros(measures.CODES, dtype=torch.int64)
-    room = getattr(_scratch, "room", None)
-    if room is None:
-        room = _scratch.room = np.empty(_CHUNK, np.uint32)
+    room = _room("codes", (_CHUNK,))
     for chunk in dense.split(_CHUNK):
         codes = room[: len(chunk)]
         if chunk.dtype == torch.bfloat16:
@@ -138,6 +207,15 @@ def _counted(dense: torch.Tensor) -> torch.Tensor:
             np.right_shift(chunk.numpy().view(np.uint32), np.uint32(16), out=codes)
         found += torch.bincount(torch.from_numpy(codes.view(np.int32)), minlength=measures.CODES)
     return found
+
+
+def _room(name: str, shape: tuple[int, ...]) -> Any:
+    """Return this thread's array of that name, zero at first: fresh memory would cost as much as the work."""
+    room = getattr(_thread, name, None)
+    if room is None or room.shape != shape:
+        room = np.zeros(shape, np.uint32)
+        setattr(_thread, name, room)
+    return room
 
 
 @measures.copied.register(torch.Tensor)

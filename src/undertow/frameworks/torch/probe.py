@@ -21,7 +21,7 @@ from ...errors import ModelError
 from ...measures import Measure
 from ...sites import Part
 from ..inside import Reading
-from .kernels import arranged  # and what the measures are made of
+from .kernels import arranged, walking  # and what the measures are made of
 from .modules import ACTIVATIONS
 from .weights import weights_sha256
 from .witness import Point, Witness
@@ -233,7 +233,7 @@ class Probe:
         self.order[name] = None
         for key, tensor in tensors_in(output):
             if "forward" in self.phases and not again:
-                self._read(name, call, key, "forward", 0, module, tensor)
+                self._read(name, call, key, "forward", 0, module, tensor.detach())
             place = _before_views(module, tensor)
             if self._witness is not None and not again:
                 self._witness.begin(name, call, key, module, tensor, place)
@@ -271,7 +271,9 @@ class Probe:
         repeat = self._repeats[name, call, key]
         self._repeats[name, call, key] += 1
         self.arrived.add(name)
-        self._read(name, call, key, "backward", repeat, module, self._unscaled(gradient.detach().reshape(shape)))
+        ours = gradient.detach()
+        ours = ours if ours.shape == shape else ours.reshape(shape)
+        self._read(name, call, key, "backward", repeat, module, self._unscaled(ours))
 
     def _unscaled(self, gradient: torch.Tensor) -> Any:
         """Divide by the AMP scaler's scale, in float32, without waiting for the device."""
@@ -287,8 +289,8 @@ class Probe:
     def _read(
         self, name: str, call: int, key: str, phase: str, repeat: int, module: nn.Module, tensor: torch.Tensor
     ) -> None:
-        with torch.no_grad():
-            x = arranged(module, tensor.detach())
+        x = arranged(module, tensor)
+        with walking(x):
             states = [measure.reduce(x) for measure in self.measures]
         dtype = str(x.dtype).removeprefix("torch.")
         self.readings.append(Reading(name, call, key, phase, repeat, dtype, len(x), states))
