@@ -7,8 +7,9 @@ Training: each method has its own copy of the network and its own optimizer. All
 process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
 same round. Recordings are opened once, outside the timing; what a turn left in undertow's writer is published at its
 end, and that is charged at its share: a turn of 4 steps pays 4/64 of it, 64 batches being what is published together.
-Pairs: the plain step and undertow's alone, in turns of one step, so that neither follows another tool's; a watched
-batch is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
+Pairs: the plain step and undertow's alone, so that neither follows another tool's, in turns of 4 steps, or of one for
+VGG16-BN; also without our C, as where there was no compiler. A watched batch is one that `diagnose=` watches: every
+32nd by default, so a run pays one part in 32 of what it adds.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
 those of a copy without. Images: batches of 4 against what one writes by hand, in turns of 16 images.
 """
@@ -375,14 +376,15 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
                 plain(task.twin()) as base,
                 undertow(task.twin(), measures, diagnose) as ours,
             ):
+                steps = 1 if make is vgg16 else STEPS
                 turn(base, 1), turn(ours, 1)
                 taken: dict[str, list[tuple[float, float, float]]] = {"base": [], "ours": []}
-                for _ in range(rounds if make is vgg16 else 5 * rounds):
+                for _ in range(5 * rounds if make is six_convolutions else rounds):
                     for which, method in random.sample([("base", base), ("ours", ours)], 2):
-                        taken[which].append(turn(method, 1))
+                        taken[which].append(turn(method, steps))
             found, against = np.array(taken["ours"]), np.array(taken["base"])
             wall, work = np.median(found[:, :2] / against[:, :2], axis=0)
-            yield f"| {network} | {name} | {1e3 * np.median(against[:, 0]):.1f} | {wall:.3f} | {work:.3f} |"
+            yield f"| {network} | {name} | {1e3 * np.median(against[:, 0]) / steps:.1f} | {wall:.3f} | {work:.3f} |"
 
 
 def said(error: BaseException) -> str:
