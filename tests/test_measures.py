@@ -253,6 +253,14 @@ def test_zero_infinity_and_nan_have_cells_of_their_own(way):
     assert finite(np.array(list(found))).sum() == len(found) - 3
 
 
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=30), st.integers(1, 6000), st.integers(0, 6000))
+@settings(max_examples=100, deadline=None)
+def test_any_bit_patterns_are_counted(patterns, times, filling):
+    x = np.array(patterns * times + [0] * filling, np.uint32).view(np.float32)
+    found = np.asarray(counts(torch.from_numpy(x)))
+    np.testing.assert_array_equal(found, np.bincount(x.view(np.uint32) >> np.uint32(16), minlength=65536))
+
+
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 @settings(max_examples=300, deadline=None)
 def test_what_stands_for_a_code_is_within_two_to_the_minus_eight(value):

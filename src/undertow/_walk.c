@@ -81,37 +81,65 @@ static Seen walk(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, do
     return all;
 }
 
-/* Four tables in turn: equal neighbours, mostly zeros, would wait for each other at one counter. */
-static void fill(const uint32_t *x, Py_ssize_t n, uint32_t *tables)
+typedef struct {
+    uint32_t low, high;
+} Range;
+
+/* The smallest and the largest code of what is not zero, without its sign; low > high where all is zero. */
+WIDEST static Range range(const uint32_t *x, Py_ssize_t n)
 {
-    Py_ssize_t i = 0;
-    for (; i + TABLES <= n; i += TABLES)
-        for (int t = 0; t < TABLES; t++)
-            tables[t * CODES + (x[i + t] >> 16)]++;
-    for (; i < n; i++)
-        tables[x[i] >> 16]++;
+    uint32_t low = UINT32_MAX, high = 0;
+#pragma omp simd reduction(min : low) reduction(max : high)
+    for (Py_ssize_t i = 0; i < n; i++) {
+        uint32_t doubled = x[i] << 1, less = doubled - 1; /* the sign is gone, and zero is the largest */
+        low = less < low ? less : low;
+        high = doubled > high ? doubled : high;
+    }
+    return (Range){low == UINT32_MAX ? CODES : (low + 1) >> 17, high >> 17};
 }
 
+/* Four tables in turn: equal neighbours, mostly zeros, would wait for each other at one counter. */
+static Range fill(const uint32_t *x, Py_ssize_t n, uint32_t *tables)
+{
+    Range all = {CODES, 0};
+    for (Py_ssize_t start = 0; start < n; start += 4096) {
+        const uint32_t *some = x + start;
+        Py_ssize_t i = 0, size = n - start < 4096 ? n - start : 4096;
+        Range these = range(some, size);
+        all.low = these.low < all.low ? these.low : all.low;
+        all.high = these.high > all.high ? these.high : all.high;
+        for (; i + TABLES <= size; i += TABLES)
+            for (int t = 0; t < TABLES; t++)
+                tables[t * CODES + (some[i + t] >> 16)]++;
+        for (; i < size; i++)
+            tables[some[i] >> 16]++;
+    }
+    return all;
+}
+
+/* Add up and clear the tables, where codes are: to read all of them would take longer than to count. */
 static void tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int threads, int64_t *counts)
 {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    uint32_t low = CODES, high = 0;
+#pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(min : low) reduction(max : high)
     for (int part = 0; part < threads; part++) {
         Py_ssize_t from = n / threads * part, to = part + 1 < threads ? from + n / threads : n;
-        fill(x + from, to - from, tables + (Py_ssize_t)part * TABLES * CODES);
+        Range found = fill(x + from, to - from, tables + (Py_ssize_t)part * TABLES * CODES);
+        low = found.low < low ? found.low : low;
+        high = found.high > high ? found.high : high;
     }
-#pragma omp parallel for num_threads(threads)
-    for (int block = 0; block < CODES; block += BLOCK)
+    for (uint32_t block = 0; block < CODES; block += BLOCK) {
+        uint32_t code = block & (CODES / 2 - 1); /* the block of zero holds values always */
+        if (code && (code + BLOCK <= low || code > high))
+            continue;
         for (int table = 0; table < threads * TABLES; table++) {
-            uint32_t *found = tables + (Py_ssize_t)table * CODES + block, any = 0;
-            for (int i = 0; i < BLOCK; i++)
-                any |= found[i];
-            if (any == 0) /* as most are: do not touch the memory of `counts` */
-                continue;
+            uint32_t *found = tables + (Py_ssize_t)table * CODES + block;
             for (int i = 0; i < BLOCK; i++) {
                 counts[block + i] += found[i];
                 found[i] = 0;
             }
         }
+    }
 }
 
 PyDoc_STRVAR(reduce_doc,
