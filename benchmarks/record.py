@@ -7,9 +7,10 @@ Training: each method has its own copy of the network and its own optimizer. All
 process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
 same round. Recordings are opened once, outside the timing; what a turn left in undertow's writer is published at its
 end, and that is charged at its share: a turn of 4 steps pays 4/64 of it, 64 batches being what is published together.
-Pairs: the plain step and undertow's alone, so that neither follows another tool's, in turns of 4 steps, or of one for
-VGG16-BN; also without our C, as where there was no compiler. A watched batch is one that `diagnose=` watches: every
-32nd by default, so a run pays one part in 32 of what it adds.
+Pairs: the plain step and undertow's alone, so that neither follows another tool's, in turns of so many steps that one
+group of batches is published on the way; what an eighth more leaves is published outside the timing. Also without our
+C, as where there was no compiler. A watched batch is one that `diagnose=` watches: every 32nd by default, so a run pays
+one part in 32 of what it adds.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
 those of a copy without. Images: batches of 4 against what one writes by hand, in turns of 16 images.
 """
@@ -137,9 +138,9 @@ def plain(task: Task) -> Iterator[Method]:
 
 
 @contextmanager
-def undertow(task: Task, measures: tuple[str, ...], diagnose: int = 0) -> Iterator[Method]:
+def undertow(task: Task, measures: tuple[str, ...], diagnose: int = 0, group: int = GROUP) -> Iterator[Method]:
     names = [f"{i:05d}.jpg" for i in range(len(task.x))]
-    options = {"sites": "conv", "measures": measures, "group": GROUP, "diagnose": diagnose}
+    options = {"sites": "conv", "measures": measures, "group": group, "diagnose": diagnose}
     with folder() as place, ut.record(place, task.model, **options) as recording:
 
         def step() -> None:
@@ -361,30 +362,44 @@ def training(rounds: int, quick: bool) -> Iterator[str]:
 
 
 def pairs(rounds: int, quick: bool) -> Iterator[str]:
-    yield "| network | recorded | plain step, ms | x plain step | x its CPU time |"
-    yield "|---|---|---:|---:|---:|"
+    yield "| network | recorded | steps a turn | plain step, ms | x plain step | x its CPU time |"
+    yield "|---|---|---:|---:|---:|---:|"
     three = ("channel-norm", "zero-fraction", "moments")
     settings = {"norms + zeros + moments": (three, 0), "histogram": (("histogram",), 0)}
     settings |= {f"{name}, without C": setting for name, setting in settings.items()}
     settings["norms + zeros + moments, watched"] = (three, 1)
-    for network, make in {**TASKS, "VGG16-BN, 224x224, b4": vgg16}.items():
+    groups = dict(zip(TASKS, (64, 16), strict=True)) | {"VGG16-BN, 224x224, b4": 4}
+    for (network, group), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
         task = make(4) if quick else make()
         for name, (measures, diagnose) in settings.items():
             walk = None if "without" in name else kernels._walk
             with (
                 mock.patch.object(kernels, "_walk", walk),
                 plain(task.twin()) as base,
-                undertow(task.twin(), measures, diagnose) as ours,
+                undertow(task.twin(), measures, diagnose, group) as ours,
             ):
-                steps = 1 if make is vgg16 else STEPS
+                steps = group + max(group // 8, 1)
                 turn(base, 1), turn(ours, 1)
-                taken: dict[str, list[tuple[float, float, float]]] = {"base": [], "ours": []}
-                for _ in range(5 * rounds if make is six_convolutions else rounds):
+                taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
+                for _ in range(rounds):
                     for which, method in random.sample([("base", base), ("ours", ours)], 2):
-                        taken[which].append(turn(method, steps))
+                        taken[which].append(through(method, steps))
             found, against = np.array(taken["ours"]), np.array(taken["base"])
-            wall, work = np.median(found[:, :2] / against[:, :2], axis=0)
-            yield f"| {network} | {name} | {1e3 * np.median(against[:, 0]) / steps:.1f} | {wall:.3f} | {work:.3f} |"
+            wall, work = np.median(found / against, axis=0)
+            plain_ms = 1e3 * np.median(against[:, 0]) / steps
+            yield f"| {network} | {name} | {steps} | {plain_ms:.1f} | {wall:.3f} | {work:.3f} |"
+
+
+def through(method: Method, steps: int) -> tuple[float, float]:
+    """Return the seconds of steps between which a group was published, on the clock and of all threads' work."""
+    began = clocks()
+    for _ in range(steps):
+        method.step()
+    wall, work = clocks() - began
+    if method.publish is not None:
+        method.publish()
+    time.sleep(PAUSE)
+    return float(wall), float(work)
 
 
 def said(error: BaseException) -> str:

@@ -95,7 +95,7 @@ def test_record_quantiles_compare(capfd, tmp_path, network, folder):
     rows = json.loads(out)
     assert [row["site"] for row in rows] == ["features.0", "features.0", "features.2", "features.3"]
     assert rows[1]["ratio_of_medians"] == pytest.approx(rows[1]["p50"] / rows[0]["p50"])
-    norms = json.loads(call(capfd, "compare", *runs.values(), "--json", "--of", "channel_norm")[1])
+    norms = json.loads(call(capfd, "compare", *runs.values(), "--json", "--of", "channel-norm")[1])
     for row in norms:
         assert row["spread"] == (pytest.approx(row["p95"] / row["p5"]) if row["p5"] else None)
     assert (tmp_path / "c.svg").stat().st_size > 1000

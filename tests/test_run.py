@@ -76,14 +76,14 @@ def test_what_a_run_holds(tmp_path):
     assert run.tables == ["batches", "channel_norm", "histogram", "kept", "moments", "samples", "zero_fraction"]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest == run.manifest
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["model"]["reference"] == "mine"
     assert manifest["model"]["precision"] == "float32"
     assert len(manifest["model"]["weights_sha256"]) == 64
     assert manifest["objective"] == "sum of squares"
     assert manifest["schedule"] == {"epoch": None, "epochs": None, "every": 1, "first": 3}
     assert run.table("channel_norm").num_rows == 3 * 2 * 2
-    assert run.table("channel-norm").column_names[:5] == ["epoch", "batch", "sample", "name", "site"]
+    assert run.table("channel-norm").column_names[:6] == ["epoch", "batch", "rank", "sample", "name", "site"]
     assert str(run.table("channel_norm").schema.field("values").type) == "list<element: float>"
     assert str(run.table("histogram").schema.field("codes").type) == "list<element: uint16>"
     assert run.table("samples")["name"].to_pylist()[:2] == ["0/x.jpg", "0/y.jpg"]

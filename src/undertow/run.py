@@ -26,14 +26,13 @@ from .files import published
 if TYPE_CHECKING:
     from .analysis import SiteQuantiles
 
-FORMAT = 1
+FORMAT = 2
 COMMITTED = "batches"
-KEYS = {"epoch": "int32", "batch": "int64"}
+KEYS = {"epoch": "int32", "batch": "int64", "rank": "int32"}
 SAMPLE_KEYS = {"sample": "int32", "name": "string"}
 SITE_KEYS = {"site": "string", "call": "int32", "output": "string", "phase": "string", "repeat": "int16"}
 TABLES: dict[str, dict[str, str]] = {
-    "batches": KEYS
-    | {"size": "int32", "rank": "int32", "world_size": "int32", "loss_reduction": "string", "scale": "float64"},
+    "batches": KEYS | {"size": "int32", "world_size": "int32", "loss_reduction": "string", "scale": "float64"},
     "samples": KEYS | SAMPLE_KEYS,
 }
 """The columns of the tables that every run has; a measure's own follow KEYS, SITE_KEYS and `dtype`."""
@@ -122,8 +121,8 @@ class Run:
             InputError: the run records no such table.
             FrameworkError: pyarrow is missing.
 
-        The columns of `channel_norm`, for one: epoch, batch, sample (position in the batch), name (of the sample),
-        site, call, output, phase, repeat, dtype, values: list<float32>.
+        The columns of `channel_norm`, for one: epoch, batch, rank (of the process), sample (position in the batch),
+        name (of the sample), site, call, output, phase, repeat, dtype, values: list<float32>.
         """
         known = {**TABLES, **self.manifest["tables"]}
         name = name.replace("-", "_")

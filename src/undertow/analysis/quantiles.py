@@ -1,6 +1,6 @@
 """Quantiles of what a run recorded, from its histograms or its channel norms."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import InputError, near
 from ..measures import CODES, edges, finite
-from ..run import Run
+from ..run import KEYS, Run
 
 OF = {"magnitude": "histogram", "value": "histogram", "channel_norm": "channel_norm"}
 STEPS = tuple(step / 100 for step in range(5, 100, 5))
@@ -79,7 +79,7 @@ def quantiles(
     fractions = tuple(float(one) for one in q)
     if not fractions or not all(0 <= one <= 1 for one in fractions):
         raise InputError(f"quantiles {fractions} must be fractions from 0 to 1, as in [0.5, 0.9]")
-    of = of or ("magnitude" if "histogram" in run.manifest["tables"] else "channel_norm")
+    of = (of or ("magnitude" if "histogram" in run.manifest["tables"] else "channel_norm")).replace("-", "_")
     if of not in OF:
         raise InputError(f"quantiles of {of!r} are unknown{near(of, OF)} (known: {', '.join(OF)})")
     if OF[of] not in run.manifest["tables"]:
@@ -158,15 +158,13 @@ def _factors(run: Run, table: Any, per_sample: bool) -> npt.NDArray[np.float64]:
     if not per_sample or run.manifest["loss_reduction"] != "mean":
         return factors
     batches = run.table("batches")
-    sizes = dict(
-        zip(
-            zip(*(batches[c].to_pylist() for c in ("epoch", "batch")), strict=True),
-            batches["size"].to_pylist(),
-            strict=True,
-        )
-    )
-    keys = zip(*(table[column].to_pylist() for column in ("epoch", "batch", "phase")), strict=True)
-    return np.array([sizes[epoch, batch] if phase == "backward" else 1 for epoch, batch, phase in keys], np.float64)
+    sizes = dict(zip(zip(*_lists(batches, KEYS), strict=True), batches["size"].to_pylist(), strict=True))
+    rows = zip(*_lists(table, ("phase", *KEYS)), strict=True)
+    return np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+
+
+def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
+    return [table[column].to_pylist() for column in columns]
 
 
 def _of_norms(

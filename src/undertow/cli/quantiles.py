@@ -9,9 +9,18 @@ from typing import Any
 
 import click
 
-OF = ("magnitude", "value", "channel_norm")
+
+class _Of(click.Choice[str]):
+    """What quantiles are of; the measure may be written as it was to record it."""
+
+    def convert(self, value: Any, *where: Any) -> str:
+        return super().convert(str(value).replace("-", "_"), *where)
+
+
 _of = click.option(
-    "--of", type=click.Choice(OF), help="Default: magnitude where there are histograms, else channel_norm."
+    "--of",
+    type=_Of(("magnitude", "value", "channel_norm")),
+    help="Default: magnitude where there are histograms, else channel_norm.",
 )
 _plot = click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="A .png, .svg or .pdf.")
 _csv = click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="All of it, as CSV.")

@@ -323,14 +323,21 @@ class Recording:
                 f"nothing was recorded into {self.folder}: {_listed(unreached)}; run the model, and call "
                 ".backward() for gradients, inside `with recording.batch(...)`"
             )
-        if self.rank == 0:
+        if self._is_last():
             finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
-            self.manifest = {**self.manifest, **finished}
+            self.manifest = {**read_manifest(self.folder), **finished}
             write_manifest(self.folder, self.manifest)
         if unreached:
             warnings.warn(
                 f"{len(unreached)} of {len(self._names)} sites were not recorded: {_listed(unreached)}", stacklevel=3
             )
+
+    def _is_last(self) -> bool:
+        """Whether all processes of this run have come to their end, this one among them; each leaves a mark."""
+        if self.settings["world_size"] == 1:
+            return True
+        (self.folder / f".finished-{self.rank:03d}").touch()
+        return all((self.folder / f".finished-{r:03d}").exists() for r in range(self.settings["world_size"]))
 
     def _why_none(self) -> str:
         if self._seen:
