@@ -4,6 +4,7 @@ Float32 in the host's memory is walked by our own C (`_walk.c`), where that coul
 moments and sums together, under `walking`.
 """
 
+import mmap
 import threading
 from functools import cached_property
 from typing import Any
@@ -59,8 +60,9 @@ class _Walk:
     @cached_property
     def found(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], tuple[float, float, float, float, int]]:
         """Norms `(B, C)`; each row's sum, sum of magnitudes and of squares `(B, C, 3)`; and of the whole tensor the
-        sum, the sum of squares, the smallest element, the largest, and the number of zeros."""
-        norms, sums = np.empty(self.x.shape[:2], np.float32), np.empty((*self.x.shape[:2], 3))
+        sum, the sum of squares, the smallest element, the largest, and the number of zeros. Each row's are this
+        thread's until its next walk."""
+        norms, sums = np.empty(self.x.shape[:2], np.float32), _room("sums", (*self.x.shape[:2], 3), np.float64)
         return norms, sums, _walk.reduce(self.x.numpy(), norms, sums, _threads(self.x))
 
 
@@ -194,11 +196,11 @@ _CHUNK = 1 << 20
 def _counted(dense: torch.Tensor) -> Any:
     """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
     if _walkable(dense):
-        counts = np.zeros(measures.CODES, np.int64)
-        _walk.count(dense.numpy(), _room("tables", (min(_threads(dense), 8), 4, measures.CODES)), counts)
+        counts = np.frombuffer(mmap.mmap(-1, 8 * measures.CODES), np.int64)  # zero, and most of it never touched
+        _walk.count(dense.numpy(), _room("tables", (min(_threads(dense), 8), 4, measures.CODES), np.uint32), counts)
         return counts
     found = torch.zeros(measures.CODES, dtype=torch.int64)
-    room = _room("codes", (_CHUNK,))
+    room = _room("codes", (_CHUNK,), np.uint32)
     for chunk in dense.split(_CHUNK):
         codes = room[: len(chunk)]
         if chunk.dtype == torch.bfloat16:
@@ -209,11 +211,11 @@ def _counted(dense: torch.Tensor) -> Any:
     return found
 
 
-def _room(name: str, shape: tuple[int, ...]) -> Any:
+def _room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
     """Return this thread's array of that name, zero at first: fresh memory would cost as much as the work."""
     room = getattr(_thread, name, None)
     if room is None or room.shape != shape:
-        room = np.zeros(shape, np.uint32)
+        room = np.zeros(shape, dtype)
         setattr(_thread, name, room)
     return room
 
