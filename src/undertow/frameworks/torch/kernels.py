@@ -4,7 +4,6 @@ Float32 in the host's memory is walked by our own C (`_walk.c`), where that coul
 moments and sums together, under `walking`.
 """
 
-import mmap
 import threading
 from functools import cached_property
 from typing import Any
@@ -196,7 +195,7 @@ _CHUNK = 1 << 20
 def _counted(dense: torch.Tensor) -> Any:
     """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
     if _walkable(dense):
-        counts = np.frombuffer(mmap.mmap(-1, 8 * measures.CODES), np.int64)  # zero, and most of it never touched
+        counts = np.zeros(measures.CODES, np.int64)
         _walk.count(dense.numpy(), _room("tables", (min(_threads(dense), 8), 4, measures.CODES), np.uint32), counts)
         return counts
     found = torch.zeros(measures.CODES, dtype=torch.int64)
