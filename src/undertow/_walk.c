@@ -15,9 +15,9 @@
 #define PIECE 65536
 #define BLOCK 64
 
-/* The loader picks the widest form that the processor has. */
+/* The loader picks the wider form where the processor has it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDEST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#define WIDEST __attribute__((target_clones("avx2", "default")))
 #else
 #define WIDEST
 #endif

@@ -59,9 +59,8 @@ class _Walk:
     @cached_property
     def found(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], tuple[float, float, float, float, int]]:
         """Norms `(B, C)`; each row's sum, sum of magnitudes and of squares `(B, C, 3)`; and of the whole tensor the
-        sum, the sum of squares, the smallest element, the largest, and the number of zeros. Each row's are this
-        thread's until its next walk."""
-        norms, sums = np.empty(self.x.shape[:2], np.float32), _room("sums", (*self.x.shape[:2], 3), np.float64)
+        sum, the sum of squares, the smallest element, the largest, and the number of zeros."""
+        norms, sums = np.empty(self.x.shape[:2], np.float32), np.empty((*self.x.shape[:2], 3))
         return norms, sums, _walk.reduce(self.x.numpy(), norms, sums, _threads(self.x))
 
 
@@ -196,10 +195,11 @@ def _counted(dense: torch.Tensor) -> Any:
     """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
     if _walkable(dense):
         counts = np.zeros(measures.CODES, np.int64)
-        _walk.count(dense.numpy(), _room("tables", (min(_threads(dense), 8), 4, measures.CODES), np.uint32), counts)
+        tables = _room("tables", (min(torch.get_num_threads(), 8), 4, measures.CODES))  # 1 MiB for each thread
+        _walk.count(dense.numpy(), tables[: _threads(dense)], counts)
         return counts
     found = torch.zeros(measures.CODES, dtype=torch.int64)
-    room = _room("codes", (_CHUNK,), np.uint32)
+    room = _room("codes", (_CHUNK,))
     for chunk in dense.split(_CHUNK):
         codes = room[: len(chunk)]
         if chunk.dtype == torch.bfloat16:
@@ -210,11 +210,11 @@ def _counted(dense: torch.Tensor) -> Any:
     return found
 
 
-def _room(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+def _room(name: str, shape: tuple[int, ...]) -> Any:
     """Return this thread's array of that name, zero at first: fresh memory would cost as much as the work."""
     room = getattr(_thread, name, None)
     if room is None or room.shape != shape:
-        room = np.zeros(shape, dtype)
+        room = np.zeros(shape, np.uint32)
         setattr(_thread, name, room)
     return room
 
