@@ -30,12 +30,17 @@ ALL = [make() for make in MEASURES.values()] + [Keep(by="sample")]
 
 
 def same(measure, a, b):
-    """Whether two finished measures are equal: to the last bit, but for sums of floating-point numbers."""
+    """Whether two finished measures are equal: to the last bit, but for sums of floating-point numbers.
+
+    What a sum cancels is lost: its error is beside the magnitudes that went into it.
+    """
     assert a.keys() == b.keys() == measure.columns.keys()
+    added = {"mean": ("min", "max"), "m2": ("m2",), "sums": ("absolutes",), "absolutes": ("absolutes",)}
     for key in a:
-        for one, other in zip(a[key], b[key], strict=True):
-            if isinstance(measure, Moments | ChannelSums) and key in ("mean", "m2", "sums", "absolutes"):
-                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9)
+        for place, (one, other) in enumerate(zip(a[key], b[key], strict=True)):
+            if isinstance(measure, Moments | ChannelSums) and key in added:
+                within = 1e-5 * np.max(np.abs([b[name][place] for name in added[key]]), axis=0)
+                assert (np.abs(one - other) <= within).all()
             else:
                 np.testing.assert_array_equal(one, other)
 
@@ -85,15 +90,32 @@ def reduced(measure, x, way, start=0):
     with pytest.MonkeyPatch.context() as patched:
         if way == "torch":
             patched.setattr(kernels, "_walk", None)
-        with kernels.walking(x):
-            state = measure.reduce(x, start)
+        state = measure.reduce(walked(x) if measure.reads else x, start)
     return {key: np.asarray(value) for key, value in state.items()}
 
 
+FUNCTIONS = frozenset({"norms", "zeros", "moments", "sums", "counts"})
+
+
+def walked(x):
+    """What the recorder gives to measures: a walk, where it can be made."""
+    return kernels.Walked(x, FUNCTIONS) if kernels.is_walkable(x) else x
+
+
 def kernel(function, x):
-    """What a function makes of a tensor where the measures of it may share a walk."""
-    with kernels.walking(x):
-        return np.asarray(function(x))
+    found = function(walked(x))
+    return dense(found) if function is counts else np.asarray(found)
+
+
+def dense(found):
+    """Counters for all codes."""
+    codes, often = map(np.asarray, found)
+    assert codes.dtype == np.uint16
+    assert often.dtype == np.int64
+    assert (np.diff(codes.astype(int)) > 0).all()
+    counters = np.zeros(65536, np.int64)
+    counters[codes] = often
+    return counters
 
 
 LAYOUTS = {
@@ -167,10 +189,11 @@ def test_counts_by_hand(x):
     for value in x.double().flatten().tolist():
         wanted[int.from_bytes(struct.pack(">f", value)[:2], "big")] += 1
     np.testing.assert_array_equal(kernel(counts, x), wanted)
-    np.testing.assert_array_equal(counts(x.double().numpy()), wanted)
+    np.testing.assert_array_equal(dense(counts(x.double().numpy())), wanted)
+    np.testing.assert_array_equal(dense(counts(x)), wanted)
 
 
-@pytest.mark.parametrize("mean", [0.0, 1e3, -1e5])
+@pytest.mark.parametrize("mean", [0.0, 1e3, -1e5, 1e7])
 def test_moments_stay_accurate_beside_a_large_mean(mean, way):
     x = torch.randn(3, 4, 50, 60, generator=torch.Generator().manual_seed(0)) + mean
     count, wide = x.numel(), x.double()
@@ -204,43 +227,29 @@ def test_what_is_not_finite_is_seen_wherever_it_lies(place, way):
 
 def test_the_number_of_threads_changes_no_bit():
     x = torch.randn(5, 7, 31, 37, generator=torch.Generator().manual_seed(0)).relu()
-    found, counted = [], []
+    found = []
     for threads in (1, 2, 3, 8):
-        norms_, sums_ = np.empty((5, 7), np.float32), np.empty((5, 7, 3))
-        five = kernels._walk.reduce(x.numpy(), norms_, sums_, threads)
-        tables, codes = np.zeros((threads, 4, 65536), np.uint32), np.zeros(65536, np.int64)
-        kernels._walk.count(x.numpy(), tables, codes)
+        sums_, tables = np.empty((5, 7, 2)), np.zeros((threads, 65536, 4), np.uint32)
+        reduced_ = [kernels._walk.reduce((x + mean).numpy(), 5 * 7, sums_, threads) for mean in (0, 1e7)]
+        found.append((*reduced_, sums_.tobytes(), kernels._walk.count(x.numpy(), tables)))
         assert not tables.any()
-        found.append((five, norms_.tobytes(), sums_.tobytes()))
-        counted.append(codes.tobytes())
-    assert len(set(found)) == len(set(counted)) == 1
-
-
-def test_measures_of_one_tensor_share_a_walk(monkeypatch):
-    walks = []
-    monkeypatch.setattr(kernels._walk, "reduce", lambda *a, real=kernels._walk.reduce: walks.append(1) or real(*a))
-    x = torch.randn(2, 3, 4, 4)
-    with kernels.walking(x):
-        for name in ("channel-norm", "zero-fraction", "moments", "channel-sums"):
-            MEASURES[name]().reduce(x)
-        assert float(zeros(torch.zeros(1, 1, 5))) == 5  # another tensor meanwhile
-    assert walks == [1]
+    assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize(
-    "sizes", [(24, 7, 6, 1), (24, 0, 0, 1), (24, 6, 17, 1), (24, 6, 18, 0)], ids=["rows", "none", "sums", "threads"]
+    "sizes", [(24, 7, 6, 1), (24, 0, 0, 1), (24, 6, 11, 1), (24, 6, 12, 0)], ids=["rows", "none", "sums", "threads"]
 )
 def test_a_walk_refuses_arrays_that_do_not_fit(sizes):
     values, rows, sums_, threads = sizes
     with pytest.raises(ValueError, match="do not fit"):
-        kernels._walk.reduce(np.zeros(values, np.float32), np.zeros(rows, np.float32), np.zeros(sums_), threads)
+        kernels._walk.reduce(np.zeros(values, np.float32), rows, np.zeros(sums_), threads)
     with pytest.raises(ValueError, match="right size"):
-        kernels._walk.count(np.zeros(values, np.float32), np.zeros(65536, np.uint32), np.zeros(65536, np.int64))
+        kernels._walk.count(np.zeros(values, np.float32), np.zeros(65536, np.uint32))
 
 
 def test_more_values_than_one_chunk(way):
     x = torch.randn(kernels._CHUNK * 2 + 17, generator=torch.Generator().manual_seed(0)).view(1, -1)
-    np.testing.assert_array_equal(kernel(counts, x), counts(x.numpy()))
+    np.testing.assert_array_equal(kernel(counts, x), dense(counts(x.numpy())))
 
 
 def test_zero_infinity_and_nan_have_cells_of_their_own(way):
@@ -257,14 +266,14 @@ def test_zero_infinity_and_nan_have_cells_of_their_own(way):
 @settings(max_examples=100, deadline=None)
 def test_any_bit_patterns_are_counted(patterns, times, filling):
     x = np.array(patterns * times + [0] * filling, np.uint32).view(np.float32)
-    found = np.asarray(counts(torch.from_numpy(x)))
+    found = dense(counts(torch.from_numpy(x)))
     np.testing.assert_array_equal(found, np.bincount(x.view(np.uint32) >> np.uint32(16), minlength=65536))
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 @settings(max_examples=300, deadline=None)
 def test_what_stands_for_a_code_is_within_two_to_the_minus_eight(value):
-    (code,) = counts(np.array([value], np.float32)).nonzero()[0]
+    (code,), _ = counts(np.array([value], np.float32))
     found = edges()[code]
     if abs(value) >= 2.0**-126:
         assert abs(found - value) <= abs(value) * 2.0**-8
@@ -278,7 +287,9 @@ def test_what_stands_for_a_code_is_exact_for_bfloat16():
 
 
 def test_a_histogram_is_sparse_when_finished():
-    row = Histogram().finish(Histogram().reduce(np.array([[1.0, 1.0, -2.0]])))
+    counters = np.zeros(65536, np.int64)  # all of them, as a device counts
+    counters[[0x3F80, 0xC000]] = 2, 1
+    row = Histogram().finish({"codes": np.arange(65536, dtype=np.uint16), "counts": counters})
     assert [column[0].tolist() for column in row.values()] == [[0x3F80, 0xC000], [2, 1]]
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import time
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from undertow.errors import InputError, ModelError, RunError
 from undertow.frameworks.torch.probe import Probe
 from undertow.frameworks.torch.vision import import_torchvision
 from undertow.measures import Keep, Measure
-from undertow.recording import Schedule, record
+from undertow.recording import Schedule, record, writer
 from undertow.run import Run
 
 
@@ -649,6 +650,38 @@ def test_memory_is_flat_over_many_batches(tmp_path):
                 held.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     assert not any(ref() for ref in refs[:-1])
     assert held[1] <= held[0]
+
+
+def soon(true):
+    """Wait until the thread that writes has come so far."""
+    end = time.monotonic() + 20
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+def test_what_is_kept_does_not_wait_in_memory_for_its_group(tmp_path, monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(writer, "_HELD_BYTES", 3 * ((16 + 2 * 4 * 4) + (16 + 2 * 2 * 4)))  # of three batches
+    with recorded(tmp_path, model, measures="keep", group=1000) as recording:
+        for number in range(5):
+            with recording.batch():
+                backward(model)
+            if number in (1, 4):
+                time.sleep(0.2)
+                assert soon(lambda here=2 * 3 * (number > 1): len(list(tmp_path.glob("tensors/*"))) == here)
+        assert Run(tmp_path).tables == []
+    assert Run(tmp_path).table("batches").num_rows == 5
+
+
+def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(writer, "_AT_MOST_SECONDS", 0.0)
+    with recorded(tmp_path, model, group=1000) as recording:
+        for number in range(3):
+            with recording.batch():
+                backward(model)
+            assert soon(lambda number=number: Run(tmp_path).table("batches").num_rows == number + 1)
 
 
 def test_warnings_of_torch_are_not_ours(tmp_path):

@@ -11,74 +11,141 @@
 #include <stdint.h>
 
 #define CODES 65536
-#define TABLES 4
-#define PIECE 65536
-#define BLOCK 64
+#define TURNS 4
+#define PIECE 2048
+#define LINE 16 /* values in a line of a cache */
 
 /* The loader picks the wider form where the processor has it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDEST __attribute__((target_clones("avx2", "default")))
+#define WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define WIDEST
 #endif
 
+#if defined(__GNUC__)
+#define NEAR(x) __builtin_prefetch(x)
+#else
+#define NEAR(x)
+#endif
+
+/* Sums are in double, so that a float's square is exact. */
 typedef struct {
-    double sum, absolutes, squares;
+    double sum, squares;
     float low, high;
     int64_t zeros;
 } Seen;
 
-/* At most PIECE values; sums in double, so that a float's square is exact. */
-WIDEST static Seen piece(const float *x, Py_ssize_t n)
+WIDEST static Seen look(const float *x, int32_t n)
 {
-    double sum = 0, absolutes = 0, squares = 0;
+    double sum = 0, squares = 0;
     float low = INFINITY, high = -INFINITY;
     int32_t zeros = 0;
-#pragma omp simd reduction(+ : sum, absolutes, squares, zeros) reduction(min : low) reduction(max : high)
-    for (Py_ssize_t i = 0; i < n; i++) {
+#pragma omp simd reduction(+ : sum, squares, zeros) reduction(min : low) reduction(max : high)
+    for (int32_t i = 0; i < n; i++) {
         float v = x[i];
         double d = v;
         sum += d;
-        absolutes += fabs(d);
         squares += d * d;
         zeros += v == 0;
         low = v < low ? v : low;
         high = v > high ? v : high;
     }
-    return (Seen){sum, absolutes, squares, low, high, zeros};
+    return (Seen){sum, squares, low, high, zeros};
 }
 
-/* What is rounded is added row by row, so that the number of threads changes no bit. */
-static Seen walk(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, double *sums, int threads)
+WIDEST static double magnitudes(const float *x, Py_ssize_t n)
 {
-    float low = INFINITY, high = -INFINITY;
-    int64_t zeros = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : zeros) reduction(min : low) reduction(max : high)
-    for (Py_ssize_t row = 0; row < rows; row++) {
-        Seen whole = {0, 0, 0, INFINITY, -INFINITY, 0};
-        for (Py_ssize_t start = 0; start < n; start += PIECE) {
-            Seen part = piece(x + row * n + start, n - start < PIECE ? n - start : PIECE);
-            whole.sum += part.sum;
-            whole.absolutes += part.absolutes;
-            whole.squares += part.squares;
-            zeros += part.zeros;
-            low = part.low < low ? part.low : low;
-            high = part.high > high ? part.high : high;
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (Py_ssize_t i = 0; i < n; i++)
+        sum += fabs((double)x[i]);
+    return sum;
+}
+
+WIDEST static double deviations(const float *x, Py_ssize_t n, double mean)
+{
+    double squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (Py_ssize_t i = 0; i < n; i++)
+        squares += (x[i] - mean) * (x[i] - mean);
+    return squares;
+}
+
+static void join(Seen *all, Seen one)
+{
+    all->sum += one.sum;
+    all->squares += one.squares;
+    all->low = one.low < all->low ? one.low : all->low;
+    all->high = one.high > all->high ? one.high : all->high;
+    all->zeros += one.zeros;
+}
+
+static const Seen NOTHING = {0, 0, INFINITY, -INFINITY, 0};
+
+/* The rows of one block. `sums`, where wanted, gets each row's sum and sum of magnitudes. */
+static Seen some(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, double *sums)
+{
+    Seen block = NOTHING;
+    if (n == 1) {
+        for (Py_ssize_t row = 0; row < rows; row++)
+            norms[row] = fabsf(x[row]);
+        for (Py_ssize_t row = 0; sums && row < rows; row++) {
+            sums[2 * row] = x[row];
+            sums[2 * row + 1] = norms[row];
         }
+        return look(x, (int32_t)rows);
+    }
+    for (Py_ssize_t row = 0; row < rows; row++, x += n) {
+        Seen whole = NOTHING;
+        for (Py_ssize_t start = 0; start < n; start += PIECE) {
+            int32_t size = (int32_t)(n - start < PIECE ? n - start : PIECE);
+            for (int32_t i = 0; i < size; i += LINE)
+                NEAR(x + start + size + i);
+            join(&whole, look(x + start, size));
+        }
+        join(&block, whole);
         norms[row] = (float)sqrt(whole.squares);
-        sums[3 * row] = whole.sum;
-        sums[3 * row + 1] = whole.absolutes;
-        sums[3 * row + 2] = whole.squares;
+        if (sums) {
+            sums[2 * row] = whole.sum;
+            sums[2 * row + 1] = magnitudes(x, n);
+        }
     }
-    Seen all = {0, 0, 0, low, high, zeros};
-    for (Py_ssize_t row = 0; row < rows; row++) {
-        all.sum += sums[3 * row];
-        all.absolutes += sums[3 * row + 1];
-        all.squares += sums[3 * row + 2];
+    return block;
+}
+
+/* Blocks of about PIECE values are added in their order, so that the number of threads changes no bit. `blocks` has
+   room for each of them. */
+static Seen walk(const float *x, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t block, Seen *blocks, float *norms,
+                 double *sums, int threads)
+{
+    Py_ssize_t count = (rows + block - 1) / block;
+    Seen all = NOTHING;
+#pragma omp parallel for num_threads(threads)
+    for (Py_ssize_t i = 0; i < count; i++) {
+        Py_ssize_t row = i * block, size = rows - row < block ? rows - row : block;
+        blocks[i] = some(x + row * n, size, n, norms + row, sums ? sums + 2 * row : NULL);
     }
-    if (isnan(all.absolutes)) /* comparisons pass over what is not a number */
+    for (Py_ssize_t i = 0; i < count; i++)
+        join(&all, blocks[i]);
+    if (isnan(all.squares)) /* comparisons pass over what is not a number */
         all.low = all.high = NAN;
     return all;
+}
+
+/* The sum of squared deviations from the mean, in a second walk where too few digits are left of it otherwise. */
+static double spread(const float *x, Py_ssize_t n, Seen all, int threads)
+{
+    double mean = all.sum / n, squares = all.squares - mean * all.sum;
+    if (!(squares < 1e-4 * all.squares))
+        return squares;
+    squares = 0;
+#pragma omp parallel for ordered schedule(static, 1) num_threads(threads)
+    for (Py_ssize_t start = 0; start < n; start += PIECE) {
+        double part = deviations(x + start, n - start < PIECE ? n - start : PIECE, mean);
+#pragma omp ordered
+        squares += part;
+    }
+    return squares;
 }
 
 typedef struct {
@@ -98,8 +165,8 @@ WIDEST static Range range(const uint32_t *x, Py_ssize_t n)
     return (Range){low == UINT32_MAX ? CODES : (low + 1) >> 17, high >> 17};
 }
 
-/* Four tables in turn: equal neighbours, mostly zeros, would wait for each other at one counter. */
-static Range fill(const uint32_t *x, Py_ssize_t n, uint32_t *tables)
+/* Four counters for each code, in turn: equal neighbours, mostly zeros, would wait for each other at one. */
+static Range fill(const uint32_t *x, Py_ssize_t n, uint32_t *table)
 {
     Range all = {CODES, 0};
     for (Py_ssize_t start = 0; start < n; start += 4096) {
@@ -108,96 +175,122 @@ static Range fill(const uint32_t *x, Py_ssize_t n, uint32_t *tables)
         Range these = range(some, size);
         all.low = these.low < all.low ? these.low : all.low;
         all.high = these.high > all.high ? these.high : all.high;
-        for (; i + TABLES <= size; i += TABLES)
-            for (int t = 0; t < TABLES; t++)
-                tables[t * CODES + (some[i + t] >> 16)]++;
+        for (; i + LINE <= size; i += LINE) {
+            NEAR(some + 4096 + i); /* or counting would wait for memory each time that `range` begins */
+            for (int t = 0; t < LINE; t++)
+                table[(some[i + t] >> 16) * TURNS + t % TURNS]++;
+        }
         for (; i < size; i++)
-            tables[some[i] >> 16]++;
+            table[(some[i] >> 16) * TURNS]++;
     }
     return all;
 }
 
-/* Add up and clear the tables, where codes are: to read all of them would take longer than to count. */
-static void tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int threads, int64_t *counts)
+/* Count into the tables, then list the codes that occur, and clear the tables; `codes` and `counts` have room for all.
+   Only between the smallest and the largest: to read all of the tables would take longer than to count. */
+static Py_ssize_t tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int threads, uint16_t *codes, int64_t *counts)
 {
-    uint32_t low = CODES, high = 0;
+    uint32_t low = CODES / 2, high = 0;
+    Py_ssize_t listed = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(min : low) reduction(max : high)
     for (int part = 0; part < threads; part++) {
         Py_ssize_t from = n / threads * part, to = part + 1 < threads ? from + n / threads : n;
-        Range found = fill(x + from, to - from, tables + (Py_ssize_t)part * TABLES * CODES);
+        Range found = fill(x + from, to - from, tables + (size_t)part * CODES * TURNS);
         low = found.low < low ? found.low : low;
         high = found.high > high ? found.high : high;
     }
-    for (uint32_t block = 0; block < CODES; block += BLOCK) {
-        uint32_t code = block & (CODES / 2 - 1); /* the block of zero holds values always */
-        if (code && (code + BLOCK <= low || code > high))
-            continue;
-        for (int table = 0; table < threads * TABLES; table++) {
-            uint32_t *found = tables + (Py_ssize_t)table * CODES + block;
-            for (int i = 0; i < BLOCK; i++) {
-                counts[block + i] += found[i];
-                found[i] = 0;
+    for (uint32_t sign = 0; sign < CODES; sign += CODES / 2)
+        for (uint32_t code = 0; code <= high; code = code < low ? (low > 1 ? low : 1) : code + 1) {
+            int64_t here = 0;
+            for (int part = 0; part < threads; part++) {
+                uint32_t *found = tables + ((size_t)part * CODES + sign + code) * TURNS;
+                for (int t = 0; t < TURNS; t++) {
+                    here += found[t];
+                    found[t] = 0;
+                }
             }
+            codes[listed] = (uint16_t)(sign + code);
+            counts[listed] = here;
+            listed += here != 0;
         }
-    }
+    return listed;
 }
 
 PyDoc_STRVAR(reduce_doc,
-"reduce(values, norms, sums, threads) -> (sum, squares, low, high, zeros)\n\n"
-"`values`: float32, in the rows that `norms`, float32 (rows,), and `sums`, float64 (rows, 3), are for: they are filled\n"
-"with each row's l2 norm, and with its sum, sum of magnitudes and sum of squares. Of all: the sum, the sum of squares,\n"
-"the smallest value, the largest, and how many are zero.\n");
+"reduce(values, rows, sums, threads) -> (norms, mean, m2, low, high, zeros)\n\n"
+"`values`: float32, of so many rows of equal length. `norms`: bytes of float32 (rows,), each row's l2 norm. Of all\n"
+"values: the mean, the sum of squared deviations from it, the smallest, the largest, and how many are zero. `sums`,\n"
+"None or float64 (rows, 2), is filled with each row's sum and sum of magnitudes.\n");
 
 static PyObject *reduce(PyObject *self, PyObject *args)
 {
-    Py_buffer values, norms, sums;
+    Py_buffer values, sums = {0};
+    PyObject *wanted, *norms = NULL, *result = NULL;
+    Py_ssize_t rows;
     int threads;
-    if (!PyArg_ParseTuple(args, "y*w*w*i:reduce", &values, &norms, &sums, &threads))
+    if (!PyArg_ParseTuple(args, "y*nOi:reduce", &values, &rows, &wanted, &threads))
         return NULL;
-    const Py_ssize_t n = values.len / sizeof(float), rows = norms.len / sizeof(float);
-    PyObject *result = NULL;
-    if (rows < 1 || n % rows || sums.len != rows * 3 * (Py_ssize_t)sizeof(double) || threads < 1) {
-        PyErr_SetString(PyExc_ValueError, "values, norms, sums and threads do not fit together");
-    } else {
-        Seen seen;
-        Py_BEGIN_ALLOW_THREADS
-        seen = walk(values.buf, rows, n / rows, norms.buf, sums.buf, threads);
-        Py_END_ALLOW_THREADS
-        result = Py_BuildValue("ddddL", seen.sum, seen.squares, (double)seen.low, (double)seen.high,
-                               (long long)seen.zeros);
+    const Py_ssize_t n = values.len / (Py_ssize_t)sizeof(float);
+    if (wanted != Py_None && PyObject_GetBuffer(wanted, &sums, PyBUF_CONTIG) < 0)
+        goto end;
+    if (rows < 1 || n < rows || n % rows || threads < 1 || (sums.buf && sums.len != rows * 2 * (Py_ssize_t)sizeof(double))) {
+        PyErr_SetString(PyExc_ValueError, "values, rows, sums and threads do not fit together");
+        goto end;
     }
+    const Py_ssize_t block = n / rows < PIECE ? PIECE / (n / rows) : 1;
+    Seen *blocks = PyMem_Malloc((size_t)(rows / block + 1) * sizeof(Seen)), all;
+    double m2;
+    if (!blocks || !(norms = PyBytes_FromStringAndSize(NULL, rows * (Py_ssize_t)sizeof(float)))) {
+        PyMem_Free(blocks);
+        PyErr_NoMemory();
+        goto end;
+    }
+    float *room = (float *)PyBytes_AsString(norms);
+    Py_BEGIN_ALLOW_THREADS
+    all = walk(values.buf, rows, n / rows, block, blocks, room, sums.buf, threads);
+    m2 = spread(values.buf, n, all, threads);
+    Py_END_ALLOW_THREADS
+    PyMem_Free(blocks);
+    result = Py_BuildValue("OddddL", norms, all.sum / (double)n, m2, (double)all.low, (double)all.high,
+                           (long long)all.zeros);
+end:
+    Py_XDECREF(norms);
+    if (sums.obj)
+        PyBuffer_Release(&sums);
     PyBuffer_Release(&values);
-    PyBuffer_Release(&norms);
-    PyBuffer_Release(&sums);
     return result;
 }
 
 PyDoc_STRVAR(count_doc,
-"count(values, tables, counts)\n\n"
-"Adds to `counts`, int64 (65536,), how often the upper 16 bits of each of `values`, float32, occur. `tables`, uint32\n"
-"(threads, 4, 65536), must hold zeros, and does again afterwards.\n");
+"count(values, tables) -> (codes, counts)\n\n"
+"The upper 16 bits of float32 values that occur, in rising order, as bytes of uint16, and how often each does, as\n"
+"bytes of int64. `tables`, uint32 (threads, 65536, 4), must hold zeros, and does again afterwards.\n");
 
 static PyObject *count(PyObject *self, PyObject *args)
 {
-    Py_buffer values, tables, counts;
-    if (!PyArg_ParseTuple(args, "y*w*w*:count", &values, &tables, &counts))
+    Py_buffer values, tables;
+    if (!PyArg_ParseTuple(args, "y*w*:count", &values, &tables))
         return NULL;
-    const Py_ssize_t n = values.len / sizeof(uint32_t), most = (Py_ssize_t)1 << 31; /* a counter has 32 bits */
-    Py_ssize_t threads = tables.len / (TABLES * CODES * sizeof(uint32_t));
+    const Py_ssize_t n = values.len / (Py_ssize_t)sizeof(uint32_t);
+    const Py_ssize_t threads = tables.len / (Py_ssize_t)(CODES * TURNS * sizeof(uint32_t));
     PyObject *result = NULL;
-    if (threads < 1 || threads > 1024 || counts.len != CODES * (Py_ssize_t)sizeof(int64_t)) {
-        PyErr_SetString(PyExc_ValueError, "tables or counts have not the right size");
+    int64_t *counts = PyMem_Malloc(CODES * (sizeof(int64_t) + sizeof(uint16_t)));
+    uint16_t *codes = (uint16_t *)(counts + CODES);
+    if (threads < 1 || threads > 1024 || n > (Py_ssize_t)UINT32_MAX) { /* a counter has 32 bits */
+        PyErr_SetString(PyExc_ValueError, "values or tables have not the right size");
+    } else if (!counts) {
+        PyErr_NoMemory();
     } else {
+        Py_ssize_t listed;
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t start = 0; start < n; start += most)
-            tally((const uint32_t *)values.buf + start, n - start < most ? n - start : most, tables.buf, (int)threads,
-                  counts.buf);
+        listed = tally(values.buf, n, tables.buf, (int)threads, codes, counts);
         Py_END_ALLOW_THREADS
-        result = Py_NewRef(Py_None);
+        result = Py_BuildValue("y#y#", (const char *)codes, listed * (Py_ssize_t)sizeof(uint16_t), (const char *)counts,
+                               listed * (Py_ssize_t)sizeof(int64_t));
     }
+    PyMem_Free(counts);
     PyBuffer_Release(&values);
     PyBuffer_Release(&tables);
-    PyBuffer_Release(&counts);
     return result;
 }
 

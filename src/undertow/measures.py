@@ -82,18 +82,22 @@ def sums(x: Any) -> Any:
 
 
 @singledispatch
-def counts(x: Any) -> Any:
-    """Count each element under its code, the top 16 bits of its float32 pattern: int64 `(65536,)`.
+def counts(x: Any) -> tuple[Any, Any]:
+    """Count each element under its code, the top 16 bits of its float32 pattern.
 
     A code is a truncated bfloat16: the sign, 8 bits of exponent and 7 of mantissa. Zero is 0 or 0x8000.
 
-    >>> found = counts(np.array([0.0, 1.0, 1.001, -2.0]))
-    >>> {hex(code): int(found[code]) for code in np.flatnonzero(found)}
+    Returns:
+        The codes that may occur, uint16 `(n,)`, rising, and how often each does, int64 `(n,)`.
+
+    >>> codes, often = counts(np.array([0.0, 1.0, 1.001, -2.0]))
+    >>> {hex(code): int(count) for code, count in zip(codes, often)}
     {'0x0': 1, '0x3f80': 2, '0xc000': 1}
     """
     with np.errstate(over="ignore"):
         flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-    return counted(flat.view(np.uint32) >> np.uint32(16))
+    codes = flat.view(np.uint32) >> np.uint32(16)
+    return listed(np.bincount(codes.astype(np.intp), minlength=CODES))
 
 
 @singledispatch
@@ -102,16 +106,22 @@ def copied(x: Any) -> Any:
     return np.array(x)
 
 
-def counted(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Count codes, whole numbers below 65536, of any shape."""
-    return np.bincount(codes.reshape(-1).astype(np.intp), minlength=CODES)
+def listed(counters: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
+    """Return the codes of the counters `(65536,)` that are not zero, and these."""
+    codes = np.flatnonzero(counters != 0)  # five times as fast as of the numbers
+    return codes.astype(np.uint16), counters[codes]
 
 
 class Measure(ABC):
-    """What all measures are. `name` is what people write, `table` the folder and `columns` the types on disk."""
+    """What all measures are. `name` is what people write, `table` the folder and `columns` the types on disk.
+
+    `reads` names the functions above through which alone `reduce` reads an array, besides its shape: the state can then
+    be made of what a walk found, after the array is gone. Empty where it does anything else.
+    """
 
     name: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
+    reads: ClassVar[tuple[str, ...]] = ()
     per_sample: bool = False
 
     @property
@@ -158,6 +168,7 @@ class ChannelNorm(Measure):
 
     name = "channel-norm"
     columns: ClassVar[Mapping[str, str]] = {"values": "list<float32>"}
+    reads = ("norms",)
     per_sample = True
 
     def init(self) -> State:
@@ -184,6 +195,7 @@ class ZeroFraction(Measure):
 
     name = "zero-fraction"
     columns: ClassVar[Mapping[str, str]] = {"zeros": "int64", "total": "int64"}
+    reads = ("zeros",)
 
     def init(self) -> State:
         return {"zeros": np.zeros((), np.int64), "total": np.zeros((), np.int64)}
@@ -215,6 +227,7 @@ class Moments(Measure):
 
     name = "moments"
     columns: ClassVar[Mapping[str, str]] = {"count": "int64"} | dict.fromkeys(("mean", "m2", "min", "max"), "float64")
+    reads = ("moments",)
 
     def init(self) -> State:
         return self.reduce(np.zeros((0, 0)))
@@ -256,6 +269,7 @@ class ChannelSums(Measure):
 
     name = "channel-sums"
     columns: ClassVar[Mapping[str, str]] = {"sums": "list<float64>", "absolutes": "list<float64>"}
+    reads = ("sums",)
 
     def init(self) -> State:
         return {"sums": np.zeros((2, 0))}
@@ -288,19 +302,23 @@ class Histogram(Measure):
 
     name = "histogram"
     columns: ClassVar[Mapping[str, str]] = {"codes": "list<uint16>", "counts": "list<int64>"}
+    reads = ("counts",)
 
     def init(self) -> State:
-        return {"counts": np.zeros(CODES, np.int64)}
+        return {"codes": np.zeros(0, np.uint16), "counts": np.zeros(0, np.int64)}
 
     def reduce(self, x: Any, start: int = 0) -> State:
-        return {"counts": counts(x)}
+        return dict(zip(("codes", "counts"), counts(x), strict=True))
 
     def merge(self, a: State, b: State) -> State:
-        return {"counts": a["counts"] + b["counts"]}
+        counters = np.zeros(CODES, np.int64)
+        for state in (a, b):
+            counters[state["codes"]] += state["counts"]
+        return dict(zip(("codes", "counts"), listed(counters), strict=True))
 
     def finish(self, state: State) -> Columns:
-        codes = np.flatnonzero(state["counts"] != 0)  # five times as fast as of the numbers
-        return {"codes": [codes.astype(np.uint16)], "counts": [state["counts"][codes].astype(np.int64)]}
+        there = state["counts"] != 0
+        return {name: [state[name][there]] for name in self.columns}
 
 
 @final

@@ -32,7 +32,10 @@ class Difference:
 
 @dataclass(slots=True)
 class Reading:
-    """What the measures made of one tensor; arrays are the framework's until they have landed on the host."""
+    """What the measures made of one tensor, and how much memory that takes.
+
+    Until it has landed on the host, arrays are the framework's, and a state may be what makes it.
+    """
 
     site: str
     call: int
@@ -41,7 +44,8 @@ class Reading:
     repeat: int
     dtype: str
     size: int
-    states: list[dict[str, Any]]
+    states: list[Any]
+    nbytes: int
 
 
 @dataclass(frozen=True, eq=False)

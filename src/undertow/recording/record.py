@@ -199,7 +199,8 @@ class Recording:
             self.skipped += 1
             yield False
             return
-        modules = {part.name: part.module for part in self._parts if part.name in self._names}
+        wanted = set(self._names)
+        modules = {part.name: part.module for part in self._parts if part.name in wanted}
         watched = self.model if self._is_watched(number) else None
         phases = frozenset(PHASES[self.settings["phase"]])
         probe = self._frame.Probe(modules, self.measures, phases, self.scaler, watched)

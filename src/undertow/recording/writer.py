@@ -31,6 +31,8 @@ from ..run import (
 )
 
 _WAITING = 4
+_COLUMN = (list, np.ndarray)
+_HELD_BYTES = 16 << 20
 _AT_MOST_BYTES = 64 << 20
 _AT_MOST_SECONDS = 10.0
 
@@ -50,6 +52,15 @@ class Batch:
     landing: Any
 
 
+@dataclass
+class _Bunch:
+    """Batches for the thread, whether to publish them, and when it is done with them."""
+
+    batches: list[Batch]
+    publish: bool
+    done: threading.Event
+
+
 def columns_of(measure: Measure) -> dict[str, str]:
     """Return the columns of a measure's table, with their types."""
     keys = {**KEYS, **(SAMPLE_KEYS if measure.per_sample else {}), **SITE_KEYS, "dtype": "string"}
@@ -59,11 +70,14 @@ def columns_of(measure: Measure) -> dict[str, str]:
 class Writer:
     """A thread with a bounded queue. Its first error stops it, and is raised by the next `check`, `put` or `close`.
 
+    Batches are handed over in bunches: a thread that wakes for each competes with the training for the interpreter, and
+    costs it several times its own work.
+
     Args:
         folder: of the run.
         measures: in the order in which each reading has its states.
         rank: of the process, part of the names of its files.
-        group: how many batches are published together; they are also after 10 seconds or at 64 MiB.
+        group: how many batches are published together at most; fewer after 10 seconds, or at 64 MiB.
         diagnose: whether some batches are watched for a diagnosis.
     """
 
@@ -76,25 +90,38 @@ class Writer:
         self._schemas |= {"diagnosis": schema(KEYS | DIAGNOSIS)} if diagnose else {}
         self._number = _clear_uncommitted(folder, rank, list(self._schemas))
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._held: list[Batch] = []
+        self._unpublished = self._weight = 0
+        self._since = time.monotonic()
         self._batches = self._bytes = 0
         self.committed = 0
-        self._since = time.monotonic()
         self._error: BaseException | None = None
-        self._queue: queue.Queue[Batch | threading.Event | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[_Bunch | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="undertow-writer", daemon=True)
         self._thread.start()
 
     def put(self, batch: Batch) -> None:
-        """Hand a batch over; waits where the thread is behind."""
+        """Keep a batch for the next bunch; waits where the thread is behind."""
         self.check()
-        self._queue.put(batch)
+        self._held.append(batch)
+        self._unpublished += 1
+        self._weight += sum(one.nbytes for one in (*batch.readings, *batch.points))
+        publish = self._unpublished >= self.group or time.monotonic() - self._since > _AT_MOST_SECONDS
+        if publish or self._weight >= _HELD_BYTES:
+            self._hand_over(publish)
+
+    def _hand_over(self, publish: bool) -> _Bunch:
+        bunch = _Bunch(self._held, publish, threading.Event())
+        self._held, self._weight = [], 0
+        if publish:
+            self._unpublished, self._since = 0, time.monotonic()
+        self._queue.put(bunch)
+        return bunch
 
     def flush(self) -> None:
-        """Publish all that was handed over, and wait until it lies on the disk."""
+        """Publish all that was put here, and wait until it lies on the disk."""
         self.check()
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait()
+        self._hand_over(True).done.wait()
         self.check()
 
     def close(self) -> None:
@@ -104,6 +131,7 @@ class Writer:
             RunError: something could not be written.
         """
         if self._thread.is_alive():
+            self._hand_over(True)
             self._queue.put(None)
             self._thread.join()
         self.check()
@@ -122,34 +150,22 @@ class Writer:
             ) from self._error
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (bunch := self._queue.get()) is not None:
             try:
-                if self._error is None:
-                    self._take(item)
+                self._take(bunch)
             except BaseException as error:  # whatever it was, the user's thread must hear of it
-                self._stop(error)
-            finally:
-                if isinstance(item, threading.Event):
-                    item.set()
-                item = None  # a batch must not live on while the thread waits
-        try:
-            if self._error is None:
+                self._error = error
+                self._rows.clear()
+            bunch.done.set()
+            bunch = None  # batches must not live on while the thread waits
+
+    def _take(self, bunch: _Bunch) -> None:
+        while self._error is None and bunch.batches:
+            self._add(bunch.batches.pop(0))
+            if self._bytes >= _AT_MOST_BYTES:
                 self._publish()
-        except BaseException as error:
-            self._stop(error)
-
-    def _stop(self, error: BaseException) -> None:
-        self._error = error
-        self._rows.clear()
-
-    def _take(self, item: Batch | threading.Event) -> None:
-        if isinstance(item, threading.Event):
-            return self._publish()
-        self._add(item)
-        late = time.monotonic() - self._since > _AT_MOST_SECONDS
-        if self._batches >= self.group or self._bytes >= _AT_MOST_BYTES or late:
+        if self._error is None and bunch.publish:
             self._publish()
-        return None
 
     def _add(self, batch: Batch) -> None:
         """Finish the measures of a batch and keep their columns until the group is published."""
@@ -157,14 +173,14 @@ class Writer:
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
         self._rows["batches"].append({**keys, **batch.facts, "size": batch.size, "scale": scale})
-        names = [None] * batch.size if batch.names is None else [_storable(name) for name in batch.names]
+        names = [None] * batch.size if batch.names is None else _storable(batch.names)
         samples = {"sample": np.arange(batch.size, dtype=np.int32), "name": names}
         self._rows["samples"].append({**keys, **samples})
         for reading in batch.readings:
             site = {name: getattr(reading, name) for name in (*SITE_KEYS, "dtype")}
+            matching = batch.size == reading.size  # else the first axis is not that of the samples
+            called = {"sample": np.arange(reading.size), "name": names if matching else [None] * reading.size}
             for measure, state in zip(self.measures, reading.states, strict=True):
-                matching = batch.size == reading.size  # else the first axis is not that of the samples
-                called = {"sample": np.arange(reading.size), "name": names if matching else [None] * reading.size}
                 block = {**keys, **(called if measure.per_sample else {}), **site, **measure.finish(state)}
                 self._rows[measure.table].append(self._stored(measure, block, batch))
         self._rows["diagnosis"] += [{**keys, **point.row()} for point in batch.points]
@@ -197,7 +213,6 @@ class Writer:
 
     def _publish(self) -> None:
         """Let the parts of a group appear, the table that makes them count last."""
-        self._since = time.monotonic()
         if not self._batches:
             return
         name = f"part-{self.rank:03d}-{self._number:06d}.parquet"
@@ -227,14 +242,21 @@ def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:
 
 
 def _table(schema: Any, blocks: Sequence[Mapping[str, Any]]) -> Any:
-    """Join blocks of columns, in which one value alone stands for all rows of its block."""
+    """Join blocks of columns, in which one value alone stands for all rows of its block: in all blocks or in none."""
     pa = arrow()
-    lengths = [max((len(v) for v in block.values() if _is_column(v)), default=1) for block in blocks]
+    columns = {name for name, value in blocks[0].items() if isinstance(value, _COLUMN)}
+    some = next(iter(columns), None)
+    lengths = np.array([1 if some is None else len(block[some]) for block in blocks])
+    rows = pa.array(np.repeat(np.arange(len(blocks)), lengths))
     arrays = []
     for entry in schema:
         values = [block[entry.name] for block in blocks]
-        join = _lists if pa.types.is_list(entry.type) else _column
-        arrays.append(join(pa, entry.type, values, lengths))
+        if entry.name not in columns:
+            arrays.append(pa.array(values, entry.type).take(rows))
+        elif pa.types.is_list(entry.type):
+            arrays.append(_lists(pa, entry.type, values))
+        else:
+            arrays.append(_column(pa, entry.type, values))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -257,27 +279,19 @@ def _write(table: Any, path: Path) -> None:
     )
 
 
-def _is_column(value: Any) -> bool:
-    return isinstance(value, list | np.ndarray)
-
-
-def _column(pa: Any, kind: Any, values: Sequence[Any], lengths: Sequence[int]) -> Any:
-    if not any(map(_is_column, values)):
-        each = pa.array(values, kind)
-        return each if len(each) == sum(lengths) else each.take(pa.array(np.repeat(np.arange(len(each)), lengths)))
-    columns = [v if _is_column(v) else [v] * n for v, n in zip(values, lengths, strict=True)]
+def _column(pa: Any, kind: Any, columns: Sequence[Any]) -> Any:
     distinct = {id(column): column for column in columns}
     if len(distinct) < len(columns):  # all sites of a batch share its names
         made = {key: pa.array(column, kind) for key, column in distinct.items()}
         return pa.chunked_array([made[id(column)] for column in columns], kind)
-    if all(isinstance(column, np.ndarray) for column in columns):
+    if isinstance(columns[0], np.ndarray):
         return pa.array(np.concatenate(columns), kind)
     return pa.array([one for column in columns for one in column], kind)
 
 
-def _lists(pa: Any, kind: Any, values: Sequence[Any], lengths: Sequence[int]) -> Any:
-    sizes = [np.full(*v.shape) if _is_table(v) else [len(item) for item in v] for v in values]
-    flat = [item for v in values for item in ([v.reshape(-1)] if _is_table(v) else v)]
+def _lists(pa: Any, kind: Any, columns: Sequence[Any]) -> Any:
+    sizes = [np.full(*v.shape) if _is_table(v) else [len(item) for item in v] for v in columns]
+    flat = [item for v in columns for item in ([v.reshape(-1)] if _is_table(v) else v)]
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int32)
     joined: Any = np.concatenate(flat) if flat else []
     return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type), type=kind)
@@ -287,6 +301,10 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 2
 
 
-def _storable(name: str) -> str:
-    """A name as Parquet can hold it: bytes of a file name that are no text become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _storable(names: Sequence[str]) -> Sequence[str]:
+    """Return names as Parquet can hold them: bytes of a file name that are no text become escapes."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    return list(names)

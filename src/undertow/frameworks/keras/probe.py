@@ -185,7 +185,8 @@ class Probe:
     def _read(self, name: str, call: int, key: str, phase: str, repeat: int, layer: Any, tensor: Any) -> None:
         x = arranged(layer, tensor)
         states = [measure.reduce(x) for measure in self.measures]
-        self.readings.append(Reading(name, call, key, phase, repeat, str(x.dtype), len(x), states))
+        nbytes = sum(array.nbytes for state in states for array in state.values())
+        self.readings.append(Reading(name, call, key, phase, repeat, str(x.dtype), len(x), states, nbytes))
 
 
 def _passed_on(tensor: Any, arrived: Callable[[Any], None]) -> Any:

@@ -1,15 +1,13 @@
 """What the measures are made of, on a PyTorch tensor wherever it lies, without waiting for a device.
 
 Float32 in the host's memory is walked by our own C (`_walk.c`), where that could be built: once for norms, zeros,
-moments and sums together, under `walking`.
+moments and sums together. What is found waits in a `Walked`, which the measures take for the tensor.
 """
 
 import threading
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -31,7 +29,7 @@ def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if x.layout != torch.strided:
         x = x.to_dense()
     if isinstance(module, nn.modules.conv._ConvNd):
-        return x.unsqueeze(0) if x.ndim == module.weight.ndim - 1 else x  # a single sample has no batch axis
+        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x  # a single sample has no batch axis
     if x.ndim < 2:
         return x.reshape(-1, 1)
     return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
@@ -47,54 +45,85 @@ def _float(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-_thread = threading.local()
+class Walked:
+    """What was found in a tensor `(B, C, ...)`: measures are made of it when the tensor is gone.
+
+    Args:
+        x: for which `is_walkable`.
+        wanted: the functions of `measures` that will be asked for.
+    """
+
+    def __init__(self, x: torch.Tensor, wanted: frozenset[str]) -> None:
+        self.shape = x.shape
+        self.sums = np.empty((*self.shape[:2], 2)) if "sums" in wanted else None
+        self.norms, self.codes = b"", (b"", b"")
+        values, threads = x.numpy(), _threads(x)
+        if wanted != {"counts"}:
+            rows = self.shape[0] * self.shape[1]
+            self.norms, *self.moments, self.zeros = _walk.reduce(values, rows, self.sums, threads)
+        if "counts" in wanted:
+            self.codes = _walk.count(values, _tables(threads))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        return len(self.norms) + (0 if self.sums is None else self.sums.nbytes) + sum(map(len, self.codes))
 
 
-class _Walk:
-    """What one walk over a tensor `(B, C, ...)` finds, made when the first measure asks."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
-
-    @cached_property
-    def found(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64], tuple[float, float, float, float, int]]:
-        """Norms `(B, C)`; each row's sum, sum of magnitudes and of squares `(B, C, 3)`; and of the whole tensor the
-        sum, the sum of squares, the smallest element, the largest, and the number of zeros."""
-        norms, sums = np.empty(self.x.shape[:2], np.float32), np.empty((*self.x.shape[:2], 3))
-        return norms, sums, _walk.reduce(self.x.numpy(), norms, sums, _threads(self.x))
-
-
-class walking:
-    """A context in which the measures of `x` in this thread share a walk; `x` must not change meanwhile."""
-
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
-
-    def __enter__(self) -> None:
-        _thread.walk = _Walk(self.x) if self.x.ndim > 2 and _walkable(self.x) else None
-
-    def __exit__(self, *_: object) -> None:
-        _thread.walk = None
+def is_walkable(x: torch.Tensor) -> bool:
+    """Whether our C can walk over a tensor."""
+    if _walk is None or not x.is_cpu or x.dtype != torch.float32 or not x.is_contiguous():
+        return False
+    return 0 < x.numel() < 1 << 32
 
 
 def _threads(x: torch.Tensor) -> int:
     return max(1, min(torch.get_num_threads(), x.numel() >> 15))
 
 
-def _walkable(x: torch.Tensor) -> bool:
-    ours = _walk is not None and x.is_cpu and x.dtype == torch.float32
-    return ours and x.is_contiguous() and x.numel() > 0
+_thread = threading.local()
 
 
-def _walked(x: torch.Tensor) -> Any:
-    walk = getattr(_thread, "walk", None)
-    return walk.found if walk is not None and walk.x is x else None
+def _tables(threads: int) -> Any:
+    """Return this thread's counters, 1 MiB for each that counts: fresh memory would cost as much as counting."""
+    tables = getattr(_thread, "tables", None)
+    if tables is None or len(tables) < threads:
+        tables = _thread.tables = np.zeros((threads, measures.CODES, 4), np.uint32)
+    return tables[:threads]
+
+
+@measures.norms.register(Walked)
+def _walked_norms(x: Walked) -> Any:
+    return np.frombuffer(x.norms, np.float32).reshape(x.shape[:2])
+
+
+@measures.moments.register(Walked)
+def _walked_moments(x: Walked) -> Any:
+    return np.array(x.moments)
+
+
+@measures.zeros.register(Walked)
+def _walked_zeros(x: Walked) -> Any:
+    return np.asarray(x.zeros, np.int64)
+
+
+@measures.sums.register(Walked)
+def _walked_sums(x: Walked) -> Any:
+    assert x.sums is not None
+    return x.sums.sum(0).T
+
+
+@measures.counts.register(Walked)
+def _walked_counts(x: Walked) -> Any:
+    codes, counts = x.codes
+    return np.frombuffer(codes, np.uint16), np.frombuffer(counts, np.int64)
 
 
 @measures.norms.register(torch.Tensor)
 def _norms(x: torch.Tensor) -> Any:
-    if walked := _walked(x):
-        return walked[0]
     if x.ndim == 2:
         return x.abs().float()
     if x.numel() == 0:
@@ -112,8 +141,6 @@ def counted_true(mask: torch.Tensor) -> Any:
 
 @measures.zeros.register(torch.Tensor)
 def _zeros(x: torch.Tensor) -> Any:
-    if walked := _walked(x):
-        return np.asarray(walked[2][4], np.int64)
     if x.device.type != "cpu":
         return (x == 0).sum()
     dense = _float(flat(x)).numpy()
@@ -122,12 +149,6 @@ def _zeros(x: torch.Tensor) -> Any:
 
 @measures.moments.register(torch.Tensor)
 def _moments(x: torch.Tensor) -> Any:
-    if walked := _walked(x):
-        total, squares, low, high, _ = walked[2]
-        mean = total / x.numel()
-        m2 = squares - mean * total
-        if not m2 < _CANCELLED * squares:  # else too few digits are left of it
-            return np.array([mean, m2, low, high])
     dense = _float(flat(x))
     if dense.numel() == 0:
         return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
@@ -137,7 +158,6 @@ def _moments(x: torch.Tensor) -> Any:
 
 
 _ROW = 4096
-_CANCELLED = 1e-4  # of the sum of squares; what a walk rounds is some 1e-13 of it
 
 
 def _mean_and_deviations(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,38 +188,36 @@ def _total(dense: torch.Tensor, of: Any) -> Any:
 
 @measures.sums.register(torch.Tensor)
 def _channel_sums(x: torch.Tensor) -> Any:
-    if walked := _walked(x):
-        return walked[1][..., :2].sum(0).T
     wide = _float(x).flatten(2) if x.ndim > 2 else _float(x).unsqueeze(2)
     return torch.stack([wide.sum(2).double().sum(0), torch.linalg.vector_norm(wide, 1, dim=2).double().sum(0)])
+
+
+_ALL_CODES = np.arange(measures.CODES, dtype=np.uint16)
 
 
 @measures.counts.register(torch.Tensor)
 def _counts(x: torch.Tensor) -> Any:
     dense = flat(x) if x.dtype == torch.bfloat16 else flat(x).float()
+    if is_walkable(dense):
+        return _walked_counts(Walked(dense.view(1, -1), frozenset({"counts"})))
     if x.device.type == "cpu":
-        return _counted(dense)
+        return measures.listed(_counted(dense).numpy())
     # bincount would wait for the device, to learn the largest code
     codes = dense.view(torch.int16)
     if dense.dtype == torch.float32:
         codes = codes[1::2]  # little-endian: the upper half comes second
     ones = torch.ones((), dtype=torch.int64, device=x.device).expand(codes.shape)
     found = torch.zeros(measures.CODES, dtype=torch.int64, device=x.device)
-    return found.scatter_add_(0, codes.long() & 0xFFFF, ones)
+    return _ALL_CODES, found.scatter_add_(0, codes.long() & 0xFFFF, ones)
 
 
 _CHUNK = 1 << 20
 
 
-def _counted(dense: torch.Tensor) -> Any:
+def _counted(dense: torch.Tensor) -> torch.Tensor:
     """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
-    if _walkable(dense):
-        counts = np.zeros(measures.CODES, np.int64)
-        tables = _room("tables", (min(torch.get_num_threads(), 8), 4, measures.CODES))  # 1 MiB for each thread
-        _walk.count(dense.numpy(), tables[: _threads(dense)], counts)
-        return counts
     found = torch.zeros(measures.CODES, dtype=torch.int64)
-    room = _room("codes", (_CHUNK,))
+    room = np.empty(min(_CHUNK, dense.numel()), np.uint32)
     for chunk in dense.split(_CHUNK):
         codes = room[: len(chunk)]
         if chunk.dtype == torch.bfloat16:
@@ -208,15 +226,6 @@ def _counted(dense: torch.Tensor) -> Any:
             np.right_shift(chunk.numpy().view(np.uint32), np.uint32(16), out=codes)
         found += torch.bincount(torch.from_numpy(codes.view(np.int32)), minlength=measures.CODES)
     return found
-
-
-def _room(name: str, shape: tuple[int, ...]) -> Any:
-    """Return this thread's array of that name, zero at first: fresh memory would cost as much as the work."""
-    room = getattr(_thread, name, None)
-    if room is None or room.shape != shape:
-        room = np.zeros(shape, np.uint32)
-        setattr(_thread, name, room)
-    return room
 
 
 @measures.copied.register(torch.Tensor)

@@ -6,9 +6,9 @@ before a following in-place operation, it still receives the gradient of the val
 
 import hashlib
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -21,7 +21,7 @@ from ...errors import ModelError
 from ...measures import Measure
 from ...sites import Part
 from ..inside import Reading
-from .kernels import arranged, walking  # and what the measures are made of
+from .kernels import Walked, arranged, is_walkable  # and what the measures are made of
 from .modules import ACTIVATIONS
 from .weights import weights_sha256
 from .witness import Point, Witness
@@ -165,9 +165,7 @@ class Probe:
 
     Attributes:
         watched: the whole network, where this batch is also watched for a diagnosis.
-        readings: in order of arrival.
         order: the sites in the order in which they first gave an output.
-        arrived: the sites at which a gradient has come.
         views: the sites whose output is a view, on which an in-place operation hides the gradient.
         unscaled: float16 came out of autocast, and there is no scaler.
         scale: of the AMP scaler when the first gradient came; None without one.
@@ -178,9 +176,7 @@ class Probe:
     phases: frozenset[str]
     scaler: Any = None
     watched: Any = None
-    readings: list[Reading] = field(default_factory=list)
     order: dict[str, None] = field(default_factory=dict)
-    arrived: set[str] = field(default_factory=set)
     views: set[str] = field(default_factory=set)
     unscaled: bool = False
     scale: torch.Tensor | None = None
@@ -190,7 +186,9 @@ class Probe:
         self._calls: dict[str, int] = defaultdict(int)
         self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
-        self._repeats: dict[tuple[str, int, str], int] = defaultdict(int)
+        self._taken: list[tuple[str, int, str, str, torch.dtype, int, Walked | None, list[Any] | None]] = []
+        self._reads = frozenset(name for measure in self.measures for name in measure.reads)
+        self._walk_is_all = all(measure.reads for measure in self.measures)
         self._thread = 0
         self._witness = None if self.watched is None else Witness(network(self.watched), self._unscaled)
 
@@ -217,8 +215,33 @@ class Probe:
         """Return what was seen for a diagnosis of the sites named; nothing where this batch was not watched."""
         return [] if self._witness is None else self._witness.close(names)
 
+    @property
+    def readings(self) -> list[Reading]:
+        """What the measures made of each tensor, in order of arrival; put together after the pass, see `Landing`."""
+        readings = []
+        repeats: Counter[tuple[str, ...]] = Counter()
+        for name, call, key, phase, dtype, size, found, made in self._taken:
+            place = (name, str(call), key, phase)
+            states: list[Any] = []
+            nbytes = 0 if found is None else found.nbytes
+            for measure, state in zip(self.measures, made or [None] * len(self.measures), strict=True):
+                states.append(partial(measure.reduce, found) if state is None else state)
+                nbytes += 0 if state is None else sum(array.nbytes for array in state.values())
+            kind = str(dtype).removeprefix("torch.")
+            readings.append(Reading(name, call, key, phase, repeats[place], kind, size, states, nbytes))
+            repeats[place] += 1
+        return readings
+
+    @property
+    def arrived(self) -> set[str]:
+        """The sites at which a gradient has come."""
+        return {name for name, _, _, phase, *_ in self._taken if phase == "backward"}
+
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        with nullcontext() if self._witness is None else torch._C.DisableTorchFunction():  # it must not see what we do
+        if self._witness is None:
+            self._take(name, module, output)
+            return
+        with torch._C.DisableTorchFunction():  # it must not see what we do
             self._take(name, module, output)
 
     def _take(self, name: str, module: nn.Module, output: Any) -> None:
@@ -233,7 +256,7 @@ class Probe:
         self.order[name] = None
         for key, tensor in tensors_in(output):
             if "forward" in self.phases and not again:
-                self._read(name, call, key, "forward", 0, module, tensor.detach())
+                self._read(name, call, key, "forward", module, tensor.detach())
             place = _before_views(module, tensor)
             if self._witness is not None and not again:
                 self._witness.begin(name, call, key, module, tensor, place)
@@ -268,12 +291,10 @@ class Probe:
     def _arrived(
         self, name: str, call: int, key: str, module: nn.Module, shape: torch.Size, gradient: torch.Tensor
     ) -> None:
-        repeat = self._repeats[name, call, key]
-        self._repeats[name, call, key] += 1
-        self.arrived.add(name)
         ours = gradient.detach()
         ours = ours if ours.shape == shape else ours.reshape(shape)
-        self._read(name, call, key, "backward", repeat, module, self._unscaled(ours))
+        ours = ours if self.scaler is None else self._unscaled(ours)
+        self._read(name, call, key, "backward", module, ours)
 
     def _unscaled(self, gradient: torch.Tensor) -> Any:
         """Divide by the AMP scaler's scale, in float32, without waiting for the device."""
@@ -286,14 +307,14 @@ class Probe:
             self.scale = scale.detach().clone()  # the scaler changes it in place
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale.to(gradient.device)
 
-    def _read(
-        self, name: str, call: int, key: str, phase: str, repeat: int, module: nn.Module, tensor: torch.Tensor
-    ) -> None:
+    def _read(self, name: str, call: int, key: str, phase: str, module: nn.Module, tensor: torch.Tensor) -> None:
+        """Take what must be taken before the tensor changes; all else can wait until the pass is over."""
         x = arranged(module, tensor)
-        with walking(x):
-            states = [measure.reduce(x) for measure in self.measures]
-        dtype = str(x.dtype).removeprefix("torch.")
-        self.readings.append(Reading(name, call, key, phase, repeat, dtype, len(x), states))
+        found = Walked(x, self._reads) if self._reads and is_walkable(x) else None
+        states = None
+        if found is None or not self._walk_is_all:
+            states = [None if found is not None and measure.reads else measure.reduce(x) for measure in self.measures]
+        self._taken.append((name, call, key, phase, x.dtype, x.shape[0], found, states))
 
 
 def _before_views(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -314,14 +335,22 @@ class Landing:
     """Small results on their way from a device to the host, in a few large copies that the caller does not wait for."""
 
     def __init__(self, readings: Sequence[Reading]) -> None:
-        self._places = [(state, key) for reading in readings for state in reading.states for key in state]
+        self._readings = readings
+        here = (state for reading in readings for state in reading.states if not callable(state))
+        self._places = [(state, key) for state in here for key in state]
         self._copies: list[tuple[list[tuple[dict[str, Any], str]], torch.Tensor]] = []
         self._events: list[Any] = []
         for together in self._grouped():
             self._send(together)
 
     def wait(self) -> None:
-        """Wait for the copies and put NumPy arrays in the places of tensors; bfloat16 as its bits, uint16."""
+        """Wait for the copies and put NumPy arrays in the places of tensors; bfloat16 as its bits, uint16.
+
+        States of what was walked over are made only now: in a hook, code and tables come from memory, and it takes ten
+        times as long.
+        """
+        for reading in self._readings:
+            reading.states = [state() if callable(state) else state for state in reading.states]
         for event in self._events:
             event.synchronize()
         for places, landed in self._copies:

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ... import measures
 from ...measures import ChannelSums, Histogram
 from ...run import DIAGNOSIS
-from .kernels import arranged, counted_true
+from .kernels import Walked, arranged, counted_true, is_walkable
 
 _RELUS = ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "threshold", "clamp", "clamp_min", "clip")
 _SMOOTH = ("elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "sigmoid", "tanh", "hardswish", "hardsigmoid")
@@ -65,6 +65,11 @@ class Point:
     def arrived(self) -> bool:
         """Whether a gradient has come."""
         return "zeros" in self.states[0]
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory its states take."""
+        return sum(getattr(value, "nbytes", 0) for state in self.states for value in state.values())
 
     def row(self) -> dict[str, Any]:
         """Return its row, when all has landed on the host; what was not measured is NaN, 0 or an empty list."""
@@ -240,10 +245,12 @@ class Witness(TorchFunctionMode):
                 state |= {} if predict is None else predict(g)
                 x = arranged(point.module, g)
                 state["absolute"] = _l1(x)
-                if point.facts["step"] == 0:
-                    for measure in _AT_SITES:
-                        state |= measure.reduce(x)
-                state["zeros"] = measures.zeros(x)
+                at_site = point.facts["step"] == 0
+                wanted = {"zeros", *(name for measure in _AT_SITES for name in measure.reads if at_site)}
+                found = Walked(x, frozenset(wanted)) if is_walkable(x) else x
+                for measure in _AT_SITES if at_site else ():
+                    state |= measure.reduce(found)
+                state["zeros"] = measures.zeros(found)
 
         self._stack.callback(place.register_hook(arrived).remove)
 
