@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import os
+import sys
 import threading
 import time
 import warnings
@@ -672,6 +674,19 @@ def test_what_is_kept_does_not_wait_in_memory_for_its_group(tmp_path, monkeypatc
                 assert soon(lambda here=2 * 3 * (number > 1): len(list(tmp_path.glob("tensors/*"))) == here)
         assert Run(tmp_path).tables == []
     assert Run(tmp_path).table("batches").num_rows == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
+def test_the_thread_that_writes_gives_way_and_no_other(tmp_path):
+    def priority(thread):
+        return os.getpriority(os.PRIO_PROCESS, thread.native_id)
+
+    before = priority(threading.main_thread())
+    with recorded(tmp_path, tiny()) as recording, recording.batch():
+        backward(recording.model)
+        (thread,) = [one for one in threading.enumerate() if one.name == "undertow-writer"]
+        assert soon(lambda: priority(thread) == 19)
+        assert priority(threading.main_thread()) == before
 
 
 def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):

@@ -188,7 +188,8 @@ static Range fill(const uint32_t *x, Py_ssize_t n, uint32_t *table)
 
 /* Count into the tables, then list the codes that occur, and clear the tables; `codes` and `counts` have room for all.
    Only between the smallest and the largest: to read all of the tables would take longer than to count. */
-static Py_ssize_t tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int threads, uint16_t *codes, int64_t *counts)
+static Py_ssize_t tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int threads, uint16_t *codes,
+                        int64_t *counts)
 {
     uint32_t low = CODES / 2, high = 0;
     Py_ssize_t listed = 0;
@@ -233,7 +234,8 @@ static PyObject *reduce(PyObject *self, PyObject *args)
     const Py_ssize_t n = values.len / (Py_ssize_t)sizeof(float);
     if (wanted != Py_None && PyObject_GetBuffer(wanted, &sums, PyBUF_CONTIG) < 0)
         goto end;
-    if (rows < 1 || n < rows || n % rows || threads < 1 || (sums.buf && sums.len != rows * 2 * (Py_ssize_t)sizeof(double))) {
+    if (rows < 1 || n < rows || n % rows || threads < 1 ||
+        (sums.buf && sums.len != rows * 2 * (Py_ssize_t)sizeof(double))) {
         PyErr_SetString(PyExc_ValueError, "values, rows, sums and threads do not fit together");
         goto end;
     }

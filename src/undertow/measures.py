@@ -181,7 +181,7 @@ class ChannelNorm(Measure):
         return _joined(a, b)
 
     def finish(self, state: State) -> Columns:
-        return {"values": state["values"][np.argsort(state["sample"], kind="stable")]}
+        return {"values": _in_order(state)}
 
 
 @final
@@ -358,7 +358,7 @@ class Keep(Measure):
         return _joined(a, b)
 
     def finish(self, state: State) -> Columns:
-        values = state["values"][np.argsort(state["sample"], kind="stable")]
+        values = _in_order(state)
         return {"file": list(values) if self.per_sample else [values]}
 
 
@@ -423,6 +423,12 @@ def _joined(a: State, b: State) -> State:
     if len(a["sample"]) == 0 or len(b["sample"]) == 0:
         return b if len(a["sample"]) == 0 else a
     return {key: np.concatenate([a[key], b[key]]) for key in a}
+
+
+def _in_order(state: State) -> Any:
+    """Return the values in the order of their samples."""
+    sample, values = state["sample"], state["values"]
+    return values if (sample[1:] >= sample[:-1]).all() else values[np.argsort(sample, kind="stable")]
 
 
 def _size(x: Any) -> int:

@@ -62,7 +62,7 @@ class Walked:
             rows = self.shape[0] * self.shape[1]
             self.norms, *self.moments, self.zeros = _walk.reduce(values, rows, self.sums, threads)
         if "counts" in wanted:
-            self.codes = _walk.count(values, _tables(threads))
+            self.codes = _walk.count(values, _tables(min(threads, 8)))
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -265,7 +265,7 @@ class Probe:
                     self.unscaled |= torch.is_autocast_enabled(tensor.device.type)
                 if place._is_view():
                     self.views.add(name)
-                hook = partial(self._arrived, name, call, key, module, tensor.shape)
+                hook = partial(self._arrived, name, call, key, module, None if place is tensor else tensor.shape)
                 self._handles.append(place.register_hook(hook))
 
     def _next_call(self, name: str) -> int:
@@ -289,10 +289,10 @@ class Probe:
         return of_segment[place] if place < len(of_segment) else None
 
     def _arrived(
-        self, name: str, call: int, key: str, module: nn.Module, shape: torch.Size, gradient: torch.Tensor
+        self, name: str, call: int, key: str, module: nn.Module, shape: torch.Size | None, gradient: torch.Tensor
     ) -> None:
-        ours = gradient.detach()
-        ours = ours if ours.shape == shape else ours.reshape(shape)
+        ours = gradient.detach() if gradient.requires_grad else gradient
+        ours = ours if shape is None else ours.reshape(shape)
         ours = ours if self.scaler is None else self._unscaled(ours)
         self._read(name, call, key, "backward", module, ours)
 
