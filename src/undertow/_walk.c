@@ -13,7 +13,8 @@
 #define CODES 65536
 #define TURNS 4
 #define PIECE 2048
-#define LINE 16 /* values in a line of a cache */
+#define LINE 16    /* values in a line of a cache */
+#define AHEAD 2048 /* values that memory is asked for beforehand */
 
 /* The loader picks the wider form where the processor has it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -35,31 +36,75 @@ typedef struct {
     int64_t zeros;
 } Seen;
 
-WIDEST static Seen look(const float *x, int32_t n)
+static const Seen NOTHING = {0, 0, INFINITY, -INFINITY, 0};
+
+static void join(Seen *all, Seen one)
 {
-    double sum = 0, squares = 0;
-    float low = INFINITY, high = -INFINITY;
-    int32_t zeros = 0;
-#pragma omp simd reduction(+ : sum, squares, zeros) reduction(min : low) reduction(max : high)
-    for (int32_t i = 0; i < n; i++) {
-        float v = x[i];
-        double d = v;
-        sum += d;
-        squares += d * d;
-        zeros += v == 0;
-        low = v < low ? v : low;
-        high = v > high ? v : high;
-    }
-    return (Seen){sum, squares, low, high, zeros};
+    all->sum += one.sum;
+    all->squares += one.squares;
+    all->low = one.low < all->low ? one.low : all->low;
+    all->high = one.high > all->high ? one.high : all->high;
+    all->zeros += one.zeros;
 }
 
-WIDEST static double magnitudes(const float *x, Py_ssize_t n)
+/* The same for every LINE-th value: so many sums need not wait for each other. */
+typedef struct {
+    double sum[LINE], squares[LINE];
+    float low[LINE], high[LINE];
+    int32_t zeros[LINE];
+} Lanes;
+
+static inline void take(Lanes *lanes, int lane, float v)
 {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (Py_ssize_t i = 0; i < n; i++)
-        sum += fabs((double)x[i]);
-    return sum;
+    double d = v;
+    lanes->sum[lane] += d;
+    lanes->squares[lane] += d * d;
+    lanes->zeros[lane] += v == 0;
+    lanes->low[lane] = v < lanes->low[lane] ? v : lanes->low[lane];
+    lanes->high[lane] = v > lanes->high[lane] ? v : lanes->high[lane];
+}
+
+/* What is in some rows, and each one's norm. */
+WIDEST static Seen look(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms)
+{
+    Seen all = NOTHING;
+    Lanes lanes = {{0}, {0}, {0}, {0}, {0}};
+    for (int lane = 0; lane < LINE; lane++)
+        lanes.low[lane] = INFINITY, lanes.high[lane] = -INFINITY;
+    for (Py_ssize_t row = 0; row < rows; row++, x += n) {
+        Py_ssize_t i = 0;
+        double squares = 0;
+        for (int lane = 0; lane < LINE; lane++)
+            lanes.squares[lane] = 0;
+        for (; i + LINE <= n; i += LINE) {
+            NEAR(x + i + AHEAD);
+#pragma omp simd
+            for (int lane = 0; lane < LINE; lane++)
+                take(&lanes, lane, x[i + lane]);
+        }
+        for (int lane = 0; i + lane < n; lane++)
+            take(&lanes, lane, x[i + lane]);
+#pragma omp simd reduction(+ : squares)
+        for (int lane = 0; lane < LINE; lane++)
+            squares += lanes.squares[lane];
+        norms[row] = (float)sqrt(squares);
+        all.squares += squares;
+    }
+    for (int lane = 0; lane < LINE; lane++)
+        join(&all, (Seen){lanes.sum[lane], 0, lanes.low[lane], lanes.high[lane], lanes.zeros[lane]});
+    return all;
+}
+
+/* A row's sum and sum of magnitudes. */
+WIDEST static void total(const float *x, Py_ssize_t n, double *two)
+{
+    double sum = 0, magnitudes = 0;
+#pragma omp simd reduction(+ : sum, magnitudes)
+    for (Py_ssize_t i = 0; i < n; i++) {
+        sum += x[i];
+        magnitudes += fabs((double)x[i]);
+    }
+    two[0] = sum, two[1] = magnitudes;
 }
 
 WIDEST static double deviations(const float *x, Py_ssize_t n, double mean)
@@ -71,45 +116,15 @@ WIDEST static double deviations(const float *x, Py_ssize_t n, double mean)
     return squares;
 }
 
-static void join(Seen *all, Seen one)
-{
-    all->sum += one.sum;
-    all->squares += one.squares;
-    all->low = one.low < all->low ? one.low : all->low;
-    all->high = one.high > all->high ? one.high : all->high;
-    all->zeros += one.zeros;
-}
-
-static const Seen NOTHING = {0, 0, INFINITY, -INFINITY, 0};
-
-/* The rows of one block. `sums`, where wanted, gets each row's sum and sum of magnitudes. */
+/* The rows of one block; rows of one value are looked at as one. */
 static Seen some(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, double *sums)
 {
-    Seen block = NOTHING;
-    if (n == 1) {
-        for (Py_ssize_t row = 0; row < rows; row++)
-            norms[row] = fabsf(x[row]);
-        for (Py_ssize_t row = 0; sums && row < rows; row++) {
-            sums[2 * row] = x[row];
-            sums[2 * row + 1] = norms[row];
-        }
-        return look(x, (int32_t)rows);
-    }
-    for (Py_ssize_t row = 0; row < rows; row++, x += n) {
-        Seen whole = NOTHING;
-        for (Py_ssize_t start = 0; start < n; start += PIECE) {
-            int32_t size = (int32_t)(n - start < PIECE ? n - start : PIECE);
-            for (int32_t i = 0; i < size; i += LINE)
-                NEAR(x + start + size + i);
-            join(&whole, look(x + start, size));
-        }
-        join(&block, whole);
-        norms[row] = (float)sqrt(whole.squares);
-        if (sums) {
-            sums[2 * row] = whole.sum;
-            sums[2 * row + 1] = magnitudes(x, n);
-        }
-    }
+    float whole;
+    for (Py_ssize_t row = 0; n == 1 && row < rows; row++)
+        norms[row] = fabsf(x[row]);
+    Seen block = n == 1 ? look(x, 1, rows, &whole) : look(x, rows, n, norms);
+    for (Py_ssize_t row = 0; sums && row < rows; row++) /* while they are near */
+        total(x + row * n, n, sums + 2 * row);
     return block;
 }
 
