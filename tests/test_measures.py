@@ -99,7 +99,8 @@ FUNCTIONS = frozenset({"norms", "zeros", "moments", "sums", "counts"})
 
 def walked(x):
     """What the recorder gives to measures: a walk, where it can be made."""
-    return kernels.Walked(x, FUNCTIONS) if kernels.is_walkable(x) else x
+    found = kernels.walked(x, FUNCTIONS)
+    return x if found is None else found
 
 
 def kernel(function, x):
@@ -223,6 +224,18 @@ def test_what_is_not_finite_is_seen_wherever_it_lies(place, way):
     assert np.isnan(kernel(moments, x)).all()
     assert np.isnan(kernel(norms, x)).sum() == 1
     assert np.isnan(kernel(sums, x)).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (70_000, 1), (2, 3, 3), (5, 3, 16), (3, 7, 1, 17), (4, 2, 50, 41), (1, 1, 40_000)]
+)
+def test_rows_of_any_length(shape, way):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+    plain = x.double().numpy()
+    np.testing.assert_allclose(kernel(norms, x), norms(plain), rtol=1e-6)
+    np.testing.assert_allclose(kernel(sums, x), sums(plain), rtol=1e-5)
+    np.testing.assert_allclose(kernel(moments, x), moments(plain), rtol=1e-5)
+    assert int(kernel(zeros, x)) == zeros(plain)
 
 
 def test_the_number_of_threads_changes_no_bit():

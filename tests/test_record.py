@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from undertow.errors import InputError, ModelError, RunError
-from undertow.frameworks.torch.probe import Probe
+from undertow.frameworks.torch.probe import Landing, Probe
 from undertow.frameworks.torch.vision import import_torchvision
 from undertow.measures import Keep, Measure
 from undertow.recording import Schedule, record, writer
@@ -45,7 +45,9 @@ def probed(model, run, sites=None, phases=("backward", "forward"), scaler=None):
     with Probe(modules, (Keep(),), frozenset(phases), scaler) as probe:
         run()
     assert not hooks_on(model)
-    return {(r.site, r.call, r.output, r.phase, r.repeat): r.states[0]["values"] for r in probe.readings}
+    return {
+        (r.site, r.call, r.output, r.phase, r.repeat): r.states[0]["values"] for r in Landing(probe, ())._readings()
+    }
 
 
 def out_of_place(model):
@@ -689,9 +691,31 @@ def test_the_thread_that_writes_gives_way_and_no_other(tmp_path):
         assert priority(threading.main_thread()) == before
 
 
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_hooks_of_others_on_the_same_tensor_stay(tmp_path, first):
+    conv, seen = nn.Conv2d(1, 2, 3), []
+
+    def theirs(module, args, output):
+        output.register_hook(lambda gradient: seen.append("theirs"))
+
+    if first == "theirs":
+        conv.register_forward_hook(theirs)
+    model = nn.Sequential(conv, nn.ReLU(inplace=True))
+    with recorded(tmp_path, model, sites="conv", measures=["channel-norm"]) as recording:
+        with recording.batch():
+            if first == "ours":
+                conv.register_forward_hook(theirs)
+            loss = model(torch.ones(1, 1, 4, 4)).square().sum()
+            loss.backward(retain_graph=True)
+        assert seen == ["theirs"]
+        loss.backward()  # the batch is over
+    assert seen == ["theirs"] * 2
+    assert Run(tmp_path).table("channel_norm").num_rows == 1
+
+
 def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):
     model = tiny()
-    monkeypatch.setattr(writer, "_AT_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "_AT_MOST_SECONDS", -1.0)
     with recorded(tmp_path, model, group=1000) as recording:
         for number in range(3):
             with recording.batch():

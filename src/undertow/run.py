@@ -131,7 +131,7 @@ class Run:
         pa = arrow()
         parts = [part for part in sorted((self.folder / name).glob("part-*.parquet")) if self._counts(part)]
         fields = schema(known[name])
-        read = [pa.parquet.ParquetFile(part).read() for part in parts]
+        read = [pa.parquet.ParquetFile(part).read().cast(fields) for part in parts]
         return pa.concat_tables(read) if read else fields.empty_table()
 
     def parts(self, name: str) -> list[str]:
@@ -219,7 +219,7 @@ def schema(columns: Mapping[str, str]) -> Any:
 
 def _arrow_type(pa: Any, text: str) -> Any:
     if text.startswith("list<"):
-        return pa.list_(_arrow_type(pa, text[5:-1]))
+        return pa.list_(pa.field("element", _arrow_type(pa, text[5:-1])))  # as Parquet calls it
     return pa.string() if text == "tensor" else getattr(pa, text)()
 
 

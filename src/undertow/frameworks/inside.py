@@ -32,10 +32,7 @@ class Difference:
 
 @dataclass(slots=True)
 class Reading:
-    """What the measures made of one tensor, and how much memory that takes.
-
-    Until it has landed on the host, arrays are the framework's, and a state may be what makes it.
-    """
+    """What the measures made of one tensor; until it has landed on the host, arrays are the framework's."""
 
     site: str
     call: int
@@ -44,8 +41,7 @@ class Reading:
     repeat: int
     dtype: str
     size: int
-    states: list[Any]
-    nbytes: int
+    states: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)

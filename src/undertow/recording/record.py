@@ -247,21 +247,17 @@ class Recording:
         return bool(every) and number % every == 0
 
     def _take(self, probe: Any, names: list[str] | None, epoch: int, number: int) -> None:
-        """Hand a batch over to the writer, its readings in an order that does not depend on the backward pass's."""
+        """Hand a batch over to the writer."""
         self._settle_sites(list(probe.order))
         self._reached.update(probe.order)
         self._arrived.update(probe.arrived)
         self._views.update(probe.views)
         self._warn_of_scale(probe.unscaled)
-        place = {name: i for i, name in enumerate(self._names)}
-        readings = [reading for reading in probe.readings if reading.site in place]
-        readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
-        size = len(names) if names is not None else max((reading.size for reading in readings), default=0)
         facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
         points = probe.points(self._names)
-        landing = self._frame.Landing([*readings, *points])
+        landing = self._frame.Landing(probe, points)
         assert self._writer is not None
-        self._writer.put(Batch(epoch, number, names, size, facts, probe.scale, readings, points, landing))
+        self._writer.put(Batch(epoch, number, names, self._names, facts, probe.scale, points, landing))
         self.batches += 1
 
     def _warn_of_scale(self, unscaled: bool) -> None:
@@ -357,7 +353,7 @@ def as_names(samples: Any) -> list[str]:
     """
     if isinstance(samples, str | bytes):
         raise InputError(f"samples is one text, {samples!r}; pass one name for each sample of the batch")
-    return [str(name) for name in getattr(samples, "tolist", lambda: samples)()]
+    return list(map(str, getattr(samples, "tolist", lambda: samples)()))
 
 
 def _listed(reasons: dict[str, str]) -> str:

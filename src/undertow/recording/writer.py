@@ -42,15 +42,14 @@ _AT_MOST_SECONDS = 10.0
 
 @dataclass
 class Batch:
-    """All that one batch left, its arrays perhaps still on their way to the host."""
+    """All that one batch left at some sites, its arrays perhaps still on their way to the host."""
 
     epoch: int
     batch: int
     names: Sequence[str] | None
-    size: int
+    sites: Sequence[str]
     facts: dict[str, Any]
     scale: Any
-    readings: Sequence[Any]
     points: Sequence[Any]
     landing: Any
 
@@ -80,7 +79,8 @@ class Writer:
         folder: of the run.
         measures: in the order in which each reading has its states.
         rank: of the process, part of the names of its files.
-        group: how many batches are published together at most; fewer after 10 seconds, or at 64 MiB.
+        group: how many batches are published together at most; fewer where the first has waited for 10 seconds, or at
+            64 MiB.
         diagnose: whether some batches are watched for a diagnosis.
     """
 
@@ -95,7 +95,7 @@ class Writer:
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self._held: list[Batch] = []
         self._unpublished = self._weight = 0
-        self._since = time.monotonic()
+        self._since = 0.0
         self._batches = self._bytes = 0
         self.committed = 0
         self._error: BaseException | None = None
@@ -106,9 +106,10 @@ class Writer:
     def put(self, batch: Batch) -> None:
         """Keep a batch for the next bunch; waits where the thread is behind."""
         self.check()
+        self._since = self._since if self._unpublished else time.monotonic()
         self._held.append(batch)
         self._unpublished += 1
-        self._weight += sum(one.nbytes for one in (*batch.readings, *batch.points))
+        self._weight += batch.landing.nbytes
         publish = self._unpublished >= self.group or time.monotonic() - self._since > _AT_MOST_SECONDS
         if publish or self._weight >= _HELD_BYTES:
             self._hand_over(publish)
@@ -117,7 +118,7 @@ class Writer:
         bunch = _Bunch(self._held, publish, threading.Event())
         self._held, self._weight = [], 0
         if publish:
-            self._unpublished, self._since = 0, time.monotonic()
+            self._unpublished = 0
         self._queue.put(bunch)
         return bunch
 
@@ -172,17 +173,23 @@ class Writer:
             self._publish()
 
     def _add(self, batch: Batch) -> None:
-        """Finish the measures of a batch and keep their columns until the group is published."""
-        batch.landing.wait()
+        """Finish the measures of a batch and keep their columns until the group is published.
+
+        Their order does not depend on the backward pass's.
+        """
+        place = {name: i for i, name in enumerate(batch.sites)}
+        readings = [reading for reading in batch.landing.wait() if reading.site in place]
+        readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
+        size = len(batch.names) if batch.names is not None else max((reading.size for reading in readings), default=0)
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
-        self._rows["batches"].append({**keys, **batch.facts, "size": batch.size, "scale": scale})
-        names = [None] * batch.size if batch.names is None else _storable(batch.names)
-        samples = {"sample": np.arange(batch.size, dtype=np.int32), "name": names}
+        self._rows["batches"].append({**keys, **batch.facts, "size": size, "scale": scale})
+        names = [None] * size if batch.names is None else _storable(batch.names)
+        samples = {"sample": np.arange(size, dtype=np.int32), "name": names}
         self._rows["samples"].append({**keys, **samples})
-        for reading in batch.readings:
+        for reading in readings:
             site = {name: getattr(reading, name) for name in (*SITE_KEYS, "dtype")}
-            matching = batch.size == reading.size  # else the first axis is not that of the samples
+            matching = size == reading.size  # else the first axis is not that of the samples
             called = {"sample": np.arange(reading.size), "name": names if matching else [None] * reading.size}
             for measure, state in zip(self.measures, reading.states, strict=True):
                 block = {**keys, **(called if measure.per_sample else {}), **site, **measure.finish(state)}
@@ -196,9 +203,7 @@ class Writer:
             if kind == "tensor":
                 block[column] = [self._file(block, place, a, batch) for place, a in enumerate(block[column])]
             else:
-                values = block[column]
-                parts = [values] if isinstance(values, np.ndarray) else map(np.asarray, values)
-                self._bytes += sum(part.nbytes for part in parts)
+                self._bytes += _nbytes(block[column], kind)
         return block
 
     def _file(self, block: Mapping[str, Any], place: int, array: Any, batch: Batch) -> str:
@@ -256,60 +261,81 @@ def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:
 
 
 def _table(schema: Any, blocks: Sequence[Mapping[str, Any]]) -> Any:
-    """Join blocks of columns, in which one value alone stands for all rows of its block: in all blocks or in none."""
+    """Join blocks of columns, in which one value alone stands for all rows of its block: in all blocks or in none.
+
+    Texts become numbers of a dictionary, so that none is looked at once for each row.
+    """
     pa = arrow()
     columns = {name for name, value in blocks[0].items() if isinstance(value, _COLUMN)}
     some = next(iter(columns), None)
     lengths = np.array([1 if some is None else len(block[some]) for block in blocks])
     rows = pa.array(np.repeat(np.arange(len(blocks)), lengths))
-    arrays = []
+    arrays = {}
     for entry in schema:
         values = [block[entry.name] for block in blocks]
         if entry.name not in columns:
-            arrays.append(pa.array(values, entry.type).take(rows))
+            arrays[entry.name] = _encoded(pa, values, entry.type).take(rows)
         elif pa.types.is_list(entry.type):
-            arrays.append(_lists(pa, entry.type, values))
+            arrays[entry.name] = _lists(pa, entry.type, values)
         else:
-            arrays.append(_column(pa, entry.type, values))
-    return pa.Table.from_arrays(arrays, schema=schema)
+            arrays[entry.name] = _column(pa, entry.type, values)
+    return pa.table(arrays)
 
 
 def _write(table: Any, path: Path) -> None:
     """Write a part: keys and texts as dictionaries, measured numbers by planes of bytes, sorted codes by differences.
 
     Dictionaries and statistics of measured numbers, of which none returns, would take as long as all the rest; those of
-    numbers that are keys let a reader pass over parts.
+    numbers that are keys let a reader pass over parts. LZ4 takes half of zstd's time for 7 % more on the disk. Arrow's
+    own memory pools give theirs back to the system each time, and to get it again takes longer than to compress.
     """
-    types = arrow().types
-    items = {f"{e.name}.list.element": e.type.value_type for e in table.schema if types.is_list(e.type)}
-    keys = [e.name for e in table.schema if not types.is_list(e.type)]
-    arrow().parquet.write_table(
+    pa = arrow()
+    items = {f"{e.name}.list.element": e.type.value_type for e in table.schema if pa.types.is_list(e.type)}
+    keys = [e.name for e in table.schema if not pa.types.is_list(e.type)]
+    pa.parquet.write_table(
         table,
         path,
-        compression="zstd",
+        compression="lz4",
         use_dictionary=keys,
-        write_statistics=[name for name in keys if types.is_integer(table.schema.field(name).type)],
-        use_byte_stream_split=[name for name, kind in items.items() if types.is_floating(kind)],
-        column_encoding={name: "DELTA_BINARY_PACKED" for name, kind in items.items() if types.is_integer(kind)} or None,
+        write_statistics=[name for name in keys if pa.types.is_integer(table.schema.field(name).type)],
+        use_byte_stream_split=[name for name, kind in items.items() if pa.types.is_floating(kind)],
+        column_encoding={name: "DELTA_BINARY_PACKED" for name, kind in items.items() if pa.types.is_integer(kind)}
+        or None,
+        store_schema=False,  # to readers, a text is a text
+        memory_pool=pa.system_memory_pool(),
     )
 
 
+def _encoded(pa: Any, values: Sequence[Any], kind: Any) -> Any:
+    array = pa.array(values, kind)
+    return array.dictionary_encode() if pa.types.is_string(kind) else array
+
+
 def _column(pa: Any, kind: Any, columns: Sequence[Any]) -> Any:
-    distinct = {id(column): column for column in columns}
-    if len(distinct) < len(columns):  # all sites of a batch share its names
-        made = {key: pa.array(column, kind) for key, column in distinct.items()}
-        return pa.chunked_array([made[id(column)] for column in columns], kind)
     if isinstance(columns[0], np.ndarray):
         return pa.array(np.concatenate(columns), kind)
-    return pa.array([one for column in columns for one in column], kind)
+    distinct = {id(column): column for column in columns}
+    joined = _encoded(pa, [one for column in distinct.values() for one in column], kind)
+    if len(distinct) == len(columns):
+        return joined
+    starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())]).tolist(), strict=False))
+    places = [np.arange(starts[id(column)], starts[id(column)] + len(column)) for column in columns]
+    return joined.take(pa.array(np.concatenate(places)))  # all sites of a batch share its names
 
 
 def _lists(pa: Any, kind: Any, columns: Sequence[Any]) -> Any:
-    sizes = [np.full(*v.shape) if _is_table(v) else [len(item) for item in v] for v in columns]
-    flat = [item for v in columns for item in ([v.reshape(-1)] if _is_table(v) else v)]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))]).astype(np.int32)
-    joined: Any = np.concatenate(flat) if flat else []
+    """Join lists: of each block a table (rows, length), or one array for each row."""
+    pieces = [p for v in columns for p in ([v] if _is_table(v) else [np.asarray(one)[None] for one in v])]
+    sizes = np.repeat([piece.shape[1] for piece in pieces], [len(piece) for piece in pieces])
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    joined: Any = np.concatenate([piece.reshape(-1) for piece in pieces]) if pieces else []
     return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type), type=kind)
+
+
+def _nbytes(values: Any, kind: str) -> int:
+    if isinstance(values, np.ndarray):
+        return values.nbytes
+    return sum(np.asarray(one).nbytes for one in values) if kind.startswith("list<") else 8 * len(values)
 
 
 def _is_table(value: Any) -> bool:

@@ -24,11 +24,14 @@ _FEATURES_LAST: tuple[type[nn.Module], ...] = (
 )
 
 
+_CONVOLUTION = nn.modules.conv._ConvNd
+
+
 def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
     if x.layout != torch.strided:
         x = x.to_dense()
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, _CONVOLUTION):
         return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x  # a single sample has no batch axis
     if x.ndim < 2:
         return x.reshape(-1, 1)
@@ -46,42 +49,65 @@ def _float(x: torch.Tensor) -> torch.Tensor:
 
 
 class Walked:
-    """What was found in a tensor `(B, C, ...)`: measures are made of it when the tensor is gone.
+    """What a walk over a tensor `(B, C, ...)` found: measures are made of it when the tensor is gone.
 
     Args:
-        x: for which `is_walkable`.
-        wanted: the functions of `measures` that will be asked for.
+        shape: of the tensor.
+        reduced: norms, moments and zeros, where they were wanted.
+        counted: codes and counts, where they were wanted.
+        sums: of magnitudes too, float64 (B, C, 2), where they were wanted.
     """
 
-    def __init__(self, x: torch.Tensor, wanted: frozenset[str]) -> None:
-        self.shape = x.shape
-        self.sums = np.empty((*self.shape[:2], 2)) if "sums" in wanted else None
-        self.norms, self.codes = b"", (b"", b"")
-        values, threads = x.numpy(), _threads(x)
-        if wanted != {"counts"}:
-            rows = self.shape[0] * self.shape[1]
-            self.norms, *self.moments, self.zeros = _walk.reduce(values, rows, self.sums, threads)
-        if "counts" in wanted:
-            self.codes = _walk.count(values, _tables(min(threads, 8)))
+    def __init__(self, shape: tuple[int, ...], reduced: Any, counted: Any, sums: Any) -> None:
+        self.shape, self.sums = shape, sums
+        reduced = reduced or (b"", 0)
+        self.norms, self.moments, self.zeros = reduced[0], reduced[1:-1], reduced[-1]
+        self.codes: tuple[bytes, bytes] = counted or (b"", b"")
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        """How much memory it takes."""
-        return len(self.norms) + (0 if self.sums is None else self.sums.nbytes) + sum(map(len, self.codes))
+
+_COUNTS = frozenset({"counts"})
+_FLOAT32, _STRIDED = torch.float32, torch.strided
 
 
-def is_walkable(x: torch.Tensor) -> bool:
-    """Whether our C can walk over a tensor."""
-    if _walk is None or not x.is_cpu or x.dtype != torch.float32 or not x.is_contiguous():
-        return False
-    return 0 < x.numel() < 1 << 32
+def walk(module: nn.Module | None, x: torch.Tensor, wanted: frozenset[str], threads: int) -> tuple[Any, ...] | None:
+    """Walk over a module's output or its gradient, where our C can; the rest is for `Walked`.
+
+    Few functions, as few of them torch's as can be: in a hook, all come from memory and take ten times as long.
+    """
+    if _walk is None or x.dtype is not _FLOAT32 or not x.is_cpu or x.layout is not _STRIDED:
+        return None
+    if not isinstance(module, _CONVOLUTION):
+        x = x if module is None else arranged(module, x)
+    values = x.numpy()
+    if isinstance(module, _CONVOLUTION) and values.ndim == len(module.kernel_size) + 1:
+        values = values[None]
+    if not 0 < values.size < 1 << 32 or not values.flags.c_contiguous:
+        return None
+    shape, sums, reduced, counted = values.shape, None, None, None
+    threads = max(1, min(threads, values.size >> 15))
+    if wanted != _COUNTS:
+        rows = shape[0] * shape[1]
+        sums = np.empty((*shape[:2], 2)) if "sums" in wanted else None
+        reduced = _walk.reduce(values, rows, sums, threads)
+    if "counts" in wanted:
+        counted = _walk.count(values, _tables(min(threads, 8)))
+    return shape, reduced, counted, sums
 
 
-def _threads(x: torch.Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), x.numel() >> 15))
+def held(found: tuple[Any, ...]) -> int:
+    """Return how many bytes what `walk` returned takes."""
+    _, reduced, counted, sums = found
+    kept = (reduced[0] if reduced else b"", *(counted or ()))
+    return sum(map(len, kept)) + (0 if sums is None else int(sums.nbytes))
+
+
+def walked(x: torch.Tensor, wanted: frozenset[str]) -> Walked | None:
+    """Return what a walk over a tensor `(B, C, ...)` finds, where our C can walk over it."""
+    found = walk(None, x, wanted, torch.get_num_threads())
+    return None if found is None else Walked(*found)
 
 
 _thread = threading.local()
@@ -198,8 +224,8 @@ _ALL_CODES = np.arange(measures.CODES, dtype=np.uint16)
 @measures.counts.register(torch.Tensor)
 def _counts(x: torch.Tensor) -> Any:
     dense = flat(x) if x.dtype == torch.bfloat16 else flat(x).float()
-    if is_walkable(dense):
-        return _walked_counts(Walked(dense.view(1, -1), frozenset({"counts"})))
+    if (walk := walked(dense.unsqueeze(0), _COUNTS)) is not None:
+        return _walked_counts(walk)
     if x.device.type == "cpu":
         return measures.listed(_counted(dense).numpy())
     # bincount would wait for the device, to learn the largest code

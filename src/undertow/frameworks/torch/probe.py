@@ -6,7 +6,7 @@ before a following in-place operation, it still receives the gradient of the val
 
 import hashlib
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from ...errors import ModelError
 from ...measures import Measure
 from ...sites import Part
 from ..inside import Reading
-from .kernels import Walked, arranged, is_walkable  # and what the measures are made of
+from .kernels import Walked, arranged, held, walk  # and what the measures are made of
 from .modules import ACTIVATIONS
 from .weights import weights_sha256
 from .witness import Point, Witness
@@ -159,7 +159,11 @@ def tensors_in(output: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]
         yield from tensors_in(vars(output), key)
 
 
-@dataclass
+_Taken = tuple[str, int, str, str, torch.dtype, int, tuple[Any, ...] | None, list[Any] | None]
+"""What a hook takes of a tensor: site, call, output, phase, dtype, samples, what a walk found, states."""
+
+
+@dataclass(eq=False)
 class Probe:
     """Reads the sites of one batch between `with` and its end; hooks are on the modules only in between.
 
@@ -169,6 +173,7 @@ class Probe:
         views: the sites whose output is a view, on which an in-place operation hides the gradient.
         unscaled: float16 came out of autocast, and there is no scaler.
         scale: of the AMP scaler when the first gradient came; None without one.
+        taken: of each tensor, in order of arrival; `Landing` makes readings of it.
     """
 
     modules: Mapping[str, nn.Module]
@@ -183,17 +188,18 @@ class Probe:
 
     def __post_init__(self) -> None:
         self._handles: list[Any] = []
+        self._hooks: list[OrderedDict[Any, Any]] = []
         self._calls: dict[str, int] = defaultdict(int)
         self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
-        self._taken: list[tuple[str, int, str, str, torch.dtype, int, Walked | None, list[Any] | None]] = []
+        self.taken: list[_Taken] = []
         self._reads = frozenset(name for measure in self.measures for name in measure.reads)
         self._walk_is_all = all(measure.reads for measure in self.measures)
-        self._thread = 0
+        self._thread, self._threads = 0, 1
         self._witness = None if self.watched is None else Witness(network(self.watched), self._unscaled)
 
     def __enter__(self) -> Self:
-        self._thread = threading.get_ident()
+        self._thread, self._threads = threading.get_ident(), torch.get_num_threads()
         try:
             for name, module in self.modules.items():
                 self._handles.append(module.register_forward_hook(partial(self._after, name)))
@@ -209,33 +215,19 @@ class Probe:
             self._witness.__exit__(*_)
         for handle in self._handles:
             handle.remove()
+        for hooks in self._hooks:
+            hooks.pop(self, None)
         self._handles.clear()
+        self._hooks.clear()
 
     def points(self, names: Sequence[str]) -> list[Point]:
         """Return what was seen for a diagnosis of the sites named; nothing where this batch was not watched."""
         return [] if self._witness is None else self._witness.close(names)
 
     @property
-    def readings(self) -> list[Reading]:
-        """What the measures made of each tensor, in order of arrival; put together after the pass, see `Landing`."""
-        readings = []
-        repeats: Counter[tuple[str, ...]] = Counter()
-        for name, call, key, phase, dtype, size, found, made in self._taken:
-            place = (name, str(call), key, phase)
-            states: list[Any] = []
-            nbytes = 0 if found is None else found.nbytes
-            for measure, state in zip(self.measures, made or [None] * len(self.measures), strict=True):
-                states.append(partial(measure.reduce, found) if state is None else state)
-                nbytes += 0 if state is None else sum(array.nbytes for array in state.values())
-            kind = str(dtype).removeprefix("torch.")
-            readings.append(Reading(name, call, key, phase, repeats[place], kind, size, states, nbytes))
-            repeats[place] += 1
-        return readings
-
-    @property
     def arrived(self) -> set[str]:
         """The sites at which a gradient has come."""
-        return {name for name, _, _, phase, *_ in self._taken if phase == "backward"}
+        return {name for name, _, _, phase, *_ in self.taken if phase == "backward"}
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._witness is None:
@@ -257,16 +249,28 @@ class Probe:
         for key, tensor in tensors_in(output):
             if "forward" in self.phases and not again:
                 self._read(name, call, key, "forward", module, tensor.detach())
-            place = _before_views(module, tensor)
+            view = tensor._is_view()
+            place = _before_views(module, tensor) if view else tensor
             if self._witness is not None and not again:
                 self._witness.begin(name, call, key, module, tensor, place)
             if "backward" in self.phases and tensor.requires_grad:
-                if tensor.dtype == torch.float16 and self.scaler is None:
+                if self.scaler is None and tensor.dtype is torch.float16:
                     self.unscaled |= torch.is_autocast_enabled(tensor.device.type)
-                if place._is_view():
+                if view and place is tensor:
                     self.views.add(name)
                 hook = partial(self._arrived, name, call, key, module, None if place is tensor else tensor.shape)
-                self._handles.append(place.register_hook(hook))
+                self._listen(place, hook)
+
+    def _listen(self, tensor: torch.Tensor, hook: Any) -> None:
+        """Put a hook on a tensor as `register_hook` does, but for its handle, which takes longer than all the rest."""
+        if type(tensor) is not torch.Tensor or tensor._backward_hooks is not None or tensor.grad_fn is None:
+            self._handles.append(tensor.register_hook(hook))
+            return
+        hooks: OrderedDict[Any, Any] = OrderedDict()
+        tensor._backward_hooks = hooks
+        tensor.grad_fn._register_hook_dict(tensor)
+        hooks[self] = hook
+        self._hooks.append(hooks)
 
     def _next_call(self, name: str) -> int:
         call = self._calls[name]
@@ -309,12 +313,13 @@ class Probe:
 
     def _read(self, name: str, call: int, key: str, phase: str, module: nn.Module, tensor: torch.Tensor) -> None:
         """Take what must be taken before the tensor changes; all else can wait until the pass is over."""
+        seen = walk(module, tensor, self._reads, self._threads) if self._reads else None
+        if seen is not None and self._walk_is_all:
+            self.taken.append((name, call, key, phase, torch.float32, seen[0][0], seen, None))
+            return
         x = arranged(module, tensor)
-        found = Walked(x, self._reads) if self._reads and is_walkable(x) else None
-        states = None
-        if found is None or not self._walk_is_all:
-            states = [None if found is not None and measure.reads else measure.reduce(x) for measure in self.measures]
-        self._taken.append((name, call, key, phase, x.dtype, x.shape[0], found, states))
+        states = [None if seen is not None and measure.reads else measure.reduce(x) for measure in self.measures]
+        self.taken.append((name, call, key, phase, x.dtype, x.shape[0], seen, states))
 
 
 def _before_views(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -334,23 +339,28 @@ def _sequence() -> int:
 class Landing:
     """Small results on their way from a device to the host, in a few large copies that the caller does not wait for."""
 
-    def __init__(self, readings: Sequence[Reading]) -> None:
-        self._readings = readings
-        here = (state for reading in readings for state in reading.states if not callable(state))
-        self._places = [(state, key) for state in here for key in state]
+    def __init__(self, probe: Probe, points: Sequence[Point]) -> None:
+        self._taken, self._measures, self._points = probe.taken, probe.measures, points
+        made = [state for *_, states in self._taken for state in states or () if state is not None]
+        made += [state for point in points for state in point.states]
+        self._places = [(state, key) for state in made for key in state]
         self._copies: list[tuple[list[tuple[dict[str, Any], str]], torch.Tensor]] = []
         self._events: list[Any] = []
         for together in self._grouped():
             self._send(together)
 
-    def wait(self) -> None:
-        """Wait for the copies and put NumPy arrays in the places of tensors; bfloat16 as its bits, uint16.
+    @property
+    def nbytes(self) -> int:
+        """How much memory all takes."""
+        walks = sum(held(seen) for *_, seen, _ in self._taken if seen is not None)
+        return walks + sum(getattr(state[key], "nbytes", 0) for state, key in self._places)
+
+    def wait(self) -> list[Reading]:
+        """Wait for the copies, put NumPy arrays in the places of tensors, bfloat16 as its bits, and return readings.
 
         States of what was walked over are made only now: in a hook, code and tables come from memory, and it takes ten
         times as long.
         """
-        for reading in self._readings:
-            reading.states = [state() if callable(state) else state for state in reading.states]
         for event in self._events:
             event.synchronize()
         for places, landed in self._copies:
@@ -362,6 +372,22 @@ class Landing:
         for state, key in self._places:
             if isinstance(state[key], torch.Tensor):
                 state[key] = _numpy(state[key].cpu())
+        return self._readings()
+
+    def _readings(self) -> list[Reading]:
+        readings = []
+        repeats: Counter[tuple[str, int, str, str]] = Counter()
+        for name, call, key, phase, dtype, size, seen, made in self._taken:
+            place = (name, call, key, phase)
+            found = None if seen is None else Walked(*seen)
+            given = made or [None] * len(self._measures)
+            states = [
+                m.reduce(found) if state is None else state for m, state in zip(self._measures, given, strict=True)
+            ]
+            kind = str(dtype).removeprefix("torch.")
+            readings.append(Reading(name, call, key, phase, repeats[place], kind, size, states))
+            repeats[place] += 1
+        return readings
 
     def _grouped(self) -> list[list[tuple[dict[str, Any], str]]]:
         """Group what lies on CUDA devices, by device and dtype; large tensors go alone."""

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ... import measures
 from ...measures import ChannelSums, Histogram
 from ...run import DIAGNOSIS
-from .kernels import Walked, arranged, counted_true, is_walkable
+from .kernels import arranged, counted_true, walked
 
 _RELUS = ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "threshold", "clamp", "clamp_min", "clip")
 _SMOOTH = ("elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "sigmoid", "tanh", "hardswish", "hardsigmoid")
@@ -65,11 +65,6 @@ class Point:
     def arrived(self) -> bool:
         """Whether a gradient has come."""
         return "zeros" in self.states[0]
-
-    @property
-    def nbytes(self) -> int:
-        """How much memory its states take."""
-        return sum(getattr(value, "nbytes", 0) for state in self.states for value in state.values())
 
     def row(self) -> dict[str, Any]:
         """Return its row, when all has landed on the host; what was not measured is NaN, 0 or an empty list."""
@@ -247,7 +242,8 @@ class Witness(TorchFunctionMode):
                 state["absolute"] = _l1(x)
                 at_site = point.facts["step"] == 0
                 wanted = {"zeros", *(name for measure in _AT_SITES for name in measure.reads if at_site)}
-                found = Walked(x, frozenset(wanted)) if is_walkable(x) else x
+                walk = walked(x, frozenset(wanted))
+                found = x if walk is None else walk
                 for measure in _AT_SITES if at_site else ():
                     state |= measure.reduce(found)
                 state["zeros"] = measures.zeros(found)
