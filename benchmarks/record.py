@@ -5,12 +5,11 @@
 
 Training: each method has its own copy of the network and its own optimizer. All take turns of a few steps in one
 process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
-same round. Recordings are opened once, outside the timing; what a turn left in undertow's writer is published at its
-end, and that is charged at its share: a turn of 4 steps pays 4/64 of it, 64 batches being what is published together.
-Pairs: the plain step and undertow's alone, so that neither follows another tool's, in turns of so many steps that one
-group of batches is published on the way; what an eighth more leaves is published outside the timing. Also without our
-C, as where there was no compiler. A watched batch is one that `diagnose=` watches: every 32nd by default, so a run pays
-one part in 32 of what it adds.
+same round. Recordings are opened once, outside the timing; a turn ends when all that it recorded lies on the disk.
+Pairs: the plain step and undertow's alone, so that neither follows another tool's, a few steps each in turn, until
+a whole group of batches lies on the disk. Each round makes both anew: one copy of a network is up to 2 % slower than
+another, as its memory happens to lie, and stays so. Also without our C, as where there was no compiler. A watched batch
+is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
@@ -21,6 +20,7 @@ import argparse
 import copy
 import ctypes
 import logging
+import math
 import os
 import platform
 import random
@@ -48,9 +48,10 @@ from undertow.frameworks.torch import kernels
 from undertow.frameworks.torch.probe import Probe
 from undertow.frameworks.torch.vision import import_torchvision
 
-GROUP = 64  # batches that undertow publishes together
+GROUP = 64  # batches that undertow publishes together at most
 PAUSE = 0.1  # seconds between turns, for what another process still has to write
-STEPS = 4  # of a turn
+FEW = 8  # steps of one beside the other
+STEPS = (16, 8)  # of a turn among the peers, for each network
 TURN, BATCH = 16, 4  # images
 SECTIONS = ("training", "pairs", "inplace", "images", "memory")
 
@@ -128,10 +129,14 @@ def convolutions(model: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass
 class Method:
-    """What is timed: a step, and publishing what `GROUP` of them left. `before` and `after` a turn are not."""
+    """What is timed: a step, and publishing what several left, or waiting for what its threads do meanwhile.
+
+    `before` and `after` a turn are not.
+    """
 
     step: Callable[[], None]
     publish: Callable[[], None] | None = None
+    settle: Callable[[], None] | None = None
     before: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
 
@@ -151,7 +156,13 @@ def undertow(task: Task, measures: tuple[str, ...], diagnose: int = 0, group: in
             with recording.batch(samples=names):
                 task.step()
 
-        yield Method(step, recording.flush)
+        def settle() -> None:
+            writer = recording._writer
+            kept, writer._held = (writer._held, writer._weight), []
+            writer._hand_over(False).done.wait()  # behind whatever it was given before
+            writer._held, writer._weight = kept
+
+        yield Method(step, recording.flush, settle)
 
 
 @contextmanager
@@ -310,23 +321,20 @@ def folder() -> Iterator[Path]:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def turn(method: Method, steps: int) -> tuple[float, float, float]:
-    """Return the seconds of some steps with their share of publishing, on the clock and of all threads' work, and
-    those of publishing."""
+def turn(method: Method, steps: int) -> tuple[float, float]:
+    """Return the seconds of steps until all that they left is published: on the clock, and of all threads' work."""
     method.before()
     try:
         began = clocks()
         for _ in range(steps):
             method.step()
-        stepped = clocks()
         if method.publish is not None:
             method.publish()
-        published = clocks()
+        wall, work = clocks() - began
     finally:
         method.after()
     time.sleep(PAUSE)
-    wall, work = stepped - began + (published - stepped) * steps / GROUP
-    return float(wall), float(work), float((published - stepped)[0])
+    return float(wall), float(work)
 
 
 def clocks() -> np.ndarray:
@@ -334,13 +342,13 @@ def clocks() -> np.ndarray:
 
 
 def training(rounds: int, quick: bool) -> Iterator[str]:
-    yield "| network | method | ms a step | x plain step | x its CPU time | publishing, ms | what it keeps |"
+    yield "| network | method | steps a turn | ms a step | x plain step | x its CPU time | what it keeps |"
     yield "|---|---|---:|---:|---:|---:|---|"
-    for network, make in TASKS.items():
+    for (network, make), steps in zip(TASKS.items(), STEPS, strict=True):
         task = make(4) if quick else make()
         network += ", but b4" * quick
         failed: dict[str, str] = {}
-        taken: dict[str, list[tuple[float, float, float]]] = {}
+        taken: dict[str, list[tuple[float, float]]] = {}
         with ExitStack() as opened:
             ready = {}
             for name, (start, _) in METHODS.items():
@@ -353,24 +361,23 @@ def training(rounds: int, quick: bool) -> Iterator[str]:
             taken = {name: [] for name in ready}
             for _ in range(rounds):
                 for name in random.sample(list(ready), len(ready)):
-                    taken[name].append(turn(ready[name], STEPS))
+                    taken[name].append(turn(ready[name], steps))
         for name, (_, keeps) in METHODS.items():
             if name in failed:
                 yield f"| {network} | {name} | - | - | - | - | did not run: {failed[name]} |"
                 continue
             turns, base = np.array(taken[name]), np.array(taken["plain step"])
-            ms, _, publishing = 1e3 * np.median(turns, axis=0)
-            wall, work = np.median(turns[:, :2] / base[:, :2], axis=0)
-            last = f"{publishing:.1f}" if ready[name].publish else "-"
-            yield f"| {network} | {name} | {ms / STEPS:.1f} | {wall:.3f} | {work:.3f} | {last} | {keeps} |"
+            ms = 1e3 * np.median(turns[:, 0]) / steps
+            wall, work = np.median(turns / base, axis=0)
+            yield f"| {network} | {name} | {steps} | {ms:.1f} | {wall:.3f} | {work:.3f} | {keeps} |"
 
 
 def pairs(rounds: int, quick: bool) -> Iterator[str]:
     yield (
-        "| network | recorded | steps a turn | plain step, ms | x plain step | x its CPU time "
+        "| network | recorded | rounds of steps | plain step, ms | x plain step | 95 % interval | x its CPU time "
         "| in the hooks, ms a step | of a plain step |"
     )
-    yield "|---|---|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     three = ("channel-norm", "zero-fraction", "moments")
     settings = {"norms + zeros + moments": (three, 0), "histogram": (("histogram",), 0)}
     settings |= {f"{name}, without C": setting for name, setting in settings.items()}
@@ -379,26 +386,56 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
     for (network, group), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
         task = make(4) if quick else make()
         for name, (measures, diagnose) in settings.items():
-            if make is vgg16 and "without" in name:
+            if make is vgg16 and name not in (*settings,)[:2]:
                 continue
-            walk = None if "without" in name else kernels._walk
-            with (
-                mock.patch.object(kernels, "_walk", walk),
-                plain(task.twin()) as base,
-                undertow(task.twin(), measures, diagnose, group) as ours,
-            ):
-                steps = group + max(group // 8, 1)
-                through(base, steps), through(ours, steps)
-                taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
-                for _ in range(rounds):
-                    for which, method in random.sample([("base", base), ("ours", ours)], 2):
-                        taken[which].append(through(method, steps))
-                within = in_hooks(ours)
+            taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
+            within = []
+            for _ in range(rounds):
+                walk = None if "without" in name else kernels._walk
+                with (
+                    mock.patch.object(kernels, "_walk", walk),
+                    plain(task.twin()) as base,
+                    undertow(task.twin(), measures, diagnose, group) as ours,
+                ):
+                    turn(base, group // 8 + 1), turn(ours, group // 8 + 1)
+                    spent = side_by_side({"base": base, "ours": ours}, group)
+                    for which, seconds in spent.items():
+                        taken[which].append((float(seconds[0]), float(seconds[1])))
+                    within.append(in_hooks(ours, group // 8 + 1))
             found, against = np.array(taken["ours"]), np.array(taken["base"])
             wall, work = np.median(found / against, axis=0)
-            plain_ms = 1e3 * np.median(against[:, 0]) / steps
-            share = f"{1e3 * within:.1f} | {100 * within / plain_ms * 1e3:.1f} %"
-            yield f"| {network} | {name} | {steps} | {plain_ms:.1f} | {wall:.3f} | {work:.3f} | {share} |"
+            low, high = interval(found[:, 0] / against[:, 0])
+            plain_ms = 1e3 * np.median(against[:, 0]) / group
+            hooks = 1e3 * statistics.median(within)
+            share = f"{hooks:.1f} | {100 * hooks / plain_ms:.1f} %"
+            row = f"{rounds} of {group} | {plain_ms:.1f} | {wall:.3f} | {low:.3f} to {high:.3f} | {work:.3f}"
+            yield f"| {network} | {name} | {row} | {share} |"
+
+
+def side_by_side(methods: dict[str, Method], steps: int) -> dict[str, np.ndarray]:
+    """Return the seconds of steps that methods take in turn, a few at a time, since this machine is slow for seconds.
+
+    Each ends with nothing for its threads to do while another is timed, and its last steps with publishing.
+    """
+    spent = {name: np.zeros(2) for name in methods}
+    for start in range(0, steps, FEW):
+        for name in random.sample(list(methods), len(methods)):
+            method, began = methods[name], clocks()
+            for _ in range(start, min(start + FEW, steps)):
+                method.step()
+            end = method.publish if start + FEW >= steps else method.settle
+            if end is not None:
+                end()
+            spent[name] += clocks() - began
+    return spent
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return between which of the values their median lies with a probability of 95 %, by the binomial distribution."""
+    ordered = np.sort(values)
+    below = np.cumsum([math.comb(len(ordered), k) for k in range(len(ordered))]) / 2 ** len(ordered)
+    first = int(np.searchsorted(below, 0.025, side="right"))
+    return float(ordered[max(first - 1, 0)]), float(ordered[-max(first, 1)])
 
 
 def in_hooks(method: Method, steps: int = 8) -> float:
@@ -420,18 +457,6 @@ def in_hooks(method: Method, steps: int = 8) -> float:
             spent.append(0.0)
             method.step()
     return statistics.median(spent)
-
-
-def through(method: Method, steps: int) -> tuple[float, float]:
-    """Return the seconds of steps between which a group was published, on the clock and of all threads' work."""
-    began = clocks()
-    for _ in range(steps):
-        method.step()
-    wall, work = clocks() - began
-    if method.publish is not None:
-        method.publish()
-    time.sleep(PAUSE)
-    return float(wall), float(work)
 
 
 def said(error: BaseException) -> str:
@@ -681,7 +706,7 @@ def keep_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help=f"rounds of {STEPS} training steps for each method")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of training steps for each method")
     parser.add_argument("--only", choices=SECTIONS, help="one section")
     parser.add_argument("--images", type=int, default=32, help="images for each VGG16")
     parser.add_argument("--markdown", type=Path, help="write the tables here as well")
