@@ -691,8 +691,9 @@ def test_the_thread_that_writes_gives_way_and_no_other(tmp_path):
         assert priority(threading.main_thread()) == before
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("first", ["theirs", "ours"])
-def test_hooks_of_others_on_the_same_tensor_stay(tmp_path, first):
+def test_hooks_of_others_on_the_same_tensor_stay_and_ours_go(first, inplace):
     conv, seen = nn.Conv2d(1, 2, 3), []
 
     def theirs(module, args, output):
@@ -700,17 +701,14 @@ def test_hooks_of_others_on_the_same_tensor_stay(tmp_path, first):
 
     if first == "theirs":
         conv.register_forward_hook(theirs)
-    model = nn.Sequential(conv, nn.ReLU(inplace=True))
-    with recorded(tmp_path, model, sites="conv", measures=["channel-norm"]) as recording:
-        with recording.batch():
-            if first == "ours":
-                conv.register_forward_hook(theirs)
-            loss = model(torch.ones(1, 1, 4, 4)).square().sum()
-            loss.backward(retain_graph=True)
-        assert seen == ["theirs"]
-        loss.backward()  # the batch is over
-    assert seen == ["theirs"] * 2
-    assert Run(tmp_path).table("channel_norm").num_rows == 1
+    with Probe({"0": conv}, (Keep(),), frozenset({"backward"})) as probe:
+        if first == "ours":
+            conv.register_forward_hook(theirs)
+        loss = nn.ReLU(inplace)(conv(torch.ones(1, 1, 4, 4))).square().sum()
+        loss.backward(retain_graph=True)
+        assert (len(seen), len(probe.taken)) == (1, 1)
+    loss.backward()
+    assert (len(seen), len(probe.taken)) == (2, 1)
 
 
 def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):
