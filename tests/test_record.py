@@ -10,6 +10,7 @@ import warnings
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -712,13 +713,16 @@ def test_hooks_of_others_on_the_same_tensor_stay_and_ours_go(first, inplace):
 
 
 def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):
-    model = tiny()
-    monkeypatch.setattr(writer, "_AT_MOST_SECONDS", -1.0)
+    """Ten seconds after the first batch that waits, however long there was none before it."""
+    model, now = tiny(), [1000.0]
+    monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with recorded(tmp_path, model, group=1000) as recording:
-        for number in range(3):
+        for seconds, published in ((0, 0), (6, 0), (5, 3), (100, 3), (9, 3), (2, 6)):
+            now[0] += seconds
             with recording.batch():
                 backward(model)
-            assert soon(lambda number=number: Run(tmp_path).table("batches").num_rows == number + 1)
+            recording._writer._hand_over(False).done.wait()
+            assert Run(tmp_path).table("batches").num_rows == published
 
 
 def test_warnings_of_torch_are_not_ours(tmp_path):

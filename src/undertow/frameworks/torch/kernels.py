@@ -79,11 +79,13 @@ def walk(module: nn.Module | None, x: torch.Tensor, wanted: frozenset[str], thre
     """
     if _walk is None or x.dtype is not _FLOAT32 or not x.is_cpu or x.layout is not _STRIDED:
         return None
-    if not isinstance(module, _CONVOLUTION):
-        x = x if module is None else arranged(module, x)
-    values = x.numpy()
-    if isinstance(module, _CONVOLUTION) and values.ndim == len(module.kernel_size) + 1:
-        values = values[None]
+    if module is None:
+        values = x.numpy()
+    elif isinstance(module, _CONVOLUTION):  # as `arranged` does it, by NumPy
+        values = x.numpy()
+        values = values[None] if values.ndim == len(module.kernel_size) + 1 else values
+    else:
+        values = arranged(module, x).numpy()
     if not 0 < values.size < 1 << 32 or not values.flags.c_contiguous:
         return None
     shape, sums, reduced, counted = values.shape, None, None, None
