@@ -7,34 +7,19 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import RunError
 from ..files import readable
-from ..measures import Measure
-from ..run import (
-    COMMITTED,
-    DIAGNOSIS,
-    KEYS,
-    SAMPLE_KEYS,
-    SITE_KEYS,
-    TABLES,
-    appearing,
-    arrow,
-    schema,
-    settle,
-    write_tensor,
-)
+from ..measures import Columns, Measure
+from ..run import COMMITTED, KEYS, SITE_KEYS, TABLES, appearing, settle, write_tensor
+from .group import SITE, Group, write
 
 _WAITING = 4
-_COLUMN = (list, np.ndarray)
 _HELD_BYTES = 16 << 20
 _AT_MOST_BYTES = 64 << 20
 _AT_MOST_SECONDS = 10.0
@@ -63,12 +48,6 @@ class _Bunch:
     done: threading.Event
 
 
-def columns_of(measure: Measure) -> dict[str, str]:
-    """Return the columns of a measure's table, with their types."""
-    keys = {**KEYS, **(SAMPLE_KEYS if measure.per_sample else {}), **SITE_KEYS, "dtype": "string"}
-    return {**keys, **measure.columns}
-
-
 class Writer:
     """A thread with a bounded queue. Its first error stops it, and is raised by the next `check`, `put` or `close`.
 
@@ -88,15 +67,13 @@ class Writer:
         self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 64, diagnose: bool = False
     ) -> None:
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
-        self._schemas = {name: schema(columns) for name, columns in TABLES.items()}
-        self._schemas |= {measure.table: schema(columns_of(measure)) for measure in measures}
-        self._schemas |= {"diagnosis": schema(KEYS | DIAGNOSIS)} if diagnose else {}
-        self._number = _clear_uncommitted(folder, rank, list(self._schemas))
-        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._names = [*TABLES, *(measure.table for measure in measures), *(["diagnosis"] if diagnose else [])]
+        self._number = _clear_uncommitted(folder, rank, self._names)
+        self._tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
+        self._gathered = Group(measures)
         self._held: list[Batch] = []
         self._unpublished = self._weight = 0
         self._since = 0.0
-        self._batches = self._bytes = 0
         self.committed = 0
         self._error: BaseException | None = None
         self._queue: queue.Queue[_Bunch | None] = queue.Queue(_WAITING)
@@ -160,82 +137,76 @@ class Writer:
                 self._take(bunch)
             except BaseException as error:  # whatever it was, the user's thread must hear of it
                 self._error = error
-                self._rows.clear()
+                self._gathered = Group(self.measures)
             bunch.done.set()
             bunch = None  # batches must not live on while the thread waits
 
     def _take(self, bunch: _Bunch) -> None:
         while self._error is None and bunch.batches:
             self._add(bunch.batches.pop(0))
-            if self._bytes >= _AT_MOST_BYTES:
+            if self._gathered.nbytes >= _AT_MOST_BYTES:
                 self._publish()
         if self._error is None and bunch.publish:
             self._publish()
 
     def _add(self, batch: Batch) -> None:
-        """Finish the measures of a batch and keep their columns until the group is published.
-
-        Their order does not depend on the backward pass's.
-        """
+        """Finish the measures of a batch; the order of readings does not depend on the backward pass's."""
         place = {name: i for i, name in enumerate(batch.sites)}
         readings = [reading for reading in batch.landing.wait() if reading.site in place]
         readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
         size = len(batch.names) if batch.names is not None else max((reading.size for reading in readings), default=0)
+        names = [None] * size if batch.names is None else _storable(batch.names)
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
-        self._rows["batches"].append({**keys, **batch.facts, "size": size, "scale": scale})
-        names = [None] * size if batch.names is None else _storable(batch.names)
-        samples = {"sample": np.arange(size, dtype=np.int32), "name": names}
-        self._rows["samples"].append({**keys, **samples})
-        for reading in readings:
-            site = {name: getattr(reading, name) for name in (*SITE_KEYS, "dtype")}
-            matching = size == reading.size  # else the first axis is not that of the samples
-            called = {"sample": np.arange(reading.size), "name": names if matching else [None] * reading.size}
-            for measure, state in zip(self.measures, reading.states, strict=True):
-                block = {**keys, **(called if measure.per_sample else {}), **site, **measure.finish(state)}
-                self._rows[measure.table].append(self._stored(measure, block, batch))
-        self._rows["diagnosis"] += [{**keys, **point.row()} for point in batch.points]
-        self._batches += 1
+        row = {**keys, **batch.facts, "size": size, "scale": scale}
+        self._gathered.begin(row, names, [{**keys, **point.row()} for point in batch.points])
+        for r in readings:
+            site = (*keys.values(), r.site, r.call, r.output, r.phase, r.repeat, r.dtype)
+            blocks = tuple([measure.finish(state) for measure, state in zip(self.measures, r.states, strict=True)])
+            for n in self._tensors:
+                blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch))
+            self._gathered.add(site, r.size, blocks)
 
-    def _stored(self, measure: Measure, block: dict[str, Any], batch: Batch) -> dict[str, Any]:
-        """Write the tensors of a block into files and put their names in their places."""
-        for column, kind in measure.columns.items():
-            if kind == "tensor":
-                block[column] = [self._file(block, place, a, batch) for place, a in enumerate(block[column])]
-            else:
-                self._bytes += _nbytes(block[column], kind)
-        return block
+    def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch) -> Columns:
+        """Write the tensors of a block into files and return their names in their places."""
+        facts = dict(zip(SITE, site, strict=True))
+        return {
+            column: [
+                self._file(facts, n if measure.per_sample else None, a, batch) for n, a in enumerate(block[column])
+            ]
+            for column, kind in measure.columns.items()
+            if kind == "tensor"
+        }
 
-    def _file(self, block: Mapping[str, Any], place: int, array: Any, batch: Batch) -> str:
+    def _file(self, site: Mapping[str, Any], sample: int | None, array: Any, batch: Batch) -> str:
         """Write one tensor; the file is named after its sample or batch and its site, and after a digest of both."""
-        facts = {key: block[key] for key in (*KEYS, *SITE_KEYS)}
+        facts = {key: site[key] for key in (*KEYS, *SITE_KEYS)}
         label, named = f"epoch{batch.epoch}-batch{batch.batch}", batch.names or []
-        if "sample" in block:
-            facts |= {"sample": place}
-            label = named[place] if place < len(named) else f"{label}-sample{place}"
+        if sample is not None:
+            facts |= {"sample": sample}
+            label = named[sample] if sample < len(named) else f"{label}-sample{sample}"
             named = [label]
         digest = hashlib.sha256(json.dumps([facts, label]).encode()).hexdigest()[:16]
-        name = f"{readable(label)}-{readable(block['site'] or 'model')}-{block['phase']}-{digest}.safetensors"
+        name = f"{readable(label)}-{readable(site['site'] or 'model')}-{site['phase']}-{digest}.safetensors"
         texts = {key: str(value) for key, value in facts.items()}
-        write_tensor(self.folder / "tensors" / name, array, block["dtype"], {**texts, "names": json.dumps(list(named))})
+        write_tensor(self.folder / "tensors" / name, array, site["dtype"], {**texts, "names": json.dumps(list(named))})
         return name
 
     def _publish(self) -> None:
         """Let the parts of a group appear, the table that makes them count last."""
-        if not self._batches:
+        if not self._gathered.batches:
             return
         name = f"part-{self.rank:03d}-{self._number:06d}.parquet"
-        for table in sorted(self._schemas, key=lambda table: table == COMMITTED):
+        for table, rows in self._gathered.tables():
             if table == COMMITTED:
-                for folder in (*{self.folder / other for other in self._schemas}, self.folder / "tensors", self.folder):
+                for folder in (*(self.folder / other for other in self._names), self.folder / "tensors", self.folder):
                     settle(folder)
-            if blocks := self._rows.pop(table, None):
-                with appearing(self.folder / table / name) as aside:
-                    _write(_table(self._schemas[table], blocks), aside)
+            with appearing(self.folder / table / name) as aside:
+                write(rows, aside)
         settle(self.folder / COMMITTED)
-        self.committed += self._batches
-        self._batches = self._bytes = 0
+        self.committed += self._gathered.batches
         self._number += 1
+        self._gathered = Group(self.measures)
 
 
 def _give_way() -> None:
@@ -258,88 +229,6 @@ def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:
         for aside in (folder / table).glob(f".part-{rank:03d}-*"):
             aside.unlink()
     return 1 + max((int(name.split("-")[2].split(".")[0]) for name in committed), default=-1)
-
-
-def _table(schema: Any, blocks: Sequence[Mapping[str, Any]]) -> Any:
-    """Join blocks of columns, in which one value alone stands for all rows of its block: in all blocks or in none.
-
-    Texts become numbers of a dictionary, so that none is looked at once for each row.
-    """
-    pa = arrow()
-    columns = {name for name, value in blocks[0].items() if isinstance(value, _COLUMN)}
-    some = next(iter(columns), None)
-    lengths = np.array([1 if some is None else len(block[some]) for block in blocks])
-    rows = pa.array(np.repeat(np.arange(len(blocks)), lengths))
-    arrays = {}
-    for entry in schema:
-        values = [block[entry.name] for block in blocks]
-        if entry.name not in columns:
-            arrays[entry.name] = _encoded(pa, values, entry.type).take(rows)
-        elif pa.types.is_list(entry.type):
-            arrays[entry.name] = _lists(pa, entry.type, values)
-        else:
-            arrays[entry.name] = _column(pa, entry.type, values)
-    return pa.table(arrays)
-
-
-def _write(table: Any, path: Path) -> None:
-    """Write a part: keys and texts as dictionaries, measured numbers by planes of bytes, sorted codes by differences.
-
-    Dictionaries and statistics of measured numbers, of which none returns, would take as long as all the rest; those of
-    numbers that are keys let a reader pass over parts. LZ4 takes half of zstd's time for 7 % more on the disk. Arrow's
-    own memory pools give theirs back to the system each time, and to get it again takes longer than to compress.
-    """
-    pa = arrow()
-    items = {f"{e.name}.list.element": e.type.value_type for e in table.schema if pa.types.is_list(e.type)}
-    keys = [e.name for e in table.schema if not pa.types.is_list(e.type)]
-    pa.parquet.write_table(
-        table,
-        path,
-        compression="lz4",
-        use_dictionary=keys,
-        write_statistics=[name for name in keys if pa.types.is_integer(table.schema.field(name).type)],
-        use_byte_stream_split=[name for name, kind in items.items() if pa.types.is_floating(kind)],
-        column_encoding={name: "DELTA_BINARY_PACKED" for name, kind in items.items() if pa.types.is_integer(kind)}
-        or None,
-        store_schema=False,  # to readers, a text is a text
-        memory_pool=pa.system_memory_pool(),
-    )
-
-
-def _encoded(pa: Any, values: Sequence[Any], kind: Any) -> Any:
-    array = pa.array(values, kind)
-    return array.dictionary_encode() if pa.types.is_string(kind) else array
-
-
-def _column(pa: Any, kind: Any, columns: Sequence[Any]) -> Any:
-    if isinstance(columns[0], np.ndarray):
-        return pa.array(np.concatenate(columns), kind)
-    distinct = {id(column): column for column in columns}
-    joined = _encoded(pa, [one for column in distinct.values() for one in column], kind)
-    if len(distinct) == len(columns):
-        return joined
-    starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())]).tolist(), strict=False))
-    places = [np.arange(starts[id(column)], starts[id(column)] + len(column)) for column in columns]
-    return joined.take(pa.array(np.concatenate(places)))  # all sites of a batch share its names
-
-
-def _lists(pa: Any, kind: Any, columns: Sequence[Any]) -> Any:
-    """Join lists: of each block a table (rows, length), or one array for each row."""
-    pieces = [p for v in columns for p in ([v] if _is_table(v) else [np.asarray(one)[None] for one in v])]
-    sizes = np.repeat([piece.shape[1] for piece in pieces], [len(piece) for piece in pieces])
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-    joined: Any = np.concatenate([piece.reshape(-1) for piece in pieces]) if pieces else []
-    return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type), type=kind)
-
-
-def _nbytes(values: Any, kind: str) -> int:
-    if isinstance(values, np.ndarray):
-        return values.nbytes
-    return sum(np.asarray(one).nbytes for one in values) if kind.startswith("list<") else 8 * len(values)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 2
 
 
 def _storable(names: Sequence[str]) -> Sequence[str]:
