@@ -1,5 +1,6 @@
 """Measures: one contract for all, and an independent formula for each."""
 
+import math
 import struct
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import undertow.measures
 from undertow.errors import InputError
 from undertow.frameworks.torch import kernels  # registers them
 from undertow.measures import (
@@ -227,7 +229,18 @@ def test_what_is_not_finite_is_seen_wherever_it_lies(place, way):
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 5), (70_000, 1), (2, 3, 3), (5, 3, 16), (3, 7, 1, 17), (4, 2, 50, 41), (1, 1, 40_000)]
+    "shape",
+    [
+        (3, 5),
+        (70_000, 1),
+        (2, 3, 3),
+        (5, 3, 16),
+        (3, 7, 1, 17),
+        (4, 2, 50, 41),
+        (1, 1, 40_000),
+        (300, 30, 21),
+        (67, 3, 2050),
+    ],
 )
 def test_rows_of_any_length(shape, way):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
@@ -238,24 +251,101 @@ def test_rows_of_any_length(shape, way):
     assert int(kernel(zeros, x)) == zeros(plain)
 
 
-def test_the_number_of_threads_changes_no_bit():
-    x = torch.randn(5, 7, 31, 37, generator=torch.Generator().manual_seed(0)).relu()
+CONV, CONV1, LINEAR, ANY = torch.nn.Conv2d(1, 1, 1), torch.nn.Conv1d(1, 1, 1), torch.nn.Linear(1, 1), torch.nn.ReLU()
+DRAWN = torch.randn(4, 3, 6, 7, generator=torch.Generator().manual_seed(0)).relu()
+GRADIENTS = {
+    "convolution": (CONV, DRAWN, True),
+    "single sample": (CONV, DRAWN[1], True),
+    "single sample of one axis": (CONV1, DRAWN[1, 1], True),
+    "features": (LINEAR, DRAWN.reshape(4, -1), True),
+    "features behind tokens": (LINEAR, DRAWN.reshape(4, 6, 21), False),
+    "tokens": (ANY, DRAWN.reshape(4, 6, 21), True),
+    "one axis": (ANY, DRAWN[0, 0, 0], True),
+    "number": (ANY, torch.tensor(-3.0), False),
+    "large": (ANY, DRAWN.reshape(4, 1, 126).expand(4, 9, 126).contiguous().repeat(40, 1, 1), True),
+    "later in memory": (CONV, DRAWN[2:], True),
+    "not a number": (CONV, DRAWN / DRAWN, True),
+    "one sample of several": (CONV, DRAWN[::4], True),
+    "every second sample": (CONV, DRAWN[::2], False),
+    "part": (CONV, DRAWN[..., :4], False),
+    "transposed": (CONV, DRAWN.transpose(2, 3), False),
+    "repeated": (CONV, DRAWN[:, :1].expand(4, 3, 6, 7), False),
+    "channels last": (CONV, DRAWN.to(memory_format=torch.channels_last), False),
+    "opposite": (CONV, torch._neg_view(DRAWN), False),
+    "one value, opposite": (ANY, torch.conj(torch.complex(DRAWN, DRAWN + 1)).imag[:1, :1, 0, 0], False),
+    "zero without memory": (CONV, torch._efficientzerotensor((4, 3, 6, 7)), False),
+    "empty": (CONV, DRAWN[:0], False),
+    "sparse": (LINEAR, DRAWN[0, 0].to_sparse(), False),
+    "wide": (CONV, DRAWN.double(), False),
+    "narrow": (CONV, DRAWN.bfloat16(), False),
+    "parameter": (CONV, torch.nn.Parameter(DRAWN), False),
+    "with a graph": (CONV, DRAWN.clone().requires_grad_(), True),
+}
+
+
+@pytest.mark.parametrize("wanted", [FUNCTIONS, FUNCTIONS - {"sums"}, FUNCTIONS - {"counts"}, frozenset({"counts"})])
+@pytest.mark.parametrize(("module", "gradient", "dense_"), GRADIENTS.values(), ids=GRADIENTS)
+def test_a_hook_in_c_walks_over_what_lies_dense_and_hands_on_all_else(module, gradient, dense_, wanted):
+    taken, otherwise = [], []
+    how = kernels.hooking(wanted, 2, taken, lambda *given: otherwise.append(given))
+    assert kernels.hook(how, "facts", module)(gradient) is None
+    assert (len(taken), len(otherwise)) == ((1, 0) if dense_ else (0, 1))
+    assert all((facts, at, shape) == ("facts", module, None) and x is gradient for facts, at, shape, x in otherwise)
+    x = kernels.arranged(module, gradient.detach())
+    for facts, found, rest in taken:
+        assert (facts, rest) == ("facts", None)
+        walk_ = kernels.Walked(*found)
+        assert (walk_.shape[:2], math.prod(walk_.shape)) == (tuple(x.shape[:2]), x.numel())
+        for function in FUNCTIONS & wanted:
+            got, plain = function_of(function, walk_), function_of(function, x.numpy())
+            np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-4, equal_nan=True)
+        assert kernels.held(found) > 0
+
+
+def test_no_hook_walks_without_our_c_or_a_torch_that_tells_it_of_tensors(monkeypatch):
+    assert kernels.hooking(frozenset(), 2, [], print) is None
+    for missing in ("_walk", "_EXCHANGE"):
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, missing, None)
+            assert kernels.hooking(FUNCTIONS, 2, [], print) is None
+    assert kernels.hooking(FUNCTIONS, 2, [], print) is not None
+
+
+def test_a_hook_that_fails_raises_and_takes_nothing():
+    def fails(*given):
+        raise KeyError("mine")
+
+    taken = []
+    how = kernels.hooking(FUNCTIONS, 2, taken, fails)
+    with pytest.raises(KeyError, match="mine"):
+        kernels.hook(how, "facts", CONV)(DRAWN.double())
+    with pytest.raises(TypeError):
+        kernels.hook(("no list", *how[1:]), "facts", CONV)
+    assert not taken
+
+
+def function_of(name, x):
+    found = getattr(undertow.measures, name)(x)
+    return dense(found) if name == "counts" else np.asarray(found)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 31, 37), (9, 30, 21, 53)], ids=["at one place", "at several"])
+def test_the_number_of_threads_changes_no_bit(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
     found = []
     for threads in (1, 2, 3, 8):
-        sums_, tables = np.empty((5, 7, 2)), np.zeros((threads, 65536, 4), np.uint32)
-        reduced_ = [kernels._walk.reduce((x + mean).numpy(), 5 * 7, sums_, threads) for mean in (0, 1e7)]
-        found.append((*reduced_, sums_.tobytes(), kernels._walk.count(x.numpy(), tables)))
+        tables = np.zeros((threads, 65536, 4), np.uint32)
+        reduced_ = [kernels._walk.reduce((x + mean).numpy(), shape[0] * shape[1], True, threads) for mean in (0, 1e7)]
+        found.append((*reduced_, kernels._walk.count(x.numpy(), tables)))
         assert not tables.any()
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize(
-    "sizes", [(24, 7, 6, 1), (24, 0, 0, 1), (24, 6, 11, 1), (24, 6, 12, 0)], ids=["rows", "none", "sums", "threads"]
-)
+@pytest.mark.parametrize("sizes", [(24, 7, 1), (24, 0, 1), (24, 6, 0)], ids=["rows", "none", "threads"])
 def test_a_walk_refuses_arrays_that_do_not_fit(sizes):
-    values, rows, sums_, threads = sizes
+    values, rows, threads = sizes
     with pytest.raises(ValueError, match="do not fit"):
-        kernels._walk.reduce(np.zeros(values, np.float32), rows, np.zeros(sums_), threads)
+        kernels._walk.reduce(np.zeros(values, np.float32), rows, True, threads)
     with pytest.raises(ValueError, match="right size"):
         kernels._walk.count(np.zeros(values, np.float32), np.zeros(65536, np.uint32))
 

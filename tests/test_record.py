@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from undertow.errors import InputError, ModelError, RunError
 from undertow.frameworks.torch.probe import Landing, Probe
 from undertow.frameworks.torch.vision import import_torchvision
-from undertow.measures import Keep, Measure
+from undertow.measures import ChannelNorm, Histogram, Keep, Measure, ZeroFraction
 from undertow.recording import Schedule, record, writer
 from undertow.run import Run
 
@@ -40,15 +41,36 @@ def hooks_on(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
+WALKED = (ChannelNorm(), ZeroFraction(), Histogram())
+
+
 def probed(model, run, sites=None, phases=("backward", "forward"), scaler=None):
-    """Run once under a probe of the modules named, or of all; return tensors by (site, call, output, phase, repeat)."""
+    """Run once under a probe of the modules named, or of all; return tensors by (site, call, output, phase, repeat).
+
+    A second probe, whose measures need no more than a walk, must see the same tensors.
+    """
     modules = {name: module for name, module in model.named_modules() if name and (sites is None or name in sites)}
-    with Probe(modules, (Keep(),), frozenset(phases), scaler) as probe:
+    with (
+        Probe(modules, (Keep(),), frozenset(phases), scaler) as probe,
+        Probe(modules, WALKED, frozenset(phases), scaler) as beside,
+    ):
         run()
     assert not hooks_on(model)
-    return {
-        (r.site, r.call, r.output, r.phase, r.repeat): r.states[0]["values"] for r in Landing(probe, ())._readings()
-    }
+    kept, walked = (
+        {(r.site, r.call, r.output, r.phase, r.repeat): r for r in Landing(one, ())._readings()}
+        for one in (probe, beside)
+    )
+    assert list(kept) == list(walked)
+    for place, reading in kept.items():
+        assert (reading.dtype, reading.size) == (walked[place].dtype, walked[place].size)
+        values = reading.states[0]["values"]
+        for measure, state in zip(WALKED, walked[place].states if reading.dtype != "bfloat16" else (), strict=False):
+            wanted, found = (measure.finish(one) for one in (measure.reduce(values), state))
+            for column in wanted:
+                np.testing.assert_allclose(
+                    np.asarray(found[column]), np.asarray(wanted[column]), rtol=1e-4, equal_nan=True
+                )
+    return {place: reading.states[0]["values"] for place, reading in kept.items()}
 
 
 def out_of_place(model):
@@ -334,13 +356,13 @@ def test_a_scaler_that_was_forgotten_is_asked_for(tmp_path, given):
 
 
 def test_the_scale_is_that_of_the_moment():
-    model, scaler = nn.Sequential(nn.Linear(3, 4)), Scaler(8.0)
+    model, scaler, x = nn.Sequential(nn.Linear(3, 4)), Scaler(8.0), torch.randn(2, 3)
 
     def run():
-        (8 * model(torch.randn(2, 3)).sum()).backward()
+        (8 * model(x).square().sum()).backward()
         scaler._scale.fill_(2.0)  # as an update does, in place
 
-    assert torch.equal(probed(model, run, scaler=scaler)["0", 0, "", "backward", 0], torch.ones(2, 4))
+    torch.testing.assert_close(probed(model, run, scaler=scaler)["0", 0, "", "backward", 0], 2 * model(x).detach())
 
 
 @contextmanager
@@ -415,7 +437,8 @@ def test_a_hook_that_cannot_be_set_leaves_none():
     model = tiny()
 
     class Odd:
-        def register_forward_hook(self, hook):
+        @property
+        def _forward_hooks(self):
             raise RuntimeError("not me")
 
     with (
@@ -679,6 +702,17 @@ def test_what_is_kept_does_not_wait_in_memory_for_its_group(tmp_path, monkeypatc
     assert Run(tmp_path).table("batches").num_rows == 5
 
 
+@pytest.mark.parametrize(("measure", "least"), [("channel-norm", 4 * 2 * (4 + 2)), ("histogram", 10)])
+def test_a_group_is_published_where_it_grows_large(tmp_path, monkeypatch, measure, least):
+    monkeypatch.setattr(writer, "_AT_MOST_BYTES", 3 * least)
+    with recorded(tmp_path, tiny(), measures=measure, group=1000) as recording:
+        for _ in range(6):
+            with recording.batch():
+                backward(recording.model)
+    parts = len(list(tmp_path.glob("batches/part-*")))
+    assert parts == 2 if measure == "channel-norm" else parts > 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no priority of its own")
 def test_the_thread_that_writes_gives_way_and_no_other(tmp_path):
     def priority(thread):
@@ -693,8 +727,9 @@ def test_the_thread_that_writes_gives_way_and_no_other(tmp_path):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("measure", [Keep(), ChannelNorm()], ids=["Python", "C"])
 @pytest.mark.parametrize("first", ["theirs", "ours"])
-def test_hooks_of_others_on_the_same_tensor_stay_and_ours_go(first, inplace):
+def test_hooks_of_others_on_the_same_tensor_stay_and_ours_go(first, measure, inplace):
     conv, seen = nn.Conv2d(1, 2, 3), []
 
     def theirs(module, args, output):
@@ -702,7 +737,7 @@ def test_hooks_of_others_on_the_same_tensor_stay_and_ours_go(first, inplace):
 
     if first == "theirs":
         conv.register_forward_hook(theirs)
-    with Probe({"0": conv}, (Keep(),), frozenset({"backward"})) as probe:
+    with Probe({"0": conv}, (measure,), frozenset({"backward"})) as probe:
         if first == "ours":
             conv.register_forward_hook(theirs)
         loss = nn.ReLU(inplace)(conv(torch.ones(1, 1, 4, 4))).square().sum()
@@ -710,6 +745,21 @@ def test_hooks_of_others_on_the_same_tensor_stay_and_ours_go(first, inplace):
         assert (len(seen), len(probe.taken)) == (1, 1)
     loss.backward()
     assert (len(seen), len(probe.taken)) == (2, 1)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "walked"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_gradient_that_is_negative_only_by_name(kept, samples):
+    """The gradient of a conjugate's imaginary part: its memory holds the opposite of what it says."""
+    conv = nn.Conv2d(1, 1, 3)
+    with Probe({"0": conv}, (Keep() if kept else ChannelNorm(),), frozenset({"backward"})) as probe:
+        seen, output = [], conv(torch.ones(samples, 1, 3, 3))
+        output.register_hook(lambda gradient: seen.append((gradient.is_neg(), gradient.clone())))
+        torch.complex(torch.ones_like(output), output).conj().abs().sum().backward()
+    [(negative, wanted)] = seen
+    assert negative
+    [reading] = Landing(probe, ()).wait()
+    np.testing.assert_allclose(reading.states[0]["values"], wanted if kept else wanted.abs()[..., 0, 0])
 
 
 def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):

@@ -14,7 +14,8 @@
 #define TURNS 4
 #define PIECE 2048
 #define LINE 16    /* values in a line of a cache */
-#define AHEAD 2048 /* values that memory is asked for beforehand */
+#define PLACES 4   /* that are looked at in turn */
+#define AHEAD 512  /* values that memory is asked for beforehand */
 
 /* The loader picks the wider form where the processor has it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -25,8 +26,12 @@
 
 #if defined(__GNUC__)
 #define NEAR(x) __builtin_prefetch(x)
+#define INLINE inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 4")
 #else
 #define NEAR(x)
+#define INLINE inline
+#define UNROLLED
 #endif
 
 /* Sums are in double, so that a float's square is exact. */
@@ -49,50 +54,65 @@ static void join(Seen *all, Seen one)
 
 /* The same for every LINE-th value: so many sums need not wait for each other. */
 typedef struct {
-    double sum[LINE], squares[LINE];
+    double sum[LINE];
     float low[LINE], high[LINE];
     int32_t zeros[LINE];
 } Lanes;
 
-static inline void take(Lanes *lanes, int lane, float v)
+static inline void take(Lanes *lanes, double *squares, int lane, float v)
 {
     double d = v;
     lanes->sum[lane] += d;
-    lanes->squares[lane] += d * d;
+    squares[lane] += d * d;
     lanes->zeros[lane] += v == 0;
     lanes->low[lane] = v < lanes->low[lane] ? v : lanes->low[lane];
     lanes->high[lane] = v > lanes->high[lane] ? v : lanes->high[lane];
 }
 
-/* What is in some rows, and each one's norm. */
-WIDEST static Seen look(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms)
+/* What is in some rows at so many places, and each row's norm. The places are `apart` rows from each other. */
+static INLINE Seen look(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, const int places, Py_ssize_t apart)
 {
     Seen all = NOTHING;
-    Lanes lanes = {{0}, {0}, {0}, {0}, {0}};
+    Lanes lanes = {{0}, {0}, {0}, {0}};
     for (int lane = 0; lane < LINE; lane++)
         lanes.low[lane] = INFINITY, lanes.high[lane] = -INFINITY;
-    for (Py_ssize_t row = 0; row < rows; row++, x += n) {
+    for (Py_ssize_t row = 0; row < rows; row++) {
+        double squares[PLACES][LINE] = {{0}};
         Py_ssize_t i = 0;
-        double squares = 0;
-        for (int lane = 0; lane < LINE; lane++)
-            lanes.squares[lane] = 0;
-        for (; i + LINE <= n; i += LINE) {
-            NEAR(x + i + AHEAD);
+        for (; i + LINE <= n; i += LINE)
+            UNROLLED for (int place = 0; place < places; place++) {
+                const float *line = x + (row + place * apart) * n + i;
+                NEAR(line + AHEAD);
 #pragma omp simd
+                for (int lane = 0; lane < LINE; lane++)
+                    take(&lanes, squares[place], lane, line[lane]);
+            }
+        UNROLLED for (int place = 0; place < places; place++)
+            for (int lane = 0; i + lane < n; lane++)
+                take(&lanes, squares[place], lane, x[(row + place * apart) * n + i + lane]);
+        for (int place = 0; place < places; place++) {
+            double whole = 0;
+#pragma omp simd reduction(+ : whole)
             for (int lane = 0; lane < LINE; lane++)
-                take(&lanes, lane, x[i + lane]);
+                whole += squares[place][lane];
+            norms[row + place * apart] = (float)sqrt(whole);
+            all.squares += whole;
         }
-        for (int lane = 0; i + lane < n; lane++)
-            take(&lanes, lane, x[i + lane]);
-#pragma omp simd reduction(+ : squares)
-        for (int lane = 0; lane < LINE; lane++)
-            squares += lanes.squares[lane];
-        norms[row] = (float)sqrt(squares);
-        all.squares += squares;
     }
     for (int lane = 0; lane < LINE; lane++)
         join(&all, (Seen){lanes.sum[lane], 0, lanes.low[lane], lanes.high[lane], lanes.zeros[lane]});
     return all;
+}
+
+WIDEST static Seen look_here(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms)
+{
+    return look(x, rows, n, norms, 1, 0);
+}
+
+/* Memory answers several places at once: one alone would take a quarter longer. */
+WIDEST static Seen look_around(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, Py_ssize_t apart)
+{
+    return look(x, rows, n, norms, PLACES, apart);
 }
 
 /* A row's sum and sum of magnitudes. */
@@ -116,29 +136,34 @@ WIDEST static double deviations(const float *x, Py_ssize_t n, double mean)
     return squares;
 }
 
-/* The rows of one block; rows of one value are looked at as one. */
-static Seen some(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, double *sums)
+/* Some rows, at one place or at several; rows of one value are looked at as one. */
+static Seen some(const float *x, Py_ssize_t rows, Py_ssize_t n, float *norms, double *sums, Py_ssize_t apart)
 {
     float whole;
     for (Py_ssize_t row = 0; n == 1 && row < rows; row++)
         norms[row] = fabsf(x[row]);
-    Seen block = n == 1 ? look(x, 1, rows, &whole) : look(x, rows, n, norms);
-    for (Py_ssize_t row = 0; sums && row < rows; row++) /* while they are near */
-        total(x + row * n, n, sums + 2 * row);
-    return block;
+    Seen found = n == 1  ? look_here(x, 1, rows, &whole)
+                 : apart ? look_around(x, rows, n, norms, apart)
+                         : look_here(x, rows, n, norms);
+    for (Py_ssize_t place = 0; sums && place < (apart ? PLACES : 1); place++) /* while they are near */
+        for (Py_ssize_t row = place * apart; row < place * apart + rows; row++)
+            total(x + row * n, n, sums + 2 * row);
+    return found;
 }
 
 /* Blocks of about PIECE values are added in their order, so that the number of threads changes no bit. `blocks` has
-   room for each of them. */
+   room for each of them. Where there are many, most are taken together with those at other places. */
 static Seen walk(const float *x, Py_ssize_t rows, Py_ssize_t n, Py_ssize_t block, Seen *blocks, float *norms,
                  double *sums, int threads)
 {
-    Py_ssize_t count = (rows + block - 1) / block;
+    const Py_ssize_t share = n > 1 && rows / block >= 16 * PLACES ? rows / block / PLACES : 0;
+    const Py_ssize_t rest = rows - PLACES * share * block, count = share + (rest + block - 1) / block;
     Seen all = NOTHING;
 #pragma omp parallel for num_threads(threads)
     for (Py_ssize_t i = 0; i < count; i++) {
-        Py_ssize_t row = i * block, size = rows - row < block ? rows - row : block;
-        blocks[i] = some(x + row * n, size, n, norms + row, sums ? sums + 2 * row : NULL);
+        Py_ssize_t row = i < share ? i * block : rows - rest + (i - share) * block;
+        Py_ssize_t size = rows - row < block ? rows - row : block;
+        blocks[i] = some(x + row * n, size, n, norms + row, sums ? sums + 2 * row : NULL, i < share ? share * block : 0);
     }
     for (Py_ssize_t i = 0; i < count; i++)
         join(&all, blocks[i]);
@@ -232,48 +257,73 @@ static Py_ssize_t tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int t
     return listed;
 }
 
+/* What `reduce` returns. */
+static PyObject *reduced(const float *x, Py_ssize_t n, Py_ssize_t rows, int wanted, int threads)
+{
+    const Py_ssize_t block = n / rows < PIECE ? PIECE / (n / rows) : 1;
+    Seen *blocks = PyMem_Malloc((size_t)(rows / block + 1) * sizeof(Seen)), all;
+    PyObject *norms = PyBytes_FromStringAndSize(NULL, rows * (Py_ssize_t)sizeof(float));
+    PyObject *sums = wanted ? PyBytes_FromStringAndSize(NULL, rows * 2 * (Py_ssize_t)sizeof(double)) : NULL;
+    PyObject *result = NULL;
+    if (!blocks || !norms || (wanted && !sums)) {
+        PyErr_NoMemory();
+    } else {
+        float *lengths = (float *)PyBytes_AsString(norms);
+        double *totals = sums ? (double *)PyBytes_AsString(sums) : NULL, m2;
+        Py_BEGIN_ALLOW_THREADS
+        all = walk(x, rows, n / rows, block, blocks, lengths, totals, threads);
+        m2 = spread(x, n, all, threads);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("OddddLO", norms, all.sum / (double)n, m2, (double)all.low, (double)all.high,
+                               (long long)all.zeros, sums ? sums : Py_None);
+    }
+    PyMem_Free(blocks);
+    Py_XDECREF(norms);
+    Py_XDECREF(sums);
+    return result;
+}
+
+/* What `count` returns. */
+static PyObject *counted(const uint32_t *x, Py_ssize_t n, const Py_buffer *tables)
+{
+    const Py_ssize_t threads = tables->len / (Py_ssize_t)(CODES * TURNS * sizeof(uint32_t));
+    if (threads < 1 || threads > 1024 || n > (Py_ssize_t)UINT32_MAX) { /* a counter has 32 bits */
+        PyErr_SetString(PyExc_ValueError, "values or tables have not the right size");
+        return NULL;
+    }
+    int64_t *counts = PyMem_Malloc(CODES * (sizeof(int64_t) + sizeof(uint16_t)));
+    if (!counts)
+        return PyErr_NoMemory();
+    uint16_t *codes = (uint16_t *)(counts + CODES);
+    Py_ssize_t listed;
+    Py_BEGIN_ALLOW_THREADS
+    listed = tally(x, n, tables->buf, (int)threads, codes, counts);
+    Py_END_ALLOW_THREADS
+    PyObject *result = Py_BuildValue("y#y#", (const char *)codes, listed * (Py_ssize_t)sizeof(uint16_t),
+                                     (const char *)counts, listed * (Py_ssize_t)sizeof(int64_t));
+    PyMem_Free(counts);
+    return result;
+}
+
 PyDoc_STRVAR(reduce_doc,
-"reduce(values, rows, sums, threads) -> (norms, mean, m2, low, high, zeros)\n\n"
+"reduce(values, rows, sums, threads) -> (norms, mean, m2, low, high, zeros, sums)\n\n"
 "`values`: float32, of so many rows of equal length. `norms`: bytes of float32 (rows,), each row's l2 norm. Of all\n"
-"values: the mean, the sum of squared deviations from it, the smallest, the largest, and how many are zero. `sums`,\n"
-"None or float64 (rows, 2), is filled with each row's sum and sum of magnitudes.\n");
+"values: the mean, the sum of squared deviations from it, the smallest, the largest, and how many are zero. `sums`:\n"
+"None, or where it is asked for, bytes of float64 (rows, 2), each row's sum and sum of magnitudes.\n");
 
 static PyObject *reduce(PyObject *self, PyObject *args)
 {
-    Py_buffer values, sums = {0};
-    PyObject *wanted, *norms = NULL, *result = NULL;
+    Py_buffer values;
+    PyObject *result = NULL;
     Py_ssize_t rows;
-    int threads;
-    if (!PyArg_ParseTuple(args, "y*nOi:reduce", &values, &rows, &wanted, &threads))
+    int sums, threads;
+    if (!PyArg_ParseTuple(args, "y*npi:reduce", &values, &rows, &sums, &threads))
         return NULL;
     const Py_ssize_t n = values.len / (Py_ssize_t)sizeof(float);
-    if (wanted != Py_None && PyObject_GetBuffer(wanted, &sums, PyBUF_CONTIG) < 0)
-        goto end;
-    if (rows < 1 || n < rows || n % rows || threads < 1 ||
-        (sums.buf && sums.len != rows * 2 * (Py_ssize_t)sizeof(double))) {
-        PyErr_SetString(PyExc_ValueError, "values, rows, sums and threads do not fit together");
-        goto end;
-    }
-    const Py_ssize_t block = n / rows < PIECE ? PIECE / (n / rows) : 1;
-    Seen *blocks = PyMem_Malloc((size_t)(rows / block + 1) * sizeof(Seen)), all;
-    double m2;
-    if (!blocks || !(norms = PyBytes_FromStringAndSize(NULL, rows * (Py_ssize_t)sizeof(float)))) {
-        PyMem_Free(blocks);
-        PyErr_NoMemory();
-        goto end;
-    }
-    float *room = (float *)PyBytes_AsString(norms);
-    Py_BEGIN_ALLOW_THREADS
-    all = walk(values.buf, rows, n / rows, block, blocks, room, sums.buf, threads);
-    m2 = spread(values.buf, n, all, threads);
-    Py_END_ALLOW_THREADS
-    PyMem_Free(blocks);
-    result = Py_BuildValue("OddddL", norms, all.sum / (double)n, m2, (double)all.low, (double)all.high,
-                           (long long)all.zeros);
-end:
-    Py_XDECREF(norms);
-    if (sums.obj)
-        PyBuffer_Release(&sums);
+    if (rows < 1 || n < rows || n % rows || threads < 1)
+        PyErr_SetString(PyExc_ValueError, "values, rows and threads do not fit together");
+    else
+        result = reduced(values.buf, n, rows, sums, threads);
     PyBuffer_Release(&values);
     return result;
 }
@@ -288,32 +338,116 @@ static PyObject *count(PyObject *self, PyObject *args)
     Py_buffer values, tables;
     if (!PyArg_ParseTuple(args, "y*w*:count", &values, &tables))
         return NULL;
-    const Py_ssize_t n = values.len / (Py_ssize_t)sizeof(uint32_t);
-    const Py_ssize_t threads = tables.len / (Py_ssize_t)(CODES * TURNS * sizeof(uint32_t));
-    PyObject *result = NULL;
-    int64_t *counts = PyMem_Malloc(CODES * (sizeof(int64_t) + sizeof(uint16_t)));
-    uint16_t *codes = (uint16_t *)(counts + CODES);
-    if (threads < 1 || threads > 1024 || n > (Py_ssize_t)UINT32_MAX) { /* a counter has 32 bits */
-        PyErr_SetString(PyExc_ValueError, "values or tables have not the right size");
-    } else if (!counts) {
-        PyErr_NoMemory();
-    } else {
-        Py_ssize_t listed;
-        Py_BEGIN_ALLOW_THREADS
-        listed = tally(values.buf, n, tables.buf, (int)threads, codes, counts);
-        Py_END_ALLOW_THREADS
-        result = Py_BuildValue("y#y#", (const char *)codes, listed * (Py_ssize_t)sizeof(uint16_t), (const char *)counts,
-                               listed * (Py_ssize_t)sizeof(int64_t));
-    }
-    PyMem_Free(counts);
+    PyObject *result = counted(values.buf, values.len / (Py_ssize_t)sizeof(uint32_t), &tables);
     PyBuffer_Release(&values);
     PyBuffer_Release(&tables);
     return result;
 }
 
+/* A tensor as DLPack describes it, and where a framework's type has the functions that do. Source:
+   https://dmlc.github.io/dlpack/latest/c_api.html, DLTensor and DLPackExchangeAPI, since version 1.2. */
+typedef struct {
+    void *data;
+    int32_t device, number, axes;
+    uint8_t kind, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t offset;
+} View;
+
+typedef struct {
+    uint32_t major, minor;
+    void *older, *allocate, *share, *adopt;
+    int (*view)(void *tensor, View *view);
+    void *stream;
+} Exchange;
+
+enum { DLPACK = 1, CPU = 1, FLOAT = 2 };
+
+/* How many values there are, if they are float32 in the host's memory, one behind the other; else 0. */
+static Py_ssize_t dense(const View *view)
+{
+    int64_t n = 1;
+    if (!view->data || view->device != CPU || view->kind != FLOAT || view->bits != 32 || view->lanes != 1)
+        return 0;
+    for (int axis = view->axes - 1; axis >= 0; n *= view->shape[axis--])
+        if (view->strides && view->strides[axis] != n && view->shape[axis] != 1)
+            return 0;
+    return n <= (int64_t)UINT32_MAX ? (Py_ssize_t)n : 0;
+}
+
+/* Called with a gradient; `self` holds the arguments of `hook`. */
+static PyObject *arrive(PyObject *self, PyObject *gradient)
+{
+    PyObject *taken, *otherwise, *type, *capsule, *tables, *facts, *module, *found, *counts = NULL, *entry = NULL;
+    int sums, threads, single, most;
+    View view;
+    if (!PyArg_ParseTuple(self, "(OOOOiOi)OOii", &taken, &otherwise, &type, &capsule, &sums, &tables, &threads, &facts,
+                          &module, &single, &most))
+        return NULL;
+    const Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+    if (!exchange)
+        return NULL;
+    const int seen = exchange->major == DLPACK && exchange->view && (PyObject *)Py_TYPE(gradient) == type &&
+                     exchange->view(gradient, &view) == 0;
+    const Py_ssize_t n = seen && 0 < view.axes && view.axes <= most ? dense(&view) : 0;
+    PyObject *negative = n ? PyObject_CallMethod(gradient, "is_neg", NULL) : NULL; /* lazily: DLPack knows nothing of it */
+    Py_XDECREF(negative);
+    if (negative != Py_False) {
+        PyErr_Clear();
+        return PyObject_CallFunctionObjArgs(otherwise, facts, module, Py_None, gradient, NULL);
+    }
+    const Py_ssize_t samples = view.axes == single ? 1 : (Py_ssize_t)view.shape[0];
+    const Py_ssize_t channels = view.axes == single ? (Py_ssize_t)view.shape[0]
+                                : view.axes == 1    ? 1
+                                                    : (Py_ssize_t)view.shape[1];
+    const void *values = (const char *)view.data + view.offset;
+    const int fair = n >> 15 < threads ? (int)(n >> 15) : threads, at_work = fair < 1 ? 1 : fair;
+    found = sums < 0 ? Py_NewRef(Py_None) : reduced(values, n, samples * channels, sums, at_work);
+    if (found && tables == Py_None) {
+        counts = Py_NewRef(Py_None);
+    } else if (found) {
+        PyObject *room = PyObject_CallFunction(tables, "i", at_work < 8 ? at_work : 8);
+        Py_buffer buffer;
+        if (room && PyObject_GetBuffer(room, &buffer, PyBUF_CONTIG) == 0) {
+            counts = counted(values, n, &buffer);
+            PyBuffer_Release(&buffer);
+        }
+        Py_XDECREF(room);
+    }
+    if (counts)
+        entry = Py_BuildValue("O(nnnOO)O", facts, samples, channels, n / samples / channels, found, counts, Py_None);
+    const int failed = !entry || PyList_Append(taken, entry) < 0;
+    Py_XDECREF(found);
+    Py_XDECREF(counts);
+    Py_XDECREF(entry);
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+static PyMethodDef arriving = {"arrive", arrive, METH_O, "Called with a gradient."};
+
+PyDoc_STRVAR(hook_doc,
+"hook((taken, otherwise, type, exchange, sums, tables, threads), facts, module, single, most) -> callable\n\n"
+"What it is called with is walked over where it is a `type` of dense float32 in the host's memory, of `most` axes at\n"
+"most; `(facts, found, None)` is appended to `taken`, where `found` is `(samples, channels, space, reduced, counted)`.\n"
+"`otherwise(facts, module, None, gradient)` is called with all else. `exchange`: the type's\n"
+"`__dlpack_c_exchange_api__`. `sums`: whether rows are summed too; -1: nothing is reduced. `tables`: a function of a\n"
+"number of threads that returns tables for `count`, or None. `single`: the number of axes where that of the samples is\n"
+"missing.\n");
+
+static PyObject *hook(PyObject *self, PyObject *args)
+{
+    PyObject *o;
+    int i;
+    if (!PyArg_ParseTuple(args, "(O!OOOiOi)OOii:hook", &PyList_Type, &o, &o, &o, &o, &i, &o, &i, &o, &o, &i, &i))
+        return NULL;
+    return PyCFunction_New(&arriving, args);
+}
+
 static PyMethodDef methods[] = {
     {"reduce", reduce, METH_VARARGS, reduce_doc},
     {"count", count, METH_VARARGS, count_doc},
+    {"hook", hook, METH_VARARGS, hook_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -4,7 +4,9 @@ Float32 in the host's memory is walked by our own C (`_walk.c`), where that coul
 moments and sums together. What is found waits in a `Walked`, which the measures take for the tensor.
 """
 
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,13 @@ _FEATURES_LAST: tuple[type[nn.Module], ...] = (
 
 
 _CONVOLUTION = nn.modules.conv._ConvNd
+_FLOAT32, _STRIDED = torch.float32, torch.strided
 
 
 def arranged(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
-    if x.layout != torch.strided:
-        x = x.to_dense()
+    x = x if x.layout is _STRIDED else x.to_dense()
+    x = x.clone() if x._is_zerotensor() else x.resolve_neg()  # NumPy refuses what is not in memory as it is
     if isinstance(module, _CONVOLUTION):
         return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x  # a single sample has no batch axis
     if x.ndim < 2:
@@ -48,20 +51,22 @@ def _float(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+_NOTHING: Any = (b"", 0, None)
+
+
 class Walked:
     """What a walk over a tensor `(B, C, ...)` found: measures are made of it when the tensor is gone.
 
     Args:
-        shape: of the tensor.
-        reduced: norms, moments and zeros, where they were wanted.
+        samples, channels, space: the tensor's shape, with all axes of space as one.
+        reduced: norms, moments, zeros, and sums where these were wanted; None where nothing of it was.
         counted: codes and counts, where they were wanted.
-        sums: of magnitudes too, float64 (B, C, 2), where they were wanted.
     """
 
-    def __init__(self, shape: tuple[int, ...], reduced: Any, counted: Any, sums: Any) -> None:
-        self.shape, self.sums = shape, sums
-        reduced = reduced or (b"", 0)
-        self.norms, self.moments, self.zeros = reduced[0], reduced[1:-1], reduced[-1]
+    def __init__(self, samples: int, channels: int, space: int, reduced: Any, counted: Any) -> None:
+        self.shape = (samples, channels, space)
+        self.norms: bytes
+        self.norms, *self.moments, self.zeros, self.sums = reduced or _NOTHING
         self.codes: tuple[bytes, bytes] = counted or (b"", b"")
 
     def __len__(self) -> int:
@@ -69,41 +74,59 @@ class Walked:
 
 
 _COUNTS = frozenset({"counts"})
-_FLOAT32, _STRIDED = torch.float32, torch.strided
 
 
 def walk(module: nn.Module | None, x: torch.Tensor, wanted: frozenset[str], threads: int) -> tuple[Any, ...] | None:
-    """Walk over a module's output or its gradient, where our C can; the rest is for `Walked`.
-
-    Few functions, as few of them torch's as can be: in a hook, all come from memory and take ten times as long.
-    """
+    """Walk over a module's output or its gradient, where our C can; the rest is for `Walked`."""
     if _walk is None or x.dtype is not _FLOAT32 or not x.is_cpu or x.layout is not _STRIDED:
         return None
-    if module is None:
-        values = x.numpy()
-    elif isinstance(module, _CONVOLUTION):  # as `arranged` does it, by NumPy
-        values = x.numpy()
-        values = values[None] if values.ndim == len(module.kernel_size) + 1 else values
-    else:
-        values = arranged(module, x).numpy()
+    values = (x if module is None else arranged(module, x)).numpy()
     if not 0 < values.size < 1 << 32 or not values.flags.c_contiguous:
         return None
-    shape, sums, reduced, counted = values.shape, None, None, None
+    samples, channels, reduced, counted = *values.shape[:2], None, None
     threads = max(1, min(threads, values.size >> 15))
     if wanted != _COUNTS:
-        rows = shape[0] * shape[1]
-        sums = np.empty((*shape[:2], 2)) if "sums" in wanted else None
-        reduced = _walk.reduce(values, rows, sums, threads)
+        reduced = _walk.reduce(values, samples * channels, "sums" in wanted, threads)
     if "counts" in wanted:
         counted = _walk.count(values, _tables(min(threads, 8)))
-    return shape, reduced, counted, sums
+    return samples, channels, values.size // (samples * channels), reduced, counted
+
+
+_EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # since torch 2.10
+
+
+def hooking(wanted: frozenset[str], threads: int, taken: list[Any], otherwise: Callable[..., Any]) -> Any:
+    """Return what hooks need to walk over gradients, and append `(facts, found, None)` each; None where they cannot.
+
+    `otherwise` is called with facts, module, None and the gradient where one alone cannot.
+    """
+    if _walk is None or _EXCHANGE is None or not wanted:
+        return None
+    sums = -1 if wanted == _COUNTS else int("sums" in wanted)
+    return taken, otherwise, torch.Tensor, _EXCHANGE, sums, _tables if "counts" in wanted else None, threads
+
+
+@functools.lru_cache(256)
+def _form(module: type[nn.Module]) -> tuple[bool, int]:
+    """Return whether a module is a convolution, and up to how many axes its channels come second."""
+    return issubclass(module, _CONVOLUTION), 2 if issubclass(module, _FEATURES_LAST) else 64
+
+
+def hook(how: Any, facts: Any, module: nn.Module) -> Any:
+    """Return a hook for the gradient of a module's output, as `hooking` says.
+
+    All of it is C: in Python, to find out what a gradient is takes a third of the walk.
+    """
+    kind: Any = type(module)
+    convolution, most = _form(kind)
+    return _walk.hook(how, facts, module, len(module.kernel_size) + 1 if convolution else 0, most)  # type: ignore[arg-type]
 
 
 def held(found: tuple[Any, ...]) -> int:
     """Return how many bytes what `walk` returned takes."""
-    _, reduced, counted, sums = found
-    kept = (reduced[0] if reduced else b"", *(counted or ()))
-    return sum(map(len, kept)) + (0 if sums is None else int(sums.nbytes))
+    *_, reduced, counted = found
+    of_rows = len(reduced[0]) + len(reduced[-1] or b"") if reduced else 0
+    return of_rows + (len(counted[0]) + len(counted[1]) if counted else 0)
 
 
 def walked(x: torch.Tensor, wanted: frozenset[str]) -> Walked | None:
@@ -140,8 +163,7 @@ def _walked_zeros(x: Walked) -> Any:
 
 @measures.sums.register(Walked)
 def _walked_sums(x: Walked) -> Any:
-    assert x.sums is not None
-    return x.sums.sum(0).T
+    return np.frombuffer(x.sums).reshape(*x.shape[:2], 2).sum(0).T
 
 
 @measures.counts.register(Walked)

@@ -6,7 +6,7 @@ before a following in-place operation, it still receives the gradient of the val
 
 import hashlib
 import threading
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +21,8 @@ from ...errors import ModelError
 from ...measures import Measure
 from ...sites import Part
 from ..inside import Reading
-from .kernels import Walked, arranged, held, walk  # and what the measures are made of
+from . import kernels  # and what the measures are made of
+from .kernels import Walked, arranged
 from .modules import ACTIVATIONS
 from .weights import weights_sha256
 from .witness import Point, Witness
@@ -159,8 +160,14 @@ def tensors_in(output: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]
         yield from tensors_in(vars(output), key)
 
 
-_Taken = tuple[str, int, str, str, torch.dtype, int, tuple[Any, ...] | None, list[Any] | None]
-"""What a hook takes of a tensor: site, call, output, phase, dtype, samples, what a walk found, states."""
+# found once: in a hook, to look these up takes as long as to call them
+_graph_task, _has_graph, _thread = torch._C._current_graph_task_id, torch.is_grad_enabled, threading.get_ident
+_Tensor, _FLOAT16 = torch.Tensor, torch.float16
+
+_Facts = tuple[str, int, str, str]
+_Taken = tuple[_Facts, tuple[Any, ...] | None, tuple[torch.dtype, int, list[Any]] | None]
+"""What a hook takes of a tensor: site, call, output and phase; what a walk found; if that is not all: dtype, number of
+samples, states."""
 
 
 @dataclass(eq=False)
@@ -189,20 +196,23 @@ class Probe:
     def __post_init__(self) -> None:
         self._handles: list[Any] = []
         self._hooks: list[OrderedDict[Any, Any]] = []
-        self._calls: dict[str, int] = defaultdict(int)
+        self._calls: dict[str, int] = {}
         self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
         self.taken: list[_Taken] = []
         self._reads = frozenset(name for measure in self.measures for name in measure.reads)
         self._walk_is_all = all(measure.reads for measure in self.measures)
+        self._how: Any = None
         self._thread, self._threads = 0, 1
         self._witness = None if self.watched is None else Witness(network(self.watched), self._unscaled)
 
     def __enter__(self) -> Self:
-        self._thread, self._threads = threading.get_ident(), torch.get_num_threads()
+        self._thread, self._threads = _thread(), torch.get_num_threads()
+        if self._walk_is_all and self.scaler is None:
+            self._how = kernels.hooking(self._reads, self._threads, self.taken, self._arrived)
         try:
             for name, module in self.modules.items():
-                self._handles.append(module.register_forward_hook(partial(self._after, name)))
+                self._keep(module._forward_hooks, partial(self._after, name))
             if self._witness is not None:
                 self._witness.__enter__()
         except BaseException:
@@ -219,6 +229,7 @@ class Probe:
             hooks.pop(self, None)
         self._handles.clear()
         self._hooks.clear()
+        self._how = None
 
     def points(self, names: Sequence[str]) -> list[Point]:
         """Return what was seen for a diagnosis of the sites named; nothing where this batch was not watched."""
@@ -227,7 +238,7 @@ class Probe:
     @property
     def arrived(self) -> set[str]:
         """The sites at which a gradient has come."""
-        return {name for name, _, _, phase, *_ in self.taken if phase == "backward"}
+        return {name for (name, _, _, phase), *_ in self.taken if phase == "backward"}
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._witness is None:
@@ -237,45 +248,52 @@ class Probe:
             self._take(name, module, output)
 
     def _take(self, name: str, module: nn.Module, output: Any) -> None:
-        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: checkpointing runs it once more
-        if not again and threading.get_ident() != self._thread:
+        again = _graph_task() != -1  # inside a backward pass: checkpointing runs it once more
+        if not again and _thread() != self._thread:
             return
-        call = self._replayed_call(name) if again else self._next_call(name)
+        call = self._replayed_call(name) if again else self._calls.get(name, 0)
         if call is None:
             return
-        if not torch.is_grad_enabled():
+        if not again:
+            self._calls[name] = call + 1
+        if not _has_graph():
             self._ungraphed[name].append((_sequence(), call))
         self.order[name] = None
-        for key, tensor in tensors_in(output):
+        alone = type(output) is _Tensor and output.is_floating_point()
+        for key, tensor in (("", output),) if alone else tensors_in(output):
             if "forward" in self.phases and not again:
-                self._read(name, call, key, "forward", module, tensor.detach())
+                self._read((name, call, key, "forward"), module, tensor.detach())
             view = tensor._is_view()
             place = _before_views(module, tensor) if view else tensor
             if self._witness is not None and not again:
                 self._witness.begin(name, call, key, module, tensor, place)
             if "backward" in self.phases and tensor.requires_grad:
-                if self.scaler is None and tensor.dtype is torch.float16:
+                if self.scaler is None and tensor.dtype is _FLOAT16:
                     self.unscaled |= torch.is_autocast_enabled(tensor.device.type)
                 if view and place is tensor:
                     self.views.add(name)
-                hook = partial(self._arrived, name, call, key, module, None if place is tensor else tensor.shape)
-                self._listen(place, hook)
+                facts = (name, call, key, "backward")
+                if place is tensor and self._how is not None:
+                    self._listen(place, kernels.hook(self._how, facts, module))
+                else:
+                    self._listen(
+                        place, partial(self._arrived, facts, module, None if place is tensor else tensor.shape)
+                    )
 
     def _listen(self, tensor: torch.Tensor, hook: Any) -> None:
         """Put a hook on a tensor as `register_hook` does, but for its handle, which takes longer than all the rest."""
-        if type(tensor) is not torch.Tensor or tensor._backward_hooks is not None or tensor.grad_fn is None:
+        node = tensor.grad_fn
+        if type(tensor) is not _Tensor or tensor._backward_hooks is not None or node is None:
             self._handles.append(tensor.register_hook(hook))
             return
         hooks: OrderedDict[Any, Any] = OrderedDict()
         tensor._backward_hooks = hooks
-        tensor.grad_fn._register_hook_dict(tensor)
+        node._register_hook_dict(tensor)
+        self._keep(hooks, hook)
+
+    def _keep(self, hooks: Any, hook: Any) -> None:
         hooks[self] = hook
         self._hooks.append(hooks)
-
-    def _next_call(self, name: str) -> int:
-        call = self._calls[name]
-        self._calls[name] += 1
-        return call
 
     def _replayed_call(self, name: str) -> int | None:
         """Return the number of the call that reentrant checkpointing now repeats, this time with a graph.
@@ -292,13 +310,11 @@ class Probe:
         self._replayed[made, name] += 1
         return of_segment[place] if place < len(of_segment) else None
 
-    def _arrived(
-        self, name: str, call: int, key: str, module: nn.Module, shape: torch.Size | None, gradient: torch.Tensor
-    ) -> None:
+    def _arrived(self, facts: _Facts, module: nn.Module, shape: torch.Size | None, gradient: torch.Tensor) -> None:
         ours = gradient.detach() if gradient.requires_grad else gradient
         ours = ours if shape is None else ours.reshape(shape)
         ours = ours if self.scaler is None else self._unscaled(ours)
-        self._read(name, call, key, "backward", module, ours)
+        self._read(facts, module, ours)
 
     def _unscaled(self, gradient: torch.Tensor) -> Any:
         """Divide by the AMP scaler's scale, in float32, without waiting for the device."""
@@ -311,15 +327,15 @@ class Probe:
             self.scale = scale.detach().clone()  # the scaler changes it in place
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale.to(gradient.device)
 
-    def _read(self, name: str, call: int, key: str, phase: str, module: nn.Module, tensor: torch.Tensor) -> None:
+    def _read(self, facts: _Facts, module: nn.Module, tensor: torch.Tensor) -> None:
         """Take what must be taken before the tensor changes; all else can wait until the pass is over."""
-        seen = walk(module, tensor, self._reads, self._threads) if self._reads else None
+        seen = kernels.walk(module, tensor, self._reads, self._threads) if self._reads else None
         if seen is not None and self._walk_is_all:
-            self.taken.append((name, call, key, phase, torch.float32, seen[0][0], seen, None))
+            self.taken.append((facts, seen, None))
             return
         x = arranged(module, tensor)
         states = [None if seen is not None and measure.reads else measure.reduce(x) for measure in self.measures]
-        self.taken.append((name, call, key, phase, x.dtype, x.shape[0], seen, states))
+        self.taken.append((facts, seen, (x.dtype, x.shape[0], states)))
 
 
 def _before_views(module: nn.Module, output: torch.Tensor) -> torch.Tensor:
@@ -341,7 +357,7 @@ class Landing:
 
     def __init__(self, probe: Probe, points: Sequence[Point]) -> None:
         self._taken, self._measures, self._points = probe.taken, probe.measures, points
-        made = [state for *_, states in self._taken for state in states or () if state is not None]
+        made = [state for *_, rest in self._taken if rest for state in rest[2] if state is not None]
         made += [state for point in points for state in point.states]
         self._places = [(state, key) for state in made for key in state]
         self._copies: list[tuple[list[tuple[dict[str, Any], str]], torch.Tensor]] = []
@@ -352,7 +368,7 @@ class Landing:
     @property
     def nbytes(self) -> int:
         """How much memory all takes."""
-        walks = sum(held(seen) for *_, seen, _ in self._taken if seen is not None)
+        walks = sum(kernels.held(seen) for _, seen, _ in self._taken if seen is not None)
         return walks + sum(getattr(state[key], "nbytes", 0) for state, key in self._places)
 
     def wait(self) -> list[Reading]:
@@ -376,17 +392,16 @@ class Landing:
 
     def _readings(self) -> list[Reading]:
         readings = []
-        repeats: Counter[tuple[str, int, str, str]] = Counter()
-        for name, call, key, phase, dtype, size, seen, made in self._taken:
-            place = (name, call, key, phase)
+        repeats: dict[_Facts, int] = {}
+        for facts, seen, rest in self._taken:
             found = None if seen is None else Walked(*seen)
-            given = made or [None] * len(self._measures)
+            dtype, size, given = rest or (torch.float32, len(found or ()), [None] * len(self._measures))
             states = [
                 m.reduce(found) if state is None else state for m, state in zip(self._measures, given, strict=True)
             ]
-            kind = str(dtype).removeprefix("torch.")
-            readings.append(Reading(name, call, key, phase, repeats[place], kind, size, states))
-            repeats[place] += 1
+            repeat = repeats.get(facts, 0)
+            readings.append(Reading(*facts, repeat, str(dtype).removeprefix("torch."), size, states))
+            repeats[facts] = repeat + 1
         return readings
 
     def _grouped(self) -> list[list[tuple[dict[str, Any], str]]]:
