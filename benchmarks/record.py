@@ -6,10 +6,10 @@
 Training: each method has its own copy of the network and its own optimizer. All take turns of a few steps in one
 process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
 same round. Recordings are opened once, outside the timing; a turn ends when all that it recorded lies on the disk.
-Pairs: the plain step and undertow's alone, so that neither follows another tool's, a few steps each in turn, until
-a whole group of batches lies on the disk. Each round makes both anew: one copy of a network is up to 2 % slower than
-another, as its memory happens to lie, and stays so. Also without our C, as where there was no compiler. A watched batch
-is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
+Pairs: the plain step and undertow's alone, so that neither follows another tool's, on one network, one step each in
+turn, until a whole group of batches lies on the disk. Each round makes the network anew: one copy is up to 2 % slower
+than another, as its memory happens to lie, and stays so. Also without our C, as where there was no compiler. A watched
+batch is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
@@ -50,7 +50,6 @@ from undertow.frameworks.torch.vision import import_torchvision
 
 GROUP = 64  # batches that undertow publishes together at most
 PAUSE = 0.1  # seconds between turns, for what another process still has to write
-FEW = 8  # steps of one beside the other
 STEPS = (16, 8)  # of a turn among the peers, for each network
 TURN, BATCH = 16, 4  # images
 SECTIONS = ("training", "pairs", "inplace", "images", "memory")
@@ -156,12 +155,18 @@ def undertow(task: Task, measures: tuple[str, ...], diagnose: int = 0, group: in
             with recording.batch(samples=names):
                 task.step()
 
-        def settle() -> None:
-            writer = recording._writer
-            kept, writer._held = (writer._held, writer._weight), []
-            writer._hand_over(False).done.wait()  # behind whatever it was given before
-            writer._held, writer._weight = kept
+        writer, given = recording._writer, []
+        hand_over = writer._hand_over
 
+        def handed(publish: bool) -> object:
+            given.append(hand_over(publish))
+            return given[-1]
+
+        def settle() -> None:
+            while given:
+                given.pop().done.wait()
+
+        writer._hand_over = handed
         yield Method(step, recording.flush, settle)
 
 
@@ -391,11 +396,11 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
             taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
             within = []
             for _ in range(rounds):
-                walk = None if "without" in name else kernels._walk
+                walk, twin = None if "without" in name else kernels._walk, task.twin()
                 with (
                     mock.patch.object(kernels, "_walk", walk),
-                    plain(task.twin()) as base,
-                    undertow(task.twin(), measures, diagnose, group) as ours,
+                    plain(twin) as base,
+                    undertow(twin, measures, diagnose, group) as ours,
                 ):
                     turn(base, group // 8 + 1), turn(ours, group // 8 + 1)
                     spent = side_by_side({"base": base, "ours": ours}, group)
@@ -413,17 +418,16 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
 
 
 def side_by_side(methods: dict[str, Method], steps: int) -> dict[str, np.ndarray]:
-    """Return the seconds of steps that methods take in turn, a few at a time, since this machine is slow for seconds.
+    """Return the seconds of steps that methods take in turn, one at a time, since this machine is slow for seconds.
 
-    Each ends with nothing for its threads to do while another is timed, and its last steps with publishing.
+    Each ends with nothing for its threads to do while another is timed, and the last with publishing.
     """
     spent = {name: np.zeros(2) for name in methods}
-    for start in range(0, steps, FEW):
+    for step in range(steps):
         for name in random.sample(list(methods), len(methods)):
             method, began = methods[name], clocks()
-            for _ in range(start, min(start + FEW, steps)):
-                method.step()
-            end = method.publish if start + FEW >= steps else method.settle
+            method.step()
+            end = method.publish if step + 1 == steps else method.settle
             if end is not None:
                 end()
             spent[name] += clocks() - began
@@ -452,7 +456,10 @@ def in_hooks(method: Method, steps: int = 8) -> float:
 
         return call
 
-    with mock.patch.multiple(Probe, _after=timed(Probe._after), _arrived=timed(Probe._arrived)):
+    def listen(probe: Probe, tensor: torch.Tensor, hook: Callable[..., object], real=Probe._listen) -> None:
+        real(probe, tensor, timed(hook))
+
+    with mock.patch.multiple(Probe, _after=timed(Probe._after), _listen=listen):
         for _ in range(steps):
             spent.append(0.0)
             method.step()
