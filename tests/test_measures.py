@@ -78,6 +78,20 @@ def test_update_is_merging_what_one_array_reduces_to(measure):
     same(measure, measure.finish(state), measure.finish(measure.reduce(x)))
 
 
+@pytest.mark.parametrize("way", ["numpy", "torch", "walked"])
+@pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
+def test_what_is_finished_at_once_is_what_a_state_becomes(measure, way):
+    x = values(2)
+    wanted = measure.finish(reduced(measure, x, way))
+    with pytest.MonkeyPatch.context() as patched:
+        if way == "torch":
+            patched.setattr(kernels, "_walk", None)
+        ours = x if way == "numpy" else walked(torch.from_numpy(x)) if measure.reads else torch.from_numpy(x)
+        found = measure.finished(ours)
+    assert list(found) == list(wanted) == list(measure.columns)
+    same(measure, {key: [np.asarray(row) for row in rows] for key, rows in found.items()}, wanted)
+
+
 @pytest.mark.parametrize("measure", ALL, ids=lambda m: f"{m.name}{getattr(m, 'by', '')}")
 def test_a_state_is_a_flat_dict_of_arrays(measure):
     for state in (measure.init(), measure.reduce(values(0))):

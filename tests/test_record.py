@@ -63,14 +63,15 @@ def probed(model, run, sites=None, phases=("backward", "forward"), scaler=None):
     assert list(kept) == list(walked)
     for place, reading in kept.items():
         assert (reading.dtype, reading.size) == (walked[place].dtype, walked[place].size)
-        values = reading.states[0]["values"]
-        for measure, state in zip(WALKED, walked[place].states if reading.dtype != "bfloat16" else (), strict=False):
-            wanted, found = (measure.finish(one) for one in (measure.reduce(values), state))
+        [values] = reading.columns[0]["file"]
+        for measure, found in zip(WALKED, walked[place].columns if reading.dtype != "bfloat16" else (), strict=False):
+            wanted = measure.finish(measure.reduce(values))
+            assert list(found) == list(wanted)
             for column in wanted:
                 np.testing.assert_allclose(
                     np.asarray(found[column]), np.asarray(wanted[column]), rtol=1e-4, equal_nan=True
                 )
-    return {place: reading.states[0]["values"] for place, reading in kept.items()}
+    return {place: reading.columns[0]["file"][0] for place, reading in kept.items()}
 
 
 def out_of_place(model):
@@ -759,7 +760,8 @@ def test_a_gradient_that_is_negative_only_by_name(kept, samples):
     [(negative, wanted)] = seen
     assert negative
     [reading] = Landing(probe, ()).wait()
-    np.testing.assert_allclose(reading.states[0]["values"], wanted if kept else wanted.abs()[..., 0, 0])
+    [found] = reading.columns[0].values()
+    np.testing.assert_allclose(found[0] if kept else found, wanted if kept else wanted.abs()[..., 0, 0])
 
 
 def test_what_is_recorded_slowly_is_published_in_time(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ class Difference:
 
 @dataclass(slots=True)
 class Reading:
-    """What the measures made of one tensor; until it has landed on the host, arrays are the framework's."""
+    """What the measures made of one tensor: of each of them its columns."""
 
     site: str
     call: int
@@ -41,7 +41,7 @@ class Reading:
     repeat: int
     dtype: str
     size: int
-    states: list[dict[str, Any]]
+    columns: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,13 +38,13 @@ class Group:
 
     def __init__(self, measures: Sequence[Measure]) -> None:
         self._measures = measures
-        self._lists = [[name for name, kind in m.columns.items() if kind.startswith("list<")] for m in measures]
         self._batches: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []
         self._samples: list[Sequence[str | None]] = []
         self._sites: list[tuple[Any, ...]] = []
         self._read: list[tuple[int, int]] = []
-        self._blocks: list[tuple[Columns, ...]] = []
+        self._columns: list[dict[str, list[Any]]] = [{name: [] for name in measure.columns} for measure in measures]
+        self._lists = [{name for name, kind in m.columns.items() if kind.startswith("list<")} for m in measures]
         self.nbytes = 0
 
     @property
@@ -67,11 +67,13 @@ class Group:
         """
         self._sites.append(site)
         self._read.append((size, len(self._samples) - 1 if size == len(self._samples[-1]) else -1))
-        self._blocks.append(blocks)
-        for columns, block in zip(self._lists, blocks, strict=True):
-            for name in columns:
-                held = block[name]
-                self.nbytes += held.nbytes if isinstance(held, np.ndarray) else sum(np.asarray(o).nbytes for o in held)
+        for columns, lists, block in zip(self._columns, self._lists, blocks, strict=True):
+            for name, held in columns.items():
+                rows = block[name]
+                if name in lists:
+                    rows = [np.asarray(row) for row in _rows(rows)]
+                    self.nbytes += sum([row.nbytes for row in rows])
+                held += rows
 
     def tables(self) -> Iterator[tuple[str, Any]]:
         """Make the tables that have rows; the one that makes the others count comes last."""
@@ -81,7 +83,8 @@ class Group:
         yield "samples", _table(TABLES["samples"], self._sampled(keys, theirs))
         if self._points:
             kinds = KEYS | DIAGNOSIS
-            yield "diagnosis", _table(kinds, _joined(kinds, [_block(point) for point in self._points]))
+            points = {name: [*chain(*(_rows(point[name]) for point in self._points))] for name in kinds}
+            yield "diagnosis", _table(kinds, _joined(kinds, points))
         if self._sites:
             yield from self._of_measures()
         yield COMMITTED, _table(TABLES[COMMITTED], batches)
@@ -90,10 +93,10 @@ class Group:
         columns = zip(*self._sites, strict=True)
         sites = {entry.name: _array(entry.type, values) for entry, values in zip(schema(SITE), columns, strict=True)}
         sampled: dict[str, Any] = {}
-        for measure, blocks in zip(self._measures, zip(*self._blocks, strict=True), strict=True):
+        for measure, found in zip(self._measures, self._columns, strict=True):
             if measure.per_sample and not sampled:
                 sampled = self._sampled(sites, self._read)
-            own = _joined(measure.columns, blocks)
+            own = _joined(measure.columns, found)
             yield measure.table, _table(columns_of(measure), (sampled if measure.per_sample else sites) | own)
 
     def _sampled(self, columns: Mapping[str, Any], read: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -120,21 +123,21 @@ class Group:
 
 
 def write(table: Any, path: Path) -> None:
-    """Write a part: keys and texts as dictionaries, measured numbers by planes of bytes, sorted codes by differences.
+    """Write a part: texts as dictionaries, measured numbers by planes of bytes, sorted codes by differences.
 
-    Dictionaries and statistics of measured numbers, of which none returns, would take as long as all the rest; those of
-    numbers that are keys let a reader pass over parts. LZ4 takes half of zstd's time for 7 % more on the disk. Arrow's
-    own memory pools give theirs back to the system each time, and to get it again takes longer than to compress.
+    Dictionaries and statistics of measured numbers, of which none returns, would take as long as all the rest;
+    statistics of numbers that are keys let a reader pass over parts, and LZ4 makes little of these. It takes half of
+    zstd's time for 7 % more on the disk. Arrow's own memory pools give theirs back to the system each time, and to get it
+    again takes longer than to compress.
     """
     pa = arrow()
     items = {f"{e.name}.list.element": e.type.value_type for e in table.schema if pa.types.is_list(e.type)}
-    keys = [e.name for e in table.schema if not pa.types.is_list(e.type)]
     pa.parquet.write_table(
         table,
         path,
         compression="lz4",
-        use_dictionary=keys,
-        write_statistics=[name for name in keys if pa.types.is_integer(table.schema.field(name).type)],
+        use_dictionary=[e.name for e in table.schema if pa.types.is_dictionary(e.type)],
+        write_statistics=[e.name for e in table.schema if pa.types.is_integer(e.type)],
         use_byte_stream_split=[name for name, kind in items.items() if pa.types.is_floating(kind)],
         column_encoding={name: "DELTA_BINARY_PACKED" for name, kind in items.items() if pa.types.is_integer(kind)}
         or None,
@@ -152,17 +155,16 @@ def _table(kinds: Mapping[str, str], columns: Mapping[str, Any]) -> Any:
     return pa.table([columns[name] for name in kinds], schema=pa.schema(fields))
 
 
-def _joined(kinds: Mapping[str, str], blocks: Sequence[Columns]) -> dict[str, Any]:
-    joined = {}
-    for entry in schema(kinds):
-        values = [block[entry.name] for block in blocks]
-        is_list = arrow().types.is_list(entry.type)
-        joined[entry.name] = _lists(entry.type, values) if is_list else _array(entry.type, [*chain(*values)])
-    return joined
+def _rows(found: Any) -> Any:
+    """Return the rows of what was found; a table `(rows, length)` of lists as one."""
+    if isinstance(found, np.ndarray):
+        return [found] if found.ndim == 2 else found
+    return found if isinstance(found, list) else [found]
 
 
-def _block(row: Mapping[str, Any]) -> Columns:
-    return {name: value if isinstance(value, list | np.ndarray) else [value] for name, value in row.items()}
+def _joined(kinds: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    is_list = arrow().types.is_list
+    return {e.name: (_lists if is_list(e.type) else _array)(e.type, columns[e.name]) for e in schema(kinds)}
 
 
 def _columns(kinds: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -175,15 +177,11 @@ def _array(kind: Any, values: Sequence[Any]) -> Any:
     return array.dictionary_encode() if arrow().types.is_string(kind) else array
 
 
-def _lists(kind: Any, columns: Sequence[Any]) -> Any:
-    """Join lists: of each block a table (rows, length), or one array for each row."""
+def _lists(kind: Any, rows: Sequence[Any]) -> Any:
+    """Join rows, each a list of numbers, or a table (rows, length) of several."""
     pa = arrow()
-    pieces = [p for v in columns for p in ([v] if _is_table(v) else [np.asarray(one)[None] for one in v])]
+    pieces = [np.atleast_2d(row) for row in rows]
     sizes = np.repeat([piece.shape[1] for piece in pieces], [len(piece) for piece in pieces])
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     joined: Any = np.concatenate([piece.reshape(-1) for piece in pieces]) if pieces else []
     return pa.ListArray.from_arrays(offsets, pa.array(joined, kind.value_type), type=kind)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 2

@@ -36,7 +36,7 @@ def record(
     reference: str | None = None,
     source: dict[str, Any] | None = None,
     diagnose: bool | int = False,
-    group: int = 64,
+    group: int = 256,
 ) -> "Recording":
     """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
 
@@ -64,7 +64,8 @@ def record(
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
         diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 32.
-        group: how many batches are published together at most; a killed process loses those not yet published.
+        group: how many batches are published together at most; a killed process loses those not yet published, of ten
+            seconds at most.
 
     Raises:
         InputError: an argument that cannot be used, or sites that select nothing.

@@ -64,7 +64,7 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 64, diagnose: bool = False
+        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 256, diagnose: bool = False
     ) -> None:
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
         self._names = [*TABLES, *(measure.table for measure in measures), *(["diagnosis"] if diagnose else [])]
@@ -150,7 +150,7 @@ class Writer:
             self._publish()
 
     def _add(self, batch: Batch) -> None:
-        """Finish the measures of a batch; the order of readings does not depend on the backward pass's."""
+        """Gather what a batch left; the order of readings does not depend on the backward pass's."""
         place = {name: i for i, name in enumerate(batch.sites)}
         readings = [reading for reading in batch.landing.wait() if reading.site in place]
         readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
@@ -162,10 +162,9 @@ class Writer:
         self._gathered.begin(row, names, [{**keys, **point.row()} for point in batch.points])
         for r in readings:
             site = (*keys.values(), r.site, r.call, r.output, r.phase, r.repeat, r.dtype)
-            blocks = tuple([measure.finish(state) for measure, state in zip(self.measures, r.states, strict=True)])
             for n in self._tensors:
-                blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch))
-            self._gathered.add(site, r.size, blocks)
+                r.columns[n].update(self._filed(self.measures[n], r.columns[n], site, batch))
+            self._gathered.add(site, r.size, r.columns)
 
     def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch) -> Columns:
         """Write the tensors of a block into files and return their names in their places."""

@@ -184,8 +184,8 @@ class Probe:
 
     def _read(self, name: str, call: int, key: str, phase: str, repeat: int, layer: Any, tensor: Any) -> None:
         x = arranged(layer, tensor)
-        states = [measure.reduce(x) for measure in self.measures]
-        self.readings.append(Reading(name, call, key, phase, repeat, str(x.dtype), len(x), states))
+        columns = tuple([measure.finished(x) for measure in self.measures])
+        self.readings.append(Reading(name, call, key, phase, repeat, str(x.dtype), len(x), columns))
 
 
 def _passed_on(tensor: Any, arrived: Callable[[Any], None]) -> Any:
@@ -219,8 +219,8 @@ class Landing:
 
     def __init__(self, probe: Probe, points: Sequence[Any]) -> None:
         self._readings = probe.readings
-        states = [state for reading in self._readings for state in reading.states]
-        self.nbytes = sum(array.nbytes for state in states for array in state.values())
+        lists = [held for reading in self._readings for columns in reading.columns for held in columns.values()]
+        self.nbytes = sum(np.asarray(row).nbytes for held in lists for row in held)
 
     def wait(self) -> list[Reading]:
         """Wait for nothing."""

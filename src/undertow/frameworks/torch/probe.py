@@ -374,7 +374,7 @@ class Landing:
     def wait(self) -> list[Reading]:
         """Wait for the copies, put NumPy arrays in the places of tensors, bfloat16 as its bits, and return readings.
 
-        States of what was walked over are made only now: in a hook, code and tables come from memory, and it takes ten
+        Columns of what was walked over are made only now: in a hook, code and tables come from memory, and it takes ten
         times as long.
         """
         for event in self._events:
@@ -396,11 +396,12 @@ class Landing:
         for facts, seen, rest in self._taken:
             found = None if seen is None else Walked(*seen)
             dtype, size, given = rest or (torch.float32, len(found or ()), [None] * len(self._measures))
-            states = [
-                m.reduce(found) if state is None else state for m, state in zip(self._measures, given, strict=True)
+            columns = [
+                m.finished(found) if state is None else m.finish(state)
+                for m, state in zip(self._measures, given, strict=True)
             ]
             repeat = repeats.get(facts, 0)
-            readings.append(Reading(*facts, repeat, str(dtype).removeprefix("torch."), size, states))
+            readings.append(Reading(*facts, repeat, str(dtype).removeprefix("torch."), size, tuple(columns)))
             repeats[facts] = repeat + 1
         return readings
 
