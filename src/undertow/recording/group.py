@@ -127,7 +127,7 @@ def write(table: Any, path: Path) -> None:
 
     Dictionaries and statistics of measured numbers, of which none returns, would take as long as all the rest;
     statistics of numbers that are keys let a reader pass over parts, and LZ4 makes little of these. It takes half of
-    zstd's time for 7 % more on the disk. Arrow's own memory pools give theirs back to the system each time, and to get it
+    zstd's time for 7 % more on the disk. Arrow's own memory pools give theirs back to the system each time; to get it
     again takes longer than to compress.
     """
     pa = arrow()
