@@ -64,9 +64,16 @@ static inline void take(Lanes *lanes, double *squares, int lane, float v)
     double d = v;
     lanes->sum[lane] += d;
     squares[lane] += d * d;
-    lanes->zeros[lane] += v == 0;
+    lanes->zeros[lane] = v == 0 ? lanes->zeros[lane] + 1 : lanes->zeros[lane];
     lanes->low[lane] = v < lanes->low[lane] ? v : lanes->low[lane];
     lanes->high[lane] = v > lanes->high[lane] ? v : lanes->high[lane];
+}
+
+/* In pairs, of which none waits for another: one by one takes as long as four lines. */
+static INLINE double together(const double *of)
+{
+    return (((of[0] + of[8]) + (of[4] + of[12])) + ((of[2] + of[10]) + (of[6] + of[14]))) +
+           (((of[1] + of[9]) + (of[5] + of[13])) + ((of[3] + of[11]) + (of[7] + of[15])));
 }
 
 /* What is in some rows at so many places, and each row's norm. The places are `apart` rows from each other. */
@@ -87,14 +94,13 @@ static INLINE Seen look(const float *x, Py_ssize_t rows, Py_ssize_t n, float *no
                 for (int lane = 0; lane < LINE; lane++)
                     take(&lanes, squares[place], lane, line[lane]);
             }
-        UNROLLED for (int place = 0; place < places; place++)
-            for (int lane = 0; i + lane < n; lane++)
-                take(&lanes, squares[place], lane, x[(row + place * apart) * n + i + lane]);
-        for (int place = 0; place < places; place++) {
-            double whole = 0;
-#pragma omp simd reduction(+ : whole)
-            for (int lane = 0; lane < LINE; lane++)
-                whole += squares[place][lane];
+        UNROLLED for (int place = 0; place < places; place++) {
+            double whole = together(squares[place]);
+            for (Py_ssize_t rest = i; rest < n; rest++) { /* apart from the lanes, which stay in registers */
+                float v = x[(row + place * apart) * n + rest];
+                join(&all, (Seen){v, 0, v, v, v == 0});
+                whole += (double)v * v;
+            }
             norms[row + place * apart] = (float)sqrt(whole);
             all.squares += whole;
         }

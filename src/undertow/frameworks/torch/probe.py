@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -170,6 +170,12 @@ _Taken = tuple[_Facts, tuple[Any, ...] | None, tuple[torch.dtype, int, list[Any]
 samples, states."""
 
 
+@lru_cache(64)
+def _read_by(measures: tuple[Measure, ...]) -> tuple[frozenset[str], bool]:
+    """Return what measures read of a walk, and whether none needs more."""
+    return frozenset(name for measure in measures for name in measure.reads), all(m.reads for m in measures)
+
+
 @dataclass(eq=False)
 class Probe:
     """Reads the sites of one batch between `with` and its end; hooks are on the modules only in between.
@@ -200,8 +206,7 @@ class Probe:
         self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
         self.taken: list[_Taken] = []
-        self._reads = frozenset(name for measure in self.measures for name in measure.reads)
-        self._walk_is_all = all(measure.reads for measure in self.measures)
+        self._reads, self._walk_is_all = _read_by(tuple(self.measures))
         self._how: Any = None
         self._thread, self._threads = 0, 1
         self._witness = None if self.watched is None else Witness(network(self.watched), self._unscaled)
