@@ -352,7 +352,24 @@ def test_the_number_of_threads_changes_no_bit(shape):
         reduced_ = [kernels._walk.reduce((x + mean).numpy(), shape[0] * shape[1], True, threads) for mean in (0, 1e7)]
         found.append((*reduced_, kernels._walk.count(x.numpy(), tables)))
         assert not tables.any()
-    assert len(set(found)) == 1
+    assert all(one == found[0] for one in found)
+
+
+def test_what_walks_found_shares_memory_and_never_the_same():
+    """Several pieces' worth, of all sizes up to those that lie alone, all of it kept until the end."""
+    draw = np.random.default_rng(0)
+    inputs = [draw.normal(size=(rows, 3)).astype(np.float32) for rows in (1, 500, 8000, 32768, 32769, 40000) * 8]
+    found = []
+    for x in inputs:
+        reduced_ = kernels._walk.reduce(x, len(x), True, 2)
+        found.append((reduced_[0], reduced_[-1], *kernels._walk.count(x, np.zeros((2, 65536, 4), np.uint32))))
+    for x, (lengths, added, codes, often) in zip(inputs, found, strict=True):
+        np.testing.assert_allclose(np.frombuffer(lengths, np.float32), np.linalg.norm(x, axis=1), rtol=1e-6)
+        two = np.stack([x.sum(1, np.float64), np.abs(x).sum(1, np.float64)], 1)
+        np.testing.assert_allclose(np.frombuffer(added).reshape(-1, 2), two, rtol=1e-9, atol=1e-12)
+        wanted = np.unique(x.view(np.uint32) >> 16, return_counts=True)
+        np.testing.assert_array_equal(np.frombuffer(codes, np.uint16), wanted[0])
+        np.testing.assert_array_equal(np.frombuffer(often, np.int64), wanted[1])
 
 
 @pytest.mark.parametrize("sizes", [(24, 7, 1), (24, 0, 1), (24, 6, 0)], ids=["rows", "none", "threads"])

@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define CODES 65536
 #define TURNS 4
@@ -16,6 +17,7 @@
 #define LINE 16    /* values in a line of a cache */
 #define PLACES 4   /* that are looked at in turn */
 #define AHEAD 512  /* values that memory is asked for beforehand */
+#define ROOM (1 << 20) /* bytes of memory that small results share */
 
 /* The loader picks the wider form where the processor has it. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -263,21 +265,49 @@ static Py_ssize_t tally(const uint32_t *x, Py_ssize_t n, uint32_t *tables, int t
     return listed;
 }
 
+/* Return memory for so many bytes, and where it lies. Small results share large pieces: each by itself, between the
+   tensors of a training, would split what one of these has left, and the next tensor would lie in colder memory. */
+static PyObject *room(Py_ssize_t size, char **where)
+{
+    static PyObject *piece;
+    static char *start;
+    static Py_ssize_t used;
+    if (size > ROOM / 8) {
+        PyObject *own = PyByteArray_FromStringAndSize(NULL, size);
+        *where = own ? PyByteArray_AsString(own) : NULL;
+        return own;
+    }
+    if (!piece || used + size > ROOM) {
+        PyObject *fresh = PyByteArray_FromStringAndSize(NULL, ROOM), *view = fresh ? PyMemoryView_FromObject(fresh) : NULL;
+        if (view) {
+            Py_XDECREF(piece); /* what was taken from it holds it */
+            piece = view, start = PyByteArray_AsString(fresh), used = 0;
+        }
+        Py_XDECREF(fresh);
+        if (!view)
+            return NULL;
+    }
+    PyObject *part = PySequence_GetSlice(piece, used, used + size);
+    *where = start + used;
+    used += (size + 63) / 64 * 64;
+    return part;
+}
+
 /* What `reduce` returns. */
 static PyObject *reduced(const float *x, Py_ssize_t n, Py_ssize_t rows, int wanted, int threads)
 {
     const Py_ssize_t block = n / rows < PIECE ? PIECE / (n / rows) : 1;
     Seen *blocks = PyMem_Malloc((size_t)(rows / block + 1) * sizeof(Seen)), all;
-    PyObject *norms = PyBytes_FromStringAndSize(NULL, rows * (Py_ssize_t)sizeof(float));
-    PyObject *sums = wanted ? PyBytes_FromStringAndSize(NULL, rows * 2 * (Py_ssize_t)sizeof(double)) : NULL;
+    char *lengths, *totals = NULL;
+    double m2;
+    PyObject *norms = room(rows * (Py_ssize_t)sizeof(float), &lengths);
+    PyObject *sums = wanted ? room(rows * 2 * (Py_ssize_t)sizeof(double), &totals) : NULL;
     PyObject *result = NULL;
     if (!blocks || !norms || (wanted && !sums)) {
         PyErr_NoMemory();
     } else {
-        float *lengths = (float *)PyBytes_AsString(norms);
-        double *totals = sums ? (double *)PyBytes_AsString(sums) : NULL, m2;
         Py_BEGIN_ALLOW_THREADS
-        all = walk(x, rows, n / rows, block, blocks, lengths, totals, threads);
+        all = walk(x, rows, n / rows, block, blocks, (float *)lengths, (double *)totals, threads);
         m2 = spread(x, n, all, threads);
         Py_END_ALLOW_THREADS
         result = Py_BuildValue("OddddLO", norms, all.sum / (double)n, m2, (double)all.low, (double)all.high,
@@ -305,17 +335,25 @@ static PyObject *counted(const uint32_t *x, Py_ssize_t n, const Py_buffer *table
     Py_BEGIN_ALLOW_THREADS
     listed = tally(x, n, tables->buf, (int)threads, codes, counts);
     Py_END_ALLOW_THREADS
-    PyObject *result = Py_BuildValue("y#y#", (const char *)codes, listed * (Py_ssize_t)sizeof(uint16_t),
-                                     (const char *)counts, listed * (Py_ssize_t)sizeof(int64_t));
+    const size_t of_codes = (size_t)listed * sizeof(uint16_t), of_counts = (size_t)listed * sizeof(int64_t);
+    char *first, *second;
+    PyObject *found = room((Py_ssize_t)of_codes, &first), *often = room((Py_ssize_t)of_counts, &second), *result = NULL;
+    if (found && often) {
+        memcpy(first, codes, of_codes);
+        memcpy(second, counts, of_counts);
+        result = PyTuple_Pack(2, found, often);
+    }
+    Py_XDECREF(found);
+    Py_XDECREF(often);
     PyMem_Free(counts);
     return result;
 }
 
 PyDoc_STRVAR(reduce_doc,
 "reduce(values, rows, sums, threads) -> (norms, mean, m2, low, high, zeros, sums)\n\n"
-"`values`: float32, of so many rows of equal length. `norms`: bytes of float32 (rows,), each row's l2 norm. Of all\n"
+"`values`: float32, of so many rows of equal length. `norms`: memory of float32 (rows,), each row's l2 norm. Of all\n"
 "values: the mean, the sum of squared deviations from it, the smallest, the largest, and how many are zero. `sums`:\n"
-"None, or where it is asked for, bytes of float64 (rows, 2), each row's sum and sum of magnitudes.\n");
+"None, or where it is asked for, memory of float64 (rows, 2), each row's sum and sum of magnitudes.\n");
 
 static PyObject *reduce(PyObject *self, PyObject *args)
 {
@@ -336,8 +374,8 @@ static PyObject *reduce(PyObject *self, PyObject *args)
 
 PyDoc_STRVAR(count_doc,
 "count(values, tables) -> (codes, counts)\n\n"
-"The upper 16 bits of float32 values that occur, in rising order, as bytes of uint16, and how often each does, as\n"
-"bytes of int64. `tables`, uint32 (threads, 65536, 4), must hold zeros, and does again afterwards.\n");
+"The upper 16 bits of float32 values that occur, in rising order, as memory of uint16, and how often each does, as\n"
+"memory of int64. `tables`, uint32 (threads, 65536, 4), must hold zeros, and does again afterwards.\n");
 
 static PyObject *count(PyObject *self, PyObject *args)
 {

@@ -1,8 +1,9 @@
 from collections.abc import Callable
 from typing import Any
 
-Reduced = tuple[bytes, float, float, float, float, int, bytes | None]
-Counted = tuple[bytes, bytes]
+Memory = memoryview | bytearray
+Reduced = tuple[Memory, float, float, float, float, int, Memory | None]
+Counted = tuple[Memory, Memory]
 
 def reduce(values: Any, rows: int, sums: bool, threads: int) -> Reduced: ...
 def count(values: Any, tables: Any) -> Counted: ...

@@ -65,9 +65,9 @@ class Walked:
 
     def __init__(self, samples: int, channels: int, space: int, reduced: Any, counted: Any) -> None:
         self.shape = (samples, channels, space)
-        self.norms: bytes
+        self.norms: Any
         self.norms, *self.moments, self.zeros, self.sums = reduced or _NOTHING
-        self.codes: tuple[bytes, bytes] = counted or (b"", b"")
+        self.codes: tuple[Any, Any] = counted or (b"", b"")
 
     def __len__(self) -> int:
         return self.shape[0]
