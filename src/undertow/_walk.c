@@ -277,19 +277,22 @@ static PyObject *room(Py_ssize_t size, char **where)
         *where = own ? PyByteArray_AsString(own) : NULL;
         return own;
     }
+    PyObject *full = NULL;
     if (!piece || used + size > ROOM) {
         PyObject *fresh = PyByteArray_FromStringAndSize(NULL, ROOM), *view = fresh ? PyMemoryView_FromObject(fresh) : NULL;
-        if (view) {
-            Py_XDECREF(piece); /* what was taken from it holds it */
-            piece = view, start = PyByteArray_AsString(fresh), used = 0;
-        }
-        Py_XDECREF(fresh);
+        Py_XDECREF(fresh); /* its view holds it, as what is taken from a piece holds that */
         if (!view)
             return NULL;
+        full = piece, piece = view, start = PyByteArray_AsString(fresh), used = 0;
     }
-    PyObject *part = PySequence_GetSlice(piece, used, used + size);
-    *where = start + used;
+    /* It is taken before Python allocates again, which may collect garbage and so let another thread in here. */
+    PyObject *from = Py_NewRef(piece);
+    const Py_ssize_t at = used;
+    *where = start + at;
     used += (size + 63) / 64 * 64;
+    PyObject *part = PySequence_GetSlice(from, at, at + size);
+    Py_DECREF(from);
+    Py_XDECREF(full);
     return part;
 }
 

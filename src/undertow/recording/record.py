@@ -64,8 +64,8 @@ def record(
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
         diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 32.
-        group: how many batches are published together at most; a killed process loses those not yet published, of ten
-            seconds at most.
+        group: how many batches are published together at most; what ten seconds brought is published
+            anyway with the batch that follows. A killed process loses what is not yet published.
 
     Raises:
         InputError: an argument that cannot be used, or sites that select nothing.

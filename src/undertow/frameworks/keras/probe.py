@@ -219,8 +219,9 @@ class Landing:
 
     def __init__(self, probe: Probe, points: Sequence[Any]) -> None:
         self._readings = probe.readings
-        lists = [held for reading in self._readings for columns in reading.columns for held in columns.values()]
-        self.nbytes = sum(np.asarray(row).nbytes for held in lists for row in held)
+        held = [rows for reading in self._readings for columns in reading.columns for rows in columns.values()]
+        arrays = [array for rows in held for array in (rows if isinstance(rows, list) else [rows])]
+        self.nbytes = sum(getattr(array, "nbytes", 8) for array in arrays)
 
     def wait(self) -> list[Reading]:
         """Wait for nothing."""
