@@ -1,5 +1,6 @@
 """Measures: one contract for all, and an independent formula for each."""
 
+import gc
 import math
 import struct
 
@@ -370,6 +371,34 @@ def test_what_walks_found_shares_memory_and_never_the_same():
         wanted = np.unique(x.view(np.uint32) >> 16, return_counts=True)
         np.testing.assert_array_equal(np.frombuffer(codes, np.uint16), wanted[0])
         np.testing.assert_array_equal(np.frombuffer(often, np.int64), wanted[1])
+
+
+def test_a_walk_within_a_walk_has_memory_of_its_own():
+    """As another thread's may be: what Python allocates may collect garbage, and a finaliser may do anything."""
+    x, held = [np.full((64, 2), value, np.float32) for value in (1, 2)], []
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            held.append((kernels._walk.reduce(x[0], 64, False, 1)[0], 2**0.5))
+
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(20):
+            gc.disable()
+            Garbage()
+            gc.enable()  # the next thing that Python allocates collects it
+            found = kernels._walk.reduce(x[1], 64, False, 1)[0]
+            held.append((found, 8**0.5))
+    finally:
+        gc.enable()
+        gc.set_threshold(*before)
+    assert len(held) == 40
+    for lengths, wanted in held:
+        np.testing.assert_allclose(np.frombuffer(lengths, np.float32), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(24, 7, 1), (24, 0, 1), (24, 6, 0)], ids=["rows", "none", "threads"])
