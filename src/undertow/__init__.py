@@ -7,7 +7,6 @@
 
 from . import derive as derive
 from . import rules as rules
-from .analysis import compare as compare
 from .attribution import Attribution as Attribution
 from .attribution import explain as explain
 from .diagnosis import Finding as Finding
@@ -26,7 +25,8 @@ from .recording import Trace as Trace
 from .recording import record as record
 from .recording import redirect as redirect
 from .recording import trace as trace
-from .run import Run as Run
+from .runs import Run as Run
+from .runs import compare as compare
 from .sites import Site as Site
 from .sites import select as select
 from .verdict import Verdict as Verdict

@@ -47,14 +47,17 @@ class FrameworkError(UndertowError, ImportError):
     """A framework or package that is missing or does not fit another one."""
 
 
-def near(word: str, known: Iterable[str], most: int = 3) -> str:
+def did_you_mean(word: str, known: Iterable[str], max_names: int = 3) -> str:
     """Say which known names are close to a word, as the end of an error line; empty where none is.
 
-    >>> near("vgg61", ["vgg16", "resnet50"])
+    >>> did_you_mean("vgg61", ["vgg16", "resnet50"])
     '; did you mean vgg16?'
-    >>> near("zebra", ["vgg16"])
+    >>> did_you_mean("zebra", ["vgg16"])
     ''
     """
     lowered = {name.lower(): name for name in known if name != word}
-    close = difflib.get_close_matches(word.lower(), lowered, n=most, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), lowered, n=max_names, cutoff=0.6)
     return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""
+
+
+near = did_you_mean

@@ -155,10 +155,10 @@ class Preprocessing:
         normalised = (scaled - mean) / std
         return np.ascontiguousarray(normalised[::-1] if self.order == "BGR" else normalised)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for `result.json`; `Preprocessing(**d)` gives the same preprocessing back.
 
-        >>> Preprocessing(**Preprocessing(resize=232).as_dict()) == Preprocessing(resize=232)
+        >>> Preprocessing(**Preprocessing(resize=232).to_dict()) == Preprocessing(resize=232)
         True
         """
         return {"resize": self.resize, "crop": self.crop, "mean": self.mean, "std": self.std} | {

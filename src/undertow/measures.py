@@ -1,127 +1,120 @@
 """What is kept of the tensor at a site: something small that merges.
 
-A measure is a class with five short methods around a **state**, a flat dict of arrays:
+A measure is a class with four short methods around a **state**, a flat dict of arrays:
 
     init()         the state of nothing
     reduce(x)      the state of one array (B, C, ...), made where the array is, without waiting for a device
-    update(s, x)   the state of what `s` has seen and `x`
     merge(s, t)    the state of what either has seen; any split, merged in any order, gives the same
     finish(s)      the columns of its table: one row, or with `per_sample` one row for each sample
 
-`reduce` touches arrays through arithmetic, or through the functions below that a framework registers kernels for
-(`norms`, `zeros`, `moments`, `sums`, `counts`, `copied`). A new measure is one class and one row of `MEASURES`.
+Most measures here are a `StatsMeasure`: they pick their state from the `Stats` of an array, whose numbers are computed
+once for all measures that need them. A new measure is one class and one row of `MEASURES`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from functools import singledispatch
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, singledispatch
 from typing import Any, ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, near
+from .errors import InputError, did_you_mean
 
 State = dict[str, Any]
 Columns = dict[str, Any]
 
 CODES = 1 << 16
-_INFINITE = 0x7F80  # the truncated code of infinity; what is above it, without its sign, is not a number
+_INFINITE = 0x7F80  # the truncated code of infinity; without its sign, a larger one is not a number
 
 
-@singledispatch
-def norms(x: Any) -> Any:
-    """Return the l2 norm over all axes behind the second: `(B, C, ...)` to float32 `(B, C)`.
+class Stats:
+    """Statistics of an array `(B, C, ...)`, each computed when it is first asked for; this class is NumPy's.
 
-    >>> norms(np.array([[[3.0, 4.0], [0.0, -2.0]]]))
-    array([[5., 2.]], dtype=float32)
-    """
-    squares = np.square(np.asarray(x, np.float64))
-    return np.sqrt(squares.sum(axis=tuple(range(2, x.ndim)))).astype(np.float32)
+    A framework registers a subclass for its own tensors with `stats`; its numbers stay on the tensor's device.
 
-
-@singledispatch
-def zeros(x: Any) -> Any:
-    """Return how many elements are zero, of either sign, as an int64 array of no axis.
-
-    >>> int(zeros(np.array([0.0, -0.0, 1e-40])))
-    2
-    """
-    return np.asarray(x.size - np.count_nonzero(x != 0), np.int64)
-
-
-@singledispatch
-def moments(x: Any) -> Any:
-    """Return mean, sum of squared deviations from it, smallest and largest element, as float64 `(4,)`.
-
-    The mean of nothing is 0, its smallest element inf and its largest -inf. NaN spreads to all four.
-
-    >>> moments(np.array([1.0, 2.0, 6.0]))
+    >>> stats(np.array([[1.0, 2.0, 6.0]])).moments
     array([ 3., 14.,  1.,  6.])
     """
-    if x.size == 0:
-        return np.array([0.0, 0.0, np.inf, -np.inf])
-    with np.errstate(invalid="ignore", over="ignore"):
-        wide = np.asarray(x, np.float64)
-        mean = wide.mean()
-        return np.array([mean, np.square(wide - mean).sum(), wide.min(), wide.max()])
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.x.shape)
+
+    @cached_property
+    def norms(self) -> Any:
+        """The ℓ2 norm over all axes behind the second, float32 `(B, C)`."""
+        squares = np.square(np.asarray(self.x, np.float64))
+        return np.sqrt(squares.sum(axis=tuple(range(2, self.x.ndim)))).astype(np.float32)
+
+    @cached_property
+    def zeros(self) -> Any:
+        """How many elements are zero, of either sign, int64 without an axis."""
+        return np.asarray(self.size - np.count_nonzero(self.x != 0), np.int64)
+
+    @cached_property
+    def moments(self) -> Any:
+        """Mean, sum of squared deviations from it, smallest and largest element, float64 `(4,)`.
+
+        The mean of nothing is 0, its smallest element inf and its largest -inf. NaN spreads to all four.
+        """
+        if self.size == 0:
+            return np.array([0.0, 0.0, np.inf, -np.inf])
+        with np.errstate(invalid="ignore", over="ignore"):
+            wide = np.asarray(self.x, np.float64)
+            mean = wide.mean()
+            return np.array([mean, np.square(wide - mean).sum(), wide.min(), wide.max()])
+
+    @cached_property
+    def channel_sums(self) -> Any:
+        """The sums, and the sums of magnitudes, over all axes but the second, float64 `(2, C)`."""
+        axes = (0, *range(2, self.x.ndim))
+        wide = np.asarray(self.x, np.float64)
+        return np.stack([wide.sum(axes), np.abs(wide).sum(axes)])
+
+    @cached_property
+    def histogram(self) -> tuple[Any, Any]:
+        """How often each code occurs, the top 16 bits of an element's float32 pattern.
+
+        A code is a truncated bfloat16: the sign, 8 bits of exponent and 7 of mantissa. Zero is 0 or 0x8000. The codes
+        that may occur, uint16 `(n,)`, rising, and their counts, int64 `(n,)`.
+        """
+        with np.errstate(over="ignore"):
+            flat = np.ascontiguousarray(self.x, np.float32).reshape(-1)
+        codes = flat.view(np.uint32) >> np.uint32(16)
+        return sparse(np.bincount(codes.astype(np.intp), minlength=CODES))
+
+    def copy(self) -> Any:
+        """Return a copy of the array that nothing else writes to."""
+        return np.array(self.x)
 
 
 @singledispatch
-def sums(x: Any) -> Any:
-    """Return the sums, and the sums of magnitudes, over all axes but the second: `(B, C, ...)` to float64 `(2, C)`.
+def stats(x: Any) -> Stats:
+    """Return the statistics of an array `(B, C, ...)`, NumPy's or a framework's own.
 
-    >>> sums(np.array([[[1.0, -3.0]], [[0.0, 1.0]]]))
-    array([[-1.],
-           [ 5.]])
+    >>> stats(np.array([[[3.0, 4.0], [0.0, -2.0]]])).norms
+    array([[5., 2.]], dtype=float32)
     """
-    axes = (0, *range(2, x.ndim))
-    wide = np.asarray(x, np.float64)
-    return np.stack([wide.sum(axes), np.abs(wide).sum(axes)])
+    return Stats(x)
 
 
-@singledispatch
-def counts(x: Any) -> tuple[Any, Any]:
-    """Count each element under its code, the top 16 bits of its float32 pattern.
-
-    A code is a truncated bfloat16: the sign, 8 bits of exponent and 7 of mantissa. Zero is 0 or 0x8000.
-
-    Returns:
-        The codes that may occur, uint16 `(n,)`, rising, and how often each does, int64 `(n,)`.
-
-    >>> codes, often = counts(np.array([0.0, 1.0, 1.001, -2.0]))
-    >>> {hex(code): int(count) for code, count in zip(codes, often)}
-    {'0x0': 1, '0x3f80': 2, '0xc000': 1}
-    """
-    with np.errstate(over="ignore"):
-        flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-    codes = flat.view(np.uint32) >> np.uint32(16)
-    return listed(np.bincount(codes.astype(np.intp), minlength=CODES))
-
-
-@singledispatch
-def copied(x: Any) -> Any:
-    """Return a copy that nothing else writes to."""
-    return np.array(x)
-
-
-def listed(counters: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
+def sparse(counters: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
     """Return the codes of the counters `(65536,)` that are not zero, and these."""
-    codes = np.flatnonzero(counters != 0)  # five times as fast as of the numbers
+    codes = np.flatnonzero(counters != 0)  # five times as fast on booleans as on the counters
     return codes.astype(np.uint16), counters[codes]
 
 
 class Measure(ABC):
-    """What all measures are. `name` is what people write, `table` the folder and `columns` the types on disk.
-
-    `reads` names the functions above through which alone `reduce` reads an array, besides its shape: the state can then
-    be made of what a walk found, after the array is gone. Empty where it does anything else.
-    """
+    """What all measures are. `name` is what people write, `table` the folder and `columns` the types on disk."""
 
     name: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
-    reads: ClassVar[tuple[str, ...]] = ()
     per_sample: bool = False
 
     @property
@@ -129,7 +122,7 @@ class Measure(ABC):
         """The name of its table in a run."""
         return self.name.replace("-", "_")
 
-    def settings(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return what the manifest says of it."""
         return {"name": self.name}
 
@@ -149,17 +142,32 @@ class Measure(ABC):
     def finish(self, state: State) -> Columns:
         """Return the columns: for each row a number, a text, or a one-dimensional array where the type is a list."""
 
-    def finished(self, x: Any) -> Columns:
-        """Return the columns of one array `(B, C, ...)`, as `finish(reduce(x))` does, which takes longer for some."""
-        return self.finish(self.reduce(x))
-
     def update(self, state: State, x: Any, start: int = 0) -> State:
         """Return the state of what `state` has seen and `x`."""
         return self.merge(state, self.reduce(x, start))
 
 
+class StatsMeasure(Measure):
+    """A measure whose state is picked from the statistics of an array."""
+
+    @abstractmethod
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        """Return the state of the array that these are the statistics of."""
+
+    @final
+    def reduce(self, x: Any, start: int = 0) -> State:
+        """Return the state of one array `(B, C, ...)` whose first sample is the `start`-th of its batch."""
+        return self.pick(stats(x), start)
+
+
+def reduce_all(measures: Sequence[Measure], x: Any) -> list[State]:
+    """Return each measure's state of one array `(B, C, ...)`; what several need is computed once."""
+    statistics = stats(x)
+    return [m.pick(statistics) if isinstance(m, StatsMeasure) else m.reduce(x) for m in measures]
+
+
 @final
-class ChannelNorm(Measure):
+class ChannelNorm(StatsMeasure):
     """The l2 norm over space for each sample and channel: `(B, C, ...)` to float32 `(B, C)`.
 
     Where there is no space, as behind a linear layer `(B, F)`, that is the magnitude of each feature.
@@ -172,14 +180,13 @@ class ChannelNorm(Measure):
 
     name = "channel-norm"
     columns: ClassVar[Mapping[str, str]] = {"values": "list<float32>"}
-    reads = ("norms",)
     per_sample = True
 
     def init(self) -> State:
         return {"sample": np.zeros(0, np.int64), "values": np.zeros((0, 0), np.float32)}
 
-    def reduce(self, x: Any, start: int = 0) -> State:
-        return {"sample": np.arange(start, start + len(x)), "values": norms(x)}
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return {"sample": np.arange(start, start + len(statistics.x)), "values": statistics.norms}
 
     def merge(self, a: State, b: State) -> State:
         return _joined(a, b)
@@ -187,12 +194,9 @@ class ChannelNorm(Measure):
     def finish(self, state: State) -> Columns:
         return {"values": _in_order(state)}
 
-    def finished(self, x: Any) -> Columns:
-        return {"values": norms(x)}
-
 
 @final
-class ZeroFraction(Measure):
+class ZeroFraction(StatsMeasure):
     """How many elements are zero, of how many. Exact, and merges exactly.
 
     >>> measure = ZeroFraction()
@@ -202,13 +206,12 @@ class ZeroFraction(Measure):
 
     name = "zero-fraction"
     columns: ClassVar[Mapping[str, str]] = {"zeros": "int64", "total": "int64"}
-    reads = ("zeros",)
 
     def init(self) -> State:
         return {"zeros": np.zeros((), np.int64), "total": np.zeros((), np.int64)}
 
-    def reduce(self, x: Any, start: int = 0) -> State:
-        return {"zeros": zeros(x), "total": np.asarray(_size(x), np.int64)}
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return {"zeros": statistics.zeros, "total": np.asarray(statistics.size, np.int64)}
 
     def merge(self, a: State, b: State) -> State:
         return {key: a[key] + b[key] for key in a}
@@ -216,12 +219,9 @@ class ZeroFraction(Measure):
     def finish(self, state: State) -> Columns:
         return {key: [int(value)] for key, value in state.items()}
 
-    def finished(self, x: Any) -> Columns:
-        return {"zeros": [int(zeros(x))], "total": [_size(x)]}
-
 
 @final
-class Moments(Measure):
+class Moments(StatsMeasure):
     """Count, mean, sum of squared deviations from the mean, smallest and largest element, in float64.
 
     The variance is `m2 / count`. One NaN or infinity makes the mean NaN or infinite: it is seen, not hidden.
@@ -237,13 +237,12 @@ class Moments(Measure):
 
     name = "moments"
     columns: ClassVar[Mapping[str, str]] = {"count": "int64"} | dict.fromkeys(("mean", "m2", "min", "max"), "float64")
-    reads = ("moments",)
 
     def init(self) -> State:
         return self.reduce(np.zeros((0, 0)))
 
-    def reduce(self, x: Any, start: int = 0) -> State:
-        return {"count": np.asarray(_size(x), np.int64), "moments": moments(x)}
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return {"count": np.asarray(statistics.size, np.int64), "moments": statistics.moments}
 
     def merge(self, a: State, b: State) -> State:
         n, m = int(a["count"]), int(b["count"])
@@ -261,17 +260,12 @@ class Moments(Measure):
         return {"count": np.asarray(n + m, np.int64), "moments": np.array(joined)}
 
     def finish(self, state: State) -> Columns:
-        return self._columns(int(state["count"]), state["moments"])
-
-    def finished(self, x: Any) -> Columns:
-        return self._columns(_size(x), moments(x))
-
-    def _columns(self, count: int, moments: Any) -> Columns:
-        return dict(zip(self.columns, ([count], *([value] for value in moments.tolist())), strict=True))
+        columns = ([int(state["count"])], *([value] for value in state["moments"].tolist()))
+        return dict(zip(self.columns, columns, strict=True))
 
 
 @final
-class ChannelSums(Measure):
+class ChannelSums(StatsMeasure):
     """The sum and the sum of magnitudes of each channel, over samples and space: `(B, C, ...)` to two float64 `(C,)`.
 
     Of a gradient, the sum is the gradient of the channel's bias; beside the sum of magnitudes it tells whether the
@@ -284,13 +278,12 @@ class ChannelSums(Measure):
 
     name = "channel-sums"
     columns: ClassVar[Mapping[str, str]] = {"sums": "list<float64>", "absolutes": "list<float64>"}
-    reads = ("sums",)
 
     def init(self) -> State:
         return {"sums": np.zeros((2, 0))}
 
-    def reduce(self, x: Any, start: int = 0) -> State:
-        return {"sums": sums(x)}
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return {"sums": statistics.channel_sums}
 
     def merge(self, a: State, b: State) -> State:
         if a["sums"].size == 0 or b["sums"].size == 0:
@@ -302,7 +295,7 @@ class ChannelSums(Measure):
 
 
 @final
-class Histogram(Measure):
+class Histogram(StatsMeasure):
     """How often each truncated bfloat16 code occurs: 65,536 counters, kept sparse on disk.
 
     They cover every float32, keep the sign, give zero, infinity and NaN cells of their own and need no range. Any
@@ -317,27 +310,26 @@ class Histogram(Measure):
 
     name = "histogram"
     columns: ClassVar[Mapping[str, str]] = {"codes": "list<uint16>", "counts": "list<int64>"}
-    reads = ("counts",)
 
     def init(self) -> State:
         return {"codes": np.zeros(0, np.uint16), "counts": np.zeros(0, np.int64)}
 
-    def reduce(self, x: Any, start: int = 0) -> State:
-        return dict(zip(("codes", "counts"), counts(x), strict=True))
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return dict(zip(("codes", "counts"), statistics.histogram, strict=True))
 
     def merge(self, a: State, b: State) -> State:
         counters = np.zeros(CODES, np.int64)
         for state in (a, b):
             counters[state["codes"]] += state["counts"]
-        return dict(zip(("codes", "counts"), listed(counters), strict=True))
+        return dict(zip(("codes", "counts"), sparse(counters), strict=True))
 
     def finish(self, state: State) -> Columns:
-        there = state["counts"] != 0
-        return {name: [state[name][there]] for name in self.columns}
+        nonzero = state["counts"] != 0
+        return {name: [state[name][nonzero]] for name in self.columns}
 
 
 @final
-class Keep(Measure):
+class Keep(StatsMeasure):
     """The tensor itself, in its own dtype: a file for each batch and site, or for each sample and site.
 
     Args:
@@ -360,14 +352,14 @@ class Keep(Measure):
     def table(self) -> str:
         return "kept"
 
-    def settings(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "by": self.by}
 
     def init(self) -> State:
         return {"sample": np.zeros(0, np.int64), "values": np.zeros((0, 0), np.float32)}
 
-    def reduce(self, x: Any, start: int = 0) -> State:
-        return {"sample": np.arange(start, start + len(x)), "values": copied(x)}
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return {"sample": np.arange(start, start + len(statistics.x)), "values": statistics.copy()}
 
     def merge(self, a: State, b: State) -> State:
         return _joined(a, b)
@@ -391,19 +383,19 @@ def resolve(measures: "str | Measure | Iterable[str | Measure]") -> tuple[Measur
     >>> [measure.table for measure in resolve(["channel-norm", "keep"])]
     ['channel_norm', 'kept']
     """
-    listed = [measures] if isinstance(measures, str | Measure) else list(measures)
-    found = tuple(one if isinstance(one, Measure) else _named(one) for one in listed)
-    if not found:
+    words = [measures] if isinstance(measures, str | Measure) else list(measures)
+    resolved = tuple(word if isinstance(word, Measure) else _named(word) for word in words)
+    if not resolved:
         raise InputError(f"no measure was asked for; name some of {', '.join(MEASURES)}")
-    if len({measure.table for measure in found}) < len(found):
-        raise InputError(f"a measure was asked for twice: {', '.join(measure.name for measure in found)}")
-    return found
+    if len({measure.table for measure in resolved}) < len(resolved):
+        raise InputError(f"a measure was asked for twice: {', '.join(measure.name for measure in resolved)}")
+    return resolved
 
 
 def _named(word: Any) -> Measure:
     name, _, option = str(word).replace("_", "-").partition(":")
     if name not in MEASURES:
-        raise InputError(f"unknown measure {word!r}{near(name, MEASURES)} (known: {', '.join(MEASURES)})")
+        raise InputError(f"unknown measure {word!r}{did_you_mean(name, MEASURES)} (known: {', '.join(MEASURES)})")
     if not option:
         return MEASURES[name]()
     if name != "keep":
@@ -411,13 +403,13 @@ def _named(word: Any) -> Measure:
     return Keep(by=option)
 
 
-def edges(exact: bool = False) -> npt.NDArray[np.float64]:
+def code_values(exact: bool = False) -> npt.NDArray[np.float64]:
     """Return the value that stands for each code, float64 `(65536,)`: the middle of its cell, or its lower edge.
 
     The lower edge, in magnitude, is the very value where it was a bfloat16 (`exact`); the middle is within 2**-8 of
     all that a normal cell holds, relatively. Zeros stand for themselves.
 
-    >>> edges()[0x3F80], edges(exact=True)[0x3F80]
+    >>> code_values()[0x3F80], code_values(exact=True)[0x3F80]
     (np.float64(1.00390625), np.float64(1.0))
     """
     patterns = np.arange(CODES, dtype=np.uint32) << 16
@@ -426,6 +418,9 @@ def edges(exact: bool = False) -> npt.NDArray[np.float64]:
         patterns = np.where(zero, patterns, patterns | 0x8000)
     with np.errstate(invalid="ignore"):  # among them are the patterns of NaN
         return patterns.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+edges = code_values
 
 
 def finite(codes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -444,8 +439,3 @@ def _in_order(state: State) -> Any:
     """Return the values in the order of their samples."""
     sample, values = state["sample"], state["values"]
     return values if (sample[1:] >= sample[:-1]).all() else values[np.argsort(sample, kind="stable")]
-
-
-def _size(x: Any) -> int:
-    """Return the number of elements, for any framework's array."""
-    return math.prod(x.shape)

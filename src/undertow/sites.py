@@ -8,32 +8,17 @@
 No framework is imported until a model is given.
 """
 
-import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError, near
-from .frameworks.base import load, runs_on_tensorflow
+from .errors import InputError, did_you_mean
+from .frameworks.base import NamedModule, Recorder, capability, framework_of
 
 KINDS = ("conv", "linear", "norm", "relu", "pool")
 Predicate = Callable[[str, Any], bool]
 _SLICE = re.compile(r"(.*?)\[(-?\d*(?::-?\d*){0,2})\]")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module of a network, as a framework lists it: all its names, its kind, its classes and itself."""
-
-    names: tuple[str, ...]
-    kind: str
-    types: tuple[str, ...]
-    module: Any
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
 
 
 @dataclass(frozen=True)
@@ -57,21 +42,21 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Term:
+class SiteTerm:
     """One term of a selection: what to match, and which of the matches, in order of execution."""
 
     pattern: str | Predicate
     which: slice | int | None = None
     is_name: bool = False
 
-    def matches(self, part: Part) -> bool:
+    def matches(self, named: NamedModule) -> bool:
         """Whether it names the module by kind, class, or any of its dotted names."""
         if callable(self.pattern):
-            return bool(self.pattern(part.name, part.module))
-        if not self.is_name and (self.pattern in KINDS or self.pattern in part.types):
-            return self.pattern in (part.kind, *part.types)
+            return bool(self.pattern(named.name, named.module))
+        if not self.is_name and (self.pattern in KINDS or self.pattern in named.types):
+            return self.pattern in (named.kind, *named.types)
         glob = _regex(self.pattern)
-        return any(glob.fullmatch(name) for name in part.names)
+        return any(glob.fullmatch(name) for name in named.names)
 
     def pick(self, names: Sequence[str]) -> Sequence[str]:
         """Take the slice of the names, which are in order of execution."""
@@ -85,25 +70,25 @@ class Selection:
     """What was asked for, before a network has run."""
 
     text: str
-    terms: tuple[Term, ...]
+    terms: tuple[SiteTerm, ...]
 
     @property
     def sliced(self) -> bool:
         """Whether the order of execution matters."""
         return any(term.which is not None for term in self.terms)
 
-    def candidates(self, parts: Sequence[Part]) -> list[str]:
+    def candidates(self, modules: Sequence[NamedModule]) -> list[str]:
         """Return the names that match but for the slices, in the order of definition.
 
         Raises:
             InputError: some term names nothing, with near names.
         """
         for term in self.terms:
-            if not any(term.matches(part) for part in parts):
-                raise InputError(self._nothing(term, parts))
-        return [part.name for part in parts if any(term.matches(part) for term in self.terms)]
+            if not any(term.matches(module) for module in modules):
+                raise InputError(self._nothing(term, modules))
+        return [module.name for module in modules if any(term.matches(module) for term in self.terms)]
 
-    def chosen(self, parts: Sequence[Part], order: Sequence[str] | None) -> list[str]:
+    def chosen(self, modules: Sequence[NamedModule], order: Sequence[str] | None) -> list[str]:
         """Return the names that are selected, in order of execution, then those that were not executed.
 
         Args:
@@ -112,28 +97,28 @@ class Selection:
         Raises:
             InputError: nothing is selected.
         """
-        known = {part.name: part for part in parts}
-        names = list(known) if order is None else [*order, *(name for name in known if name not in set(order))]
-        executed = set(names if order is None else order)
-        taken: set[str] = set()
+        by_name = {module.name: module for module in modules}
+        executed = set(by_name if order is None else order)
+        names = list(by_name) if order is None else [*order, *(name for name in by_name if name not in executed)]
+        selected: set[str] = set()
         for term in self.terms:
-            found = [name for name in names if name in known and term.matches(known[name])]
+            matching = [name for name in names if name in by_name and term.matches(by_name[name])]
             if term.which is None:
-                taken.update(found)
-            else:
-                picked = term.pick([name for name in found if name in executed])
-                if not picked:
-                    raise InputError(f"sites {self.text!r} select nothing: a slice is beyond the {len(found)} matches")
-                taken.update(picked)
-        return [name for name in names if name in taken]
+                selected.update(matching)
+                continue
+            picked = term.pick([name for name in matching if name in executed])
+            if not picked:
+                raise InputError(f"sites {self.text!r} select nothing: a slice is beyond the {len(matching)} matches")
+            selected.update(picked)
+        return [name for name in names if name in selected]
 
-    def _nothing(self, term: Term, parts: Sequence[Part]) -> str:
+    def _nothing(self, term: SiteTerm, modules: Sequence[NamedModule]) -> str:
         if callable(term.pattern):
-            return f"the predicate selects none of the {len(parts)} modules"
-        names = [name for part in parts for name in part.names if name]
-        types = [kind for part in parts for kind in part.types[:1]]
-        hint = near(term.pattern, [*names, *types, *KINDS])
-        there = ", ".join(dict.fromkeys([*(p.kind for p in parts if p.kind in KINDS), *types]))
+            return f"the predicate selects none of the {len(modules)} modules"
+        names = [name for module in modules for name in module.names if name]
+        types = [kind for module in modules for kind in module.types[:1]]
+        hint = did_you_mean(term.pattern, [*names, *types, *KINDS])
+        there = ", ".join(dict.fromkeys([*(m.kind for m in modules if m.kind in KINDS), *types]))
         return f"sites {term.pattern!r} select nothing{hint} (there are {there}; names like {', '.join(names[:3])})"
 
 
@@ -167,29 +152,30 @@ def select(
     >>> [site.name for site in select(net, "conv[-1], relu", example=torch.zeros(1, 1, 8, 8))]
     ['1', '2']
     """
-    frame = framework(model)
-    parts = frame.parts(model)
-    visits = None if example is None else frame.visits(model, example)
+    recorder = recorder_of(model)
+    modules = recorder.named_modules(model)
+    visits = None if example is None else recorder.visits(model, example)
     order = None if visits is None else list(visits)
-    asked = [selection(what)] if what is not None else []
-    asked += [selection(kind)] if kind is not None else []
-    asked += [Selection(name, (Term(name, is_name=True),))] if name is not None else []
-    if not asked:
+    selections = [selection(what)] if what is not None else []
+    selections += [selection(kind)] if kind is not None else []
+    selections += [Selection(name, (SiteTerm(name, is_name=True),))] if name is not None else []
+    if not selections:
         raise InputError("nothing says which sites; pass a selection such as 'conv[:2]', kind= or name=")
-    for one in asked:
-        one.candidates(parts)
-    chosen = [one.chosen(parts, order) for one in asked]
-    names = [name for name in chosen[0] if all(name in others for others in chosen[1:])]
+    for chosen in selections:
+        chosen.candidates(modules)
+    first, *others = [chosen.chosen(modules, order) for chosen in selections]
+    names = [name for name in first if all(name in other for other in others)]
     if not names:
-        raise InputError(f"no module is all of {' and '.join(repr(one.text) for one in asked)}")
-    return [site_of(part, visits) for part in _by_name(parts, names)]
+        raise InputError(f"no module is all of {' and '.join(repr(chosen.text) for chosen in selections)}")
+    by_name = {module.name: module for module in modules}
+    return [_site(by_name[name], visits) for name in names]
 
 
-def site_of(part: Part, visits: dict[str, Any] | None = None) -> Site:
+def _site(module: NamedModule, visits: dict[str, Any] | None) -> Site:
     """Describe a module as a site, with its shape and calls where the network has run."""
-    shapes = [] if visits is None else visits.get(part.name, [])
+    shapes = [] if visits is None else visits.get(module.name, [])
     calls = None if visits is None else len(shapes)
-    return Site(part.name, part.kind, part.types[0], shapes[0] if shapes else None, calls)
+    return Site(module.name, module.kind, module.types[0], shapes[0] if shapes else None, calls)
 
 
 def selection(what: str | Predicate | Iterable[str | Site] | Selection) -> Selection:
@@ -210,33 +196,32 @@ def selection(what: str | Predicate | Iterable[str | Site] | Selection) -> Selec
             raise InputError(f"sites {what!r} are not understood; write 'conv', 'features.*' or 'conv[:2], fc'")
         return Selection(what, terms)
     if callable(what):
-        return Selection(getattr(what, "__qualname__", type(what).__name__), (Term(what),))
+        return Selection(getattr(what, "__qualname__", type(what).__name__), (SiteTerm(what),))
     names = [site.name if isinstance(site, Site) else site for site in what]
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError("sites must be a selection such as 'conv[:2]', names, sites of select(), or a predicate")
-    return Selection(", ".join(names), tuple(Term(name, is_name=True) for name in names))
+    return Selection(", ".join(names), tuple(SiteTerm(name, is_name=True) for name in names))
 
 
-def framework(model: Any) -> Any:
-    """Return the file that reads networks of this model's framework.
+def recorder_of(model: Any) -> Recorder:
+    """Return what reads the networks of a model's framework.
 
     Raises:
         InputError: the model is of no known framework.
     """
-    if runs_on_tensorflow(model):
-        return load("keras.probe")
-    if "torch" in {cls.__module__.partition(".")[0] for cls in type(model).__mro__}:
-        return importlib.import_module(".frameworks.torch.probe", __package__)
-    kind = type(model).__name__
-    raise InputError(f"model is a {kind}, whose modules cannot be listed; pass a torch.nn.Module or a Keras model")
+    framework = framework_of(model)
+    if framework is None:
+        kind = type(model).__name__
+        raise InputError(f"model is a {kind}, whose modules cannot be listed; pass a torch.nn.Module or a Keras model")
+    return capability(framework, "record")
 
 
-def _term(word: str) -> Term:
+def _term(word: str) -> SiteTerm:
     sliced = _SLICE.fullmatch(word)
     pattern = sliced[1] if sliced else word
     if not re.fullmatch(r"[^\s\[\]]+", pattern):
         raise InputError(f"site {word!r} is not understood; write a kind or a name, then [:2], [-1] or nothing")
-    return Term(pattern, _which(sliced[2], word) if sliced else None)
+    return SiteTerm(pattern, _which(sliced[2], word) if sliced else None)
 
 
 def _which(text: str, word: str) -> slice | int:
@@ -254,16 +239,11 @@ def _regex(glob: str) -> re.Pattern[str]:
     """Translate a glob on dotted names: * and ? stay within a part, ** is any number of parts, none included."""
     pieces = []
     parts = glob.split(".")
-    for place, part in enumerate(parts):
-        last = place == len(parts) - 1
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
         if part == "**":
             pieces.append(r"[^.]+(?:\.[^.]+)*" if last else r"(?:[^.]+\.)*")
         else:
             escaped = re.escape(part).replace(r"\*", "[^.]*").replace(r"\?", "[^.]")
             pieces.append(escaped + ("" if last else r"\."))
     return re.compile("".join(pieces))
-
-
-def _by_name(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
-    known = {part.name: part for part in parts}
-    return [known[name] for name in names]

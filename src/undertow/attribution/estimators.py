@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, near
-from ..frameworks.base import Answer, Backend, Request
+from ..errors import InputError, did_you_mean
+from ..frameworks.base import Request, capability
+from ..frameworks.results import Explanation
 from ..rules import gradient
 
 Array = npt.NDArray[Any]
@@ -73,7 +74,7 @@ def resolve(word: str) -> Estimator:
     kind, colon, detail = str(word).partition(":")
     if kind not in KINDS:
         forms = "gradient, smoothgrad:N, integrated:N, input-times, grad-cam:LAYER, guided-grad-cam:LAYER"
-        raise InputError(f"unknown estimator {word!r}{near(kind, KINDS)} (known: {forms})")
+        raise InputError(f"unknown estimator {word!r}{did_you_mean(kind, KINDS)} (known: {forms})")
     if kind in LAYERED:
         if not detail:
             raise InputError(f"estimator {word!r} needs a layer, as in {kind}:layer4")
@@ -87,8 +88,8 @@ def resolve(word: str) -> Estimator:
     return Estimator(kind, int(detail) if colon else COUNTS[kind])
 
 
-def estimate(backend: Backend, request: Request, estimator: Estimator, seed: int, noise: float = NOISE) -> Answer:
-    """Answer a request by an estimator. Shapes as in the table above; dtype and device of the input.
+def estimate(framework: str, request: Request, estimator: Estimator, seed: int, noise: float = NOISE) -> Explanation:
+    """Explain by an estimator. Shapes as in the table above; dtype and device of the input.
 
     Args:
         seed: of SmoothGrad's noise, the same on every framework and device.
@@ -101,20 +102,21 @@ def estimate(backend: Backend, request: Request, estimator: Estimator, seed: int
         arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
     """
     if estimator.kind in LAYERED:
-        return _by_layer(backend, request, estimator)
-    answer = backend.explain(request)
+        return _by_layer(framework, request, estimator)
+    explanation = capability(framework, "explain").explain(request)
     if estimator.kind == "gradient":
-        return answer
-    inputs = [backend.to_numpy(x) for x in request.inputs]
-    wide = [None if m is None else backend.to_numpy(m).astype(np.float64) for m in answer.maps]
+        return explanation
+    arrays = capability(framework, "arrays")
+    inputs = [arrays.to_numpy(x) for x in request.inputs]
+    wide = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
     if estimator.kind == "smoothgrad":
-        wide = _mean(backend, request, answer, _noisy(inputs, wide, estimator.count, seed, noise))
+        wide = _mean(framework, request, explanation, _noisy(inputs, wide, estimator.count, seed, noise))
     elif estimator.kind == "integrated":
-        wide = _mean(backend, request, answer, _on_the_line(inputs, wide, estimator.count))
+        wide = _mean(framework, request, explanation, _on_the_line(inputs, wide, estimator.count))
     if estimator.kind != "smoothgrad":
-        wide = [_times(m, x, answer.scores) for m, x in zip(wide, inputs, strict=True)]
-    maps = (None if m is None else backend.like(m, x) for m, x in zip(wide, request.inputs, strict=True))
-    return replace(answer, maps=tuple(maps))
+        wide = [_times(m, x, explanation.scores) for m, x in zip(wide, inputs, strict=True)]
+    maps = (None if m is None else arrays.like(m, x) for m, x in zip(wide, request.inputs, strict=True))
+    return replace(explanation, maps=tuple(maps))
 
 
 def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
@@ -124,10 +126,10 @@ def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
     return values * (x if scores.ndim == 1 else x[:, None])
 
 
-def _noisy(inputs: list[Array], wanted: list[Any], count: int, seed: int, noise: float) -> Iterator[list[Array]]:
+def _noisy(inputs: list[Array], maps: list[Any], count: int, seed: int, noise: float) -> Iterator[list[Array]]:
     generator = np.random.default_rng(seed)
     for _ in range(count):
-        yield [x if m is None else x + _of_range(x, generator, noise) for x, m in zip(inputs, wanted, strict=True)]
+        yield [x if m is None else x + _of_range(x, generator, noise) for x, m in zip(inputs, maps, strict=True)]
 
 
 def _of_range(x: Array, generator: np.random.Generator, noise: float) -> Array:
@@ -137,51 +139,52 @@ def _of_range(x: Array, generator: np.random.Generator, noise: float) -> Array:
     return drawn.astype(x.dtype)
 
 
-def _on_the_line(inputs: list[Array], wanted: list[Any], count: int) -> Iterator[list[Array]]:
+def _on_the_line(inputs: list[Array], maps: list[Any], count: int) -> Iterator[list[Array]]:
     """Yield the midpoints of `count` equal parts of the way from zero to the input."""
-    for place in range(count):
-        share = np.float32((place + 0.5) / count)
-        yield [x if m is None else x * share for x, m in zip(inputs, wanted, strict=True)]
+    for i in range(count):
+        share = np.float32((i + 0.5) / count)
+        yield [x if m is None else x * share for x, m in zip(inputs, maps, strict=True)]
 
 
-def _mean(backend: Backend, request: Request, first: Answer, points: Iterator[list[Array]]) -> list[Array | None]:
+def _mean(framework: str, request: Request, first: Explanation, points: Iterator[list[Array]]) -> list[Array | None]:
     """Return the mean of the maps at the points, several points in one pass."""
+    explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
     batch = len(request.inputs[0])
-    # a function of the scores may know the places in the batch, so it sees the batch as it is
+    # a function of the scores may know the positions in the batch, so it sees the batch as it is
     together = 1 if first.targets is None else max(1, TOGETHER // max(batch, 1))
     totals: list[Any] = [0.0] * len(request.inputs)
     count = 0
-    while some := list(islice(points, together)):
-        count += len(some)
-        inputs = [np.concatenate(parts) for parts in zip(*some, strict=True)]
-        ids = request.target if first.targets is None else np.concatenate([backend.to_numpy(first.targets)] * len(some))
-        fed = tuple(backend.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
-        maps = backend.explain(replace(request, inputs=fed, target=ids)).maps
-        for place, found in enumerate(maps):
-            if found is not None:
-                array = backend.to_numpy(found).astype(np.float64)
-                totals[place] = totals[place] + array.reshape(len(some), batch, *array.shape[1:]).sum(0)
+    while chunk := list(islice(points, together)):
+        count += len(chunk)
+        inputs = [np.concatenate(parts) for parts in zip(*chunk, strict=True)]
+        ids = request.target if first.targets is None else np.concatenate([arrays.to_numpy(first.targets)] * len(chunk))
+        fed = tuple(arrays.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
+        for i, values in enumerate(explainer.explain(replace(request, inputs=fed, target=ids)).maps):
+            if values is not None:
+                array = arrays.to_numpy(values).astype(np.float64)
+                totals[i] = totals[i] + array.reshape(len(chunk), batch, *array.shape[1:]).sum(0)
     return [total / count if isinstance(total, np.ndarray) else None for total in totals]
 
 
-def _by_layer(backend: Backend, request: Request, estimator: Estimator) -> Answer:
+def _by_layer(framework: str, request: Request, estimator: Estimator) -> Explanation:
     guided = estimator.kind == "guided-grad-cam"
     x = request.inputs[0]
     plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
-    seen = backend.inside(plain, [estimator.layer])
-    if estimator.layer not in seen.values:
+    at_layer = capability(framework, "inspect.layers").layer_gradients(plain, [estimator.layer])
+    if estimator.layer not in at_layer.values:
         raise InputError(f"layer {estimator.layer!r} is not on the way from x to the scores, or returns no tensor")
-    values, gradients = seen.values[estimator.layer], seen.gradients[estimator.layer]
+    values, gradients = at_layer.values[estimator.layer], at_layer.gradients[estimator.layer]
     if values.ndim != 4 or x.ndim != 4:
         raise InputError(
             f"Grad-CAM needs a layer of channels on a plane, (B, C, H, W); {estimator.layer!r} gives {values.shape}"
         )
+    arrays = capability(framework, "arrays")
     cam = upsampled(grad_cam(values, gradients), x.shape[-2:])[:, :, None]
-    cam = cam[:, 0] if seen.answer.scores.ndim == 1 else cam
+    cam = cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
     if not guided:
-        return replace(seen.answer, maps=(backend.like(cam, x),))
-    answer = backend.explain(request)
-    return replace(answer, maps=(backend.like(backend.to_numpy(answer.maps[0]) * cam, x),))
+        return replace(at_layer.explanation, maps=(arrays.like(cam, x),))
+    explanation = capability(framework, "explain").explain(request)
+    return replace(explanation, maps=(arrays.like(arrays.to_numpy(explanation.maps[0]) * cam, x),))
 
 
 def grad_cam(values: Array, gradients: Array) -> Array:
@@ -216,6 +219,6 @@ def upsampled(planes: Array, size: tuple[int, int]) -> Array:
 
 def _weights(old: int, new: int) -> Array:
     """How much of each old pixel is in each new one, `(new, old)`."""
-    places = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    shares: Array = np.maximum(0, 1 - np.abs(places[:, None] - np.arange(old)))
+    positions = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    shares: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)))
     return shares

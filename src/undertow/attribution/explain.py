@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import InputError, near
-from ..frameworks.base import Request, backend_of
+from ..errors import InputError, did_you_mean
+from ..frameworks.base import Request, framework_of_input
 from ..rules import Rule, resolve
 from .estimators import estimate
 from .estimators import resolve as resolve_estimator
@@ -77,23 +77,23 @@ def explain(
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
     request = Request(model, inputs, function, name, target, through, activations, training)
-    answer = estimate(backend_of(inputs[0], model), request, averaging, seed)
+    explanation = estimate(framework_of_input(inputs[0], model), request, averaging, seed)
     return Attribution(
-        values=answer.maps if isinstance(x, tuple) else answer.maps[0],
-        targets=answer.targets,
-        scores=answer.scores,
+        values=explanation.maps if isinstance(x, tuple) else explanation.maps[0],
+        targets=explanation.targets,
+        scores=explanation.scores,
         rule=name,
         estimator=averaging.name,
         through=through,
         activations=activations,
-        rewired=answer.met.rewired,
-        switches=answer.met.switches,
-        skipped=answer.met.skipped,
-        opaque=answer.met.opaque,
-        channels_last=answer.channels_last,
+        rewired=explanation.stats.rewired,
+        switches=explanation.stats.switches,
+        skipped=explanation.stats.skipped,
+        opaque=explanation.stats.opaque,
+        channels_last=explanation.channels_last,
     )
 
 
-def _one_of(what: str, word: str, known: tuple[str, ...]) -> None:
-    if word not in known:
-        raise InputError(f"unknown {what} {word!r}{near(str(word), known)} (known: {', '.join(known)})")
+def _one_of(option: str, word: str, choices: tuple[str, ...]) -> None:
+    if word not in choices:
+        raise InputError(f"unknown {option} {word!r}{did_you_mean(str(word), choices)} (known: {', '.join(choices)})")

@@ -1,6 +1,5 @@
 """One photograph through one classifier: what it sees, every rule's map, and a folder that keeps both."""
 
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import images
+from ..classifier import Classifier
 from ..errors import ModelError
 from ..files import published, readable
-from ..frameworks.base import as_numpy, backend_of_model
-from ..models import Classifier
+from ..frameworks.base import as_numpy, capability, framework_of_model
+from ..photographs import batch_of, facts_of, result_folder
 from ..show import heatmap
-from ..show.panel import Row, panel
+from ..show.panel import PanelRow, panel
 from .explain import explain
 from .result import Attribution
 
@@ -71,10 +71,10 @@ def explain_photograph(
         PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
     """
     photograph = images.read(path)
-    backend = backend_of_model(classifier.module)
-    x = backend.batch([classifier.preprocessing.array(photograph)], device)
-    predictions = _predictions(classifier, backend.probabilities(classifier.module, x)[0])
-    wanted = target if isinstance(target, str) else [list(target)]
+    x = batch_of(classifier, photograph, device)
+    explainer = capability(framework_of_model(classifier.module), "explain")
+    predictions = _predictions(classifier, explainer.probabilities(classifier.module, x)[0])
+    targets = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}
     for rule in rules:
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def explain_photograph(
             classifier.module,
             x,
             rule=rule,
-            target=wanted,
+            target=targets,
             through=through,
             activations=activations,
             estimator=estimator,
@@ -116,25 +116,22 @@ def write(explained: Explained, classifier: Classifier, folder: Path) -> dict[st
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
-    files = ["panel.png"]
-    _write_image(draw_panel(explained, classifier), folder / "panel.png")
-    for rule, attribution in explained.maps.items():
-        files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
-        for place, (class_id, _, _) in enumerate(explained.targets):
-            suffix = f"-{class_id}" if len(explained.targets) > 1 else ""
-            values = _in_colour(attribution, place, classifier)
-            files += _write_pictures(explained.view, values, folder, f"{readable(rule)}{suffix}")
-    result = {**_facts(explained, classifier), "files": files}
-    with published(folder / "result.json") as aside:
-        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with result_folder(folder, "result.json") as result:
+        files = ["panel.png"]
+        _write_image(draw_panel(explained, classifier), folder / "panel.png")
+        for rule, attribution in explained.maps.items():
+            files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
+            for k, (class_id, _, _) in enumerate(explained.targets):
+                suffix = f"-{class_id}" if len(explained.targets) > 1 else ""
+                values = _in_colour(attribution, k, classifier)
+                files += _write_pictures(explained.view, values, folder, f"{readable(rule)}{suffix}")
+        result |= {**_facts(explained, classifier), "files": files}
     return result
 
 
-def _in_colour(attribution: Attribution, place: int, classifier: Classifier) -> npt.NDArray[Any]:
-    """Return the map of one target, its channels in the order of a picture's: `(3, H, W)`."""
-    values = attribution.map(0, place)
+def _in_colour(attribution: Attribution, k: int, classifier: Classifier) -> npt.NDArray[Any]:
+    """Return the map of the k-th target, its channels in the order of a picture's: `(3, H, W)`."""
+    values = attribution.map(0, k)
     return values[::-1] if classifier.preprocessing.order == "BGR" else values
 
 
@@ -156,15 +153,15 @@ def _write_image(image: Any, path: Path) -> None:
 def draw_panel(explained: Explained, classifier: Classifier) -> Any:
     """Draw one photograph's panel, a row for each target."""
     rows = [
-        Row(f"{class_id} {name}", [(_heading(a), _in_colour(a, place, classifier)) for a in explained.maps.values()])
-        for place, (class_id, name, _) in enumerate(explained.targets)
+        PanelRow(f"{class_id} {name}", [(_heading(a), _in_colour(a, k, classifier)) for a in explained.maps.values()])
+        for k, (class_id, name, _) in enumerate(explained.targets)
     ]
     (_, likeliest, probability), weights = explained.predictions[0], classifier.weights
     title = f"{explained.path.name}   {classifier.reference} ({weights}) sees {likeliest} {probability:.2f}"
-    return panel(explained.view, title, rows, [*notes(explained.maps), *_said(explained)])
+    return panel(explained.view, title, rows, [*notes(explained.maps), *_sentences(explained)])
 
 
-def _said(explained: Explained) -> list[str]:
+def _sentences(explained: Explained) -> list[str]:
     """The sentence of each verdict, to stand next to the maps."""
     target = explained.targets[0][1]
     return [f"May it be believed? {rule}, {target}: {v['sentence']}" for rule, v in explained.verdicts.items()]
@@ -188,32 +185,29 @@ def likeness(maps: Sequence[npt.NDArray[Any]]) -> float:
 
 def notes(maps: dict[str, Attribution]) -> list[str]:
     """Say beside the maps what a reader would otherwise take for an insight."""
-    said = []
+    remarks = []
     deconvnet = maps.get("deconvnet")
     if deconvnet is not None and not deconvnet.switches:
-        said.append(
+        remarks.append(
             "deconvnet: this network has no max-pooling, whose switches are what that rule keeps of a photograph. "
             "Its map is nearly the same for every photograph and says little about this one."
         )
     for attribution in maps.values():
-        alone = {**attribution.skipped, **attribution.opaque}
-        if alone:
-            listed = ", ".join(f"{name} x{count}" for name, count in sorted(alone.items()))
-            said.append(f"{attribution.rule}: left alone on the way: {listed}.")
-    return said
+        left_alone = {**attribution.skipped, **attribution.opaque}
+        if left_alone:
+            listed = ", ".join(f"{name} x{count}" for name, count in sorted(left_alone.items()))
+            remarks.append(f"{attribution.rule}: left alone on the way: {listed}.")
+    return remarks
 
 
 def _facts(explained: Explained, classifier: Classifier) -> dict[str, Any]:
     packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
-        "photograph": str(explained.path),
-        "model": classifier.reference,
-        "weights": classifier.weights,
-        "weights_sha256": classifier.weights_sha256,
-        "preprocessing": classifier.preprocessing.as_dict(),
+        **facts_of(explained.path, classifier),
+        "preprocessing": classifier.preprocessing.to_dict(),
         "predictions": [{"class": i, "name": n, "probability": round(p, 6)} for i, n, p in explained.predictions],
         "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],
-        "rules": {name: {**a.facts(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
+        "rules": {name: {**a.to_dict(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
         "notes": notes(explained.maps),
         "verdicts": explained.verdicts,
         "device": explained.device,

@@ -98,8 +98,8 @@ class Attribution:
             raise InputError(f"there is no sample {sample} in a batch of {len(array)}")
         if not 0 <= target < (array.shape[1] if several else 1):
             raise InputError(f"there is no target {target} among {array.shape[1] if several else 1}")
-        one = array[sample, target] if several else array[sample]
-        return np.moveaxis(one, -1, 0) if self.channels_last else one
+        values = array[sample, target] if several else array[sample]
+        return np.moveaxis(values, -1, 0) if self.channels_last else values
 
     def save(self, path: str | Path) -> Path:
         """Write values, targets and scores as safetensors, and the rest as its metadata; whole or not at all.
@@ -119,10 +119,10 @@ class Attribution:
         tensors = {**dict(zip(names, values, strict=True)), "targets": self.targets, "scores": self.scores}
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
         with published(path) as aside:
-            aside.write_bytes(save(arrays, {"undertow": json.dumps(self.facts())}))
+            aside.write_bytes(save(arrays, {"undertow": json.dumps(self.to_dict())}))
         return path
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""
         names = ("rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque")
         return {name: getattr(self, name) for name in names}

@@ -1,6 +1,5 @@
 """The command: parse, call one public function, print. Every error is one line; `--debug` shows the traceback."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from ..errors import UndertowError
 from .demo import demo
 from .derive import derive
 from .diagnose import diagnose
+from .errors import error_line
 from .explain import explain
 from .models import models
 from .quantiles import compare, quantiles
@@ -19,14 +19,13 @@ from .trace import trace
 from .trust import trust
 
 INTERRUPTED = 130
-_BUILT = "" if importlib.util.find_spec("undertow._walk") else ", without its C part: recording takes longer"
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Add --debug to any command to see the traceback behind an error.",
 )
-@click.version_option(package_name="undertow", message=f"%(prog)s %(version)s{_BUILT}")
+@click.version_option(package_name="undertow", message="%(prog)s %(version)s")
 def app() -> None:
     """Show what flows backward through a neural network.
 
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     try:
-        code = app.main(given, prog_name="undertow", standalone_mode=False)
+        code = app.main(given, prog_name="undertow", standalone_mode=False, obj=debug)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -64,13 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: {one_line(error)}", err=True)
+        click.echo(f"error: {error_line(error)}", err=True)
         sys.exit(2 if isinstance(error, UndertowError) else 1)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def one_line(error: BaseException) -> str:
-    """Word an error as one line, with what was noted on its way."""
-    notes = [str(note) for note in getattr(error, "__notes__", ())]
-    kind = [] if isinstance(error, UndertowError) else [type(error).__name__]
-    return ": ".join([*kind, " ".join([str(error), *notes]).replace("\n", " ")])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .explain import RULES, run
+from .explain import explain_all
+from .photographs import RULES, device_option
 
 
 @click.command(
@@ -17,21 +18,21 @@ from .explain import RULES, run
     default=Path("undertow-demo"),
     show_default=True,
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@device_option
 def demo(out: Path, device: str) -> int:
     """Explain four packaged photographs with a packaged ImageNet classifier, offline, under all three rules."""
     from .. import images, models
     from ..attribution.photograph import Explained, likeness
 
-    kept: list[Explained] = []
-    asked = {"rules": RULES, "target": "top:1"}
+    results: list[Explained] = []
+    options = {"rules": RULES, "target": "top:1"}
     photographs = list(images.demo_photographs().values())
-    code = run(models.load("demo"), photographs, asked, device, out, keep=kept.append)
+    code = explain_all(models.load("demo"), photographs, options, device, out, keep=results.append)
     click.echo("How alike a rule's maps of the different photographs are (mean correlation; 1 is the same map):")
     for rule in RULES:
-        maps = [explained.maps[rule].numpy() for explained in kept]
+        maps = [explained.maps[rule].numpy() for explained in results]
         click.echo(f"  {rule:<10}{likeness(maps):6.2f}")
-    if kept and not kept[0].maps["deconvnet"].switches:
+    if results and not results[0].maps["deconvnet"].switches:
         click.echo("deconvnet's maps are alike because this network has no max-pooling: do not read them.")
     click.echo("\nNext, your own photograph:\n  undertow explain PHOTO.jpg --model demo --target top:3")
     return code

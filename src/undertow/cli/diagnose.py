@@ -25,7 +25,7 @@ def diagnose(runs: Sequence[Path], fail_on: str | None, as_json: bool) -> int:
     """Say what is wrong, or remarkable, in each of RUNS: the cause, what proves it, and what to try."""
     from ..diagnosis import SEVERITIES
     from ..diagnosis import diagnose as diagnosed
-    from ..run import Run
+    from ..runs import Run
 
     found = {str(run): diagnosed(Run(run)) for run in runs}
     if as_json:

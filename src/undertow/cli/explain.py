@@ -1,21 +1,18 @@
 """`undertow explain`: photographs in, a folder of maps for each out."""
 
-import json
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .photographs import RULES, device_option, for_each, json_option, out_option, photographs_argument
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..attribution.photograph import Explained
-    from ..models import Classifier
-
-RULES = ("gradient", "deconvnet", "guided")
+    from ..classifier import Classifier
 
 EXAMPLES = """\b
 Examples:
@@ -29,7 +26,7 @@ Examples:
 
 
 @click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
-@click.argument("photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@photographs_argument
 @click.option(
     "--model",
     "reference",
@@ -75,29 +72,20 @@ Examples:
     type=click.Path(path_type=Path),
     help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--out",
-    metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("undertow-out"),
-    show_default=True,
-    help="Gets a folder for each photograph; files of the same names are replaced.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@device_option
+@out_option
+@json_option
 def explain(
     photographs: Sequence[Path],
     reference: str,
     rules: Sequence[str],
     targets: Sequence[str],
-    through: str,
-    activations: str,
-    estimator: str,
-    judge: bool,
     weights: Path | None,
     device: str,
     out: Path,
     as_json: bool,
+    judge: bool,
+    **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
 
@@ -107,16 +95,10 @@ def explain(
     """
     from .. import images, models
 
-    found = images.find(photographs)
+    paths = images.find(photographs)
     classifier = models.load(reference, weights)
-    asked = {
-        "rules": tuple(dict.fromkeys(rules)) or RULES,
-        "target": target_of(classifier, targets),
-        "through": through,
-        "activations": activations,
-        "estimator": estimator,
-    }
-    return run(classifier, found, asked, device, out, as_json, judge=judge)
+    options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
+    return explain_all(classifier, paths, options, device, out, as_json, judge=judge)
 
 
 def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
@@ -125,8 +107,8 @@ def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
     Raises:
         TargetError: a word names no class, or top:K stands beside others.
     """
+    from ..classifier import find_class
     from ..errors import TargetError
-    from ..models import find_class
 
     words = list(words) or ["top:1"]
     if any(word.startswith("top:") for word in words):
@@ -136,49 +118,35 @@ def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
     return list(dict.fromkeys(find_class(classifier, word) for word in words))
 
 
-def run(
+def explain_all(
     classifier: "Classifier",
     photographs: Sequence[Path],
-    asked: dict[str, Any],
+    options: dict[str, Any],
     device: str,
     out: Path,
     as_json: bool = False,
+    *,
     keep: "Callable[[Explained], object]" = lambda _: None,
     judge: bool = False,
 ) -> int:
     """Explain, judge where asked to, and write every photograph; print what came of each; return the exit code."""
     from ..attribution.photograph import explain_photograph, write
-    from ..files import distinct
-    from ..frameworks.base import backend_of_model
-    from . import one_line
+    from ..photographs import on_device
 
-    backend = backend_of_model(classifier.module)
-    device = backend.device(device)
-    backend.place(classifier.module, device)
-    started = time.perf_counter()
-    results: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    for path, folder in zip(photographs, distinct([folder_label(p, photographs) for p in photographs]), strict=True):
-        with _status(f"{path.name} ({len(results) + len(failed) + 1} of {len(photographs)})"):
-            try:
-                explained = explain_photograph(classifier, path, **asked, device=device)
-                explained = _judged(explained, classifier, device) if judge else explained
-                results.append({**write(explained, classifier, out / folder), "folder": str(out / folder)})
-            except Exception as error:
-                if "--debug" in sys.argv:
-                    raise
-                failed.append({"photograph": str(path), "error": one_line(error)})
-                click.echo(f"error: {one_line(error)}", err=True)
-                continue
+    device = on_device(classifier, device)
+    numbers = {path: i + 1 for i, path in enumerate(photographs)}
+
+    def work(path: Path, folder: Path) -> dict[str, Any]:
+        with _status(f"{path.name} ({numbers[path]} of {len(photographs)})"):
+            explained = explain_photograph(classifier, path, **options, device=device)
+            explained = _judged(explained, classifier, device) if judge else explained
+            result = write(explained, classifier, folder)
         keep(explained)
         if not as_json:
-            _tell(explained, out / folder)
-    if as_json:
-        summary = {"results": results, "failed": failed, "seconds": round(time.perf_counter() - started, 3)}
-        click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
-    elif failed:
-        click.echo(f"{len(results)} of {len(photographs)} photographs explained, {len(failed)} not", err=True)
-    return 2 if failed else 0
+            _print(explained, folder)
+        return result
+
+    return for_each(photographs, out, work, verb="explained", as_json=as_json)
 
 
 def _judged(explained: "Explained", classifier: "Classifier", device: str) -> "Explained":
@@ -189,14 +157,8 @@ def _judged(explained: "Explained", classifier: "Classifier", device: str) -> "E
 
     pairs = [(rule, attribution.estimator) for rule, attribution in explained.maps.items()]
     judged = trust_photograph(classifier, explained.path, pairs=pairs, target=explained.targets[0][0], device=device)
-    told = zip(explained.maps, judged.verdicts.values(), strict=True)
-    return replace(explained, verdicts={rule: verdict.facts() for rule, verdict in told})
-
-
-def folder_label(path: Path, among: Sequence[Path]) -> str:
-    """Name a photograph by its stem; by its whole path where two share the stem."""
-    same = [p for p in among if p.stem.casefold() == path.stem.casefold()]
-    return path.stem if len(same) == 1 else str(path)
+    verdicts = zip(explained.maps, judged.verdicts.values(), strict=True)
+    return replace(explained, verdicts={rule: verdict.to_dict() for rule, verdict in verdicts})
 
 
 def _status(text: str) -> Any:
@@ -205,7 +167,7 @@ def _status(text: str) -> Any:
     return Console(stderr=True).status(text)
 
 
-def _tell(explained: "Explained", folder: Path) -> None:
+def _print(explained: "Explained", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 

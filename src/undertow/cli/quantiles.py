@@ -54,12 +54,12 @@ def quantiles(
     as_json: bool,
 ) -> int:
     """Print the quantiles of each site of RUN, 5 to 95 % unless asked otherwise; the median is marked."""
-    from ..analysis import quantiles as found
-    from ..run import Run
+    from ..runs import Run
+    from ..runs import quantiles as quantiles_of
 
-    rows = found(Run(run), steps(start, stop, step), of=of)
-    flat = [row.as_dict() for row in rows]
-    _hand_over(flat, table, as_json, [("quantile", *(row.site for row in rows)), *_by_quantile(rows)])
+    rows = quantiles_of(Run(run), steps(start, stop, step), of=of)
+    flat = [row.to_dict() for row in rows]
+    _write_and_print(flat, table, as_json, [("quantile", *(row.site for row in rows)), *_by_quantile(rows)])
     if plot:
         from ..show.plots import quantile_curves
 
@@ -83,31 +83,31 @@ def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path
     Sites are paired by name where all runs have the same names, and by their order where not. Where the runs were
     recorded with diagnose=True, sentences say what the differences come from.
     """
-    from ..analysis import compare as found
-    from ..analysis.quantiles import STEPS
     from ..diagnosis import contrast
-    from ..run import Run
+    from ..runs import Run
+    from ..runs import compare as compare_runs
+    from ..runs.quantiles import STEPS
 
     opened = [Run(run) for run in runs]
-    rows = found(opened, of=of)
+    rows = compare_runs(opened, of=of)
     flat = []
     lines: list[Sequence[object]] = [("site", "run", "p5", "median", "p95", "median / first", "p95 / p5")]
     middle = STEPS.index(0.5)
     for row in rows:
         for i, run in enumerate(runs):
-            one = row.quantiles[i]
-            if one is not None:
+            site = row.quantiles[i]
+            if site is not None:
                 flat.append(
                     {
                         "run": str(run),
-                        **one.as_dict(),
+                        **site.to_dict(),
                         "spread": row.spreads[i],
                         "ratio_of_medians": row.ratios[i][middle],
                     }
                 )
-                shown = (one.values[0], one.values[middle], one.values[-1], row.ratios[i][middle], row.spreads[i])
-                lines.append((one.site, str(run), *(f"{value:.4g}" for value in shown)))
-    _hand_over(flat, table, as_json, lines)
+                shown = (site.values[0], site.values[middle], site.values[-1], row.ratios[i][middle], row.spreads[i])
+                lines.append((site.site, str(run), *(f"{value:.4g}" for value in shown)))
+    _write_and_print(flat, table, as_json, lines)
     for sentence in contrast(opened) if not as_json else ():
         click.echo(sentence)
     if plot:
@@ -133,9 +133,9 @@ def steps(start: float, stop: float, step: float) -> list[float]:
 
 def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
     lines: list[Sequence[object]] = []
-    for place, q in enumerate(rows[0].q if rows else ()):
+    for i, q in enumerate(rows[0].q if rows else ()):
         mark = "  <- median" if q == 0.5 else ""
-        lines.append((f"{100 * q:g} %{mark}", *(f"{row.values[place]:.4g}" for row in rows)))
+        lines.append((f"{100 * q:g} %{mark}", *(f"{row.values[i]:.4g}" for row in rows)))
     return [
         *lines,
         ("zeros", *(f"{row.zeros / row.count:.1%}" if row.count else "-" for row in rows)),
@@ -144,7 +144,9 @@ def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
     ]
 
 
-def _hand_over(flat: list[dict[str, Any]], path: Path | None, as_json: bool, lines: Sequence[Sequence[object]]) -> None:
+def _write_and_print(
+    flat: list[dict[str, Any]], path: Path | None, as_json: bool, lines: Sequence[Sequence[object]]
+) -> None:
     """Write CSV where asked for, and print JSON or a table."""
     from ..files import published
 
@@ -161,9 +163,9 @@ def _hand_over(flat: list[dict[str, Any]], path: Path | None, as_json: bool, lin
     from rich.table import Table
 
     table = Table(box=None)
-    for place, heading in enumerate(lines[0]):
+    for column, heading in enumerate(lines[0]):
         table.add_column(
-            str(heading), justify="right" if place > 1 or (isinstance(lines[0][0], str) and place) else "left"
+            str(heading), justify="right" if column > 1 or (isinstance(lines[0][0], str) and column) else "left"
         )
     for line in lines[1:]:
         table.add_row(*(str(cell) for cell in line), style="bold" if "median" in str(line[0]) else "")

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from .photographs import device_option
+
 MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
 
@@ -26,34 +28,27 @@ def sites(what: str, reference: str, as_json: bool) -> int:
     SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
     layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), or several of them with commas.
     """
-    import numpy as np
+    from PIL import Image
     from rich.console import Console
     from rich.table import Table
 
     from .. import models
-    from ..frameworks.base import backend_of_model
+    from ..photographs import batch_of
     from ..sites import select
 
     classifier = models.load(reference)
-    black = np.zeros((64, 64, 3), np.uint8)
-    x = backend_of_model(classifier.module).batch([classifier.preprocessing.array(_picture(black))], "cpu")
-    found = select(classifier.module, what, example=x)
+    black = Image.new("RGB", (64, 64))
+    selected = select(classifier.module, what, example=batch_of(classifier, black))
     if as_json:
-        click.echo(json.dumps([asdict(site) for site in found], indent=1))
+        click.echo(json.dumps([asdict(site) for site in selected], indent=1))
         return 0
     table = Table(box=None)
     for heading in ("name", "kind", "output shape", "calls"):
         table.add_column(heading, justify="right" if heading == "calls" else "left")
-    for site in found:
+    for site in selected:
         table.add_row(site.name, site.kind, "never called" if not site.calls else _shape(site.shape), str(site.calls))
     Console().print(table)
     return 0
-
-
-def _picture(pixels: Any) -> Any:
-    from PIL import Image
-
-    return Image.fromarray(pixels)
 
 
 def _shape(shape: Any) -> str:
@@ -89,7 +84,7 @@ def _shape(shape: Any) -> str:
 @click.option("--batch-size", metavar="N", type=click.IntRange(1), help="Default: 4 on a CPU, 32 elsewhere.")
 @click.option("--workers", metavar="N", type=click.IntRange(1), default=2, show_default=True, help="Threads that read.")
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="As in `undertow explain`.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@device_option
 @click.option("--diagnose", is_flag=True, help="Watch every 8th batch more closely, for `undertow diagnose`.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -113,18 +108,16 @@ def record(
     """
     from .. import images, models
     from ..errors import InputError
-    from ..frameworks.base import backend_of_model
-    from ..recording.photographs import as_facts, record_photographs
+    from ..photographs import on_device
+    from ..recording.photographs import record_photographs
 
     if (out / "manifest.json").exists() and not resume:
         raise InputError(f"{out} is a run already; add --resume to go on with it, or choose another --out")
     count = len(images.find([folder])[:limit])
     classifier = models.load(reference, weights)
-    backend = backend_of_model(classifier.module)
-    device = backend.device(device)
-    backend.place(classifier.module, device)
+    device = on_device(classifier, device)
     with _progress(count) as advance:
-        done = record_photographs(
+        recorded = record_photographs(
             classifier,
             folder,
             out,
@@ -135,17 +128,16 @@ def record(
             advance=advance,
             **options,
         )
-    for _, error in done.failed:
+    for _, error in recorded.failed:
         click.echo(f"error: {error}", err=True)
     if as_json:
-        click.echo(json.dumps(as_facts(done, out), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(recorded.to_dict(out), indent=1, ensure_ascii=False))
     else:
-        passed = f", {len(done.failed)} could not be read" if done.failed else ""
-        before = f", {done.before} batches were there already" if done.before else ""
-        click.echo(
-            f"{done.photographs} photographs recorded{before}{passed}\n  -> {out}\nNext: undertow quantiles {out}"
-        )
-    return 2 if done.failed else 0
+        failed = f", {len(recorded.failed)} could not be read" if recorded.failed else ""
+        before = f", {recorded.before} batches were there already" if recorded.before else ""
+        click.echo(f"{recorded.photographs} photographs recorded{before}{failed}\n  -> {out}")
+        click.echo(f"Next: undertow quantiles {out}")
+    return 2 if recorded.failed else 0
 
 
 @contextmanager

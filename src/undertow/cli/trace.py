@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .photographs import device_option
+
 if TYPE_CHECKING:
-    from ..models import Classifier
+    from ..classifier import Classifier
 
 EXAMPLES = """\b
 Examples:
@@ -31,7 +33,7 @@ WRONG = 1
 )
 @click.option("--shape", metavar="B,C,H,W", help="Of the random input; the model's own, one image, if left out.")
 @click.option("--seed", default=0, show_default=True, help="Of the random input.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def trace(
     photograph: Path | None,
@@ -48,14 +50,14 @@ def trace(
     sum of all scores. The exit code is 1 if a custom backward is wrong or a formula differs.
     """
     from .. import models
-    from ..frameworks.inside import DIFFERS
-    from ..recording.trace import trace as look
+    from ..frameworks.results import DIFFERS
+    from ..recording.trace import trace as trace_pass
 
     classifier = models.load(reference, weights)
     x = batch_for(classifier, photograph, shape, seed, device)
-    found = look(classifier.module.to(x.device), x)
-    click.echo(json.dumps(found.facts(), indent=1, ensure_ascii=False) if as_json else str(found))
-    return WRONG if found.wrong or any(call.verdict == DIFFERS for call in found.calls) else 0
+    traced = trace_pass(classifier.module, x)
+    click.echo(json.dumps(traced.to_dict(), indent=1, ensure_ascii=False) if as_json else str(traced))
+    return WRONG if traced.wrong or any(call.verdict == DIFFERS for call in traced.calls) else 0
 
 
 def batch_for(
@@ -67,19 +69,21 @@ def batch_for(
         InputError: a shape beside a photograph, or one that is not understood; no such device; a Keras network.
     """
     from ..errors import InputError
-    from ..frameworks.base import load, runs_on_tensorflow
+    from ..frameworks.base import capability, framework_of_model
+    from ..photographs import batch_of_file, on_device
 
     if photograph is not None and shape is not None:
         raise InputError("--shape is for a random input; leave it out beside an IMAGE")
-    size = None if shape is None else _numbers(shape)
-    if runs_on_tensorflow(classifier.module):
+    size = _own_shape(classifier) if shape is None else _numbers(shape)
+    if framework_of_model(classifier.module) == "keras":
         name = classifier.reference
         raise InputError(
             f"{name} is a Keras network; this command reads PyTorch's alone (explain and record read both)"
         )
-    backend = load("torch")
-    array = _random(size or _own_shape(classifier), seed) if photograph is None else _read(classifier, photograph)
-    return backend.batch(list(array), backend.device(device))
+    device = on_device(classifier, device)
+    if photograph is not None:
+        return batch_of_file(classifier, photograph, device)
+    return capability("torch", "arrays").batch(list(_random(size, seed)), device)
 
 
 def _numbers(shape: str) -> tuple[int, ...]:
@@ -92,10 +96,7 @@ def _numbers(shape: str) -> tuple[int, ...]:
 
 
 def _own_shape(classifier: "Classifier") -> tuple[int, ...]:
-    from ..images import Preprocessing
-
-    preprocessing: Preprocessing = classifier.preprocessing
-    crop = preprocessing.crop
+    crop = classifier.preprocessing.crop
     height, width = (crop, crop) if isinstance(crop, int) else crop
     return (1, 3, height, width)
 
@@ -104,9 +105,3 @@ def _random(shape: tuple[int, ...], seed: int) -> Any:
     import numpy as np
 
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def _read(classifier: "Classifier", photograph: Path) -> Any:
-    from .. import images
-
-    return classifier.preprocessing.array(images.read(photograph))[None]

@@ -1,18 +1,15 @@
 """`undertow trust`: may the maps of these photographs be believed?"""
 
-import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .photographs import RULES, device_option, for_each, json_option, out_option, photographs_argument
+
 if TYPE_CHECKING:
     from ..verdict.photograph import Judged
-
-RULES = ("gradient", "deconvnet", "guided")
 
 EXAMPLES = """\b
 Examples:
@@ -23,7 +20,7 @@ Examples:
 
 
 @click.command(short_help="May a map be believed? Six questions, and a sentence.", epilog=EXAMPLES)
-@click.argument("photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@photographs_argument
 @click.option(
     "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
 )
@@ -44,16 +41,9 @@ Examples:
 )
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--out",
-    metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("undertow-out"),
-    show_default=True,
-    help="Gets a folder for each photograph; files of the same names are replaced.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@device_option
+@out_option
+@json_option
 def trust(
     photographs: Sequence[Path],
     reference: str,
@@ -61,11 +51,10 @@ def trust(
     estimators: Sequence[str],
     target: str | None,
     weights: Path | None,
-    seed: int,
-    samples: int,
     device: str,
     out: Path,
     as_json: bool,
+    **options: Any,
 ) -> int:
     """Ask whether the map of each IMAGE deserves belief.
 
@@ -76,70 +65,48 @@ def trust(
     """
     from .. import images, models
     from ..attribution.estimators import resolve
-    from ..files import distinct
-    from ..frameworks.base import load
-    from ..verdict.photograph import ask_for, trust_photograph, write
-    from . import one_line
-    from .explain import folder_label
+    from ..classifier import find_class
+    from ..photographs import on_device
+    from ..verdict.photograph import pairs_of, trust_photograph, write
 
-    found = images.find(photographs)
-    asked = list(dict.fromkeys(resolve(word).name for word in estimators)) or ["gradient"]
-    pairs = ask_for(list(dict.fromkeys(rules)) or ["guided"], asked)
+    paths = images.find(photographs)
+    names = list(dict.fromkeys(resolve(word).name for word in estimators)) or ["gradient"]
+    pairs = pairs_of(list(dict.fromkeys(rules)) or ["guided"], names)
     classifier = models.load(reference, weights)
-    class_id = None if target is None else models.find_class(classifier, target)
-    device = load("torch").device(device)
-    classifier.module.to(device)
-    started = time.perf_counter()
-    results: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    with Passes(classifier, found, pairs, device, samples) as passes:
-        for path, folder in zip(found, distinct([folder_label(p, found) for p in found]), strict=True):
-            try:
-                judged = trust_photograph(
-                    classifier,
-                    path,
-                    pairs=pairs,
-                    target=class_id,
-                    device=device,
-                    seed=seed,
-                    samples=samples,
-                    advance=passes.advance,
-                )
-                results.append({**write(judged, classifier, out / folder), "folder": str(out / folder)})
-            except Exception as error:
-                if "--debug" in sys.argv:
-                    raise
-                failed.append({"photograph": str(path), "error": one_line(error)})
-                passes.tell(f"error: {one_line(error)}")
-                continue
+    class_id = None if target is None else find_class(classifier, target)
+    device = on_device(classifier, device)
+    with PassesBar(classifier, paths, pairs, device, options["samples"]) as bar:
+
+        def work(path: Path, folder: Path) -> dict[str, Any]:
+            judged = trust_photograph(
+                classifier, path, pairs=pairs, target=class_id, device=device, advance=bar.advance, **options
+            )
+            result = write(judged, classifier, folder)
             if not as_json:
-                tell(judged, out / folder)
-                for note in results[-1]["notes"]:
-                    passes.tell(f"no picture: {note}")
-    if as_json:
-        summary = {"results": results, "failed": failed, "seconds": round(time.perf_counter() - started, 3)}
-        click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
-    elif failed:
-        click.echo(f"{len(results)} of {len(found)} photographs judged, {len(failed)} not", err=True)
-    return 2 if failed else 0
+                print_verdicts(judged, folder)
+                for note in result["notes"]:
+                    bar.print(f"no picture: {note}")
+            return result
+
+        return for_each(paths, out, work, verb="judged", as_json=as_json, complain=bar.print)
 
 
-class Passes:
+class PassesBar:
     """A bar on stderr that counts images through the network, after a line that says how many there will be."""
 
     def __init__(
-        self, classifier: Any, found: Sequence[Path], pairs: Sequence[tuple[str, str]], device: str, samples: int
+        self, classifier: Any, photographs: Sequence[Path], pairs: Sequence[tuple[str, str]], device: str, samples: int
     ) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.asked = (classifier, found, pairs, device, samples)
+        self._cost_arguments = (classifier, photographs, pairs, device, samples)
         self.console = Console(stderr=True)
         columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, console=self.console, transient=True)
 
-    def __enter__(self) -> "Passes":
-        total = self._said()
+    def __enter__(self) -> "PassesBar":
+        total = self._total()
         self.progress.start()
         self.task = self.progress.add_task("", total=total)
         return self
@@ -147,31 +114,31 @@ class Passes:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def _said(self) -> int | None:
-        """Say what it takes, by the first photograph that can be read."""
+    def _total(self) -> int | None:
+        """Return the number of images through the network, and print it, by the first photograph that can be read."""
         from ..errors import PhotographError
         from ..verdict.photograph import cost_of
 
-        classifier, found, pairs, device, samples = self.asked
-        for path in found:
+        classifier, photographs, pairs, device, samples = self._cost_arguments
+        for path in photographs:
             try:
                 cost = cost_of(classifier, path, pairs, device, samples)
             except PhotographError:
                 continue
-            self.tell(f"{len(found)} photograph(s), {len(pairs)} map(s) of each; for a photograph: {cost}")
-            return len(found) * (cost.forward + cost.backward)
+            self.print(f"{len(photographs)} photograph(s), {len(pairs)} map(s) of each; for a photograph: {cost}")
+            return len(photographs) * (cost.forward + cost.backward)
         return None
 
     def advance(self, images: int) -> None:
         """Move the bar on."""
         self.progress.advance(self.task, images)
 
-    def tell(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def tell(judged: "Judged", folder: Path) -> None:
+def print_verdicts(judged: "Judged", folder: Path) -> None:
     """Print each verdict as a table with its sentence."""
     from rich.console import Console
     from rich.table import Table

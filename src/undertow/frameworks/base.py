@@ -1,16 +1,42 @@
-"""What the rest of the library asks of a framework, and how the right one is found without importing the others."""
+"""What the rest of the library asks of a framework, and how its folder is found without importing the others.
+
+A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the files in that folder, under the names of
+`CAPABILITIES`. A file that is missing is something that the framework cannot do yet, and `capability` says so.
+`contracts.py` lets mypy hold each of those files to its contract below.
+"""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FrameworkError, InputError
+from ..classifier import Classifier, Reference
+from ..errors import FrameworkError, InputError, ModelError
+from ..measures import Measure
 from ..rules import Rule
+from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
+
+FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow", "tf_keras")}
+"""The packages that a framework's models and tensors come from. A Keras model on torch is a `torch.nn.Module`."""
+
+TITLES = {"torch": "PyTorch", "keras": "Keras"}
+
+CAPABILITIES = {
+    "arrays": "conversion to NumPy",
+    "explain": "explain",
+    "inspect.layers": "a look at layers, which verdicts and Grad-CAM need,",
+    "inspect.trace": "trace",
+    "inspect.redirect": "redirect",
+    "inspect.blocks": "derive.from_model",
+    "record": "record",
+    "zoo": "loading models by name",
+}
+"""Each capability's file or folder, and what people call it."""
 
 
 @dataclass(frozen=True)
@@ -27,131 +53,260 @@ class Request:
     training: bool
 
 
-@dataclass
-class Met:
-    """What a rule met on the way from the scores to the inputs."""
+class Arrays(Protocol):
+    """Tensors to and from NumPy, and the devices that they are on."""
 
-    rewired: int = 0
-    switches: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    opaque: dict[str, int] = field(default_factory=dict)
+    def to_numpy(self, tensor: Any) -> npt.NDArray[Any]:
+        """Copy a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32."""
+
+    def like(self, array: npt.NDArray[Any], x: Any) -> Any:
+        """Make an array a tensor of the dtype and on the device of `x`."""
+
+    def batch(self, arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
+        """Stack arrays `(C, H, W)` into a batch on a device, with the channels where the framework has them."""
+
+    def device(self, name: str) -> str:
+        """Return the device that a name means; "auto" is the fastest one there is. Raises InputError: not here."""
+
+    def move(self, model: Any, device: str) -> None:
+        """Move a network to a device."""
+
+
+class Explainer(Protocol):
+    """Maps under a rule."""
+
+    def explain(self, request: Request) -> Explanation:
+        """Explain the scores of one batch: one forward pass, and one backward pass for each target of a sample."""
+
+    def probabilities(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+        """Return the softmax of the model's scores, `(B, classes)` float64."""
+
+
+class Inspector(Protocol):
+    """A network's scores and layers."""
+
+    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+        """Return the model's scores as they are, `(B, classes)`."""
+
+    def layers(self, model: Any, x: Any) -> list[str]:
+        """List the modules that hold weights of their own and run, in the order in which they are first called."""
+
+    def reinitialized(self, model: Any, layers: Sequence[str], seed: int) -> Any:
+        """Return a copy in which the named layers are initialised anew; all other weights are shared."""
+
+    def layer_gradients(
+        self, request: Request, layers: Sequence[str], directions: npt.NDArray[Any] | None = None
+    ) -> LayerGradients:
+        """Explain, and keep what the named layers returned and what flowed back to them."""
+
+
+class Tracer(Protocol):
+    """One pass, call by call."""
+
+    def trace(self, model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
+        """Return what each module call took and gave, forward and backward."""
+
+
+class Redirected(Protocol):
+    """Modules whose gradients are changed from `__enter__` to `__exit__`."""
+
+    changed: Mapping[str, int]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
+
+
+class Redirector(Protocol):
+    """Gradients changed on their way."""
+
+    def redirected(self, model: Any, sites: Mapping[str, Callable[[Any], Any]]) -> Redirected:
+        """Return the context in which each site's function changes the gradient there."""
+
+    def zero(self, g: Any) -> Any:
+        """Return zeros like `g`."""
+
+    def clip(self, g: Any, norm: float) -> Any:
+        """Return `g`, `(B, ...)`, each sample shortened to an ℓ2 norm of at most `norm`."""
+
+    def noisy(self, std: float, seed: int) -> Callable[[Any], Any]:
+        """Return a function that adds normal noise."""
+
+
+class BlockReader(Protocol):
+    """One pass as a graph of blocks."""
+
+    def block_graph(self, model: Any, inputs: tuple[Any, ...], depth: int, target: Any) -> BlockGraph:
+        """Return the blocks that a pass goes through, and the gradient that each edge carries."""
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One explanation as a framework gives it: a map for each input, None for an input that has no gradient.
+class NamedModule:
+    """A module of a network: all its names, its kind, its classes and itself."""
+
+    names: tuple[str, ...]
+    kind: str
+    types: tuple[str, ...]
+    module: Any
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.names[0]
+
+
+class HostTransfer(Protocol):
+    """Results on their way from a device to the host."""
+
+    nbytes: int
+
+    def wait(self) -> list[Observation]:
+        """Wait for the copies, and return the observations with NumPy arrays in their states."""
+
+
+class Probe(Protocol):
+    """Reads the sites of one batch from `__enter__` to `__exit__`.
 
     Attributes:
-        channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
+        order: the sites in the order in which they first gave an output.
+        views: the sites whose output is a view, on which an in-place operation hides the gradient.
+        unscaled: float16 came out of autocast, and there is no scaler.
+        scale: of the AMP scaler when the first gradient came; None without one.
     """
 
-    maps: tuple[Any, ...]
-    targets: Any
-    scores: Any
-    met: Met
-    channels_last: bool = False
+    order: dict[str, None]
+    views: set[str]
+    unscaled: bool
+    scale: Any
+
+    @property
+    def arrived(self) -> set[str]:
+        """The sites at which a gradient has come."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
+
+    def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
+        """Return what was seen for a diagnosis of the named sites."""
+
+    def transfer(self, points: Sequence[Any]) -> HostTransfer:
+        """Begin to copy what was observed to the host."""
 
 
-@dataclass(frozen=True)
-class Inside:
-    """What one pass left at some layers, as NumPy, by the layer's name.
+class Recorder(Protocol):
+    """A network's modules, read batch by batch."""
 
-    Attributes:
-        answer: of the pass itself, as `explain` gives it; its maps are None where directions were asked for.
-        values: each layer's output, `(B, ...)`.
-        gradients: what flowed back to it under the rule, `(B, K, ...)`, for K targets or directions.
-        at_input: what flowed back to the input, `(B, K, ...)`.
-    """
+    def named_modules(self, model: Any) -> list[NamedModule]:
+        """List every module that can be a site, in the order of definition, each once."""
 
-    answer: Answer
-    values: dict[str, npt.NDArray[Any]]
-    gradients: dict[str, npt.NDArray[Any]]
-    at_input: npt.NDArray[Any]
+    def visits(self, model: Any, example: Any) -> dict[str, list[Any]]:
+        """Run the network on an example; return the output shapes of each module that was called, in order."""
 
+    def identity(self, model: Any) -> dict[str, Any]:
+        """Return what tells a network from others: its class, structure, weights and precision."""
 
-class Backend(Protocol):
-    """A framework, as `explain` sees it."""
+    def world(self) -> tuple[int, int]:
+        """Return this process's rank and the number of processes."""
 
-    def explain(self, request: Request) -> Answer: ...
+    def new_probe(
+        self, modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
+    ) -> Probe:
+        """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis."""
 
-    def to_numpy(self, tensor: Any) -> npt.NDArray[Any]: ...
-
-    def like(self, array: npt.NDArray[Any], x: Any) -> Any: ...
-
-    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]: ...
-
-    def layers(self, model: Any, x: Any) -> list[str]: ...
-
-    def redrawn(self, model: Any, layers: Sequence[str], seed: int) -> Any: ...
-
-    def inside(self, request: Request, layers: Sequence[str], directions: npt.NDArray[Any] | None = None) -> Inside: ...
-
-    def batch(self, arrays: Sequence[npt.NDArray[Any]], device: str) -> Any: ...
-
-    def probabilities(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]: ...
-
-    def device(self, name: str) -> str: ...
-
-    def place(self, model: Any, device: str) -> None: ...
-
-    def objective(
-        self, model: Any, name: str
-    ) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]: ...
+    def objective(self, model: Any, name: str) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]:
+        """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""
 
 
-def backend_of(value: Any, model: Any = None) -> Backend:
-    """Return the backend that a tensor belongs to; that of the model, where the value is a NumPy array.
+class Zoo(Protocol):
+    """Classifiers that have a name."""
+
+    def names(self) -> list[str]:
+        """List every model, as references without weights."""
+
+    def rows(self, source: str, word: str | None) -> list[Reference]:
+        """List the models whose reference contains a word."""
+
+    def load(self, source: str, name: str, weights: str, file: Path | None) -> Classifier:
+        """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
+
+    def from_object(self, reference: str, network: Any, file: Path | None) -> Classifier:
+        """Complete what a person's function returned."""
+
+    def seeded(self) -> AbstractContextManager[None]:
+        """Draw random weights from seed 0 inside, and give the caller's random state back."""
+
+
+@overload
+def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
+@overload
+def capability(framework: str, name: Literal["explain"]) -> Explainer: ...
+@overload
+def capability(framework: str, name: Literal["inspect.layers"]) -> Inspector: ...
+@overload
+def capability(framework: str, name: Literal["inspect.trace"]) -> Tracer: ...
+@overload
+def capability(framework: str, name: Literal["inspect.redirect"]) -> Redirector: ...
+@overload
+def capability(framework: str, name: Literal["inspect.blocks"]) -> BlockReader: ...
+@overload
+def capability(framework: str, name: Literal["record"]) -> Recorder: ...
+@overload
+def capability(framework: str, name: Literal["zoo"]) -> Zoo: ...
+def capability(framework: str, name: str) -> Any:
+    """Import what a framework can do.
+
+    Args:
+        framework: a key of `FRAMEWORKS`, as `framework_of` gives it.
+        name: a key of `CAPABILITIES`.
 
     Raises:
-        InputError: the value is no tensor of a known framework.
+        ModelError: the framework cannot do it yet.
         FrameworkError: the framework is not installed.
     """
-    roots = _roots(value)
-    if "torch" in roots:
-        return load("torch")
-    if roots & _KERAS or (roots & {"numpy"} and runs_on_tensorflow(model)):
-        return load("keras")
-    remedy = "; use torch.from_numpy(x)" if isinstance(value, np.ndarray) else ""
-    raise InputError(f"x is a {type(value).__name__}, not a torch tensor or a tuple of them{remedy}")
+    try:
+        return importlib.import_module(f".{framework}.{name}", __package__)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.startswith(f"{__package__}.{framework}"):
+            raise ModelError(f"{CAPABILITIES[name]} is not there for {TITLES[framework]} yet") from error
+        if missing not in FRAMEWORKS[framework]:
+            raise
+        raise FrameworkError(f'{framework} is not installed; run: pip install "undertow[{framework}]"') from error
 
 
-def backend_of_model(model: Any) -> Backend:
-    """Return the backend that a network runs on: torch, unless it is one of Keras or TensorFlow.
+def framework_of(value: Any) -> str | None:
+    """Return the framework that a model or tensor belongs to; None where it belongs to none.
+
+    >>> framework_of(np.zeros(1)) is None
+    True
+    """
+    packages = {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
+    return next((name for name, roots in FRAMEWORKS.items() if packages.intersection(roots)), None)
+
+
+def framework_of_input(x: Any, model: Any = None) -> str:
+    """Return the framework that a tensor belongs to; that of the model for a NumPy array and a Keras model.
 
     Raises:
-        FrameworkError: the framework is not installed.
+        InputError: neither says.
     """
-    return load("keras" if runs_on_tensorflow(model) else "torch")
+    framework = framework_of(x)
+    if framework is None and isinstance(x, np.ndarray) and framework_of(model) == "keras":
+        return "keras"
+    if framework is None:
+        remedy = "; use torch.from_numpy(x)" if isinstance(x, np.ndarray) else ""
+        raise InputError(f"x is a {type(x).__name__}, not a torch tensor or a tuple of them{remedy}")
+    return framework
+
+
+def framework_of_model(model: Any) -> str:
+    """Return the framework that a network belongs to; torch for a plain function."""
+    return framework_of(model) or "torch"
 
 
 def as_numpy(value: Any) -> npt.NDArray[Any]:
     """Copy a tensor of any framework, or an array, to NumPy."""
-    return value.copy() if isinstance(value, np.ndarray) else backend_of(value).to_numpy(value)
-
-
-_KERAS = frozenset(("keras", "tensorflow", "tf_keras"))
-
-
-def runs_on_tensorflow(model: Any) -> bool:
-    """Whether a network is of Keras or TensorFlow, and not of Keras on torch."""
-    roots = _roots(model)
-    return bool(roots & _KERAS) and "torch" not in roots  # a Keras network on torch is a torch.nn.Module
-
-
-def _roots(value: Any) -> set[str]:
-    """Return the packages that a value's classes come from."""
-    return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
-
-
-def load(name: str) -> Backend:
-    """Import one backend by its name.
-
-    Raises:
-        FrameworkError: the framework is not installed.
-    """
-    try:
-        return cast(Backend, importlib.import_module(f".{name}", __package__))
-    except ModuleNotFoundError as error:
-        if error.name not in (name, "tensorflow"):
-            raise
-        raise FrameworkError(f'{name} is not installed; run: pip install "undertow[{name}]"') from error
+    if isinstance(value, np.ndarray):
+        return cast(npt.NDArray[Any], value.copy())
+    return capability(framework_of_input(value), "arrays").to_numpy(value)

@@ -1,6 +1,6 @@
-"""Batches that are published together: gathered column by column, made into a Parquet part of each table at the end.
+"""Batches that are published together: gathered column by column, written as one Parquet part of each table.
 
-What all measures of a reading share is kept once, as one row for each reading, and repeated for its samples by Arrow.
+What the measures of an observation share is stored once, as one row, and repeated for its samples by Arrow.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..measures import Columns, Measure
-from ..run import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, TABLES, arrow, schema
+from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, TABLES, arrow, schema
 
 SITE = {**KEYS, **SITE_KEYS, "dtype": "string"}
-"""The columns of a reading that are the same for all of its samples, in order."""
+"""The columns of an observation that are the same for all of its samples, in order."""
 
 _NEVER_NULL = frozenset(SITE) | {"sample"}
 
@@ -25,15 +25,14 @@ def columns_of(measure: Measure) -> dict[str, str]:
     return {**KEYS, **(SAMPLE_KEYS if measure.per_sample else {}), **SITE, **measure.columns}
 
 
-class Group:
-    """The rows of some batches.
+class BatchGroup:
+    """The rows of several batches.
 
     Args:
-        measures: in the order in which each reading has its columns.
+        measures: in the order in which each observation has its columns.
 
     Attributes:
-        batches: how many there are.
-        nbytes: how much memory lists of numbers in them take.
+        nbytes: how much memory the lists of numbers in them take.
     """
 
     def __init__(self, measures: Sequence[Measure]) -> None:
@@ -42,45 +41,46 @@ class Group:
         self._points: list[dict[str, Any]] = []
         self._samples: list[Sequence[str | None]] = []
         self._sites: list[tuple[Any, ...]] = []
-        self._read: list[tuple[int, int]] = []
+        self._sizes: list[
+            tuple[int, int]
+        ] = []  # of each observation; and the batch whose names its samples have, or -1
         self._columns: list[dict[str, list[Any]]] = [{name: [] for name in measure.columns} for measure in measures]
         self._lists = [{name for name, kind in m.columns.items() if kind.startswith("list<")} for m in measures]
         self.nbytes = 0
 
-    @property
-    def batches(self) -> int:
+    def __len__(self) -> int:
         return len(self._batches)
 
     def begin(self, row: dict[str, Any], names: Sequence[str | None], points: Sequence[dict[str, Any]]) -> None:
-        """Begin a batch: its row in `batches`, a name or None for each sample, and its rows in `diagnosis`.
-
-        Of these, what measures finished are columns of one row each.
-        """
+        """Begin a batch: its row in `batches`, a name or None for each sample, and its rows in `diagnosis`."""
         self._batches.append(row)
         self._points += points
         self._samples.append(names)
 
-    def add(self, site: tuple[Any, ...], size: int, blocks: tuple[Columns, ...]) -> None:
-        """Add a reading of the batch: the values of `SITE`, how many samples it has, and what each measure finished.
+    def add(self, site: tuple[Any, ...], size: int, blocks: Sequence[Columns]) -> None:
+        """Add an observation of the batch.
 
-        As many as the batch has are taken for the same; else the first axis is not that of the samples.
+        Args:
+            site: the values of `SITE`.
+            size: of its first axis. Where that is not the number of the batch's samples, it is not the samples' axis.
+            blocks: the columns that each measure finished.
         """
         self._sites.append(site)
-        self._read.append((size, len(self._samples) - 1 if size == len(self._samples[-1]) else -1))
+        self._sizes.append((size, len(self._samples) - 1 if size == len(self._samples[-1]) else -1))
         for columns, lists, block in zip(self._columns, self._lists, blocks, strict=True):
-            for name, held in columns.items():
+            for name, column in columns.items():
                 rows = block[name]
                 if name in lists:
                     rows = [np.asarray(row) for row in _rows(rows)]
                     self.nbytes += sum([row.nbytes for row in rows])
-                held += rows
+                column += rows
 
     def tables(self) -> Iterator[tuple[str, Any]]:
-        """Make the tables that have rows; the one that makes the others count comes last."""
+        """Make the tables that have rows; `batches`, which makes the others count, comes last."""
         batches = _columns(TABLES[COMMITTED], self._batches)
         keys = {name: batches[name] for name in KEYS}
-        theirs = [(len(names), number) for number, names in enumerate(self._samples)]
-        yield "samples", _table(TABLES["samples"], self._sampled(keys, theirs))
+        sizes = [(len(names), number) for number, names in enumerate(self._samples)]
+        yield "samples", _table(TABLES["samples"], self._sampled(keys, sizes))
         if self._points:
             kinds = KEYS | DIAGNOSIS
             points = {name: [*chain(*(_rows(point[name]) for point in self._points))] for name in kinds}
@@ -93,21 +93,21 @@ class Group:
         columns = zip(*self._sites, strict=True)
         sites = {entry.name: _array(entry.type, values) for entry, values in zip(schema(SITE), columns, strict=True)}
         sampled: dict[str, Any] = {}
-        for measure, found in zip(self._measures, self._columns, strict=True):
+        for measure, finished in zip(self._measures, self._columns, strict=True):
             if measure.per_sample and not sampled:
-                sampled = self._sampled(sites, self._read)
-            own = _joined(measure.columns, found)
+                sampled = self._sampled(sites, self._sizes)
+            own = _joined(measure.columns, finished)
             yield measure.table, _table(columns_of(measure), (sampled if measure.per_sample else sites) | own)
 
-    def _sampled(self, columns: Mapping[str, Any], read: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def _sampled(self, columns: Mapping[str, Any], observed: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Repeat columns for the samples, and add their positions and names.
 
         Args:
-            columns: of one row for each of `read`.
-            read: how many samples there are, and whose names they have: the number of a batch, or -1.
+            columns: one row for each of `observed`.
+            observed: how many samples there are, and the number of the batch whose names they have, or -1.
         """
         pa = arrow()
-        sizes, batches = np.array(read, np.int64).reshape(-1, 2).T
+        sizes, batches = np.array(observed, np.int64).reshape(-1, 2).T
         rows = np.repeat(np.arange(len(sizes)), sizes)
         sample = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         firsts = np.cumsum([0, *map(len, self._samples)])[batches]
@@ -118,17 +118,16 @@ class Group:
 
     @cached_property
     def _names(self) -> Any:
-        """The names of all samples of all batches: each is looked at but once for its readings."""
+        """The names of all samples of all batches."""
         return _array(arrow().string(), [*chain(*self._samples)])
 
 
 def write(table: Any, path: Path) -> None:
     """Write a part: texts as dictionaries, measured numbers by planes of bytes, sorted codes by differences.
 
-    Dictionaries and statistics of measured numbers, of which none returns, would take as long as all the rest;
-    statistics of numbers that are keys let a reader pass over parts, and LZ4 makes little of these. It takes half of
-    zstd's time for 7 % more on the disk. Arrow's own memory pools give theirs back to the system each time; to get it
-    again takes longer than to compress.
+    Measured numbers hardly ever repeat, so dictionaries and statistics of them would double the time for nothing;
+    statistics of keys let a reader skip parts. LZ4 takes half of zstd's time for files 7 % larger. Arrow's own memory
+    pools return their memory to the system after each part, and getting it back takes longer than compressing.
     """
     pa = arrow()
     items = {f"{e.name}.list.element": e.type.value_type for e in table.schema if pa.types.is_list(e.type)}
@@ -143,23 +142,23 @@ def write(table: Any, path: Path) -> None:
         or None,
         write_batch_size=1 << 16,
         data_page_size=1 << 18,
-        store_schema=False,  # to readers, a text is a text
+        store_schema=False,  # readers see texts, not dictionaries
         memory_pool=pa.system_memory_pool(),
     )
 
 
 def _table(kinds: Mapping[str, str], columns: Mapping[str, Any]) -> Any:
-    """Put columns in order. What is never null is said to be so: that alone saves a third of its time in writing."""
+    """Put columns in order. Those never null are declared so, which saves a third of the time to write them."""
     pa = arrow()
     fields = [pa.field(name, columns[name].type, nullable=name not in _NEVER_NULL) for name in kinds]
     return pa.table([columns[name] for name in kinds], schema=pa.schema(fields))
 
 
-def _rows(found: Any) -> Any:
-    """Return the rows of what was found; a table `(rows, length)` of lists as one."""
-    if isinstance(found, np.ndarray):
-        return [found] if found.ndim == 2 else found
-    return found if isinstance(found, list) else [found]
+def _rows(column: Any) -> Any:
+    """Return the rows of a column; a table `(rows, length)` of lists counts as one."""
+    if isinstance(column, np.ndarray):
+        return [column] if column.ndim == 2 else column
+    return column if isinstance(column, list) else [column]
 
 
 def _joined(kinds: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _columns(kinds: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _array(kind: Any, values: Sequence[Any]) -> Any:
-    """Return an array; texts become numbers of a dictionary, so that none is looked at once for each row."""
+    """Return an Arrow array; texts become a dictionary."""
     array = arrow().array(values, kind)
     return array.dictionary_encode() if arrow().types.is_string(kind) else array
 

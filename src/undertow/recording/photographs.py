@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import images
+from ..classifier import Classifier, find_class
 from ..errors import InputError, PhotographError, TargetError
-from ..frameworks.base import backend_of_model
-from ..models import Classifier, find_class
-from ..run import Run
+from ..frameworks.base import capability, framework_of_model
+from ..runs import Run
 from .record import record
 
-_OFTEN = 8
+_WATCH_EVERY = 8
 OBJECTIVES = ("predicted", "label", "loss")
 Loaded = tuple[str, npt.NDArray[np.float32] | PhotographError]
 
 
 @dataclass
-class Recorded:
+class RecordedPhotographs:
     """What came of a folder.
 
     Attributes:
@@ -37,23 +37,27 @@ class Recorded:
     before: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
 
+    def to_dict(self, folder: Path) -> dict[str, Any]:
+        """Return what came of it, ready for JSON."""
+        failed = [{"photograph": name, "error": error} for name, error in self.failed]
+        return {"run": str(folder), "photographs": self.photographs, "batches_before": self.before, "failed": failed}
+
 
 def record_photographs(
     classifier: Classifier,
     source: str | Path,
     folder: str | Path,
     *,
-    sites: str = "conv",
-    measures: Sequence[str] = ("channel-norm",),
-    phase: str = "backward",
     objective: str = "predicted",
     limit: int | None = None,
     batch_size: int | None = None,
-    diagnose: bool | int = False,
     workers: int = 2,
     device: str = "cpu",
     advance: Callable[[int], object] = lambda _: None,
-) -> Recorded:
+    diagnose: bool | int = False,
+    measures: Sequence[str] = ("channel-norm",),
+    **options: Any,
+) -> RecordedPhotographs:
     """Record the gradients of every photograph of a folder; goes on with its own unfinished run.
 
     The network is in eval mode and the objective is summed over the batch, so each photograph's gradients are its
@@ -62,13 +66,15 @@ def record_photographs(
     Args:
         source: a folder, or one photograph. Names are relative to it.
         folder: of the run.
-        sites, measures, phase: as `undertow.record` has them.
         objective: "predicted" (the highest score), "label" (the score of the class that the photograph's own folder
             is named after, by name or number), or "loss" (the cross-entropy of that class).
         limit: how many photographs at most, in order of name.
         batch_size: None is 4 on a CPU, where larger batches only cost memory, and 32 elsewhere.
-        diagnose: as `undertow.record` has it, but True is 8: batches are small, and nobody waits for a training step.
+        workers: threads that read photographs ahead.
+        device: where the classifier's module is.
         advance: called with the number of photographs done, read or not.
+        diagnose: as `undertow.record` has it, but True is 8: batches are small, and nobody waits for a training step.
+        options: sites, measures and phase, as `undertow.record` has them.
 
     Raises:
         InputError: nothing to record, or an argument that cannot be used.
@@ -78,67 +84,79 @@ def record_photographs(
     """
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r} is unknown (known: {', '.join(OBJECTIVES)})")
+    photographs = _listed(Path(source), limit)
+    labels = {} if objective == "predicted" else {name: _label(classifier, path) for name, path in photographs}
     batch_size = batch_size or (4 if device == "cpu" else 32)
-    root = Path(source)
+    batches = [photographs[start : start + batch_size] for start in range(0, len(photographs), batch_size)]
+    settings: dict[str, Any] = {
+        "measures": measures,
+        "loss_reduction": "sum",
+        "objective": objective,
+        "reference": classifier.reference,
+        "source": _identity(photographs) | {"batch_size": batch_size, "objective": objective},
+        "diagnose": _WATCH_EVERY if diagnose is True else diagnose,
+    }
+    framework = framework_of_model(classifier.module)
+    recorder, arrays = capability(framework, "record"), capability(framework, "arrays")
+    result = RecordedPhotographs()
+    with (
+        recorder.objective(classifier.module, objective) as run_objective,
+        record(folder, classifier.module, **settings, **options) as recording,
+    ):
+        before = set(Run(folder).table("batches")["batch"].to_pylist())
+        result.before = len(before)
+        advance(sum(len(batches[number]) for number in before))
+        remaining = {number: batch for number, batch in enumerate(batches) if number not in before}
+        with _read_ahead(classifier, list(remaining.values()), workers) as loaded_batches:
+            for number, loaded in zip(remaining, loaded_batches, strict=True):
+                read = {name: array for name, array in loaded if not isinstance(array, PhotographError)}
+                result.failed += [(name, str(array)) for name, array in loaded if isinstance(array, PhotographError)]
+                if read:
+                    x = arrays.batch(list(read.values()), device)
+                    with recording.batch(samples=list(read), batch=number):
+                        run_objective(x, [labels[name] for name in read] if labels else None)
+                    result.photographs += len(read)
+                advance(len(loaded))
+        if not result.photographs and not result.before:
+            first = result.failed[0][1]
+            raise PhotographError(f"none of {len(photographs)} photographs could be read; the first: {first}")
+    return result
+
+
+def _listed(root: Path, limit: int | None) -> list[tuple[str, Path]]:
+    """Return the names, relative to the folder, and paths of its photographs, or of one photograph."""
     if not root.exists():
         raise PhotographError(f"{root} does not exist; check the name")
     paths = images.find([root])[:limit]
-    names = [str(path.relative_to(root)) if root.is_dir() else path.name for path in paths]
-    labels = None if objective == "predicted" else [_label(classifier, path) for path in paths]
-    backend = backend_of_model(classifier.module)
-    told = {"photographs": len(names), "names_sha256": _digest(names), "batch_size": batch_size, "objective": objective}
-    done = Recorded()
-    with ExitStack() as stack:
-        run_objective = stack.enter_context(backend.objective(classifier.module, objective))
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        recording = stack.enter_context(
-            record(
-                folder,
-                classifier.module,
-                sites=sites,
-                measures=measures,
-                phase=phase,
-                loss_reduction="sum",
-                objective=objective,
-                reference=classifier.reference,
-                source=told,
-                diagnose=_OFTEN if diagnose is True else diagnose,
-            )
-        )
-        batches = [range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)]
-        there = set(Run(folder).table("batches")["batch"].to_pylist())
-        waiting = [number for number in range(len(batches)) if number not in there]
-        done.before = len(batches) - len(waiting)
-        advance(sum(len(batches[number]) for number in there))
-        todo = [[(names[i], paths[i]) for i in batches[number]] for number in waiting]
-        for number, loaded in zip(waiting, _ahead(pool, classifier, todo), strict=True):
-            good = [(name, array) for name, array in loaded if not isinstance(array, PhotographError)]
-            done.failed += [(name, str(array)) for name, array in loaded if isinstance(array, PhotographError)]
-            if good:
-                wanted = None if labels is None else [labels[names.index(name)] for name, _ in good]
-                x = backend.batch([array for _, array in good], device)
-                with recording.batch(samples=[name for name, _ in good], batch=number):
-                    run_objective(x, wanted)
-                done.photographs += len(good)
-            advance(len(loaded))
-        if not done.photographs and not done.before:
-            raise PhotographError(f"none of {len(names)} photographs could be read; the first: {done.failed[0][1]}")
-    return done
+    return [(str(path.relative_to(root)) if root.is_dir() else path.name, path) for path in paths]
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, classifier: Classifier, batches: Sequence[Sequence[tuple[str, Path]]]
-) -> Iterator[list[Loaded]]:
-    """Yield each batch's arrays; while one is in use the next is being read."""
+def _identity(photographs: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """Return what tells these photographs from others: going on with a run needs the same."""
+    names = "\0".join(name for name, _ in photographs).encode(errors="surrogateescape")
+    return {"photographs": len(photographs), "names_sha256": hashlib.sha256(names).hexdigest()}
 
-    def begin(batch: Sequence[tuple[str, Path]]) -> list[Future[Loaded]]:
-        return [pool.submit(_read, classifier, name, path) for name, path in batch]
 
-    reading = [begin(batch) for batch in batches[:1]]
-    for place in range(len(batches)):
-        reading += [begin(batch) for batch in batches[place + 1 : place + 2]]
-        yield [future.result() for future in reading.pop(0)]
+@contextmanager
+def _read_ahead(
+    classifier: Classifier, batches: Sequence[Sequence[tuple[str, Path]]], workers: int
+) -> Iterator[Iterator[list[Loaded]]]:
+    """Give an iterator over each batch's arrays; while one is in use the next is being read."""
+    with ThreadPoolExecutor(workers) as pool:
+
+        def begin(batch: Sequence[tuple[str, Path]]) -> list[Future[Loaded]]:
+            return [pool.submit(_read, classifier, name, path) for name, path in batch]
+
+        def loaded() -> Iterator[list[Loaded]]:
+            reading = [begin(batch) for batch in batches[:1]]
+            for i in range(len(batches)):
+                reading += [begin(batch) for batch in batches[i + 1 : i + 2]]
+                yield [future.result() for future in reading.pop(0)]
+
+        try:
+            yield loaded()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read(classifier: Classifier, name: str, path: Path) -> Loaded:
@@ -153,13 +171,3 @@ def _label(classifier: Classifier, path: Path) -> int:
         return find_class(classifier, path.resolve().parent.name)
     except TargetError as error:
         raise TargetError(f"{path} lies in no folder named after a class: {error}") from error
-
-
-def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
-
-
-def as_facts(done: Recorded, folder: Path) -> dict[str, Any]:
-    """Return what came of it, ready for JSON."""
-    failed = [{"photograph": name, "error": error} for name, error in done.failed]
-    return {"run": str(folder), "photographs": done.photographs, "batches_before": done.before, "failed": failed}

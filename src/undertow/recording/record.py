@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InputError, RunError
+from ..frameworks.base import Probe, Recorder
 from ..measures import Measure, resolve
-from ..run import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manifest, write_manifest
-from ..sites import Predicate, Selection, Site, framework, selection
+from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manifest, write_manifest
+from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
 from .schedule import Schedule
 from .writer import Batch, Writer
@@ -77,36 +78,38 @@ def record(
     >>> with record(folder, net, sites="conv", measures=["channel-norm"]) as recording:
     ...     with recording.batch(samples=["a.jpg", "b.jpg"], epoch=0):
     ...         net(torch.ones(2, 1, 5, 5)).sum().backward()
-    >>> import undertow.run
-    >>> undertow.run.Run(folder).table("channel_norm").select(["name", "site"]).to_pylist()
+    >>> import undertow as ut
+    >>> ut.Run(folder).table("channel_norm").select(["name", "site"]).to_pylist()
     [{'name': 'a.jpg', 'site': '0'}, {'name': 'b.jpg', 'site': '0'}]
     """
-    for what, word, known in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
-        if word not in known:
-            raise InputError(f"{what} {word!r} is not understood (known: {', '.join(known)})")
+    for option, word, choices in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
+        if word not in choices:
+            raise InputError(f"{option} {word!r} is not understood (known: {', '.join(choices)})")
     every = 32 if diagnose is True else diagnose or 0
-    for what, value, least in (("group", group, 1), ("diagnose", every, 0)):
+    for option, value, least in (("group", group, 1), ("diagnose", every, 0)):
         if not isinstance(value, int) or value < least:
-            raise InputError(f"{what}={value!r} must be a whole number of at least {least}")
+            raise InputError(f"{option}={value!r} must be a whole number of at least {least}")
     if every and phase == "forward":
         raise InputError('diagnose needs gradients; record with phase="backward" or "both"')
     arrow()
-    asked = selection(sites)
-    frame = framework(model)
-    asked.candidates(frame.parts(model))
-    listed = resolve(measures)
-    rank, world_size = frame.world()
+    chosen = selection(sites)
+    recorder = recorder_of(model)
+    chosen.candidates(recorder.named_modules(model))
+    resolved = resolve(measures)
+    rank, world_size = recorder.world()
     settings = {
         "phase": phase,
-        "schedule": None if schedule is None else schedule.settings(),
-        "measures": [measure.settings() for measure in listed],
+        "schedule": None if schedule is None else schedule.to_dict(),
+        "measures": [measure.to_dict() for measure in resolved],
         "objective": objective,
         "source": source,
         "loss_reduction": loss_reduction,
         "world_size": world_size,
         "diagnose": int(every),
     }
-    return Recording(Path(folder), model, asked, listed, schedule, scaler, settings, reference, rank, group)
+    return Recording(
+        Path(folder), model, recorder, chosen, resolved, schedule, scaler, settings, reference, rank, group
+    )
 
 
 @dataclass
@@ -121,6 +124,7 @@ class Recording:
 
     folder: Path
     model: Any
+    recorder: Recorder
     selection: Selection
     measures: Sequence[Measure]
     schedule: Schedule | None
@@ -132,7 +136,6 @@ class Recording:
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
-        self._frame = framework(self.model)
         self._counted: dict[int, int] = {}
         self._seen: set[tuple[int, int]] = set()
         self._reached: set[str] = set()
@@ -145,11 +148,11 @@ class Recording:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone(self.folder, self.rank))
-            self._parts = self._frame.parts(self.model)
+            stack.enter_context(_locked(self.folder, self.rank))
+            self._named_modules = self.recorder.named_modules(self.model)
             self.manifest = self._begin()
             names = self.manifest["sites"]["names"]
-            self._choose(names or self.selection.candidates(self._parts))
+            self._choose(names or self.selection.candidates(self._named_modules))
             self._done = _on_disk(self.folder, self.rank)
             diagnose = bool(self.settings["diagnose"])
             self._writer = Writer(self.folder, self.measures, self.rank, self.group, diagnose)
@@ -203,7 +206,7 @@ class Recording:
             return
         watched = self.model if self._is_watched(number) else None
         phases = frozenset(PHASES[self.settings["phase"]])
-        probe = self._frame.Probe(self._modules, self.measures, phases, self.scaler, watched)
+        probe = self.recorder.new_probe(self._modules, self.measures, phases, self.scaler, watched)
         self._open = True
         try:
             with probe:
@@ -246,7 +249,7 @@ class Recording:
         every = self.settings["diagnose"]
         return bool(every) and number % every == 0
 
-    def _take(self, probe: Any, names: list[str] | None, epoch: int, number: int) -> None:
+    def _take(self, probe: Probe, names: list[str] | None, epoch: int, number: int) -> None:
         """Hand a batch over to the writer."""
         self._settle_sites(list(probe.order))
         self._reached.update(probe.order)
@@ -255,10 +258,10 @@ class Recording:
         self._views.update(probe.views)
         self._warn_of_scale(probe.unscaled)
         facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
-        points = probe.points(self._names)
-        landing = self._frame.Landing(probe, points)
+        points = probe.diagnosis_points(self._names)
+        transfer = probe.transfer(points)
         assert self._writer is not None
-        self._writer.put(Batch(epoch, number, names, self._names, facts, probe.scale, points, landing))
+        self._writer.put(Batch(epoch, number, names, self._names, facts, probe.scale, points, transfer))
         self.batches += 1
 
     def _warn_of_scale(self, unscaled: bool) -> None:
@@ -274,14 +277,14 @@ class Recording:
         """Resolve slices, and put the sites in order, by the first batch that called any of them."""
         if self.manifest["sites"]["names"] or not order:
             return
-        self._choose(self.selection.chosen(self._parts, order))
+        self._choose(self.selection.chosen(self._named_modules, order))
         self.manifest["sites"] = {"select": self.selection.text, "names": self._names, "order": "execution"}
         if self.rank == 0:
             write_manifest(self.folder, self.manifest)
 
     def _choose(self, names: list[str]) -> None:
         self._names, wanted = names, set(names)
-        self._modules = {part.name: part.module for part in self._parts if part.name in wanted}
+        self._modules = {named.name: named.module for named in self._named_modules if named.name in wanted}
 
     def _clear_tensors(self) -> None:
         """Remove tensors half written by a killed process; among several processes, others may be writing now."""
@@ -295,7 +298,7 @@ class Recording:
             "format": FORMAT,
             "finished": False,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "model": {"reference": self.reference, **self._frame.identity(self.model)},
+            "model": {"reference": self.reference, **self.recorder.identity(self.model)},
             "sites": {"select": self.selection.text, "names": [], "order": None},
             **self.settings,
             "tables": {measure.table: columns_of(measure) for measure in self.measures}
@@ -305,9 +308,9 @@ class Recording:
         try:
             write_manifest(self.folder, manifest, new=True)
         except FileExistsError:
-            kept = read_manifest(self.folder)
-            _refuse_others(self.folder, kept, manifest)
-            return kept
+            before = read_manifest(self.folder)
+            _refuse_others(self.folder, before, manifest)
+            return before
         return manifest
 
     def _finish_writing(self) -> None:
@@ -368,11 +371,11 @@ def as_names(samples: Any) -> list[str]:
 
 def _listed(reasons: dict[str, str]) -> str:
     """Join names by their reason, the first few of each."""
-    said = []
+    groups = []
     for reason in dict.fromkeys(reasons.values()):
         names = [name or "(model)" for name, why in reasons.items() if why == reason]
-        said.append(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {reason}")
-    return "; ".join(said)
+        groups.append(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {reason}")
+    return "; ".join(groups)
 
 
 def _on_disk(folder: Path, rank: int) -> set[tuple[int, int]]:
@@ -385,7 +388,7 @@ def _on_disk(folder: Path, rank: int) -> set[tuple[int, int]]:
 
 
 @contextmanager
-def _alone(folder: Path, rank: int) -> Iterator[None]:
+def _locked(folder: Path, rank: int) -> Iterator[None]:
     """Keep another process from recording into the same folder under the same rank; ends with the process.
 
     Raises:
@@ -410,25 +413,25 @@ def _refuse_strangers(folder: Path) -> None:
     Raises:
         RunError: it does.
     """
-    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if held and "manifest.json" not in held:
-        raise RunError(f"{folder} holds {held[0]} and is no run; choose another folder")
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if files and "manifest.json" not in files:
+        raise RunError(f"{folder} holds {files[0]} and is no run; choose another folder")
 
 
-def _refuse_others(folder: Path, kept: dict[str, Any], asked: dict[str, Any]) -> None:
+def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse a run that is finished, or of another network or settings.
 
     Raises:
         RunError: with the first difference.
     """
     facts = ["class", "structure_sha256"]
-    if kept["model"]["mode"] == "evaluation" or asked["model"]["mode"] == "evaluation":
+    if "evaluation" in (before["model"]["mode"], now["model"]["mode"]):
         facts += ["mode", "weights_sha256"]
-    pairs = [(f"model {fact}", kept["model"][fact], asked["model"][fact]) for fact in facts]
-    pairs += [("sites", kept["sites"]["select"], asked["sites"]["select"])]
-    pairs += [(name, kept[name], asked[name]) for name in (*_SETTINGS, "tables")]
-    for name, before, now in pairs:
-        if before != now:
-            raise RunError(f"{folder} is a run with {name} {before!r}, not {now!r}; choose another folder")
-    if kept["finished"]:
+    pairs = [(f"model {fact}", before["model"][fact], now["model"][fact]) for fact in facts]
+    pairs += [("sites", before["sites"]["select"], now["sites"]["select"])]
+    pairs += [(name, before[name], now[name]) for name in (*_SETTINGS, "tables")]
+    for name, recorded, asked in pairs:
+        if recorded != asked:
+            raise RunError(f"{folder} is a run with {name} {recorded!r}, not {asked!r}; choose another folder")
+    if before["finished"]:
         raise RunError(f"{folder} is a finished run; choose another folder, or read it with Run({str(folder)!r})")

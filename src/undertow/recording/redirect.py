@@ -1,12 +1,11 @@
 """The verb: change the gradient where it passes some modules, and let what was made of it flow on."""
 
-import importlib
 from collections.abc import Callable, Mapping
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self, final
 
 from ..errors import InputError
-from ..frameworks.base import backend_of
+from ..frameworks.base import Redirector, capability, framework_of
 
 Change = Callable[[Any], Any]
 
@@ -47,21 +46,21 @@ class redirect:
     """
 
     def __init__(self, model: Any, sites: Mapping[str, Change]) -> None:
-        self._work = _of_model(model).Redirected(model, sites)
+        self._redirected = _redirector(model).redirected(model, sites)
 
     def __enter__(self) -> Self:
-        self._work.__enter__()
+        self._redirected.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._work.__exit__(kind, error, traceback)
+        self._redirected.__exit__(kind, error, traceback)
 
     @property
     def changed(self) -> dict[str, int]:
         """How many gradients were changed so far, by the name of the site."""
-        return dict(self._work.changed)
+        return dict(self._redirected.changed)
 
     @staticmethod
     def scale(factor: float) -> Change:
@@ -74,7 +73,7 @@ class redirect:
     @staticmethod
     def zero() -> Change:
         """Return a function that lets nothing flow on."""
-        return lambda g: _of_tensor(g).zero(g)
+        return lambda g: _redirector(g).zero(g)
 
     @staticmethod
     def clip(norm: float) -> Change:
@@ -85,7 +84,7 @@ class redirect:
         """
         if not norm > 0:
             raise InputError(f"norm is {norm}; it must be positive (redirect.zero() lets nothing flow on)")
-        return lambda g: _of_tensor(g).clip(g, norm)
+        return lambda g: _redirector(g).clip(g, norm)
 
     @staticmethod
     def noise(std: float, seed: int = 0) -> Change:
@@ -100,25 +99,18 @@ class redirect:
         """
         if not std >= 0:
             raise InputError(f"std is {std}; it must not be negative")
-        made: list[Change] = []
+        of_framework: list[Change] = []  # chosen by the first gradient
 
         def noise(g: Any) -> Any:
-            if not made:
-                made.append(_of_tensor(g).noisy(std, seed))
-            return made[0](g)
+            if not of_framework:
+                of_framework.append(_redirector(g).noisy(std, seed))
+            return of_framework[0](g)
 
         return noise
 
 
-def _of_model(model: Any) -> ModuleType:
-    try:
-        return _of_tensor(model)
-    except InputError as error:
-        raise InputError(f"model is a {type(model).__name__}; redirect works at the parts of an nn.Module") from error
-
-
-def _of_tensor(value: Any) -> ModuleType:
-    package = backend_of(value).__name__  # type: ignore[attr-defined]
-    if package.endswith(".keras"):
-        raise InputError("redirect works on PyTorch networks alone; a tf.custom_gradient does the same in Keras")
-    return importlib.import_module(".redirect", package)
+def _redirector(value: Any) -> Redirector:
+    framework = framework_of(value)
+    if framework is None:
+        raise InputError(f"model is a {type(value).__name__}; redirect works at the parts of an nn.Module")
+    return capability(framework, "inspect.redirect")

@@ -49,7 +49,7 @@ class Schedule:
             return False
         return batch % self.every == 0 and (self.first is None or batch // self.every < self.first)
 
-    def settings(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain data for the manifest."""
         asked = self._asked()
         return {**asdict(self), "epoch": None if asked is None else sorted(asked)}

@@ -1,6 +1,5 @@
 """The verb: one pass of a network, taken apart into its module calls."""
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,15 +7,15 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..errors import InputError, near
-from ..frameworks.base import Backend, backend_of
-from ..frameworks.inside import DIFFERS, NO_FORMULA, WRONG, Call, Checked
+from ..errors import InputError, did_you_mean
+from ..frameworks.base import as_numpy, capability, framework_of_input
+from ..frameworks.results import DIFFERS, NO_FORMULA, WRONG, Call, Checked
 
-FEW = 8  # tensors of at most so many elements are printed in full
+PRINTED_IN_FULL = 8  # tensors of at most so many elements are printed in full
 
 
 @dataclass(frozen=True)
-class Row:
+class CallRow:
     """One module call in numbers; norms are ℓ2, None where nothing made that gradient.
 
     Attributes:
@@ -73,13 +72,15 @@ class Trace(Sequence[Call]):
         if not isinstance(key, str | tuple):
             return self.calls[key]
         name, number = key if isinstance(key, tuple) else (key, None)
-        found = [call for call in self.calls if call.name == name and number in (None, call.call)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise InputError(f"{name!r} was called {len(found)} times; take one, as in trace[{name!r}, 0]")
+        calls = [call for call in self.calls if call.name == name and number in (None, call.call)]
+        if len(calls) == 1:
+            return calls[0]
+        if calls:
+            raise InputError(f"{name!r} was called {len(calls)} times; take one, as in trace[{name!r}, 0]")
         which = "" if number is None else f", {number}"
-        raise InputError(f"no call {name!r}{which} among {len(self)}{near(str(name), {c.name for c in self.calls})}")
+        raise InputError(
+            f"no call {name!r}{which} among {len(self)}{did_you_mean(str(name), {c.name for c in self.calls})}"
+        )
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -89,23 +90,23 @@ class Trace(Sequence[Call]):
         """The custom autograd functions whose backward is not the derivative of their forward."""
         return tuple(checked for checked in self.functions if checked.status == WRONG)
 
-    def table(self) -> list[Row]:
+    def table(self) -> list[CallRow]:
         """Return one row for each call: shapes, norms, and what the closed formula says."""
         return [_row(call) for call in self.calls]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the table and what was found beside it, ready for JSON; NaN and infinity become strings."""
-        found = {
+        plain = {
             "calls": [asdict(row) for row in self.table()],
             "functions": [asdict(checked) for checked in self.functions],
             "unreached": list(self.unreached),
         }
-        return _finite(found)  # type: ignore[no-any-return]
+        return _finite(plain)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         """Return the table as text; numbers to four digits below each call of a small network."""
         lines = _aligned([_HEADINGS, *(_cells(row) for row in self.table())])
-        if all(_size(t) <= FEW for call in self.calls for t in _shown(call).values() if t is not None):
+        if all(_size(t) <= PRINTED_IN_FULL for call in self.calls for t in _shown(call).values() if t is not None):
             numbers = [_numbers(call) for call in self.calls]
             lines = [lines[0], *(line for row, more in zip(lines[1:], numbers, strict=True) for line in [row, *more])]
         return "\n".join([*lines, *_remarks(self)])
@@ -153,18 +154,12 @@ def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
-    inside = importlib.import_module(".trace", _package(backend_of(inputs[0]))).trace(model, inputs, gradient)
-    return Trace(inside.calls, inside.functions, inside.unreached)
+    traced = capability(framework_of_input(inputs[0], model), "inspect.trace").trace(model, inputs, gradient)
+    return Trace(traced.calls, traced.functions, traced.unreached)
 
 
-def _package(backend: Backend) -> str:
-    if backend.__name__.endswith(".keras"):  # type: ignore[attr-defined]
-        raise InputError("trace reads PyTorch networks alone; for Keras there are explain and record")
-    return backend.__name__  # type: ignore[attr-defined, no-any-return]
-
-
-def _row(call: Call) -> Row:
-    return Row(
+def _row(call: Call) -> CallRow:
+    return CallRow(
         name=call.name,
         kind=call.kind,
         call=call.call,
@@ -188,7 +183,7 @@ def _shape(tensors: tuple[Any, ...]) -> tuple[int, ...] | None:
 
 
 def _norm(tensor: Any) -> float | None:
-    return None if tensor is None else float(np.linalg.norm(backend_of(tensor).to_numpy(tensor).astype(np.float64)))
+    return None if tensor is None else float(np.linalg.norm(as_numpy(tensor).astype(np.float64)))
 
 
 def _size(tensor: Any) -> int:
@@ -198,7 +193,7 @@ def _size(tensor: Any) -> int:
 _HEADINGS = ("name", "kind", "call", "input", "output", "|g| in", "|g| out", "parameters", "formula")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: CallRow) -> tuple[str, ...]:
     shapes = ("x".join(map(str, shape)) if shape is not None else "" for shape in (row.input_shape, row.output_shape))
     norms = (_short(norm) for norm in (row.input_gradient, row.output_gradient))
     parameters = " ".join(f"{name} {_short(norm)}" for name, norm in row.parameter_gradients.items())
@@ -226,9 +221,9 @@ def _shown(call: Call) -> dict[str, Any]:
         "gradient by input": call.input_gradients,
     }
     several = {
-        word if len(tensors) == 1 else f"{word} {place}": tensor
+        word if len(tensors) == 1 else f"{word} {i}": tensor
         for word, tensors in named.items()
-        for place, tensor in enumerate(tensors)
+        for i, tensor in enumerate(tensors)
     }
     return several | {f"gradient by {name}": g for name, g in call.parameter_gradients.items()}
 
@@ -238,8 +233,7 @@ def _numbers(call: Call) -> list[str]:
 
 
 def _digits(tensor: Any) -> str:
-    array = backend_of(tensor).to_numpy(tensor)
-    return np.array2string(array, precision=4, suppress_small=True, separator=", ").replace("\n", "")
+    return np.array2string(as_numpy(tensor), precision=4, suppress_small=True, separator=", ").replace("\n", "")
 
 
 def _remarks(trace: Trace) -> Iterator[str]:
@@ -248,17 +242,17 @@ def _remarks(trace: Trace) -> Iterator[str]:
             yield f"no gradients at {call.name or '(model)'} (call {call.call}): {call.note}"
         for part, difference in call.formula.items():
             if not difference.equal:
-                place = f"{call.name or '(model)'} (call {call.call}), gradient by {part}"
-                yield f"DIFFERS from its closed formula: {place}, by up to {_short(difference.largest)}"
+                where = f"{call.name or '(model)'} (call {call.call}), gradient by {part}"
+                yield f"DIFFERS from its closed formula: {where}, by up to {_short(difference.largest)}"
     for checked in trace.functions:
-        place = f"{checked.function} in {checked.name or '(model)'} (call {checked.call})"
+        where = f"{checked.function} in {checked.name or '(model)'} (call {checked.call})"
         if checked.status == WRONG:
             yield (
-                f"WRONG backward: {place}, {checked.reason}: "
+                f"WRONG backward: {where}, {checked.reason}: "
                 f"{_short(checked.backward)} where finite differences give {_short(checked.differences)}"
             )
         else:
-            yield f"backward {checked.status}: {place}{': ' * bool(checked.reason)}{checked.reason}"
+            yield f"backward {checked.status}: {where}{': ' * bool(checked.reason)}{checked.reason}"
     if trace.unreached:
         yield f"not called: {', '.join(trace.unreached)}"
 

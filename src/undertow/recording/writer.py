@@ -2,27 +2,26 @@
 
 import hashlib
 import json
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
 from ..files import readable
+from ..frameworks.base import HostTransfer
+from ..frameworks.results import Observation
 from ..measures import Columns, Measure
-from ..run import COMMITTED, KEYS, SITE_KEYS, TABLES, appearing, settle, write_tensor
-from .group import SITE, Group, write
+from ..runs.format import COMMITTED, KEYS, SITE_KEYS, TABLES, appearing, sync_folder, write_tensor
+from .group import SITE, BatchGroup, write
 
-_WAITING = 4
-_HELD_BYTES = 16 << 20
-_AT_MOST_BYTES = 64 << 20
-_AT_MOST_SECONDS = 10.0
+_QUEUED_HANDOVERS = 4
+_HANDOVER_BYTES = 16 << 20
+_GROUP_BYTES = 64 << 20
+_GROUP_SECONDS = 10.0
 
 
 @dataclass
@@ -36,12 +35,12 @@ class Batch:
     facts: dict[str, Any]
     scale: Any
     points: Sequence[Any]
-    landing: Any
+    transfer: HostTransfer
 
 
 @dataclass
-class _Bunch:
-    """Batches for the thread, whether to publish them, and when it is done with them."""
+class _Handover:
+    """Batches for the thread, whether to publish them, and the event that it sets when it is done with them."""
 
     batches: list[Batch]
     publish: bool
@@ -51,12 +50,12 @@ class _Bunch:
 class Writer:
     """A thread with a bounded queue. Its first error stops it, and is raised by the next `check`, `put` or `close`.
 
-    Batches are handed over in bunches: a thread that wakes for each competes with the training for the interpreter, and
-    costs it several times its own work.
+    Batches are handed over several at a time: a thread that wakes for each competes with the training for the
+    interpreter, and costs it several times its own work.
 
     Args:
         folder: of the run.
-        measures: in the order in which each reading has its states.
+        measures: in the order in which each observation has its states.
         rank: of the process, part of the names of its files.
         group: how many batches are published together at most; fewer where the first has waited for 10 seconds, or at
             64 MiB.
@@ -69,35 +68,35 @@ class Writer:
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
         self._names = [*TABLES, *(measure.table for measure in measures), *(["diagnosis"] if diagnose else [])]
         self._number = _clear_uncommitted(folder, rank, self._names)
-        self._tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
-        self._gathered = Group(measures)
+        self._with_tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
+        self._pending = BatchGroup(measures)
         self._held: list[Batch] = []
         self._unpublished = self._weight = 0
         self._since = 0.0
         self.committed = 0
         self._error: BaseException | None = None
-        self._queue: queue.Queue[_Bunch | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[_Handover | None] = queue.Queue(_QUEUED_HANDOVERS)
         self._thread = threading.Thread(target=self._run, name="undertow-writer", daemon=True)
         self._thread.start()
 
     def put(self, batch: Batch) -> None:
-        """Keep a batch for the next bunch; waits where the thread is behind."""
+        """Add a batch to the next handover; waits where the thread is behind."""
         self.check()
         self._since = self._since if self._unpublished else time.monotonic()
         self._held.append(batch)
         self._unpublished += 1
-        self._weight += batch.landing.nbytes
-        publish = self._unpublished >= self.group or time.monotonic() - self._since > _AT_MOST_SECONDS
-        if publish or self._weight >= _HELD_BYTES:
+        self._weight += batch.transfer.nbytes
+        publish = self._unpublished >= self.group or time.monotonic() - self._since > _GROUP_SECONDS
+        if publish or self._weight >= _HANDOVER_BYTES:
             self._hand_over(publish)
 
-    def _hand_over(self, publish: bool) -> _Bunch:
-        bunch = _Bunch(self._held, publish, threading.Event())
+    def _hand_over(self, publish: bool) -> _Handover:
+        handover = _Handover(self._held, publish, threading.Event())
         self._held, self._weight = [], 0
         if publish:
             self._unpublished = 0
-        self._queue.put(bunch)
-        return bunch
+        self._queue.put(handover)
+        return handover
 
     def flush(self) -> None:
         """Publish all that was put here, and wait until it lies on the disk."""
@@ -131,40 +130,44 @@ class Writer:
             ) from self._error
 
     def _run(self) -> None:
-        _give_way()
-        while (bunch := self._queue.get()) is not None:
+        while (handover := self._queue.get()) is not None:
             try:
-                self._take(bunch)
+                self._take(handover)
             except BaseException as error:  # whatever it was, the user's thread must hear of it
                 self._error = error
-                self._gathered = Group(self.measures)
-            bunch.done.set()
-            bunch = None  # batches must not live on while the thread waits
+                self._pending = BatchGroup(self.measures)
+            handover.done.set()
+            handover = None  # batches must not live on while the thread waits
 
-    def _take(self, bunch: _Bunch) -> None:
-        while self._error is None and bunch.batches:
-            self._add(bunch.batches.pop(0))
-            if self._gathered.nbytes >= _AT_MOST_BYTES:
+    def _take(self, handover: _Handover) -> None:
+        while self._error is None and handover.batches:
+            self._add(handover.batches.pop(0))
+            if self._pending.nbytes >= _GROUP_BYTES:
                 self._publish()
-        if self._error is None and bunch.publish:
+        if self._error is None and handover.publish:
             self._publish()
 
     def _add(self, batch: Batch) -> None:
-        """Gather what a batch left; the order of readings does not depend on the backward pass's."""
-        place = {name: i for i, name in enumerate(batch.sites)}
-        readings = [reading for reading in batch.landing.wait() if reading.site in place]
-        readings.sort(key=lambda r: (r.phase, place[r.site], r.call, r.repeat, r.output))
-        size = len(batch.names) if batch.names is not None else max((reading.size for reading in readings), default=0)
+        """Finish what the measures saw of a batch, and add it; the order does not depend on the backward pass's."""
+        position = {name: i for i, name in enumerate(batch.sites)}
+        observations = [o for o in batch.transfer.wait() if o.key.site in position]
+        observations.sort(key=lambda o: (o.key.phase, position[o.key.site], o.key.call, o.repeat, o.key.output))
+        size = len(batch.names) if batch.names is not None else max((o.size for o in observations), default=0)
         names = [None] * size if batch.names is None else _storable(batch.names)
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
         row = {**keys, **batch.facts, "size": size, "scale": scale}
-        self._gathered.begin(row, names, [{**keys, **point.row()} for point in batch.points])
-        for r in readings:
-            site = (*keys.values(), r.site, r.call, r.output, r.phase, r.repeat, r.dtype)
-            for n in self._tensors:
-                r.columns[n].update(self._filed(self.measures[n], r.columns[n], site, batch))
-            self._gathered.add(site, r.size, r.columns)
+        self._pending.begin(row, names, [{**keys, **point.row()} for point in batch.points])
+        for o in observations:
+            site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
+            self._pending.add(site, o.size, self._finished(o, site, batch))
+
+    def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
+        """Return each measure's columns, with the names of files in the place of tensors."""
+        blocks = [m.finish(state) for m, state in zip(self.measures, observation.states, strict=True)]
+        for n in self._with_tensors:
+            blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch))
+        return blocks
 
     def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch) -> Columns:
         """Write the tensors of a block into files and return their names in their places."""
@@ -180,42 +183,32 @@ class Writer:
     def _file(self, site: Mapping[str, Any], sample: int | None, array: Any, batch: Batch) -> str:
         """Write one tensor; the file is named after its sample or batch and its site, and after a digest of both."""
         facts = {key: site[key] for key in (*KEYS, *SITE_KEYS)}
-        label, named = f"epoch{batch.epoch}-batch{batch.batch}", batch.names or []
+        label, names = f"epoch{batch.epoch}-batch{batch.batch}", batch.names or []
         if sample is not None:
             facts |= {"sample": sample}
-            label = named[sample] if sample < len(named) else f"{label}-sample{sample}"
-            named = [label]
+            label = names[sample] if sample < len(names) else f"{label}-sample{sample}"
+            names = [label]
         digest = hashlib.sha256(json.dumps([facts, label]).encode()).hexdigest()[:16]
         name = f"{readable(label)}-{readable(site['site'] or 'model')}-{site['phase']}-{digest}.safetensors"
         texts = {key: str(value) for key, value in facts.items()}
-        write_tensor(self.folder / "tensors" / name, array, site["dtype"], {**texts, "names": json.dumps(list(named))})
+        write_tensor(self.folder / "tensors" / name, array, site["dtype"], {**texts, "names": json.dumps(list(names))})
         return name
 
     def _publish(self) -> None:
         """Let the parts of a group appear, the table that makes them count last."""
-        if not self._gathered.batches:
+        if not len(self._pending):
             return
         name = f"part-{self.rank:03d}-{self._number:06d}.parquet"
-        for table, rows in self._gathered.tables():
+        for table, rows in self._pending.tables():
             if table == COMMITTED:
                 for folder in (*(self.folder / other for other in self._names), self.folder / "tensors", self.folder):
-                    settle(folder)
+                    sync_folder(folder)
             with appearing(self.folder / table / name) as aside:
                 write(rows, aside)
-        settle(self.folder / COMMITTED)
-        self.committed += self._gathered.batches
+        sync_folder(self.folder / COMMITTED)
+        self.committed += len(self._pending)
         self._number += 1
-        self._gathered = Group(self.measures)
-
-
-def _give_way() -> None:
-    """Let this thread run where the training leaves a processor free: where it does not, all of its threads would wait.
-
-    Linux alone knows a priority of one thread. Whoever waits for this one, for its lock or its queue, leaves one free.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._pending = BatchGroup(self.measures)
 
 
 def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:

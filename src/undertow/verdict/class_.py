@@ -64,7 +64,7 @@ def answer(
     level = LEVELS.get(null.place(value, signed), WEAK)
     rows = [{"class": i, "name": names[i], "role": roles[i], **alike[i]} for i in alike]
     gradient = [likeness(plain[0], values)["spearman"] for values in plain[1:]]
-    numbers = {"classes": rows, "correlation": signed, "gradient": _median(gradient), "null": null.facts()}
+    numbers = {"classes": rows, "correlation": signed, "gradient": _median(gradient), "null": null.to_dict()}
     first = next(iter(alike))
     return Answer(
         value, numbers, level, _sentence(level, value, alike[first], names[first], names[target]), DEFINITION, SOURCE

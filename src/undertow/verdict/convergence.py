@@ -64,7 +64,7 @@ def answer(gradients: Mapping[str, Array], at_input: Array, samples: int, seed: 
     null = flipped(at_input, 10 * samples, seed)
     level = {"high": NO, "low": YES}.get(null.place(value), WEAK)
     depths = [{"layer": name, "cosine": mean_cosine(g)} for name, g in reversed(list(gradients.items()))]
-    numbers = {"depths": depths, "directions": len(at_input), "null": null.facts()}
+    numbers = {"depths": depths, "directions": len(at_input), "null": null.to_dict()}
     return Answer(value, numbers, level, _sentence(level, value), DEFINITION, SOURCE)
 
 

@@ -46,7 +46,7 @@ class Curve:
             return 1 - 2 * area(self.deletion)
         return area(self.insertion) - area(self.deletion)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the curves and their areas, ready for JSON."""
         facts: dict[str, Any] = {"deletion": self.deletion, "deletion_area": area(self.deletion)}
         if self.insertion:
@@ -157,7 +157,7 @@ def _facts(found: Mapping[str, Curve]) -> dict[str, Any]:
         np.mean([c.deletion for c in random], 0).tolist(),
         np.mean([c.insertion for c in random], 0).tolist() if random[0].insertion else [],
     )
-    return {"map": found["map"].facts(), "edges": found["edges"].facts(), "random": mean.facts()}
+    return {"map": found["map"].to_dict(), "edges": found["edges"].to_dict(), "random": mean.to_dict()}
 
 
 def _sentence(level: str, value: float, numbers: dict[str, Any]) -> str:

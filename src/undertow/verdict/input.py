@@ -50,7 +50,7 @@ def answer(values: Array, image: Array, samples: int, seed: int) -> Answer:
         "edges": value,
         "edges_ssim": ssim(magnitudes, steep),
         "image": correlation(np.mean(values, 0), np.mean(image, 0)),
-        "null": null.facts(),
+        "null": null.to_dict(),
     }
     return Answer(value, numbers, level, _sentence(level, value), DEFINITION, SOURCE)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..attribution import estimators
 from ..attribution.explain import explain
 from ..errors import InputError, ModelError, TargetError
-from ..frameworks.base import Backend, Request
+from ..frameworks.base import Arrays, Inspector, Request
 from ..rules import Rule, resolve
 from . import class_, convergence, faithfulness, input, stability, weights
 from .null import Null
@@ -48,11 +48,12 @@ class Judge:
         x: the image as the framework's tensor, `(1, C, H, W)`; `image` is the same as NumPy, `(C, H, W)`.
         explainer: from a model, images `(n, C, H, W)` and their n class ids to maps `(n, C, H, W)` or `(n, H, W)`; None
             where a map was given and nothing can make another.
-        each: how often an image goes forward and backward for one map.
+        passes_per_map: how often an image goes forward and backward for one map.
         advance: called with the number of passes done.
     """
 
-    backend: Backend
+    arrays: Arrays
+    inspector: Inspector
     model: Any
     x: Any
     target: int
@@ -61,12 +62,12 @@ class Judge:
     seed: int
     samples: int
     explainer: Explainer | None = None
-    each: int = 1
+    passes_per_map: int = 1
     advance: Callable[[int], object] = lambda _: None
     passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
 
     def __post_init__(self) -> None:
-        self.image: npt.NDArray[np.float32] = self.backend.to_numpy(self.x)[0].astype(np.float32)
+        self.image: npt.NDArray[np.float32] = self.arrays.to_numpy(self.x)[0].astype(np.float32)
 
     def name(self, class_id: int) -> str:
         """Name a class."""
@@ -87,9 +88,9 @@ class Judge:
         for start in range(0, len(images), TOGETHER):
             some = images[start : start + TOGETHER]
             told = list(ids[start : start + TOGETHER])
-            made = make(self.model if model is None else model, self.backend.like(some, self.x), told)
+            made = make(self.model if model is None else model, self.arrays.like(some, self.x), told)
             found += list(as_maps(made, len(some), self.image.shape[-2:]))
-            self.count("backward", len(some) * (1 if explainer else self.each))
+            self.count("backward", len(some) * (1 if explainer else self.passes_per_map))
         return found
 
     def target_scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -97,7 +98,7 @@ class Judge:
         found = []
         for start in range(0, len(images), TOGETHER):
             some = images[start : start + TOGETHER]
-            found.append(self.backend.scores(self.model, self.backend.like(some, self.x))[:, self.target])
+            found.append(self.inspector.scores(self.model, self.arrays.like(some, self.x))[:, self.target])
             self.count("forward", len(some))
         return np.concatenate(found).astype(np.float64)
 
@@ -114,18 +115,18 @@ class Judge:
         return class_.answer(original, maps, roles, names, self.target, null, plain)
 
     def ask_weights(self, original: Array, null: Null) -> Answer:
-        """Draw layers anew, from the top down and one at a time."""
-        layers = self.backend.layers(self.model, self.x)
+        """Initialise layers anew, from the top down and one at a time."""
+        layers = self.inspector.layers(self.model, self.x)
         self.count("forward", 1)
         if not layers:
-            raise InputError("the model is a plain function or has no layers that could be drawn anew")
+            raise InputError("the model is a plain function or has no layers that could be initialised anew")
         steps = weights.cascade(layers)
-        cascaded = [(names[-1], len(names), self._redrawn(names)) for names in steps]
-        single = [(names[-1], len(names), self._redrawn(names[-1:])) for names in steps]
+        cascaded = [(names[-1], len(names), self._reinitialized(names)) for names in steps]
+        single = [(names[-1], len(names), self._reinitialized(names[-1:])) for names in steps]
         return weights.answer(original, cascaded, single, len(layers), null)
 
-    def _redrawn(self, names: list[str]) -> Array:
-        twin = self.backend.redrawn(self.model, names, self.seed)
+    def _reinitialized(self, names: list[str]) -> Array:
+        twin = self.inspector.reinitialized(self.model, names, self.seed)
         return self.maps(self.image[None], [self.target], model=twin)[0]
 
     def ask_input(self, original: Array) -> Answer:
@@ -146,13 +147,13 @@ class Judge:
         """Send random directions back; where a map ends at a layer, to that layer."""
         name, function = resolve(rule)
         request = Request(self.model, (self.x,), function, name, None, "graph", "relu-like", False)
-        every = self.backend.layers(self.model, self.x)
+        every = self.inspector.layers(self.model, self.x)
         self.count("forward", 1)
         chosen = np.unique(np.linspace(0, len(every) - 1, min(convergence.DEPTHS, len(every))).round().astype(int))
         only = estimator.layer if estimator.kind == "grad-cam" else ""
         names = [only] if only else [every[i] for i in chosen]
         drawn = np.random.default_rng(self.seed).standard_normal((convergence.DIRECTIONS, self.scores.size))
-        seen = self.backend.inside(request, names, drawn.astype(np.float32))
+        seen = self.inspector.layer_gradients(request, names, drawn.astype(np.float32))
         self.count("backward", convergence.DIRECTIONS)
         gradients = {at: g[0] for at, g in seen.gradients.items()}
         return convergence.answer(gradients, gradients.get(only, seen.at_input[0]), self.samples, self.seed)
@@ -196,13 +197,13 @@ def checked_target(target: Any, scores: Array) -> int:
 def cost(judge: Judge, plain: bool) -> Cost:
     """Count the passes of a whole verdict, and estimate their time by two of each kind."""
     classes = len(class_.others(judge.scores, judge.target, judge.seed))
-    steps = len(weights.cascade(judge.backend.layers(judge.model, judge.x)))
+    steps = len(weights.cascade(judge.inspector.layers(judge.model, judge.x)))
     maps = 1 + classes + 2 * steps + stability.DRAWS
     beside = 0 if plain else 1 + classes
-    backward = judge.each * maps + beside + convergence.DIRECTIONS
+    backward = judge.passes_per_map * maps + beside + convergence.DIRECTIONS
     forward = 3 + faithfulness.images(judge.samples)
     gradient_map(judge.model, judge.x, [judge.target])  # the first pass of a process is slow
-    one_forward = _seconds(lambda: judge.backend.scores(judge.model, judge.x))
+    one_forward = _seconds(lambda: judge.inspector.scores(judge.model, judge.x))
     one_backward = _seconds(lambda: gradient_map(judge.model, judge.x, [judge.target]))
     return Cost(forward, backward, forward * one_forward + backward * one_backward)
 

@@ -38,7 +38,7 @@ class Marks:
         """
         return HIGH if value >= self.half else LOW if value <= self.unrelated else BETWEEN
 
-    def facts(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float]:
         """Return both, ready for JSON."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
@@ -148,6 +148,6 @@ class Null:
         places = {self.spearman.place(spearman), self.correlation.place(correlation)}
         return places.pop() if len(places) == 1 else BETWEEN
 
-    def facts(self) -> dict[str, dict[str, float]]:
+    def to_dict(self) -> dict[str, dict[str, float]]:
         """Return what `place` goes by, ready for JSON."""
-        return {"spearman": self.spearman.facts(), "correlation": self.correlation.facts()}
+        return {"spearman": self.spearman.to_dict(), "correlation": self.correlation.to_dict()}

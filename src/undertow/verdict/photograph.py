@@ -1,6 +1,5 @@
 """One photograph through one classifier and before the six questions, for each rule and estimator; and its files."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import images
+from ..classifier import Classifier
 from ..errors import FrameworkError
-from ..files import published, readable
-from ..frameworks.base import load
-from ..models import Classifier
+from ..files import readable
+from ..photographs import batch_of, batch_of_file, facts_of, result_folder
 from ..show import verdict as show
 from .judge import Cost
 from .result import Verdict
@@ -44,7 +43,7 @@ def label(rule: str, estimator: str) -> str:
     return rule if estimator == "gradient" else f"{rule} {estimator}"
 
 
-def ask_for(rules: Sequence[str], estimators: Sequence[str]) -> list[tuple[str, str]]:
+def pairs_of(rules: Sequence[str], estimators: Sequence[str]) -> list[tuple[str, str]]:
     """Pair every rule with every estimator."""
     return [(rule, estimator) for estimator in estimators for rule in rules]
 
@@ -55,7 +54,7 @@ def cost_of(classifier: Classifier, path: Path, pairs: Sequence[tuple[str, str]]
     Raises:
         PhotographError, InputError, ModelError: as `trust_photograph`.
     """
-    x = load("torch").batch([classifier.preprocessing.array(images.read(path))], device)
+    x = batch_of_file(classifier, path, device)
     costs = [trust.cost(classifier.module, x, rule=r, estimator=e, samples=samples) for r, e in pairs]
     return Cost(sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.seconds for c in costs))
 
@@ -75,7 +74,7 @@ def trust_photograph(
 
     Args:
         classifier: whose module is on `device`.
-        pairs: of rule and estimator, as `ask_for` gives them.
+        pairs: of rule and estimator, as `pairs_of` gives them.
         target: a class id; None is the predicted one.
         seed, samples, advance: as `undertow.trust`.
 
@@ -83,10 +82,10 @@ def trust_photograph(
         PhotographError, ModelError, TargetError, RuleError, InputError: as `images.read` and `undertow.trust` say.
     """
     photograph = images.read(path)
-    x = load("torch").batch([classifier.preprocessing.array(photograph)], device)
+    x = batch_of(classifier, photograph, device)
     verdicts = {}
     for rule, estimator in pairs:
-        found = trust(
+        verdicts[label(rule, estimator)] = trust(
             classifier.module,
             x,
             rule=rule,
@@ -97,7 +96,6 @@ def trust_photograph(
             samples=samples,
             advance=advance,
         )
-        verdicts[label(rule, estimator)] = found
     return Judged(path, classifier.preprocessing.view(photograph), verdicts)
 
 
@@ -106,25 +104,15 @@ def write(judged: Judged, classifier: Classifier, folder: Path) -> dict[str, Any
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verdict.json").unlink(missing_ok=True)
-    files, notes = [], []
-    for name, verdict in judged.verdicts.items():
-        path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
-        try:
-            assert verdict.values is not None  # a fresh verdict holds its map
-            files.append(show.figure(judged.view, verdict.values, verdict.facts(), path).name)
-        except FrameworkError as error:
-            notes = [str(error)]
-    result = {
-        "photograph": str(judged.path),
-        "model": classifier.reference,
-        "weights": classifier.weights,
-        "weights_sha256": classifier.weights_sha256,
-        "verdicts": {name: verdict.facts() for name, verdict in judged.verdicts.items()},
-        "notes": notes,
-        "files": files,
-    }
-    with published(folder / "verdict.json") as aside:
-        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with result_folder(folder, "verdict.json") as result:
+        files, notes = [], []
+        for name, verdict in judged.verdicts.items():
+            path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
+            try:
+                assert verdict.values is not None  # a fresh verdict holds its map
+                files.append(show.figure(judged.view, verdict.values, verdict.to_dict(), path).name)
+            except FrameworkError as error:
+                notes = [str(error)]
+        verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}
+        result |= {**facts_of(judged.path, classifier), "verdicts": verdicts, "notes": notes, "files": files}
     return result

@@ -59,7 +59,7 @@ class Verdict:
     seconds: float = 0.0
     values: npt.NDArray[Any] | None = field(default=None, repr=False, compare=False)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all but the map, ready for JSON."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("answers", "values")}
         return {**plain, "answers": {name: asdict(answer) for name, answer in self.answers.items()}}

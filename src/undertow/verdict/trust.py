@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..attribution import estimators
 from ..attribution.explain import explain
 from ..errors import InputError, UndertowError
-from ..frameworks.base import backend_of
+from ..frameworks.base import capability, framework_of_input
 from ..rules import Rule, resolve
 from .judge import Cost, Explainer, Judge, as_maps, checked_target
 from .judge import cost as cost_of
@@ -190,20 +190,22 @@ def _judge(
     samples: int,
     advance: Callable[[int], object],
     explainer: Explainer | None,
-    each: int,
+    passes_per_map: int,
 ) -> Judge:
-    backend = backend_of(x, model)
+    framework = framework_of_input(x, model)
+    inspector = capability(framework, "inspect.layers")
     shape = tuple(x.shape)
     if len(shape) != 4 or shape[0] != 1:
         raise InputError(f"x has shape {shape}; a verdict is about one image, (1, C, H, W): pass image[None] of each")
     if samples < SAMPLES:
         raise InputError(f"samples={samples} are too few: {SAMPLES} are the fewest that can tell at 5 %")
-    scores = backend.scores(model, x)[0]
+    scores = inspector.scores(model, x)[0]
     chosen = checked_target(target, scores)
     if names is not None and len(names) != len(scores):
         raise InputError(f"there are {len(names)} names for {len(scores)} classes")
     advance(1)
-    return Judge(backend, model, x, chosen, scores, names, seed, samples, explainer, each, advance)
+    arrays = capability(framework, "arrays")
+    return Judge(arrays, inspector, model, x, chosen, scores, names, seed, samples, explainer, passes_per_map, advance)
 
 
 def _verdict(

@@ -63,7 +63,7 @@ def answer(
         "layers": layers,
         "cascade": down,
         "single": alone,
-        "null": null.facts(),
+        "null": null.to_dict(),
     }
     return Answer(value, numbers, level, _sentence(level, numbers), DEFINITION, SOURCE)
 

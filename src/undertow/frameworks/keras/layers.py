@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from ...errors import ModelError
-from ...sites import Part
+from ..base import NamedModule
 from .calls import refuse_other_backends
 
 _POOLS = tuple(
@@ -31,7 +31,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 _RELUS = (keras.activations.relu, keras.activations.relu6, keras.activations.leaky_relu)
 
 
-def parts(model: Any) -> list[Part]:
+def named_modules(model: Any) -> list[NamedModule]:
     """List every layer that can be a site, in the order of definition, each once with all its names.
 
     A name is the path of layer names, with dots: "backbone.conv1". The network's own name is not part of it.
@@ -46,8 +46,8 @@ def parts(model: Any) -> list[Part]:
     names: dict[int, tuple[Any, list[str]]] = {}
     for name, layer in _within(model, ""):
         names.setdefault(id(layer), (layer, []))[1].append(name)
-    found = [Part(tuple(called), _kind(layer), _types(layer), layer) for layer, called in names.values()]
-    return found or [Part(("",), _kind(model), _types(model), model)]
+    named = [NamedModule(tuple(own), _kind(layer), _types(layer), layer) for layer, own in names.values()]
+    return named or [NamedModule(("",), _kind(model), _types(model), model)]
 
 
 def _within(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -80,8 +80,8 @@ def identity(model: Any) -> dict[str, Any]:
     A frozen network (`trainable=False`) counts as one in evaluation: going on with its run takes the same weights.
     """
     digest = hashlib.sha256()
-    for part in parts(model):
-        digest.update(f"{part.name}\0{part.types[0]}\0".encode())
+    for named in named_modules(model):
+        digest.update(f"{named.name}\0{named.types[0]}\0".encode())
     for variable in model.weights:
         digest.update(f"{variable.name}\0{tuple(variable.shape)}\0{variable.dtype}\0".encode())
     return {

@@ -8,28 +8,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import InputError, ModelError, TargetError
-from ..base import Request
 from ..targets import top
+from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return the module or function behind `torch.compile`: a compiled call is one node without activations."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-        if inner is None:
-            return model
+    while (inner := compiled_from(model)) is not None:
         model = inner
+    return model
 
 
 def eager(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return what calls a model without its compiled form, one that `model.compile()` made in place included."""
     model = uncompiled(model)
-    if isinstance(model, nn.Module) and getattr(model, "_compiled_call_impl", None) is not None:
-        return model._call_impl
-    return model
+    return eager_call(model) if isinstance(model, nn.Module) else model
 
 
 def module_of(model: Any) -> nn.Module | None:
@@ -59,26 +54,24 @@ def refuse_training(model: Callable[..., Any]) -> None:
 
 
 def _in_training(module: nn.Module) -> Iterator[nn.Module]:
-    stack: list[nn.Module | None] = [module]  # Module.modules() takes longer than a small network's forward pass
+    stack = [module]  # Module.modules() takes longer than a small network's forward pass
     while stack:
         current = stack.pop()
-        if current is not None:
-            if current.training:
-                yield current
-            stack.extend(current._modules.values())
+        if current.training:
+            yield current
+        stack.extend(current.children())
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
-    norms = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU)
-    return isinstance(module, norms) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
+    return isinstance(module, (NORM, DROPOUT, nn.RReLU)) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
 
 
 @contextmanager
-def untouched(request: Request) -> Iterator[None]:
+def unchanged(model: Callable[..., Any], inputs: Sequence[torch.Tensor], training: bool) -> Iterator[None]:
     """Put back what a forward pass may change: the random state and, in training mode, the buffers."""
-    module = module_of(request.model)
-    buffers = [(b, b.detach().clone()) for b in module.buffers()] if request.training and module is not None else []
-    devices = {x.device for x in request.inputs if x.device.type == "cuda"}
+    module = module_of(model)
+    buffers = [(b, b.detach().clone()) for b in module.buffers()] if training and module is not None else []
+    devices = {x.device for x in inputs if x.device.type == "cuda"}
     on_cpu = torch.get_rng_state()
     on_gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
     try:
@@ -136,16 +129,16 @@ def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch
     return scores
 
 
-def overwrites_a_view(call: Callable[..., Any], request: Request) -> bool:
+def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
     """Whether the model applies an activation in place to a view: autograd folds that call out of sight.
 
     The node that autograd leaves (CopySlices) looks the same for any in-place call, so the model is run once more.
     """
-    watch = _InPlaceOnViews()
-    _, fed = leaves(request.inputs)
-    with watch:
+    mode = _InPlaceOnViews()
+    _, fed = leaves(inputs)
+    with mode:
         call(*fed)
-    return watch.seen
+    return mode.seen
 
 
 class _InPlaceOnViews(TorchDispatchMode):
@@ -164,7 +157,7 @@ class _InPlaceOnViews(TorchDispatchMode):
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in self.names and args[0]._is_view():
+        if func._schema.name in self.names and is_view(args[0]):
             self.seen = True
         return func(*args, **(kwargs or {}))
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.autograd.graph import Node
 
+from .internals import function_class, saved
 
-class Kind(enum.Enum):
+
+class NodeKind(enum.Enum):
     """What a node did in the forward pass, as far as a rule is concerned."""
 
     RELU = "a ReLU-like activation"
@@ -23,13 +25,15 @@ class Kind(enum.Enum):
 SMOOTH = ("Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish")
 _MAX_POOLS = (("", "WithIndices"), ("Adaptive", ""), ("Fractional", ""), ("Mkldnn", ""))
 _KINDS = {
-    **dict.fromkeys(("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Threshold"), Kind.RELU),
-    **dict.fromkeys(SMOOTH, Kind.SMOOTH),
+    **dict.fromkeys(("Relu", "Hardtanh", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Threshold"), NodeKind.RELU),
+    **dict.fromkeys(SMOOTH, NodeKind.SMOOTH),
     **dict.fromkeys(
         (f"{kind}MaxPool{n}D{how}" for n in (2, 3) for kind, how in _MAX_POOLS),
-        Kind.SWITCH,
+        NodeKind.SWITCH,
     ),
-    **dict.fromkeys(("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Glu", "Hardshrink", "Softshrink"), Kind.OTHER),
+    **dict.fromkeys(
+        ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Glu", "Hardshrink", "Softshrink"), NodeKind.OTHER
+    ),
 }
 _JUDGED_ONE_BY_ONE = frozenset(("Clamp", "ClampMin", "Maximum", "CopySlices", "CudnnRnn"))
 
@@ -46,25 +50,25 @@ HIDDEN = {
     "run it under torch.backends.cudnn.flags(enabled=False)",
 }
 
-_known: dict[type, Kind | None] = {}  # by the type of a C++ node: those types are built in and few
+_KIND_OF_TYPE: dict[type, NodeKind | None] = {}  # of C++ nodes, whose types are built in and few
 
 
 def name_of(node: Node) -> str:
     """Return what a node is called in reports: its class, or the user's autograd.Function."""
-    forward = getattr(type(node), "_forward_cls", None)
-    if forward is not None:
-        return str(forward.__name__)
+    function = function_class(node)
+    if function is not None:
+        return function.__name__
     return node.name().rpartition("::")[2]
 
 
-def walk(root: Node) -> Iterator[tuple[Node, Kind]]:
+def nodes_behind(root: Node) -> Iterator[tuple[Node, NodeKind]]:
     """Yield every node behind `root` that is of some kind, each once."""
     seen = {root}
     stack = [root]
     while stack:
         node = stack.pop()
-        kind = _known.get(type(node), Kind.OPAQUE)
-        if kind is Kind.OPAQUE:
+        kind = _KIND_OF_TYPE.get(type(node), NodeKind.OPAQUE)
+        if kind is NodeKind.OPAQUE:
             kind = _classify(node)
         if kind is not None:
             yield node, kind
@@ -80,31 +84,31 @@ def hidden_reason(node: Node) -> str:
     return next(reason for part, reason in HIDDEN.items() if part in name)
 
 
-def _classify(node: Node) -> Kind | None:
+def _classify(node: Node) -> NodeKind | None:
     name = name_of(node)
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # Python: its class must not be kept alive
-        return Kind.HIDDEN if any(part in name for part in HIDDEN) else Kind.OPAQUE
+        return NodeKind.HIDDEN if any(part in name for part in HIDDEN) else NodeKind.OPAQUE
     if "DifferentiableGraph" in name:
-        return Kind.HIDDEN
+        return NodeKind.HIDDEN
     if type(node).__name__ == "CppFunction":
-        return Kind.OPAQUE if "CppNode" in node.name() else None
+        return NodeKind.OPAQUE if "CppNode" in node.name() else None
     stem = re.sub(r"Backward\d*$", "", name)
     if stem in _JUDGED_ONE_BY_ONE:
         return _judge(stem, node)
-    return _known.setdefault(type(node), _KINDS.get(stem))
+    return _KIND_OF_TYPE.setdefault(type(node), _KINDS.get(stem))
 
 
-def _judge(stem: str, node: Any) -> Kind | None:
+def _judge(stem: str, node: Any) -> NodeKind | None:
     """Judge by what the node saved where the name alone does not tell."""
     if stem == "CopySlices":  # two inputs: an assignment; one: any in-place call, decided by watching the forward
-        return Kind.HIDDEN if len(node.next_functions) == 1 else None
+        return NodeKind.HIDDEN if len(node.next_functions) == 1 else None
     if stem == "CudnnRnn":
-        return Kind.HIDDEN if node._saved_mode == 0 else None
+        return NodeKind.HIDDEN if saved(node, "mode") == 0 else None
     if stem == "Maximum":
         constants = [i for i, (behind, _) in enumerate(node.next_functions) if behind is None]
-        saved = (node._saved_self, node._saved_other)
-        return Kind.RELU if constants and not saved[constants[0]].any() else None
-    return Kind.RELU if _is_zero(node._saved_min) else Kind.OTHER
+        operands = (saved(node, "self"), saved(node, "other"))
+        return NodeKind.RELU if constants and not operands[constants[0]].any() else None
+    return NodeKind.RELU if _is_zero(saved(node, "min")) else NodeKind.OTHER
 
 
 def _is_zero(bound: Any) -> bool:

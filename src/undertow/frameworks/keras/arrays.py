@@ -1,0 +1,54 @@
+"""Tensors to and from NumPy, and the devices that they are on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from ...errors import InputError
+
+
+def to_numpy(tensor: Any) -> npt.NDArray[Any]:
+    """Copy a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32."""
+    if tensor.dtype == tf.bfloat16:
+        tensor = tf.cast(tensor, tf.float32)
+    return np.array(tensor)
+
+
+def like(array: npt.NDArray[Any], x: Any) -> Any:
+    """Make an array what `x` is, a tensor or an array, of its dtype."""
+    if isinstance(x, np.ndarray):
+        return array.astype(x.dtype)
+    return tf.cast(tf.constant(array), x.dtype)
+
+
+def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
+    """Stack arrays `(C, H, W)` into a batch, `(B, H, W, C)` where that is how Keras has its images, on a device."""
+    stacked = np.stack(arrays)
+    if keras.config.image_data_format() == "channels_last":
+        stacked = np.moveaxis(stacked, 1, -1)
+    with tf.device(device):
+        return tf.constant(stacked)
+
+
+def device(name: str) -> str:
+    """Return the device that a name means, as TensorFlow has it; "auto" is the fastest one there is.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    there = {entry.name.removeprefix("/physical_device:").lower() for entry in tf.config.list_physical_devices()}
+    if name == "auto":
+        return "gpu:0" if "gpu:0" in there else "cpu:0"
+    kind, _, number = name.lower().replace("cuda", "gpu").partition(":")
+    full = f"{kind}:{number or 0}"
+    if full not in there:
+        raise InputError(f"device {name!r} cannot be used here; use --device auto or cpu")
+    return full
+
+
+def move(model: Any, device: str) -> None:
+    """Leave a network where it is: TensorFlow fetches variables to the device that computes."""

@@ -1,0 +1,268 @@
+"""How a rule gets at the activations of one traced graph: each gets a gradient function of its own, before the backward
+pass is built into the same graph.
+
+TensorFlow asks an operation itself for its gradient function before it looks the type up, which is what
+`tf.Graph.gradient_override_map` makes use of. The map speaks for all operations of a type, and before the forward pass
+is known; here the forward pass has been read by then. Whatever is counted is counted by those functions when TensorFlow
+calls them, so only what lies between the scores and the inputs counts, and a function that is never called is missed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.framework import ops as framework_ops
+from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
+
+from ....errors import RuleError
+from ....rules import Rule, relu
+from ...base import Request
+from ...results import RewiringStats
+from .patterns import SMOOTH, Activation, OpKind, activations
+
+relu.register(tf.Tensor, tf.nn.relu)
+
+WANTED = {"relu-like": frozenset((OpKind.RELU,)), "all": frozenset((OpKind.RELU, OpKind.SMOOTH))}
+CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+HIDDEN = {
+    **dict.fromkeys(
+        ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"),
+        "a loop or a branch keeps its body in a graph of its own; unroll it (RNN layers: unroll=True)",
+    ),
+    **dict.fromkeys(
+        ("PyFunc", "EagerPyFunc", "PyFuncStateless"),
+        "tf.py_function runs Python that no graph shows; write it with TensorFlow operations",
+    ),
+    "recompute_grad": "tf.recompute_grad and keras.RematScope run a part of the network once more, out of sight, for "
+    "its gradient; leave them out",
+}
+
+
+class Rewiring:
+    """A rule on the activations of one graph, and the account of what it met on the way from scores to inputs.
+
+    Args:
+        request: whose rule, and whose choice of activations.
+        mark: what the names of operations have in them that make up an activation which follows the rule by itself.
+    """
+
+    def __init__(self, request: Request, mark: str | None = None) -> None:
+        self.request = request
+        self.stats = RewiringStats()
+        self.missed: list[str] = []
+        self._mark = mark
+        self._counted: set[Any] = set()
+        self._given: list[Any] = []
+
+    def attach(self, ops: Sequence[Any], inputs: Sequence[Any]) -> None:
+        """Give every operation that a rule cares about its own gradient function.
+
+        Args:
+            ops: of the forward pass, in the order in which they were made.
+            inputs: the tensors that the network is a function of.
+        """
+        for op in ops:
+            if op.type in HIDDEN:
+                self._give(op, self._refuse(op.type, HIDDEN[op.type]))
+            elif op.type in CALLS:
+                self._give(op, self._see_into)
+        for activation in activations(ops, inputs):
+            self._meet(activation)
+
+    def settle(self) -> None:
+        """Look back when the backward pass is built, and take the gradient functions off: they know rule and model.
+
+        Raises:
+            RuleError: an activation was missed, or there was nothing to rewire.
+        """
+        for op in self._given:
+            op._gradient_function = None
+        if self.missed:
+            listed = ", ".join(self.missed[:5]) + (", ..." if len(self.missed) > 5 else "")
+            raise RuleError(
+                f"through={self.request.through!r} sees layers alone and missed {len(self.missed)} activation call(s): "
+                f"{listed}; through='graph' sees them all"
+            )
+        if not self.stats.rewired:
+            raise RuleError(self._nothing_rewired())
+
+    def _meet(self, activation: Activation) -> None:
+        root, own = activation.root, {op: _own_gradient(op) for op in activation.ops}
+        if self._mark is not None and self._mark in root.name:
+            if activation.kind is OpKind.OPAQUE:
+                self._give(root, self._noted(own[root], self._count_rewired))
+        elif activation.kind is OpKind.OPAQUE and _recomputes(root):
+            self._give(root, self._refuse(root.name, HIDDEN["recompute_grad"]))
+        elif activation.kind not in WANTED[self.request.activations]:
+            self._give(root, self._noted(own[root], lambda: self._count_left_alone(activation)))
+        elif self._mark is not None:
+            self._give(root, self._noted(own[root], lambda: self.missed.append(root.name)))
+        else:
+            self._rewire(activation, own)
+
+    def _give(self, op: Any, gradient: Any) -> None:
+        op._gradient_function = gradient
+        self._given.append(op)
+
+    def _rewire(self, activation: Activation, own: dict[Any, Any]) -> None:
+        """Let the last operation's gradient be the rule's, and hand that through to the activation's input."""
+        path = _path(activation)
+        root, place = path[0]
+
+        def gradient(op: Any, g: Any, *others: Any) -> Any:
+            self._once(op, self._count_rewired)
+            return _only(op, place, apply_rule(self.request.rule, g, lambda h: _local(activation, own, h, others)))
+
+        self._give(root, gradient)
+        for op, index in path[1:]:
+            self._give(op, _handed_through(index))
+
+    def _once(self, op: Any, count: Callable[[], None]) -> None:
+        """Count an operation once, however many targets there are."""
+        if op not in self._counted:
+            self._counted.add(op)
+            count()
+
+    def _noted(self, own: Any, count: Callable[[], None]) -> Any:
+        def gradient(op: Any, *gs: Any) -> Any:
+            self._once(op, count)
+            return own(op, *gs)
+
+        return gradient
+
+    def _count_rewired(self) -> None:
+        self.stats.rewired += 1
+
+    def _count_left_alone(self, activation: Activation) -> None:
+        if activation.kind is OpKind.SWITCH:
+            self.stats.switches += 1
+            return
+        seen = self.stats.opaque if activation.kind is OpKind.OPAQUE else self.stats.skipped
+        seen[activation.name] = seen.get(activation.name, 0) + 1
+
+    def _refuse(self, what: str, reason: str) -> Any:
+        def gradient(op: Any, *gs: Any) -> Any:
+            raise RuleError(f"rule {self.request.rule_name!r} cannot see into {what}: {reason}")
+
+        return gradient
+
+    def _see_into(self, call: Any, *gs: Any) -> Any:
+        """Differentiate a call of a nested `tf.function` or a SavedModel: its body, once more and in sight."""
+        inputs, outputs, ops = _opened(call)
+        self.attach(ops, inputs)
+        pairs = [(y, g) for y, g in zip(outputs, gs, strict=True) if g is not None and y.dtype.is_floating]
+        wanted = [x for x in inputs if x.dtype.is_floating]
+        found = iter(tf.gradients([y for y, _ in pairs], wanted, [g for _, g in pairs]) if pairs and wanted else ())
+        return [next(found, None) if x.dtype.is_floating else None for x in inputs]
+
+    def _nothing_rewired(self) -> str:
+        met = {**self.stats.skipped, **self.stats.opaque}
+        listed = ", ".join(f"{name} x{count}" for name, count in sorted(met.items())) or "none"
+        smooth = self.request.activations != "all" and any(name in SMOOTH for name in met)
+        remedies = ["activations='all' takes the smooth ones too"] if smooth else []
+        remedies += ["no rule reaches into a tf.custom_gradient"] if self.stats.opaque else []
+        remedies += ["rule='gradient' needs none"]
+        return (
+            f"rule {self.request.rule_name!r} found no activation to rewire between the input and the scores "
+            f"(met: {listed}); {'; '.join(remedies)}"
+        )
+
+
+def _handed_through(index: int) -> Any:
+    return lambda op, g, *_: _only(op, index, g)
+
+
+def _only(op: Any, place: int, g: Any) -> Any:
+    """Return a gradient for one of an operation's inputs and none for the others."""
+    return [g if i == place else None for i in range(len(op.inputs))] if len(op.inputs) > 1 else g
+
+
+def _path(activation: Activation) -> list[tuple[Any, int]]:
+    """Return operations from the activation's output to its input, each with the place of the next one's tensor."""
+
+    def down(op: Any) -> Iterator[list[tuple[Any, int]]]:
+        for place, tensor in enumerate(op.inputs):
+            if tensor is activation.x:
+                yield [(op, place)]
+        for place, tensor in enumerate(op.inputs):
+            if tensor.op in activation.ops:
+                for rest in down(tensor.op):
+                    yield [(op, place), *rest]
+
+    return next(down(activation.root))
+
+
+def _local(activation: Activation, own: dict[Any, Any], h: Any, others: Sequence[Any]) -> Any:
+    """Return the activation's own backward, `f'(x) * h`, by the chain rule over its operations."""
+    arrived: dict[Any, Any] = {activation.root.outputs[0].ref(): h}
+    for op in reversed(activation.ops):
+        g = arrived.get(op.outputs[0].ref())
+        if g is None:
+            continue
+        given = own[op](op, g, *(others if op is activation.root else ()))
+        for tensor, part in zip(op.inputs, given if isinstance(given, tuple | list) else [given], strict=True):
+            if part is not None:
+                ref = tensor.ref()
+                arrived[ref] = arrived[ref] + part if ref in arrived else part
+    return arrived[activation.x.ref()]
+
+
+def apply_rule(rule: Rule, g: Any, local: Callable[[Any], Any]) -> Any:
+    """Return `rule(g, local)`.
+
+    Raises:
+        RuleError: the rule gave no tensor of the shape and dtype of `g`, or gave `local` none.
+    """
+
+    def asked(h: Any) -> Any:
+        return local(_checked(rule, "gave local", h, g))
+
+    return _checked(rule, "returned", rule(g, asked), g)
+
+
+def _checked(rule: Rule, did: str, new: Any, g: Any) -> Any:
+    if isinstance(new, tf.Tensor) and new.shape == g.shape and new.dtype == g.dtype:
+        return new
+    what = f"{tuple(new.shape)} {new.dtype.name}" if isinstance(new, tf.Tensor) else f"a {type(new).__name__}"
+    name = getattr(rule, "__name__", type(rule).__name__)
+    raise RuleError(f"rule {name!r} {did} {what} where the gradient is {tuple(g.shape)} {g.dtype.name}")
+
+
+def _own_gradient(op: Any) -> Any:
+    """Return the gradient function that TensorFlow has for an operation."""
+    return framework_ops.get_gradient_function(op)
+
+
+def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Lay a called function's body out in the graph at hand; return its inputs, its outputs and its operations."""
+    body = _body(call)
+    entries = [tf.identity(x) if x.dtype.is_floating else x for x in call.inputs]
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    definition = body.as_graph_def()
+    for node in definition.node:
+        node.attr.pop("_class", None)  # colocated with operations of the graph that the body was called from
+    outputs = tf.graph_util.import_graph_def(
+        definition,
+        input_map={inside.name: entry for inside, entry in zip(body.inputs, entries, strict=True)},
+        return_elements=[y.name for y in body.outputs],
+        name="opened",
+    )
+    return entries, list(outputs), graph.get_operations()[before:]
+
+
+def _body(call: Any) -> Any:
+    """Return the graph of the function that an operation calls, from the graph it is in or one around that."""
+    name, graph = call.get_attr("f").name, call.graph
+    while graph is not None:
+        function = graph._get_function(name)
+        if function is not None:
+            return function.graph if hasattr(function, "graph") else function_def_to_graph(function.definition)
+        graph = getattr(graph, "outer_graph", None)
+    raise RuleError(f"cannot see into the call {call.name!r}: its function {name!r} is not at hand; call its body")
+
+
+def _recomputes(op: Any) -> bool:
+    """Whether an operation's custom gradient is that of `tf.recompute_grad`: whose code made what it hands on."""
+    frames = op.inputs[0].op.traceback or ()
+    return any(frame.name == "inner" and frame.filename.endswith("custom_gradient.py") for frame in frames)

@@ -1,0 +1,81 @@
+"""The classical way: a clone of the model in which each activation is a `tf.custom_gradient` version of itself.
+
+The clone has the model's structure and a copy of its weights. It sees what is a layer, or an `activation=` of one; an
+activation called as a function is found in the traced graph afterwards, and is an error rather than a wrong map.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ....errors import RuleError
+from ....rules import Rule
+from ...base import Request
+from .gradients import apply_rule
+
+MARK = "undertow_ruled"  # in the names of the operations that a swapped activation makes
+
+_RELU_LIKE = (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.PReLU)
+_SMOOTH = (keras.layers.ELU,)
+_RELU_FUNCTIONS = ("relu", "relu6", "leaky_relu")
+_SMOOTH_FUNCTIONS = ("elu", "selu", "celu", "softplus", "silu", "gelu", "mish", "hard_silu")
+
+
+def swapped(request: Request) -> Any:
+    """Return a clone of a model whose activations follow a rule.
+
+    Raises:
+        RuleError: the model is none that Keras can clone.
+    """
+    clone = _clone(request.model)
+    both = request.activations == "all"
+    layers = _RELU_LIKE + (_SMOOTH if both else ())
+    names = _RELU_FUNCTIONS + (_SMOOTH_FUNCTIONS if both else ())
+    functions = {getattr(keras.activations, name) for name in names}
+    for layer in clone._flatten_layers():
+        if isinstance(layer, layers):
+            _set(layer, "call", ruled_activation(layer.call, request.rule))
+        elif vars(layer).get("activation") in functions:  # recurrent layers hand on that of their cell
+            layer.activation = ruled_activation(layer.activation, request.rule)
+    return clone
+
+
+def _set(layer: Any, name: str, value: Any) -> None:
+    object.__setattr__(layer, name, value)  # a bound function is no state for Keras to track
+
+
+def _clone(model: Any) -> Any:
+    if not isinstance(model, keras.Model):
+        kind = type(model).__name__
+        raise RuleError(f"through='swap' needs a keras.Model that can be cloned, not a {kind}; use through='graph'")
+    try:
+        clone = keras.models.clone_model(model)
+        if not clone.built:
+            clone.build(model.inputs[0].shape)
+        clone.set_weights(model.get_weights())
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RuleError(f"through='swap' could not clone the model ({reason}); use through='graph'") from error
+    return clone
+
+
+def ruled_activation(activation: Callable[[Any], Any], rule: Rule) -> Callable[..., Any]:
+    """Return an activation whose forward is the given one's and whose backward follows a rule."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def apply(x: Any) -> Any:
+        y = activation(x)
+
+        def backward(g: Any, variables: Any = None) -> Any:
+            result = apply_rule(rule, g, lambda h: tf.gradients(y, x, grad_ys=h)[0])
+            return result if variables is None else (result, [None] * len(variables))
+
+        return y, backward
+
+    def call(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with tf.name_scope(MARK):
+            return apply(inputs)
+
+    return call

@@ -1,0 +1,152 @@
+"""The traced graph of one explanation, forward and backward, and the few that are kept for the next call.
+
+A trace costs seconds where a call costs milliseconds, so the last 32 of Keras models and `tf.function`s are kept: each
+under its model (weakly), the shapes and dtypes of the inputs, the rule and the kind of target. Weights are read when a
+graph runs, so new values count at once. What else a graph depends on is part of the key: the plain attributes of every
+layer. A plain Python function, and a target that is one, can close over anything and are traced for each call.
+"""
+
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ....errors import InputError
+from ....rules import gradient
+from ...base import Request
+from ...results import RewiringStats
+from ..calls import chosen, output_of, refuse_other_shapes
+from .gradients import Rewiring
+from .swap import MARK, swapped
+
+_MOST = 32
+_WRITES = ("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp", "ResourceScatterUpdate")
+_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """One explanation as a graph.
+
+    Attributes:
+        run: takes the inputs, and class ids `(B, K)` int64 where the target is such; returns scores and ids `(B, K)`,
+            then a map `(B, K, ...)` for each input of floating point.
+        classes: how many scores the model gives; None where the target is a function.
+        stats: what the rule met.
+        written: the variables that it may write, which are to be put back.
+    """
+
+    run: Any
+    classes: int | None
+    stats: RewiringStats
+    written: tuple[Any, ...]
+
+
+_kept: OrderedDict[Hashable, tuple[Any, Traced]] = OrderedDict()
+_lock = threading.RLock()  # a model may be collected, and its graphs forgotten, while this thread holds it
+
+
+def traced(request: Request, inputs: Sequence[Any], k: int) -> Traced:
+    """Return the graph of one explanation, from those that are kept where it is among them.
+
+    Args:
+        inputs: eager tensors.
+        k: how many class ids a sample are given; 0 where the target is none, "top:K" or a function.
+
+    Raises:
+        InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
+    """
+    key = _key(request, inputs, k)
+    if key is None:
+        return _trace(request, inputs, k)
+    with _lock:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key][1]
+    made = _trace(request, inputs, k)
+    with _lock:
+        _kept[key] = weakref.ref(request.model, lambda _: _forget(key)), made
+        while len(_kept) > _MOST:
+            _kept.popitem(last=False)
+    return made
+
+
+def _forget(key: Hashable) -> None:
+    with _lock:
+        _kept.pop(key, None)
+
+
+def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
+    """Return what tells one graph from another; None where that cannot be known."""
+    model = request.model
+    is_function = isinstance(model, tf.types.experimental.PolymorphicFunction)
+    if callable(request.target) or not (isinstance(model, keras.Layer) or is_function):
+        return None
+    shapes = tuple((tuple(x.shape), x.dtype.name) for x in inputs)
+    target = k or request.target
+    asked = (request.rule, request.through, request.activations, request.training)
+    return (id(model), _attributes(model) if not is_function else (), shapes, target, *asked)
+
+
+def _attributes(model: Any) -> tuple[Hashable, ...]:
+    """Return the layers and their plain attributes, functions among them: `layer.activation = ...` is another graph."""
+    found: list[Hashable] = []
+    for layer in model._flatten_layers():
+        found.append(weakref.ref(layer))
+        for name, value in vars(layer).items():
+            kind = type(value)
+            if kind in _PLAIN:
+                if name[0] != "_":
+                    found += name, value
+            elif kind is types.FunctionType:
+                found += name, weakref.ref(value)
+    return tuple(found)
+
+
+def _trace(request: Request, inputs: Sequence[Any], k: int) -> Traced:
+    facts: dict[str, Any] = {"stats": RewiringStats()}
+    swap = request.through == "swap" and request.rule is not gradient
+    network = swapped(request) if swap else request.model
+
+    def explained(*given: Any) -> tuple[Any, ...]:
+        sources, ids = given[: len(inputs)], given[len(inputs)] if k else None
+        output = output_of(network, sources, request.training)
+        if not callable(request.target):
+            refuse_other_shapes(output, inputs[0].shape[0])
+            facts["classes"] = output.shape[1]
+        scores, ids, columns = chosen(output, request.target, ids)
+        rewiring = None
+        operations = tf.compat.v1.get_default_graph().get_operations()
+        if request.rule is not gradient:
+            rewiring = Rewiring(request, MARK if swap else None)
+            rewiring.attach(operations, sources)
+        maps = _maps(columns, sources)
+        if rewiring is not None:
+            rewiring.settle()
+            facts["stats"] = rewiring.stats
+        facts["writes"] = any(op.type in _WRITES for op in operations)
+        return scores, tf.zeros((), tf.int64) if ids is None else ids, *maps
+
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
+    specs += [tf.TensorSpec((inputs[0].shape[0], k), tf.int64)] if k else []
+    run = tf.function(explained, autograph=False).get_concrete_function(*specs)
+    written = tuple(run.graph.variables) if facts["writes"] else ()
+    return Traced(run, facts.get("classes"), facts["stats"], written)
+
+
+def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:
+    """Return, for each input of floating point, a map for each target: `(B, K, ...)`."""
+    wanted = [source for source in sources if source.dtype.is_floating]
+    rows = [tf.gradients(scores, wanted, grad_ys=begin) for scores, begin in columns]
+    if all(found is None for found in rows[0]) and len(sources) == 1:
+        raise InputError("the scores do not depend on x by any gradient (tf.stop_gradient, or rounding, on the way)")
+    for place, source in enumerate(sources):
+        if source.dtype.is_floating and rows[0][[s is source for s in wanted].index(True)] is None:
+            raise InputError(f"input {place} does not influence the scores; bind it, as with functools.partial")
+    return [tf.stack([tf.convert_to_tensor(found) for found in maps], 1) for maps in zip(*rows, strict=True)]

@@ -1,0 +1,239 @@
+"""Reads a Keras network while it runs eagerly: a layer's `call` is wrapped for one batch, its output passed on through
+an identity whose backward takes the gradient that arrives.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from ....errors import InputError
+from ....measures import Measure, reduce_all
+from ...results import Observation, TensorKey
+from ..calls import output_of
+from ..layers import named_modules
+
+After = Callable[[str, Any, Any], Any]
+
+
+def visits(model: Any, example: Any) -> dict[str, list[Any]]:
+    """Run the network on an example; return the shapes of the outputs of each layer that was called, in order."""
+    visited: dict[str, list[Any]] = {}
+
+    def after(name: str, layer: Any, output: Any) -> Any:
+        shapes: list[Any] = []
+
+        def add_shape(_: str, tensor: Any) -> Any:
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        _each(output, "", add_shape)
+        visited.setdefault(name, []).append(shapes[0] if len(shapes) == 1 else tuple(shapes))
+        return output
+
+    inputs = example if isinstance(example, tuple) else (example,)
+    with wrapped({named.name: named.module for named in named_modules(model)}, after):
+        output_of(model, [tf.convert_to_tensor(x) for x in inputs])
+    return visited
+
+
+def world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    return 0, 1
+
+
+@contextmanager
+def wrapped(layers: Mapping[str, Any], after: After) -> Iterator[None]:
+    """Let `after(name, layer, output)` see, and replace, what each layer's calls return, inside the context alone."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(_put, layer, vars(layer).get("call"))
+            _put(layer, partial(_called, name, layer, layer.call, after))
+        yield
+
+
+def _called(name: str, layer: Any, call: Callable[..., Any], after: After, /, *args: Any, **kwargs: Any) -> Any:
+    return after(name, layer, call(*args, **kwargs))
+
+
+def _put(layer: Any, call: Any) -> None:
+    """Set or remove a layer's own `call`, past Keras, which would track it as state."""
+    if call is None:
+        vars(layer).pop("call", None)
+    else:
+        vars(layer)["call"] = call
+
+
+def _each(output: Any, key: str, act: Callable[[str, Any], Any]) -> Any:
+    """Return an output with each tensor of floating point replaced; keys are "" for one alone, "0", "1.hidden"."""
+    if isinstance(output, tf.Tensor):
+        return act(key, output) if output.dtype.is_floating else output
+    if isinstance(output, Mapping):
+        kind: Any = type(output)
+        return kind((name, _each(value, _joined(key, name), act)) for name, value in output.items())
+    if isinstance(output, tuple | list):
+        items = [_each(value, _joined(key, i), act) for i, value in enumerate(output)]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return output
+
+
+def _joined(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def new_probe(
+    modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
+) -> "LayerProbe":
+    """Return a probe of layers.
+
+    Raises:
+        InputError: the batch is to be watched for a diagnosis.
+    """
+    if watched is not None:
+        raise InputError("diagnose watches PyTorch networks alone; record a Keras network without it")
+    return LayerProbe(modules, measures, phases, scaler)
+
+
+@dataclass
+class LayerProbe:
+    """Reads the sites of one batch between `with` and its end; layers are wrapped only in between.
+
+    Attributes:
+        observations: in order of arrival.
+        order: the sites in the order in which they first gave an output.
+        arrived: the sites at which a gradient has come.
+        views: none; TensorFlow has no in-place operations on them.
+        unscaled: an output was float16, and there is no scaler.
+        scale: of the `LossScaleOptimizer` when the first gradient came; None without one.
+    """
+
+    modules: Mapping[str, Any]
+    measures: Sequence[Measure]
+    phases: frozenset[str]
+    scaler: Any = None
+    observations: list[Observation] = field(default_factory=list)
+    order: dict[str, None] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
+    views: set[str] = field(default_factory=set)
+    unscaled: bool = False
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        self._calls: dict[str, int] = defaultdict(int)
+        self._repeats: dict[TensorKey, int] = defaultdict(int)
+        self._stack = ExitStack()
+        self._thread = 0
+        self._traced: str | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.get_ident()
+        self._stack.enter_context(wrapped(self.modules, self._take))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread = 0
+        self._stack.close()
+        if self._traced is not None and kind is None:
+            raise InputError(
+                f"layer {self._traced!r} ran in a traced graph (tf.function, fit, predict), where no batch can be told "
+                "from another; run it eagerly: compile(run_eagerly=True), or tf.config.run_functions_eagerly(True)"
+            )
+
+    def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
+        """Return what was seen for a diagnosis: nothing, as yet."""
+        return []
+
+    def transfer(self, points: Sequence[Any]) -> "OnHost":
+        """Hand over what was observed."""
+        return OnHost(self.observations)
+
+    def _take(self, name: str, layer: Any, output: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return output
+        call = self._calls[name]
+        self._calls[name] += 1
+        self.order[name] = None
+        return _each(output, "", lambda position, tensor: self._output(name, call, position, layer, tensor))
+
+    def _output(self, name: str, call: int, position: str, layer: Any, tensor: Any) -> Any:
+        if not hasattr(tensor, "numpy"):  # an error raised here would come out wrapped in Keras's and TensorFlow's
+            self._traced = name if self._traced is None else self._traced
+            return tensor
+        if "forward" in self.phases:
+            self._observe(TensorKey(name, call, position, "forward"), layer, tensor)
+        if "backward" not in self.phases:
+            return tensor
+        self.unscaled |= tensor.dtype == tf.float16 and self.scaler is None
+        passed = _passed_on(tensor, partial(self._arrived, TensorKey(name, call, position, "backward"), layer))
+        if hasattr(tensor, "_keras_logits"):  # Keras's losses go on from these, past the softmax
+            passed._keras_logits = tensor._keras_logits
+        return passed
+
+    def _arrived(self, key: TensorKey, layer: Any, gradient: Any) -> None:
+        if not self._thread:  # the batch is over
+            return
+        self.arrived.add(key.site)
+        self._observe(key, layer, self._unscaled(gradient))
+
+    def _unscaled(self, gradient: Any) -> Any:
+        """Divide by the scale of the loss, in float32 at least."""
+        scale = getattr(self.scaler, "dynamic_scale", None)
+        if scale is None:
+            return gradient
+        if self.scale is None:
+            self.scale = float(scale)
+        wide = gradient if gradient.dtype == tf.float64 else tf.cast(gradient, tf.float32)
+        return wide / self.scale
+
+    def _observe(self, key: TensorKey, layer: Any, tensor: Any) -> None:
+        x = arranged(layer, tensor)
+        repeat = self._repeats[key]
+        self._repeats[key] += 1
+        self.observations.append(Observation(key, repeat, str(x.dtype), len(x), reduce_all(self.measures, x)))
+
+
+def _passed_on(tensor: Any, arrived: Callable[[Any], None]) -> Any:
+    """Return a tensor of the same values, and tell of each gradient that comes back to it."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def passed(inside: Any) -> Any:
+        def backward(g: Any) -> Any:
+            arrived(tf.convert_to_tensor(g))
+            return g
+
+        return tf.identity(inside), backward
+
+    return passed(tensor)
+
+
+def arranged(layer: Any, tensor: Any) -> npt.NDArray[Any]:
+    """Return a layer's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space.
+
+    bfloat16, which NumPy lacks, becomes float32.
+    """
+    x = np.asarray(tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor)
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
+    first = getattr(layer, "data_format", None) or keras.config.image_data_format()
+    return x if first == "channels_first" else np.moveaxis(x, -1, 1)
+
+
+class OnHost:
+    """Observations that are on the host already, as all of TensorFlow's are."""
+
+    def __init__(self, observations: list[Observation]) -> None:
+        self._observations = observations
+        states = (state for observation in observations for state in observation.states)
+        self.nbytes = sum(getattr(array, "nbytes", 8) for state in states for array in state.values())
+
+    def wait(self) -> list[Observation]:
+        """Wait for nothing."""
+        return self._observations

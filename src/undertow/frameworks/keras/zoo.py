@@ -1,0 +1,227 @@
+"""Keras networks that have a name: those of keras.applications, saved ones, and what a person's function returns."""
+
+import os
+import random
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from ...classifier import RANDOM, Classifier, Reference, imagenet_names
+from ...errors import ModelError, near
+from ...images import Preprocessing, one_line, printable
+from ..downloading import downloaded
+from .calls import refuse_other_backends
+from .layers import weights_sha256
+
+_HUB = "https://storage.googleapis.com/tensorflow/keras-applications/"
+
+
+def names() -> list[str]:
+    """Every network of keras.applications."""
+    return [name for name in dir(keras.applications) if name[0].isupper()]
+
+
+def rows(source: str, word: str | None) -> list[Reference]:
+    """The rows of `undertow.models.listing`."""
+    found = []
+    for name in names():
+        there = _is_cached(name)
+        why = "downloaded already" if there else "needs a download"
+        found.append(Reference(f"{source}:{name}", source, "ImageNet", there, why))
+        found.append(Reference(f"{source}:{name}@none", source, RANDOM, True, "nothing to download"))
+    return [row for row in found if not word or word.lower() in row.reference.lower()]
+
+
+def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
+    """Load a classifier of keras.applications ("keras"), or a model that Keras saved ("file").
+
+    Args:
+        name: as `keras.applications` has it, or the path of a .keras file.
+        weights: "" for ImageNet weights, "none" for random ones.
+        file: weights to use instead.
+
+    Raises:
+        ModelError: an unknown name, or weights that cannot be had or do not fit; for a saved model: the file is
+            missing, unreadable, has code in it (a lambda layer) or is no image classifier.
+        FrameworkError: Keras runs on something else than TensorFlow.
+    """
+    return _from_saved(name, file) if source == "file" else _from_applications(name, weights, file)
+
+
+def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
+    """A classifier of keras.applications, its scores before the softmax, with that network's own preprocessing."""
+    refuse_other_backends()
+    if name not in names():
+        hint = near(name, names()) or "; `undertow models keras:` lists them"
+        raise ModelError(f"keras has no classifier '{printable(name)}'{hint}")
+    if choice not in ("", "none", "imagenet"):
+        raise ModelError(f"keras:{name} has no weights '{printable(choice)}'; it has imagenet and none (random)")
+    build = getattr(keras.applications, name)
+    reference = f"keras:{name}" + ("@none" if choice == "none" else "")
+    trained = not file and choice != "none"
+    module = _trained(build, reference) if trained else _random(build)
+    if file:
+        _load_weights(module, file, reference)
+    weights = file.name if file else "ImageNet" if trained else RANDOM
+    return _classifier(reference, module, _preprocessing(build, module), imagenet_names(), weights)
+
+
+def _trained(build: Callable[..., Any], reference: str) -> Any:
+    url = None if _is_cached(build.__name__) else _HUB
+    return downloaded(reference, url, lambda: build(weights="imagenet", classifier_activation=None))
+
+
+def _is_cached(name: str) -> bool:
+    """Whether Keras has downloaded weights of a network before; its files are named nearly as the networks are."""
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    files = (home / "models").glob("*")
+    return any(file.name.replace("_", "").lower().startswith(name.lower()) for file in files)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw random weights from seed 0; Keras draws the seeds of its initialisers from Python's own generator."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _random(build: Callable[..., Any]) -> Any:
+    with seeded():
+        return build(weights=None, classifier_activation=None)
+
+
+def _preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
+    """Learn what the network's own `preprocess_input` does, which is affine in each channel, by asking it."""
+    ask = sys.modules[build.__module__].preprocess_input
+    black, red, white = (
+        ask(np.array(pixel, np.float32).reshape(1, 1, 1, 3)).reshape(3).astype(np.float64)
+        for pixel in ((0, 0, 0), (255, 0, 0), (255, 255, 255))
+    )
+    scale = white - black
+    mean, std = (tuple(float(value) for value in row) for row in (-black / scale, 1 / scale))
+    order = "RGB" if red[0] != black[0] else "BGR"
+    if order == "BGR":
+        mean, std = mean[::-1], std[::-1]
+    return _squares(module, mean=mean, std=std, order=order)
+
+
+def _squares(module: Any, **options: Any) -> Preprocessing:
+    """A centred square of the size that the network takes, its shorter side fitted: Keras's `keep_aspect_ratio`."""
+    shape = module.input_shape[1:3] if keras.config.image_data_format() == "channels_last" else module.input_shape[2:4]
+    height, width = (224 if side is None else int(side) for side in shape)
+    crop = height if height == width else (height, width)
+    return Preprocessing(crop, crop, **options)
+
+
+def _from_saved(reference: str, file: Path | None) -> Classifier:
+    """A model that Keras saved, without running any code in it; a final softmax is taken off, so scores are logits.
+
+    Its preprocessing is a plain scaling of pixels to [0, 1], unless the model's own layers rescale: then it is none.
+    """
+    path = Path(reference).expanduser()
+    refuse_other_backends()
+    name = printable(path)
+    if not path.is_file():
+        raise ModelError(f"no model {name}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise ModelError(f"{name} is no readable .keras file, which is a zip archive; save it with model.save")
+    try:
+        module = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ModelError(f"{name} {_unreadable(error)}") from error
+    if file:
+        _load_weights(module, file, reference)
+    return _completed(reference, module, None, file.name if file else path.name)
+
+
+def _unreadable(error: Exception) -> str:
+    text = one_line(error)
+    if "unsafe" in text or "lambda" in text.lower():
+        return "holds a lambda, which is code and is never run; load it yourself in FILE.py:FUNCTION if you trust it"
+    if "deserialize" in text or "custom" in text.lower():
+        return "holds layers of somebody's own; load it in FILE.py:FUNCTION, where their classes are defined"
+    return f"is no readable .keras file ({text[:120]}); save it with model.save"
+
+
+def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
+    """Complete a Keras model, or a mapping or `Classifier` with one, as for PyTorch.
+
+    Raises:
+        ModelError: the network is no classifier of images, or the parts or weights do not fit.
+    """
+    return _completed(reference, network, file, file.name if file else f"made by {reference}")
+
+
+def _completed(reference: str, made: Any, file: Path | None, weights: str) -> Classifier:
+    if isinstance(made, Classifier):
+        made = {"module": made.module, "preprocessing": made.preprocessing, "classes": made.classes}
+    parts = dict(made) if isinstance(made, Mapping) else {"module": made}
+    module, given, classes = parts.pop("module"), parts.pop("preprocessing", None), parts.pop("classes", None)
+    if parts or not isinstance(module, keras.Model):
+        wrong = f"unknown {', '.join(map(str, parts))}" if parts else type(module).__name__
+        raise ModelError(f"{reference} must return a keras.Model, or a dict with module, preprocessing, classes, not "
+                         f"{wrong}")  # fmt: skip
+    if file:
+        _load_weights(module, file, reference)
+    _without_softmax(module)
+    preprocessing = given if isinstance(given, Preprocessing) else _guessed(reference, module, given)
+    count = _count_classes(reference, module)
+    if classes is not None and len(classes) != count:
+        raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
+    every = [f"class {index}" for index in range(count)] if classes is None else classes
+    rows = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in every)
+    return _classifier(reference, module, preprocessing, rows, weights)
+
+
+def _guessed(reference: str, module: Any, given: Any) -> Preprocessing:
+    if len(getattr(module, "input_shape", None) or ()) != 4:
+        raise ModelError(
+            f"{reference} does not take one batch of images; undertow.explain takes any input, from Python"
+        )
+    if given is not None:
+        return Preprocessing(**dict(given))
+    inside = any(isinstance(layer, keras.layers.Rescaling) for layer in module._flatten_layers())
+    one = (1 / 255,) * 3 if inside else (1.0,) * 3
+    return _squares(module, mean=(0.0,) * 3, std=one)
+
+
+def _without_softmax(module: Any) -> None:
+    """Take a final softmax off: under it the score of a class falls whenever another's rises."""
+    last = module.layers[-1] if module.layers else None
+    if last is not None and getattr(last, "activation", None) is keras.activations.softmax:
+        last.activation = keras.activations.linear
+
+
+def _count_classes(reference: str, module: Any) -> int:
+    shape = getattr(module, "output_shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 2 or not isinstance(shape[1], int):
+        raise ModelError(f"{reference} must give scores of shape (B, classes), not {shape}")
+    return shape[1]
+
+
+def _load_weights(module: Any, file: Path, reference: str) -> None:
+    if not file.is_file() or file.stat().st_size == 0:
+        what = "it is empty" if file.is_file() else "there is no such file"
+        raise ModelError(f"no weights in {printable(file)}: {what}")
+    try:
+        module.load_weights(file)
+    except Exception as error:
+        text = one_line(error)[:160]
+        raise ModelError(f"{printable(file)} does not fit {reference} ({text}); Keras reads .weights.h5") from error
+
+
+def _classifier(
+    reference: str, module: Any, preprocessing: Preprocessing, names: tuple[tuple[str, ...], ...], weights: str
+) -> Classifier:
+    first, others = tuple(row[0] for row in names), tuple(row[1:] for row in names)
+    return Classifier(reference, module, preprocessing, first, weights, weights_sha256(module), others)

@@ -1,0 +1,237 @@
+"""What a framework tells of one pass: plain data, whatever the framework."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+EQUAL, DIFFERS, NO_FORMULA = "equal", "differs", "none"
+END = "E"
+CORRECT, WRONG, UNCHECKED = "correct", "wrong", "not checked"
+
+
+@dataclass
+class RewiringStats:
+    """What a rule met on the way from the scores to the inputs.
+
+    Attributes:
+        rewired: activation calls that the rule acted on.
+        switches: max-poolings.
+        skipped: activations that were left alone, by the name of their node.
+        opaque: autograd functions of the user's own, by name.
+    """
+
+    rewired: int = 0
+    switches: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    opaque: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One explanation as a framework gives it.
+
+    Attributes:
+        maps: for each input its map, or None where it has no gradient.
+        targets: class ids, `(B,)` or `(B, K)`; None where the target was a function.
+        scores: the explained outputs, shape of `targets`.
+        stats: what the rule met.
+        channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
+    """
+
+    maps: tuple[Any, ...]
+    targets: Any
+    scores: Any
+    stats: RewiringStats
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """What one pass left at some layers, as NumPy, by the layer's name.
+
+    Attributes:
+        explanation: of the pass itself, as `explain` gives it, without maps.
+        values: each layer's output, `(B, ...)`.
+        gradients: what flowed back to it under the rule, `(B, K, ...)`, for K targets or directions.
+        at_input: what flowed back to the input, `(B, K, ...)`.
+    """
+
+    explanation: Explanation
+    values: dict[str, npt.NDArray[Any]]
+    gradients: dict[str, npt.NDArray[Any]]
+    at_input: npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKey:
+    """Which tensor was observed.
+
+    Attributes:
+        site: the module's dotted name.
+        call: how often it had been called before in this batch.
+        output: the tensor's position in the output: "" for one alone, "0", "1.hidden".
+        phase: "forward" or "backward".
+    """
+
+    site: str
+    call: int
+    output: str
+    phase: str
+
+
+@dataclass(slots=True)
+class Observation:
+    """One tensor as the measures saw it, on its way from a hook to the writer.
+
+    Attributes:
+        key: which tensor.
+        repeat: how often a gradient had come to it before in this batch.
+        dtype: its own, such as "float32".
+        size: the length of its first axis.
+        states: of each measure, its state: arrays on the tensor's device, NumPy's once they are on the host.
+    """
+
+    key: TensorKey
+    repeat: int
+    dtype: str
+    size: int
+    states: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a gradient lies from the one that a closed formula gives.
+
+    Attributes:
+        largest: the largest absolute difference of an element, in the gradient's own unit.
+        allowed: what rounding may account for in the pass's precision; more than that is no rounding.
+
+    >>> Difference(largest=0.5, allowed=1e-5).equal
+    False
+    """
+
+    largest: float
+    allowed: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether rounding accounts for the difference."""
+        return self.largest <= self.allowed
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one module in one pass. Tensors are the framework's, detached; a gradient that nothing made is None.
+
+    Attributes:
+        name: the module's dotted name; empty for the network itself.
+        kind: its class.
+        call: how often it had been called before in this pass: 0, 1, ...
+        inputs: the tensors it was given, before it could overwrite them; one passed twice is listed once.
+        outputs: the tensors it returned, before a successor could overwrite them.
+        input_gradients: of the objective by each input, by way of this call alone ("backward in").
+        output_gradients: of the objective by each output, by way of all who read it.
+        parameters: the values of its parameters, by name.
+        parameter_gradients: of the objective by each parameter, by way of this call alone; None where it is frozen.
+        formula: for each gradient that a closed formula also gives, how far they lie apart: "input", "weight", "bias".
+        note: why gradients are missing; empty where none is.
+    """
+
+    name: str
+    kind: str
+    call: int
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+    input_gradients: tuple[Any, ...]
+    output_gradients: tuple[Any, ...]
+    parameters: Mapping[str, Any]
+    parameter_gradients: Mapping[str, Any]
+    formula: Mapping[str, Difference] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """ "equal" or "differs" for the closed formulas of all its gradients; "none" where there is none."""
+        if not self.formula:
+            return NO_FORMULA
+        return EQUAL if all(difference.equal for difference in self.formula.values()) else DIFFERS
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether the backward of somebody's own autograd function is the derivative of its forward.
+
+    Attributes:
+        function: the class's name.
+        name, call: the innermost module call that it ran in.
+        status: "correct", "wrong" or "not checked".
+        backward, differences: the derivative along one random direction, by its backward and by central differences;
+            of the direction in which they lay furthest apart. NaN where it was not checked.
+        reason: why it was not checked, or which of its arguments is wrong.
+    """
+
+    function: str
+    name: str
+    call: int
+    status: str
+    backward: float = float("nan")
+    differences: float = float("nan")
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass: its calls in the order in which they began, and the functions of somebody's own that it met."""
+
+    calls: tuple[Call, ...]
+    functions: tuple[Checked, ...]
+    unreached: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a pass looks like from outside one module call, or one joint between several.
+
+    Attributes:
+        name: dotted; with "#0", "#1", ... for a module called several times; the place and the operation for a joint.
+        kind: the module's class, or the operation.
+        gradient: ℓ2 norm of the gradient that its readers send to its outputs.
+        difference: between what all readers send and autograd's total there, relative to the largest absolute value.
+    """
+
+    name: str
+    kind: str
+    gradient: float
+    difference: float
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What one block sends back to another that it reads.
+
+    Attributes:
+        source: the block that is read.
+        target: its reader, from where the gradient comes; "E" for the objective.
+        norm: ℓ2 norm of the gradient that the reader sends to the source's outputs.
+    """
+
+    source: str
+    target: str
+    norm: float
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """One pass as blocks, in order of execution, and edges.
+
+    Attributes:
+        blocks: the inputs first.
+        edges: in the order of their sources, then of their targets.
+        passed_on: calls that made nothing of their own: they gave on what they were given.
+    """
+
+    blocks: tuple[Block, ...]
+    edges: tuple[Carried, ...]
+    passed_on: tuple[str, ...] = ()

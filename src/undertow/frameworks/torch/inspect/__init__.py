@@ -1,0 +1,1 @@
+"""What goes on inside one pass: layers, module calls, blocks, and gradients changed on their way."""

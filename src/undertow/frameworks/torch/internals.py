@@ -1,0 +1,119 @@
+"""Every private name of torch that undertow uses, once, with its reason.
+
+`tests/frameworks/torch/test_internals.py` asks the installed torch for each of them, so that an upgrade which takes one
+away fails there.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees in-place calls on views
+from torch.utils._pytree import tree_flatten as tree_flatten  # nested arguments and outputs, as torch nests them
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+# Base classes without a public name, so that subclasses of users count too.
+CONVOLUTION = nn.modules.conv._ConvNd
+NORM = nn.modules.batchnorm._NormBase
+DROPOUT = nn.modules.dropout._DropoutNd
+
+# Functions called inside a `TorchFunctionMode` that must not see them.
+unseen_by_function_modes = torch._C.DisableTorchFunction
+
+
+def compiled_from(model: Any) -> Any:
+    """Return the module or function that `torch.compile` wrapped; None for anything else."""
+    return getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled, by `torch.compile` or in place by `module.compile()`."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def eager_call(module: nn.Module) -> Callable[..., Any]:
+    """Return what calls a module without the compiled form that `module.compile()` gave it."""
+    return module if getattr(module, "_compiled_call_impl", None) is None else module._call_impl
+
+
+def in_backward_pass() -> bool:
+    """Whether this code runs inside a backward pass: checkpointing calls modules again there."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def current_node() -> Any:
+    """Return the graph node whose backward runs at this moment, or None."""
+    return torch._C._current_autograd_node()
+
+
+def will_execute(node: Any) -> bool:
+    """Whether the backward pass that runs at this moment goes through a node: only the engine knows."""
+    return torch._C._will_engine_execute_node(node)
+
+
+def next_sequence_number() -> int:
+    """Return the number of the next graph node: nodes are numbered as a thread makes them."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def sequence_number(node: Any) -> int:
+    """Return a graph node's number; those that accumulate a parameter's gradient have the largest there are."""
+    return int(node._sequence_nr())
+
+
+def function_class(node: Any) -> type[torch.autograd.Function] | None:
+    """Return the user's `autograd.Function` behind a graph node; None for torch's own nodes."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def saved(node: Any, name: str) -> Any:
+    """Return what a graph node saved of its forward under a name, such as "self" or "min"."""
+    return getattr(node, f"_saved_{name}")
+
+
+class SharedPrehook:
+    """One hook before any number of graph nodes, taken off all of them at once.
+
+    `Node.register_prehook` makes a Python handle for each node, which doubles the cost on a network of small layers.
+    A tensor's dictionary of hooks can serve any node: `Tensor.register_hook` itself works that way.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._holder = torch.empty(0, requires_grad=True)
+        self._hooks = self._holder._backward_hooks = OrderedDict({0: hook})
+
+    def attach(self, node: Any) -> None:
+        """Put the hook before a node."""
+        node._register_hook_dict(self._holder)
+
+    def clear(self) -> None:
+        """Take the hook off every node."""
+        self._hooks.clear()
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view: an in-place operation on one takes the view's hooks out of the graph."""
+    return tensor._is_view()
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that a view is of; None for one that is no view."""
+    return tensor._base
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return tensor._version
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory holds what it says: NumPy reads memory, and torch may negate or zero lazily."""
+    return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+
+
+def scale_of(scaler: Any) -> Tensor | None:
+    """Return the scale of a `torch.amp.GradScaler` on its device; its public `get_scale` waits for the device."""
+    return scaler._get_scale_async()  # type: ignore[no-any-return]

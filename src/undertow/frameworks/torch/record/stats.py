@@ -1,0 +1,151 @@
+"""The statistics of a PyTorch tensor, wherever it lies; on a GPU nothing here waits for the device."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ....measures import CODES, Stats, sparse, stats
+from ..internals import CONVOLUTION, in_memory
+
+_FEATURES_LAST: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder),
+)
+
+
+def arranged(module: nn.Module, x: Tensor) -> Tensor:
+    """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
+    x = in_memory(x if x.layout is torch.strided else x.to_dense())
+    if isinstance(module, CONVOLUTION):
+        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x  # a single sample has no batch axis
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
+    return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
+
+
+class TorchStats(Stats):
+    """The statistics of a tensor `(B, C, ...)`, on its device.
+
+    Sums over the axes behind the second are taken in the tensor's precision, float32 at least, and added up in float64.
+    """
+
+    x: Tensor
+
+    @cached_property
+    def norms(self) -> Any:
+        """As in `Stats`; float32 `(B, C)`."""
+        return self._wide_norms.float()
+
+    @cached_property
+    def zeros(self) -> Any:
+        """As in `Stats`."""
+        return self.size - count_true(self.x != 0) if self._on_cpu else (self.x == 0).sum()
+
+    @cached_property
+    def moments(self) -> Any:
+        """As in `Stats`; the deviations are taken from a first mean where the mean is large beside them."""
+        n = self.size
+        if n == 0:
+            return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
+        low, high = torch.aminmax(self.x)
+        mean, squares = self._sums.sum() / n, self._sum_of_squares
+        if not self._on_cpu or bool(squares < 16 * n * mean * mean):  # elsewhere, to ask would be to wait
+            shifted = TorchStats(self._wide - mean.to(self._dtype))
+            rest = shifted._sums.sum() / n
+            mean, squares = mean.to(self._dtype).double() + rest, shifted._sum_of_squares - n * rest * rest
+        else:
+            squares = squares - n * mean * mean
+        return torch.stack([mean, squares.clamp(min=0), low.double(), high.double()])
+
+    @cached_property
+    def channel_sums(self) -> Any:
+        """As in `Stats`."""
+        magnitudes = torch.linalg.vector_norm(self._rows, 1, dim=2, dtype=self._dtype)
+        return torch.stack([self._sums.sum(0), magnitudes.double().sum(0)])
+
+    @cached_property
+    def histogram(self) -> tuple[Any, Any]:
+        """As in `Stats`; on a GPU all codes, whose counters may be zero."""
+        dense = in_order_of_memory(self.x)
+        dense = dense if dense.dtype == torch.bfloat16 else dense.float()
+        if self._on_cpu:
+            return sparse(_count_codes(dense).numpy())
+        # bincount would wait for the device, to learn the largest code
+        codes = dense.view(torch.int16)
+        if dense.dtype == torch.float32:
+            codes = codes[1::2]  # little-endian: the upper half comes second
+        ones = torch.ones((), dtype=torch.int64, device=codes.device).expand(codes.shape)
+        counters = torch.zeros(CODES, dtype=torch.int64, device=codes.device)
+        return _ALL_CODES, counters.scatter_add_(0, codes.long() & 0xFFFF, ones)
+
+    def copy(self) -> Any:
+        """As in `Stats`."""
+        return self.x.clone(memory_format=torch.contiguous_format)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.x.device.type == "cpu"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
+    def _wide(self) -> Tensor:
+        return self.x.to(self._dtype)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The tensor as `(B, C, space)`."""
+        return self.x.flatten(2) if self.x.ndim > 2 else self.x.unsqueeze(2)
+
+    @cached_property
+    def _sums(self) -> Tensor:
+        """Sums over space, float64 `(B, C)`."""
+        return self._rows.sum(2, dtype=self._dtype).double()
+
+    @cached_property
+    def _wide_norms(self) -> Tensor:
+        """Norms over space in the sums' precision, `(B, C)`."""
+        return torch.linalg.vector_norm(self._rows, dim=2, dtype=self._dtype)
+
+    @property
+    def _sum_of_squares(self) -> Tensor:
+        return self._wide_norms.double().square().sum()
+
+
+stats.register(Tensor, TorchStats)
+
+
+def in_order_of_memory(x: Tensor) -> Tensor:
+    """Return the elements in the order in which they lie in memory: no copy where they are dense."""
+    axes = sorted(range(x.ndim), key=lambda axis: (-x.stride()[axis], axis))
+    return x.permute(axes).reshape(-1)
+
+
+def count_true(mask: Tensor) -> Any:
+    """Count what is true, on the mask's device; NumPy does it many times faster than torch sums booleans."""
+    if mask.device.type != "cpu":
+        return mask.sum()
+    return np.asarray(np.count_nonzero(mask.numpy()), np.int64)
+
+
+_ALL_CODES = np.arange(CODES, dtype=np.uint16)
+_CHUNK = 1 << 20
+
+
+def _count_codes(dense: Tensor) -> Tensor:
+    """Count codes on the CPU: torch counts 32-bit ones faster than NumPy does, but shifts no unsigned ones."""
+    counters = torch.zeros(CODES, dtype=torch.int64)
+    buffer = np.empty(min(_CHUNK, dense.numel()), np.uint32)
+    for chunk in dense.split(_CHUNK):
+        codes = buffer[: len(chunk)]
+        if chunk.dtype == torch.bfloat16:
+            codes[:] = chunk.view(torch.int16).numpy().view(np.uint16)
+        else:
+            np.right_shift(chunk.numpy().view(np.uint32), np.uint32(16), out=codes)
+        counters += torch.bincount(torch.from_numpy(codes.view(np.int32)), minlength=CODES)
+    return counters

@@ -1,0 +1,85 @@
+"""The same quantiles of several runs, side by side."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+from ..errors import InputError
+from .quantiles import STEPS, SiteQuantiles, quantiles
+from .reader import Run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One site of several runs.
+
+    Attributes:
+        place: 0 for the first site, in order of execution.
+        phase: "backward" or "forward".
+        sites: the name in each run, None where a run has no site in this place.
+        quantiles: of each run, None likewise.
+        ratios: for each run, each quantile divided by that of the first run; NaN where there is nothing to divide.
+        spreads: of each run, the 95 % quantile divided by the 5 % one; inf where the latter is zero.
+    """
+
+    place: int
+    phase: str
+    sites: tuple[str | None, ...]
+    quantiles: tuple[SiteQuantiles | None, ...]
+    ratios: tuple[tuple[float, ...], ...]
+    spreads: tuple[float, ...]
+
+
+def compare(
+    runs: Sequence[Run],
+    q: Sequence[float] = STEPS,
+    *,
+    of: str | None = None,
+    per_sample: bool = False,
+) -> list[Comparison]:
+    """Put the sites of several runs beside one another: by name where all have the same names, else by their order.
+
+    Args:
+        runs: two or more.
+        q, of, per_sample: as `quantiles` has them.
+
+    Raises:
+        InputError: fewer than two runs, or as `quantiles` does.
+    """
+    if len(runs) < 2:
+        raise InputError(f"{len(runs)} run(s) were given to compare; give two or more")
+    of = of or ("magnitude" if all("histogram" in run.manifest["tables"] for run in runs) else "channel_norm")
+    fractions = (*q, 0.05, 0.95)
+    by_run = [quantiles(run, fractions, of=of, per_sample=per_sample) for run in runs]
+    rows = []
+    for phase in dict.fromkeys(site.phase for sites in by_run for site in sites):
+        columns = [[site for site in sites if site.phase == phase] for sites in by_run]
+        rows += [_comparison(i, phase, group, len(q)) for i, group in enumerate(_paired(columns))]
+    return rows
+
+
+def _paired(columns: list[list[SiteQuantiles]]) -> list[tuple[SiteQuantiles | None, ...]]:
+    names = [site.site for site in columns[0]]
+    if all(sorted(site.site for site in column) == sorted(names) for column in columns):
+        by_name = [{site.site: site for site in column} for column in columns]
+        return [tuple(sites[name] for sites in by_name) for name in names]
+    return list(zip_longest(*columns))
+
+
+def _comparison(place: int, phase: str, group: tuple[SiteQuantiles | None, ...], n_asked: int) -> Comparison:
+    """Compare one site of several runs; the last two quantiles of each, 5 and 95 %, give the spread."""
+    asked = tuple(None if s is None else replace(s, q=s.q[:n_asked], values=s.values[:n_asked]) for s in group)
+    nothing = (math.nan,) * n_asked
+    first = nothing if asked[0] is None else asked[0].values
+    ratios = tuple(
+        nothing if s is None else tuple(_ratio(a, b) for a, b in zip(s.values, first, strict=True)) for s in asked
+    )
+    spreads = tuple(math.nan if s is None else _ratio(s.values[-1], s.values[-2]) for s in group)
+    return Comparison(place, phase, tuple(None if s is None else s.site for s in group), asked, ratios, spreads)
+
+
+def _ratio(a: float, b: float) -> float:
+    if b == 0:
+        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a)
+    return a / b

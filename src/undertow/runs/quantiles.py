@@ -1,0 +1,213 @@
+"""Quantiles of what a run recorded, from its histograms or its channel norms."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError, did_you_mean
+from ..measures import CODES, code_values, finite
+from .format import KEYS
+
+OF = {"magnitude": "histogram", "value": "histogram", "channel_norm": "channel_norm"}
+STEPS = tuple(step / 100 for step in range(5, 100, 5))
+"""5, 10, ... 95 %."""
+BY = ("site", "call", "output", "repeat", "epoch", "batch")
+
+
+class Recorded(Protocol):
+    """What is read of a run."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def sites(self) -> list[str]:
+        """The names of the sites, in order of execution."""
+
+    def table(self, name: str) -> Any:
+        """Return a table as a `pyarrow.Table`."""
+
+
+@dataclass(frozen=True)
+class SiteQuantiles:
+    """The quantiles of one site.
+
+    Attributes:
+        site: dotted name.
+        phase: "backward" or "forward".
+        of: "magnitude", "value" or "channel_norm".
+        q: fractions in [0, 1].
+        values: for each, the smallest recorded value that at least this fraction of them do not exceed; NaN where
+            there is none. In units of the objective per unit of the site's output ("backward"), or of the output.
+        count: how many finite values there were.
+        zeros: how many of them were zero.
+        nonfinite: how many NaN and infinite values were left out.
+        by: further columns that tell this group from others, such as {"epoch": 3}.
+    """
+
+    site: str
+    phase: str
+    of: str
+    q: tuple[float, ...]
+    values: tuple[float, ...]
+    count: int
+    zeros: int
+    nonfinite: int
+    by: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return one flat row: the quantiles under names such as "p50" and "p2.5"."""
+        named = {f"p{100 * q:.10g}": value for q, value in zip(self.q, self.values, strict=True)}
+        counts = {"count": self.count, "zeros": self.zeros, "nonfinite": self.nonfinite}
+        return {"site": self.site, "phase": self.phase, **self.by, "of": self.of, **counts, **named}
+
+
+def quantiles(
+    run: Recorded,
+    q: Sequence[float] = STEPS,
+    *,
+    of: str | None = None,
+    by: str | Sequence[str] = "site",
+    per_sample: bool = False,
+) -> list[SiteQuantiles]:
+    """Return the quantiles of each site, in order of execution; phases are never mixed.
+
+    A quantile is a value that occurred, never one between two (NumPy's method "inverted_cdf"). Those of a histogram
+    are within 2**-8 of it, relatively, and exact where bfloat16 was recorded; those of channel norms are exact.
+
+    Args:
+        run: a run with histograms, or channel norms.
+        q: fractions in [0, 1].
+        of: "magnitude" or "value" of each element (histogram), or "channel_norm"; None takes magnitudes where there
+            are histograms, else channel norms.
+        by: "site", or also "call", "output", "repeat", "epoch", "batch", in a list: each combination apart.
+        per_sample: undo the mean of a mean-reduced loss: gradients times the size of their batch, so that they are
+            those of each sample's own objective, whatever the batch size. Outputs are left alone.
+
+    Raises:
+        InputError: `q`, `of` or `by` cannot be used, or the run does not hold what they need.
+    """
+    fractions = tuple(float(fraction) for fraction in q)
+    if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+        raise InputError(f"quantiles {fractions} must be fractions from 0 to 1, as in [0.5, 0.9]")
+    of = (of or ("magnitude" if "histogram" in run.manifest["tables"] else "channel_norm")).replace("-", "_")
+    if of not in OF:
+        raise InputError(f"quantiles of {of!r} are unknown{did_you_mean(of, OF)} (known: {', '.join(OF)})")
+    if OF[of] not in run.manifest["tables"]:
+        raise InputError(f"{run.folder} holds no {OF[of]}, which quantiles of {of!r} need; record that measure")
+    columns = ["site", *([by] if isinstance(by, str) else by)]
+    if unknown := set(columns) - set(BY):
+        raise InputError(f"quantiles by {unknown.pop()!r} are unknown (known: {', '.join(BY)})")
+    columns = list(dict.fromkeys(["site", "phase", *columns]))
+    table = run.table(OF[of])
+    factors = _factors(run, table, per_sample)
+    weighed = _of_norms if of == "channel_norm" else _of_codes
+    return [
+        _summary(key, columns, of, fractions, *weighed(table, rows, factors[rows], of))
+        for key, rows in _groups(run, table, columns)
+    ]
+
+
+def weighted(values: npt.NDArray[Any], weights: npt.NDArray[np.int64], q: Sequence[float]) -> list[float]:
+    """Return the smallest values whose cumulated weight reaches each fraction of the whole; NaN of nothing.
+
+    >>> weighted(np.array([3.0, 1.0, 2.0]), np.array([1, 2, 1]), [0.0, 0.5, 0.75, 1.0])
+    [1.0, 1.0, 2.0, 3.0]
+    """
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order])
+    if not len(reached) or not reached[-1]:
+        return [float("nan")] * len(q)
+    # a product such as 0.7 * 10 may exceed the whole number it stands for by rounding; NumPy compares likewise
+    weight = np.maximum(np.ceil(np.asarray(q) * reached[-1] - 1e-9), 1)
+    return [float(value) for value in values[order][np.searchsorted(reached, weight)]]
+
+
+def _summary(
+    key: tuple[Any, ...],
+    columns: list[str],
+    of: str,
+    q: tuple[float, ...],
+    values: npt.NDArray[Any],
+    weights: npt.NDArray[np.int64],
+    nonfinite: int,
+) -> SiteQuantiles:
+    named = dict(zip(columns, key, strict=True))
+    site, phase = named.pop("site"), named.pop("phase")
+    counts = int(weights.sum()), int(weights[values == 0].sum()), nonfinite
+    return SiteQuantiles(site, phase, of, q, tuple(weighted(values, weights, q)), *counts, named)
+
+
+def _groups(run: Recorded, table: Any, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], npt.NDArray[np.intp]]]:
+    """Yield the rows of each combination of columns, in the order of the run's sites."""
+    position = {name: i for i, name in enumerate(run.sites)}
+    ids = np.zeros(table.num_rows, np.int64)
+    levels: list[list[Any]] = []
+    for column in columns:
+        encoded = table[column].combine_chunks().dictionary_encode()
+        values = encoded.dictionary.to_pylist()
+        order = (
+            sorted(values, key=lambda v: (position.get(v, len(position)), v)) if column == "site" else sorted(values)
+        )
+        rank = np.array([order.index(value) for value in values], np.int64)
+        ids = ids * max(len(order), 1) + (rank[encoded.indices.to_numpy()] if len(rank) else 0)
+        levels.append(order)
+    sorting = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.diff(ids[sorting], prepend=-1))
+    for rows in np.split(sorting, starts[1:]) if len(sorting) else []:
+        key = []
+        rest = int(ids[rows[0]])
+        for order in reversed(levels):
+            rest, at = divmod(rest, len(order))
+            key.append(order[at])
+        yield tuple(reversed(key)), rows
+
+
+def _factors(run: Recorded, table: Any, per_sample: bool) -> npt.NDArray[np.float64]:
+    """Return by what each row's values are multiplied."""
+    factors = np.ones(table.num_rows)
+    if not per_sample or run.manifest["loss_reduction"] != "mean":
+        return factors
+    batches = run.table("batches")
+    sizes = dict(zip(zip(*_lists(batches, KEYS), strict=True), batches["size"].to_pylist(), strict=True))
+    rows = zip(*_lists(table, ("phase", *KEYS)), strict=True)
+    return np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+
+
+def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
+    return [table[column].to_pylist() for column in columns]
+
+
+def _of_norms(
+    table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    """Return values, weights, and how many were not finite, of a group of channel norms."""
+    taken = table["values"].take(rows)
+    lengths = taken.combine_chunks().value_lengths().to_numpy()
+    values = taken.combine_chunks().flatten().to_numpy().astype(np.float64) * np.repeat(factors, lengths)
+    keep = np.isfinite(values)
+    return values[keep], np.ones(int(keep.sum()), np.int64), int((~keep).sum())
+
+
+def _of_codes(
+    table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    """Return values, weights, and how many were not finite, of a group of histograms."""
+    exact = np.array([dtype == "bfloat16" for dtype in table["dtype"].take(rows).to_pylist()])
+    values, weights, nonfinite = [], [], 0
+    for is_exact, factor in sorted(set(zip(exact.tolist(), factors.tolist(), strict=True))):
+        group = table.select(["codes", "counts"]).take(rows[(exact == is_exact) & (factors == factor)])
+        codes, counts = (group[name].combine_chunks().flatten().to_numpy() for name in ("codes", "counts"))
+        dense = np.zeros(CODES, np.int64)
+        np.add.at(dense, codes.astype(np.intp), counts)
+        occurring = np.flatnonzero(dense)
+        nonfinite += int(dense[occurring[~finite(occurring)]].sum())
+        occurring = occurring[finite(occurring)]
+        group_values = code_values(is_exact)[occurring] * factor
+        values.append(np.abs(group_values) if of == "magnitude" else group_values)
+        weights.append(dense[occurring])
+    return np.concatenate(values), np.concatenate(weights), nonfinite
