@@ -91,7 +91,7 @@ POOLS = [
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "ceil", "axes"), POOLS)
-def test_the_foretold_zeros_of_max_pooling_against_autograd(kernel, stride, padding, ceil, axes):
+def test_the_predicted_zeros_of_max_pooling_against_autograd(kernel, stride, padding, ceil, axes):
     size = (9, 8, 7)[:axes]
     pool = getattr(nn, f"MaxPool{axes}d")(kernel, stride, padding, ceil_mode=ceil)
     x = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(axes), requires_grad=True)
@@ -133,7 +133,7 @@ def zeros_by_hand(act, pool, x, weight):
     return pooling, at_pool - pooling, float((h.grad == 0).sum()) / n - at_pool
 
 
-def test_the_zeros_of_a_passage_split_as_by_hand(tmp_path):
+def test_the_zeros_of_a_chain_split_as_by_hand(tmp_path):
     torch.manual_seed(1)
     conv, x = nn.Conv2d(2, 5, 3, bias=False), torch.randn(3, 2, 12, 12)
     net = nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
@@ -141,13 +141,13 @@ def test_the_zeros_of_a_passage_split_as_by_hand(tmp_path):
         y = net(x)
         torch.manual_seed(5)
         (y * torch.randn(y.shape).clamp(min=-0.5).where(torch.rand(y.shape) < 0.8, 0)).sum().backward()
-    (passage,) = Evidence(ut.Run(tmp_path / "r")).passages
-    found = split(passage)
+    (chain,) = Evidence(ut.Run(tmp_path / "r")).chains
+    found = split(chain)
     pooling, above, gate = zeros_by_hand(torch.relu, lambda a: F.max_pool2d(a, 2), x, conv.weight.detach())
     assert above > 0.01
     assert gate > 0.001
     assert (found.pooling, found.above, found.activation) == pytest.approx((pooling, above, gate), abs=1e-12)
-    assert found.foretold
+    assert found.predicted_exactly
 
 
 ACTIVATIONS = {
@@ -169,13 +169,13 @@ def test_what_an_activation_closed_by_its_derivative(name, tmp_path):
     slopes = derivative(net[0](x).detach())
     with ut.record(tmp_path / "r", net, sites="linear", diagnose=1) as recording, recording.batch():
         net(x).square().sum().backward()
-    step = Evidence(ut.Run(tmp_path / "r")).passages[0].steps[1]
+    step = Evidence(ut.Run(tmp_path / "r")).chains[0].steps[1]
     assert step.closed == int((slopes == 0).sum())
     assert step.active.tolist() == (slopes != 0).sum(0).tolist()
     assert step.slope == pytest.approx(float(slopes.mean()), rel=1e-6)
     g = 2 * act(net[0](x)).detach() if name != "inplace" else 2 * torch.relu(net[0](x)).detach()
     assert step.expected_absolute == pytest.approx(float((slopes * g).abs().sum()), rel=1e-6)
-    assert step.expected_absolute == pytest.approx(Evidence(ut.Run(tmp_path / "r")).passages[0].steps[0].absolute)
+    assert step.expected_absolute == pytest.approx(Evidence(ut.Run(tmp_path / "r")).chains[0].steps[0].absolute)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(40, 60), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(8, 12, 4, stride=2)])
@@ -189,7 +189,7 @@ def test_the_gain_of_weights_is_what_random_gradients_are_multiplied_by(module, 
     with ut.record(tmp_path / "r", nn.Sequential(module), sites="0", diagnose=1) as recording, recording.batch():
         module(x)  # its hook is called by the module itself
         nn.Sequential(module)(x).sum().backward()
-    gain = Evidence(ut.Run(tmp_path / "r")).passages[0].gain
+    gain = Evidence(ut.Run(tmp_path / "r")).chains[0].gain
     assert gain == pytest.approx(float(inside.square().mean().sqrt() / g.square().mean().sqrt()), rel=0.03)
 
 
@@ -231,9 +231,9 @@ def test_a_network_that_dies_in_its_first_epoch(tmp_path):
     assert loss == pytest.approx(math.log(10), abs=0.03)
     assert dead[0].severity == "error"
     assert dead[0].evidence["observed"] == dead[0].evidence["predicted"] == 1.0
-    starved = dead[0].evidence["starved"]
-    assert starved == [f"conv{i}" for i in range(1, len(starved) + 1)]
-    assert all(zeros == total for zeros, total in (Evidence(run).zeros[site] for site in starved))
+    all_zero = dead[0].evidence["starved"]
+    assert all_zero == [f"conv{i}" for i in range(1, len(all_zero) + 1)]
+    assert all(zeros == total for zeros, total in (Evidence(run).zeros[site] for site in all_zero))
     assert Evidence(run).zeros["head"][0] < Evidence(run).zeros["head"][1]
 
 

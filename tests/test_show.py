@@ -5,7 +5,7 @@ import pytest
 
 import undertow as ut
 from undertow.show import heatmap
-from undertow.show.panel import GAP, TILE, Row, panel
+from undertow.show.panel import GAP, TILE, PanelRow, panel
 
 RNG = np.random.default_rng(0)
 
@@ -69,7 +69,7 @@ def test_wrong_shapes_and_styles_are_said():
 def test_a_panel_has_a_row_for_each_target_and_two_tiles_for_each_rule(shape):
     values = RNG.normal(0, 1, shape)
     photograph = RNG.integers(0, 255, (*shape[1:], 3), dtype=np.uint8)
-    one = panel(photograph, "title", [Row("cat", [("gradient", values), ("guided", values)])])
-    two = panel(photograph, "title", [Row("cat", [("gradient", values), ("guided", values)])] * 2, ["a note"])
+    one = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])])
+    two = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])] * 2, ["a note"])
     assert one.width == two.width == GAP + 5 * (TILE + GAP)
     assert two.height > one.height + TILE

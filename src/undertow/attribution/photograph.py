@@ -18,7 +18,7 @@ from ..files import published, readable
 from ..frameworks.base import as_numpy, backend_of_model
 from ..models import Classifier
 from ..show import heatmap
-from ..show.panel import Row, panel
+from ..show.panel import PanelRow, panel
 from .explain import explain
 from .result import Attribution
 
@@ -156,7 +156,9 @@ def _write_image(image: Any, path: Path) -> None:
 def draw_panel(explained: Explained, classifier: Classifier) -> Any:
     """Draw one photograph's panel, a row for each target."""
     rows = [
-        Row(f"{class_id} {name}", [(_heading(a), _in_colour(a, place, classifier)) for a in explained.maps.values()])
+        PanelRow(
+            f"{class_id} {name}", [(_heading(a), _in_colour(a, place, classifier)) for a in explained.maps.values()]
+        )
         for place, (class_id, name, _) in enumerate(explained.targets)
     ]
     (_, likeliest, probability), weights = explained.predictions[0], classifier.weights

@@ -15,7 +15,7 @@ from .finding import CAUSES as CAUSES
 from .finding import SEVERITIES as SEVERITIES
 from .finding import Finding as Finding
 from .finding import Findings as Findings
-from .finding import Lacking
+from .finding import NotRecorded
 from .precision import nonfinite, underflow
 from .routing import activation, pooling
 
@@ -69,6 +69,6 @@ def diagnose(run: Run) -> Findings:
         try:
             found += rule(evidence)
             checked[name] = "checked"
-        except Lacking as lacking:
-            checked[name] = f"not checked: {lacking}"
+        except NotRecorded as error:
+            checked[name] = f"not checked: {error}"
     return Findings(found, checked)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..analysis.quantiles import weighted
 from .evidence import WATCH, Evidence
-from .finding import Finding, Lacking, called, listed, percent
+from .finding import Finding, NotRecorded, called, listed, percent
 
 AGREED = 0.5
 _COLUMN = 0.5
@@ -21,8 +21,8 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
     """Say where the mean over batch and space dominates the gradient of channels that nothing normalises."""
     shares = agreements(evidence)
     if not shares:
-        raise Lacking(f"{WATCH}, or record the measure channel-sums")
-    normalised = {one.site for one in evidence.passages if one.normalised} if evidence.watched else set()
+        raise NotRecorded(f"{WATCH}, or record the measure channel-sums")
+    normalised = {one.site for one in evidence.chains if one.normalised} if evidence.watched else set()
     bare = set(shares) - normalised - {evidence.sites[-1]}  # nobody normalises the scores
     high = {site: value for site, value in shares.items() if site in bare and value >= AGREED}
     if len(high) < 2 or len(high) < len(bare) / 2:

@@ -8,8 +8,8 @@ import numpy as np
 from ..analysis.quantiles import weighted
 from ..run import Run
 from .channels import agreements
-from .evidence import Evidence, Passage, Step
-from .finding import Lacking, called, percent
+from .evidence import Evidence, OpChain, Step
+from .finding import NotRecorded, called, percent
 from .routing import split
 
 
@@ -18,15 +18,15 @@ class _Side:
     """One run's side of a pair of sites."""
 
     evidence: Evidence
-    passage: Passage
+    chain: OpChain
 
     @property
     def site(self) -> str:
-        return self.passage.site
+        return self.chain.site
 
     def first(self, kind: str) -> Step | None:
         """Return the first step of a kind: "is_max_pool", "is_average_pool", "is_activation", "is_norm"."""
-        return next((step for step in self.passage.steps[1:] if getattr(step, kind)), None)
+        return next((step for step in self.chain.steps[1:] if getattr(step, kind)), None)
 
     def median(self) -> float:
         """Return the median of |g|, zeros included."""
@@ -35,7 +35,7 @@ class _Side:
 
     def mean(self) -> float:
         """Return the mean of |g|."""
-        return self.passage.steps[0].absolute / self.passage.steps[0].elements
+        return self.chain.steps[0].absolute / self.chain.steps[0].elements
 
 
 def contrast(runs: Sequence[Run]) -> list[str]:
@@ -51,13 +51,13 @@ def contrast(runs: Sequence[Run]) -> list[str]:
     for other in runs[1:]:
         try:
             said += [sentence for a, b in _pairs(runs[0], other) for sentence in _differences(a, b)]
-        except Lacking:
+        except NotRecorded:
             continue
     return said
 
 
 def _pairs(run: Run, other: Run) -> Iterator[tuple[_Side, _Side]]:
-    sides = [[_Side(evidence, one) for one in evidence.passages] for evidence in map(Evidence, (run, other))]
+    sides = [[_Side(evidence, one) for one in evidence.chains] for evidence in map(Evidence, (run, other))]
     named = {side.site: side for side in sides[1]}
     if set(named) == {side.site for side in sides[0]}:
         yield from ((side, named[side.site]) for side in sides[0])
@@ -67,9 +67,9 @@ def _pairs(run: Run, other: Run) -> Iterator[tuple[_Side, _Side]]:
 
 def _differences(a: _Side, b: _Side) -> Iterator[str]:
     routes, spreads = a.first("is_max_pool"), b.first("is_average_pool")
-    if routes and spreads and split(a.passage).pooling > split(b.passage).pooling:
+    if routes and spreads and split(a.chain).pooling > split(b.chain).pooling:
         yield _pooled(a, b, "average pooling", "it spreads what max-pooling routes")
-    if a.first("is_average_pool") and b.first("is_max_pool") and split(b.passage).pooling > split(a.passage).pooling:
+    if a.first("is_average_pool") and b.first("is_max_pool") and split(b.chain).pooling > split(a.chain).pooling:
         yield _pooled(a, b, "max-pooling", "it routes what average pooling spreads")
     gate, leak = a.first("is_activation"), b.first("is_activation")
     if gate and leak and gate.op != leak.op:
@@ -80,8 +80,8 @@ def _differences(a: _Side, b: _Side) -> Iterator[str]:
 
 def _pooled(a: _Side, b: _Side, what: str, why: str) -> str:
     before, after = a.median(), b.median()
-    shares = [percent(split(side.passage).zeros) for side in (a, b)]
-    fewer = split(b.passage).zeros < split(a.passage).zeros
+    shares = [percent(split(side.chain).zeros) for side in (a, b)]
+    fewer = split(b.chain).zeros < split(a.chain).zeros
     if before == after or (after > before) != fewer:  # then the median says nothing of the zeros
         change = f"the zeros at {called(b.site)} from {shares[0]} to {shares[1]}"
         medians = f"medians {before:.3g} and {after:.3g}" if before != after else f"both medians are {before:.3g}"
@@ -91,7 +91,7 @@ def _pooled(a: _Side, b: _Side, what: str, why: str) -> str:
 
 
 def _activated(a: _Side, b: _Side, gate: Step, leak: Step) -> Iterator[str]:
-    shares = [split(side.passage).activation for side in (a, b)]
+    shares = [split(side.chain).activation for side in (a, b)]
     if gate.closed > 0 and leak.closed == 0:
         what = f"passes, scaled, what {gate.op} stops"
     elif gate.closed == 0 and leak.closed > 0:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from .depth import fit
 from .evidence import Evidence
-from .finding import Finding, Lacking, called, listed
+from .finding import Finding, NotRecorded, called, listed
 
 BATCHES = 8
 _DEVIATIONS = 8.0
@@ -29,7 +29,7 @@ def jump(evidence: Evidence) -> Iterator[Finding]:
     """Find batches in which a gradient suddenly is much larger or smaller, and gradients that drift through the run."""
     series = {site: course for site, course in evidence.course.items() if len(course) >= BATCHES}
     if not series:
-        raise Lacking(f"record {BATCHES} batches or more")
+        raise NotRecorded(f"record {BATCHES} batches or more")
     jumps: dict[str, tuple[int, float]] = {}
     drifts: dict[str, float] = {}
     for site, course in series.items():
@@ -88,7 +88,7 @@ def noise(evidence: Evidence) -> Iterator[Finding]:
     """Find sites whose gradient varies from batch to batch far more, beside its mean, than that of the others."""
     ratios = {site: ratio for site in evidence.outputs if (ratio := _signal(evidence, site)) is not None}
     if len(ratios) < 3:
-        raise Lacking(f"{BATCHES} watched batches at three sites: record it with diagnose=1")
+        raise NotRecorded(f"{BATCHES} watched batches at three sites: record it with diagnose=1")
     usual = float(np.median(list(ratios.values())))
     lost = {site: ratio for site, ratio in ratios.items() if ratio < min(_NOISE * usual, 1.0)}
     if lost:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .evidence import WATCH, Evidence, Passage
-from .finding import Finding, Lacking, called
+from .evidence import WATCH, Evidence, OpChain
+from .finding import Finding, NotRecorded, called
 
 FEWEST = 4
 FACTOR = 1000.0
@@ -68,7 +68,7 @@ def depth(evidence: Evidence) -> Iterator[Finding]:
     """Say whether gradients vanish or explode from the loss towards the input."""
     sizes = evidence.sizes
     if len(evidence.sites) < FEWEST:
-        raise Lacking(f"record {FEWEST} sites or more")
+        raise NotRecorded(f"record {FEWEST} sites or more")
     if len(sizes) < FEWEST:
         return
     sites, y = list(sizes), np.log2(list(sizes.values()))
@@ -118,19 +118,19 @@ def _expected(evidence: Evidence, sites: list[str]) -> float | None:
     A site's gradient is that of the next one times ||W|| / sqrt(inputs) of the next, times the slope in between.
     """
     try:
-        passages = {passage.site: passage for passage in evidence.passages}
-    except Lacking:
+        chains = {chain.site: chain for chain in evidence.chains}
+    except NotRecorded:
         return None
-    pairs = [(passages.get(a), passages.get(b)) for a, b in pairwise(sites)]
+    pairs = [(chains.get(a), chains.get(b)) for a, b in pairwise(sites)]
     factors = [_factor(a, b) for a, b in pairs if a is not None and b is not None]
     known = np.array([factor for factor in factors if math.isfinite(factor) and factor > 0])
     return _geometric(known) if len(known) == len(sites) - 1 else None
 
 
-def _factor(before: Passage, after: Passage) -> float:
+def _factor(before: OpChain, after: OpChain) -> float:
     """Return the factor from one site to the one before it; NaN where more than activations lie between them."""
     between = before.steps[1:]
-    if any(not step.is_activation for step in between) or not before.alone:
+    if any(not step.is_activation for step in between) or not before.single_reader:
         return float("nan")
     return after.gain * math.prod(step.slope for step in between)
 
@@ -138,12 +138,12 @@ def _factor(before: Passage, after: Passage) -> float:
 def _why(evidence: Evidence, cause: str, figures: dict[str, Any]) -> tuple[str, str]:
     """Say what the data name as the reason, and what to try."""
     try:
-        passages = evidence.passages
-    except Lacking:
+        chains = evidence.chains
+    except NotRecorded:
         return f"To see why, {WATCH}.", "Residual connections, normalisation, or He initialisation."
-    joins = max((passage.joins for passage in passages), default=0)
-    gates = [step for one in passages for step in one.pointwise if step.is_activation]
-    gains = {passage.site: passage.gain for passage in passages if math.isfinite(passage.gain)}
+    joins = max((chain.joins for chain in chains), default=0)
+    gates = [step for one in chains for step in one.pointwise if step.is_activation]
+    gains = {chain.site: chain.gain for chain in chains if math.isfinite(chain.gain)}
     slope = float(np.median([step.slope for step in gates])) if gates else 1.0
     gain = float(np.median(list(gains.values()))) if gains else 1.0
     figures |= {"residual_joins": joins, "median_slope": slope, "median_gain": gain}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..analysis.quantiles import weighted
 from ..measures import CODES, edges, finite
 from ..run import Run
-from .finding import Lacking
+from .finding import NotRecorded
 
 Floats = npt.NDArray[np.float64]
 WATCH = "record it with diagnose=True"
@@ -30,8 +30,8 @@ class Step:
         readers: how many functions read its output.
         shape: of its output, `(B, C, ...)`, in the last batch.
         closed: elements of its input to which its forward pass lets no gradient through; -1 where that is unknown.
-        expected_zeros: zeros of the gradient at its input, as foretold from `closed` and what came to its output.
-        expected_absolute: sum of magnitudes at an activation's input, as foretold from its derivative and what came.
+        expected_zeros: zeros of the gradient at its input, as predicted from `closed` and what came to its output.
+        expected_absolute: sum of magnitudes at an activation's input, as predicted from its derivative and what came.
         slope: mean |derivative| of an activation; NaN of others.
         active: of an activation's channels, how many elements were open.
     """
@@ -75,7 +75,7 @@ class Step:
 
 
 @dataclass
-class Passage:
+class OpChain:
     """A site's output (the first step) and what it went through up to its next reader."""
 
     site: str
@@ -94,7 +94,7 @@ class Passage:
         return found
 
     @property
-    def starved(self) -> bool:
+    def all_zero(self) -> bool:
         """Whether nothing at all arrives, so that there is nothing to be split."""
         return self.steps[0].zeros == self.steps[0].elements
 
@@ -103,7 +103,7 @@ class Passage:
         return any(step.is_norm for step in self.steps)
 
     @property
-    def alone(self) -> bool:
+    def single_reader(self) -> bool:
         """Whether one function reads its end, so that what reaches it comes from there alone."""
         return len(self.steps[-1].readers) == 1
 
@@ -112,7 +112,7 @@ class Evidence:
     """Reads a run, each part when it is first asked for.
 
     Raises:
-        Lacking: what is asked for was not recorded.
+        NotRecorded: what is asked for was not recorded.
     """
 
     def __init__(self, run: Run) -> None:
@@ -145,15 +145,15 @@ class Evidence:
         return sum(row["size"] for row in self.run.table("batches").to_pylist() if _key(row) in batches)
 
     @cached_property
-    def passages(self) -> list[Passage]:
+    def chains(self) -> list[OpChain]:
         """What each site's output went through, in order of execution."""
         if not self.watched:
-            raise Lacking(WATCH)
+            raise NotRecorded(WATCH)
         grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in self.watched:
             if row["call"] >= 0 and row["zeros"] >= 0:
                 grouped[row["site"], row["call"], row["output"]].append(row)
-        found = [_passage(key[0], rows) for key, rows in grouped.items()]
+        found = [_chain(key[0], rows) for key, rows in grouped.items()]
         return sorted((one for one in found if one), key=lambda one: self.place[one.site])
 
     @cached_property
@@ -169,7 +169,7 @@ class Evidence:
         for site, (values, weights) in self.values.items():
             found.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
         if not found:
-            raise Lacking("record the measure zero-fraction or histogram")
+            raise NotRecorded("record the measure zero-fraction or histogram")
         return {site: found[site] for site in self.sites if site in found}
 
     @cached_property
@@ -226,7 +226,7 @@ class Evidence:
         for row in self.rows("histogram") if not found else ():
             found[row["site"]][_phased(row)].append(_squares(row))
         if not found:
-            raise Lacking("record the measure moments, channel-norm or histogram")
+            raise NotRecorded("record the measure moments, channel-norm or histogram")
         return {site: _series(found[site]) for site in self.sites if any(b is not None for b in found.get(site, ()))}
 
 
@@ -261,7 +261,7 @@ def _size(shape: Iterable[int]) -> int:
     return int(np.prod(list(shape), dtype=np.int64))
 
 
-def _passage(site: str, rows: list[dict[str, Any]]) -> Passage | None:
+def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
     """Sum the rows of a site's calls over batches, as far as all went through the same functions."""
     ways: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -276,7 +276,7 @@ def _passage(site: str, rows: list[dict[str, Any]]) -> Passage | None:
             length -= 1
             break
     steps = [_step([way[place] for way in whole]) for place in range(length)]
-    return Passage(site, steps, float(whole[-1][0]["gain"]), min(way[0]["joins"] for way in whole))
+    return OpChain(site, steps, float(whole[-1][0]["gain"]), min(way[0]["joins"] for way in whole))
 
 
 def _step(rows: list[dict[str, Any]]) -> Step:

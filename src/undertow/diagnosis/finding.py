@@ -33,7 +33,7 @@ class Finding:
     remedy: str = ""
     source: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain data, as JSON has it."""
         return asdict(self) | {"sites": list(self.sites)}
 
@@ -58,7 +58,7 @@ class Findings(list[Finding]):
         return self[0].severity if self else None
 
 
-class Lacking(Exception):
+class NotRecorded(Exception):
     """What a rule needs was not recorded; the message says what to record."""
 
 

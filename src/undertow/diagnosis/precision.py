@@ -8,7 +8,7 @@ import numpy as np
 
 from ..measures import finite
 from .evidence import Evidence
-from .finding import Finding, Lacking, called, listed, percent
+from .finding import Finding, NotRecorded, called, listed, percent
 
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 LARGEST = {"float16": 65504.0}
@@ -56,7 +56,7 @@ def _broken(evidence: Evidence) -> dict[tuple[int, int, str, str], float | None]
     found: dict[tuple[int, int, str, str], float | None] = {}
     tables = set(evidence.run.manifest["tables"])
     if not tables & {"histogram", "moments", "channel_norm", "diagnosis"}:
-        raise Lacking("record the measure histogram, moments or channel-norm")
+        raise NotRecorded("record the measure histogram, moments or channel-norm")
     for row in evidence.rows("channel_norm"):
         if not np.isfinite(row["values"]).all():
             found[_where(row)] = None
@@ -78,7 +78,7 @@ def _where(row: dict[str, Any]) -> tuple[int, int, str, str]:
 def underflow(evidence: Evidence) -> Iterator[Finding]:
     """Find sites whose gradients sink below the smallest normal number of the format that they are computed in."""
     if not evidence.values:
-        raise Lacking("record the measure histogram")
+        raise NotRecorded("record the measure histogram")
     formats = evidence.formats
     sunk: dict[str, float] = {}
     for site in evidence.values:

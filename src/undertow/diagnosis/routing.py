@@ -1,7 +1,7 @@
 """Zeros between a site and its next reader: which of them pooling made, and which an activation.
 
 Max-pooling hands each gradient to the one element of its window that won; the others get exactly zero. A ReLU hands
-it on where its input was positive. Both are known from the forward pass, so the zeros can be foretold and counted.
+it on where its input was positive. Both are known from the forward pass, so the zeros can be predicted and counted.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .evidence import Evidence, Passage, Step
+from .evidence import Evidence, OpChain, Step
 from .finding import Finding, called, listed, percent
 
 _MOSTLY = 0.6
@@ -74,24 +74,24 @@ class Split:
     Attributes:
         pooling, activation: made by these on the way.
         above: zero already where they came in.
-        foretold: whether each step's zeros are exactly those that its forward pass foretold.
+        predicted_exactly: whether each step's zeros are exactly those that its forward pass predicted.
     """
 
     pooling: float
     activation: float
     above: float
-    foretold: bool
+    predicted_exactly: bool
 
     @property
     def zeros(self) -> float:
         return self.pooling + self.activation + self.above
 
 
-def split(passage: Passage) -> Split:
-    """Follow a gradient from the far end of a passage to the site, and count which step made which zeros."""
-    steps = [passage.steps[0], *passage.pointwise]
+def split(chain: OpChain) -> Split:
+    """Follow a gradient from the far end of a chain to the site, and count which step made which zeros."""
+    steps = [chain.steps[0], *chain.pointwise]
     shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zeros / steps[-1].elements}
-    foretold = True
+    predicted_exactly = True
     for before, step in zip(steps[-2::-1], steps[:0:-1], strict=True):
         share, carried = before.zeros / before.elements, sum(shares.values())
         cause, made = "above", 0.0
@@ -103,30 +103,30 @@ def split(passage: Passage) -> Split:
         shares = {key: value * (share - made) / carried if carried else 0.0 for key, value in shares.items()}
         shares["above"] += 0.0 if carried else share - made
         shares[cause] += made
-        foretold &= step.expected_zeros < 0 or step.expected_zeros == before.zeros
-    return Split(shares["pooling"], shares["activation"], shares["above"], foretold)
+        predicted_exactly &= step.expected_zeros < 0 or step.expected_zeros == before.zeros
+    return Split(shares["pooling"], shares["activation"], shares["above"], predicted_exactly)
 
 
 def pooling(evidence: Evidence) -> Iterator[Finding]:
     """Say of each site that a pooling follows what the pooling does to its gradient."""
-    for passage in evidence.passages:
-        if passage.starved:
+    for chain in evidence.chains:
+        if chain.all_zero:
             continue
-        steps = [passage.steps[0], *passage.pointwise]
+        steps = [chain.steps[0], *chain.pointwise]
         for before, step in pairwise(steps):
             if step.is_max_pool and len(step.shape) > 2:
-                yield _routed(passage, before, step)
+                yield _routed(chain, before, step)
             elif step.is_average_pool and math.prod(step.shape[2:]) > 1:  # a mean over all space is no pooling
-                yield _spread(passage, before, step)
+                yield _spread(chain, before, step)
 
 
-def _routed(passage: Passage, before: Step, step: Step) -> Finding:
-    found = split(passage)
+def _routed(chain: OpChain, before: Step, step: Step) -> Finding:
+    found = split(chain)
     predicted = _least(before, step)
     at_input = before.zeros / before.elements
-    between = [one.op for one in passage.pointwise if one.is_activation]
+    between = [one.op for one in chain.pointwise if one.is_activation]
     sentence = (
-        f"{percent(found.zeros)} of the gradient at {called(passage.site)} is exactly zero: {_where(step)} makes "
+        f"{percent(found.zeros)} of the gradient at {called(chain.site)} is exactly zero: {_where(step)} makes "
         f"{percent(found.pooling)}, since each window hands its gradient to one element (at least "
         f"{percent(predicted)} foretold at its input, {percent(at_input)} found)"
     )
@@ -138,9 +138,9 @@ def _routed(passage: Passage, before: Step, step: Step) -> Finding:
     return Finding(
         "pooling",
         "info",
-        (passage.site,),
+        (chain.site,),
         sentence,
-        {**figures, **parts, "foretold_exactly": found.foretold, "module": step.module, **step.settings},
+        {**figures, **parts, "foretold_exactly": found.predicted_exactly, "module": step.module, **step.settings},
         "Nothing is wrong: read quantiles of such a gradient above the share of zeros, or pool by averages, which "
         "spread it.",
         _SOURCE_POOLING,
@@ -156,18 +156,18 @@ def _least(before: Step, step: Step) -> float:
     return least_zeros(inside, kernel, stride, padding, dilation, step.settings["ceil_mode"])
 
 
-def _spread(passage: Passage, before: Step, step: Step) -> Finding:
+def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
     predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
     observed = (before.absolute / before.elements) / (step.absolute / step.elements) if step.absolute else 0.0
     sentence = (
-        f"{_where(step)} behind {called(passage.site)} spreads the gradient and sends none of it to zero: its "
+        f"{_where(step)} behind {called(chain.site)} spreads the gradient and sends none of it to zero: its "
         f"mean magnitude is multiplied by {observed:.3g} ({predicted:.3g} foretold, outputs over inputs)."
     )
     figures: dict[str, Any] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
     return Finding(
         "pooling",
         "info",
-        (passage.site,),
+        (chain.site,),
         sentence,
         figures | step.settings,
         "Nothing is wrong: compare magnitudes before and behind it with this factor in mind.",
@@ -184,16 +184,16 @@ def _where(step: Step) -> str:
 def activation(evidence: Evidence) -> Iterator[Finding]:
     """Say where more than 60 % of a gradient meets a closed gate, or a leaky one's slope."""
     gated: dict[str, list[tuple[str, float, Split]]] = {}
-    for passage in evidence.passages:
-        steps = passage.pointwise
-        if not steps or not steps[0].is_activation or passage.starved:
+    for chain in evidence.chains:
+        steps = chain.pointwise
+        if not steps or not steps[0].is_activation or chain.all_zero:
             continue
-        first, found = steps[0], split(passage)
-        elements = passage.steps[0].elements
+        first, found = steps[0], split(chain)
+        elements = chain.steps[0].elements
         if first.closed_where_alive > _MOSTLY and found.activation > max(_MOSTLY, found.pooling):
-            gated.setdefault(first.op, []).append((passage.site, first.closed / elements, found))
+            gated.setdefault(first.op, []).append((chain.site, first.closed / elements, found))
         elif "negative_slope" in first.settings and _leaking(first) > _MOSTLY:
-            yield _leaky(passage, first)
+            yield _leaky(chain, first)
     for op, rows in gated.items():
         yield _gate(op, rows)
 
@@ -217,7 +217,7 @@ def _gate(op: str, rows: list[tuple[str, float, Split]]) -> Finding:
             "predicted": [closed for _, closed, _ in rows],
             "observed": [found.zeros for _, _, found in rows],
             "by_activation": [found.activation for _, _, found in rows],
-            "foretold_exactly": all(found.foretold for _, _, found in rows),
+            "foretold_exactly": all(found.predicted_exactly for _, _, found in rows),
         },
         "If the layer learns too slowly: a smaller negative bias, batch norm before the activation, or a leaky one.",
         _SOURCE_GATE,
@@ -229,20 +229,20 @@ def _leaking(step: Step) -> float:
     return float((1 - step.slope) / (1 - step.settings["negative_slope"]))
 
 
-def _leaky(passage: Passage, step: Step) -> Finding:
+def _leaky(chain: OpChain, step: Step) -> Finding:
     observed, predicted = (
-        total / step.absolute if step.absolute else 0.0 for total in (passage.steps[0].absolute, step.expected_absolute)
+        total / step.absolute if step.absolute else 0.0 for total in (chain.steps[0].absolute, step.expected_absolute)
     )
     share = _leaking(step)
     sentence = (
-        f"{step.op} behind {called(passage.site)} multiplies {percent(share)} of the gradient by "
+        f"{step.op} behind {called(chain.site)} multiplies {percent(share)} of the gradient by "
         f"{step.settings['negative_slope']:g} and makes none of it zero: in all its magnitude falls to {observed:.3g} "
         f"of what came ({predicted:.3g} foretold)."
     )
     return Finding(
         "activation",
         "info",
-        (passage.site,),
+        (chain.site,),
         sentence,
         {"op": step.op, "predicted": predicted, "observed": observed, "negative": share},
         "Nothing is wrong: a larger slope passes more.",

@@ -19,14 +19,14 @@ SCALE_NOTE = (
 
 
 @dataclass(frozen=True)
-class Row:
+class PanelRow:
     """What a panel shows for one target: a label, and for each rule its heading and its map `(C, H, W)`."""
 
     label: str
     maps: Sequence[tuple[str, heatmap.Map]]
 
 
-def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
+def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[PanelRow], notes: Sequence[str] = ()) -> Image.Image:
     """Draw a panel.
 
     Args:
@@ -52,7 +52,7 @@ def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[Row], notes: Se
     return image
 
 
-def _row(image: Image.Image, draw: ImageDraw.ImageDraw, top: int, photograph: heatmap.Pixels, row: Row) -> None:
+def _row(image: Image.Image, draw: ImageDraw.ImageDraw, top: int, photograph: heatmap.Pixels, row: PanelRow) -> None:
     draw.text((GAP, top + LINE - 2), _shortened(row.label, TILE), INK, _font(14))
     image.paste(_tile(photograph), (GAP, top + 2 * LINE))
     left = GAP + TILE + GAP
