@@ -14,8 +14,8 @@ def test_colour_is_a_tenth_of_a_standard_deviation_about_mid_grey():
     values = RNG.normal(3, 5, (3, 20, 30))
     shown = heatmap.colour(values)
     score = (values - values.mean()) / values.std()
-    wanted = np.floor(255 * np.clip(0.5 + 0.1 * score, 0, 1)).transpose(1, 2, 0)
-    assert np.array_equal(shown, wanted)
+    expected = np.floor(255 * np.clip(0.5 + 0.1 * score, 0, 1)).transpose(1, 2, 0)
+    assert np.array_equal(shown, expected)
     assert heatmap.colour(1000 * values - 7).tolist() == shown.tolist()
 
 

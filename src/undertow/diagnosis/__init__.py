@@ -59,16 +59,16 @@ def diagnose(run: Run) -> Findings:
     >>> with ut.record(folder := tempfile.mkdtemp(), net, sites="conv", diagnose=True) as recording:
     ...     with recording.batch():
     ...         net(torch.arange(100.0).sin().view(1, 1, 10, 10)).sum().backward()
-    >>> [(one.cause, one.evidence["predicted"], one.evidence["observed"]) for one in ut.diagnose(ut.Run(folder))]
+    >>> [(f.cause, f.evidence["predicted"], f.evidence["observed"]) for f in ut.diagnose(ut.Run(folder))]
     [('pooling', 0.75, 0.75)]
     """
     evidence = Evidence(run)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     checked = {}
     for name, rule in RULES.items():
         try:
-            found += rule(evidence)
+            findings += rule(evidence)
             checked[name] = "checked"
         except NotRecorded as error:
             checked[name] = f"not checked: {error}"
-    return Findings(found, checked)
+    return Findings(findings, checked)

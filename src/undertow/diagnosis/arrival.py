@@ -8,7 +8,7 @@ from .evidence import WATCH, Evidence
 from .finding import Finding, listed
 
 _TRAINABLE = "set requires_grad=True on its parameters, if it is to learn"
-_WORDS: dict[str, tuple[str, str, str, str]] = {
+_CAUSES: dict[str, tuple[str, str, str, str]] = {
     "never called": ("unreached", "warning", "never called in the pass", "call it, or leave it out"),
     "unread": (
         *("unreached", "warning", "called, but what .backward() ran on does not depend on its output"),
@@ -30,33 +30,33 @@ _WORDS: dict[str, tuple[str, str, str, str]] = {
 def arrival(evidence: Evidence) -> Iterator[Finding]:
     """Say of each site that no gradient ever reached why not."""
     reasons = _reasons(evidence)
-    together: dict[str, list[str]] = defaultdict(list)
+    sites_by_reason: dict[str, list[str]] = defaultdict(list)
     for site in evidence.sites:
         if site in reasons:
-            together[reasons[site]].append(site)
-    for reason, sites in together.items():
+            sites_by_reason[reasons[site]].append(site)
+    for reason, sites in sites_by_reason.items():
         yield _finding(reason, tuple(sites), bool(evidence.watched))
 
 
 def _reasons(evidence: Evidence) -> dict[str, str]:
     if not evidence.watched:
         return dict(evidence.run.manifest.get("unreached", {}))
-    seen: dict[str, Any] = {}
+    reasons: dict[str, Any] = {}
     for row in evidence.watched:
         if row["step"] == 0 and row["arrival"] not in ("arrived", "used unseen"):
-            seen[row["site"]] = row["arrival"]
-    recorded = set(evidence.outputs)
-    return {site: reason for site, reason in seen.items() if site not in recorded}
+            reasons[row["site"]] = row["arrival"]
+    with_gradient = set(evidence.outputs)
+    return {site: reason for site, reason in reasons.items() if site not in with_gradient}
 
 
 def _finding(reason: str, sites: tuple[str, ...], watched: bool) -> Finding:
-    if reason in _WORDS:
-        cause, severity, what, remedy = _WORDS[reason]
+    if reason in _CAUSES:
+        cause, severity, description, remedy = _CAUSES[reason]
     elif watched:
-        cause, severity, what = "detached", "warning", f"called, and its gradient is cut off by {reason}"
+        cause, severity, description = "detached", "warning", f"called, and its gradient is cut off by {reason}"
         remedy = f"remove {reason}, if the layers before it are to learn"
     else:
-        cause, severity, what, remedy = (
+        cause, severity, description, remedy = (
             "unreached",
             "warning",
             f"no gradient ({reason})",
@@ -66,7 +66,7 @@ def _finding(reason: str, sites: tuple[str, ...], watched: bool) -> Finding:
         cause,
         severity,
         sites,
-        f"{listed(sites)}: {what}.",
+        f"{listed(sites)}: {description}.",
         {"reason": reason, "predicted": 0, "observed": 0},
         remedy[0].upper() + remedy[1:] + ("" if remedy.endswith(".") else "."),
         "the autograd graph of the watched batches" if watched else "the sites of the run that have no row",

@@ -9,11 +9,11 @@ from ..analysis.quantiles import weighted
 from .evidence import WATCH, Evidence
 from .finding import Finding, NotRecorded, called, listed, percent
 
-AGREED = 0.5
-_COLUMN = 0.5
+MIN_AGREEMENT = 0.5
+_MIN_COLUMN_SHARE = 0.5
 _SOURCE = (
     "|sum g| against sum |g| over batch and space for each channel: 0 behind batch norm, 1 where all elements agree in "
-    f"sign; reported from {AGREED:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
+    f"sign; reported from {MIN_AGREEMENT:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
 )
 
 
@@ -22,10 +22,10 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
     shares = agreements(evidence)
     if not shares:
         raise NotRecorded(f"{WATCH}, or record the measure channel-sums")
-    normalised = {one.site for one in evidence.chains if one.normalised} if evidence.watched else set()
-    bare = set(shares) - normalised - {evidence.sites[-1]}  # nobody normalises the scores
-    high = {site: value for site, value in shares.items() if site in bare and value >= AGREED}
-    if len(high) < 2 or len(high) < len(bare) / 2:
+    normalised = {chain.site for chain in evidence.chains if chain.normalised} if evidence.watched else set()
+    unnormalised = set(shares) - normalised - {evidence.sites[-1]}  # nobody normalises the scores
+    high = {site: value for site, value in shares.items() if site in unnormalised and value >= MIN_AGREEMENT}
+    if len(high) < 2 or len(high) < len(unnormalised) / 2:
         return
     worst = max(high, key=lambda site: high[site])
     figures: dict[str, Any] = {"predicted": 0.0, "observed": high[worst], "agreement": shares}
@@ -34,9 +34,9 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
         f"{percent(high[worst])} of sum |g| ({called(worst)}), so that updates hardly depend on the input; batch norm "
         "would make it 0"
     )
-    if tails := _tails(evidence, worst):
-        figures["tail"] = tails
-        sentence += f"; its 99.9 % quantile of |g| is {tails:.3g} times the median"
+    if tail := _tail(evidence, worst):
+        figures["tail"] = tail
+        sentence += f"; its 99.9 % quantile of |g| is {tail:.3g} times the median"
     if column := _column(evidence):
         figures |= column
         sentence += f"; output {column['column']} alone carries {percent(column['column_share'])} of the last gradient"
@@ -53,24 +53,24 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
 
 def agreements(evidence: Evidence) -> dict[str, float]:
     """Return for each site the median over channels and batches of |sum g| / sum |g|."""
-    found: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     rows = [row for row in evidence.rows("channel_sums") if row["phase"] == "backward"]
-    for row in rows or [row for some in evidence.outputs.values() for row in some]:
+    for row in rows or [row for rows in evidence.outputs.values() for row in rows]:
         sums, absolutes = np.abs(row["sums"]), np.asarray(row["absolutes"], np.float64)
-        some = absolutes > 0
-        if some.any():
-            found.setdefault(row["site"], []).append(float(np.median(sums[some] / absolutes[some])))
-    return {site: float(np.median(found[site])) for site in evidence.sites if site in found}
+        nonzero = absolutes > 0
+        if nonzero.any():
+            shares.setdefault(row["site"], []).append(float(np.median(sums[nonzero] / absolutes[nonzero])))
+    return {site: float(np.median(shares[site])) for site in evidence.sites if site in shares}
 
 
-def _tails(evidence: Evidence, site: str) -> float | None:
+def _tail(evidence: Evidence, site: str) -> float | None:
     """Return the 99.9 % quantile of |g| over its median, zeros left out."""
     if site not in evidence.values:
         return None
     values, weights = evidence.values[site]
-    some = values != 0
-    low, high = weighted(np.abs(values[some]), weights[some], (0.5, 0.999))
-    return high / low if np.isfinite(low) else None
+    nonzero = values != 0
+    median, high = weighted(np.abs(values[nonzero]), weights[nonzero], (0.5, 0.999))
+    return high / median if np.isfinite(median) else None
 
 
 def _column(evidence: Evidence) -> dict[str, Any] | None:
@@ -78,7 +78,7 @@ def _column(evidence: Evidence) -> dict[str, Any] | None:
     rows = evidence.outputs.get(evidence.sites[-1], [])
     if not rows or len(rows[-1]["shape"]) != 2 or len(rows[-1]["absolutes"]) < 5:
         return None
-    carried = np.sum([row["absolutes"] for row in rows], axis=0)
-    place = int(np.argmax(carried))
-    share = float(carried[place] / carried.sum())
-    return {"column": place, "column_share": share} if share >= _COLUMN else None
+    magnitudes = np.sum([row["absolutes"] for row in rows], axis=0)
+    column = int(np.argmax(magnitudes))
+    share = float(magnitudes[column] / magnitudes.sum())
+    return {"column": column, "column_share": share} if share >= _MIN_COLUMN_SHARE else None

@@ -47,27 +47,27 @@ def contrast(runs: Sequence[Run]) -> list[str]:
     >>> contrast([])
     []
     """
-    said: list[str] = []
+    sentences: list[str] = []
     for other in runs[1:]:
         try:
-            said += [sentence for a, b in _pairs(runs[0], other) for sentence in _differences(a, b)]
+            sentences += [sentence for a, b in _pairs(runs[0], other) for sentence in _differences(a, b)]
         except NotRecorded:
             continue
-    return said
+    return sentences
 
 
 def _pairs(run: Run, other: Run) -> Iterator[tuple[_Side, _Side]]:
-    sides = [[_Side(evidence, one) for one in evidence.chains] for evidence in map(Evidence, (run, other))]
-    named = {side.site: side for side in sides[1]}
-    if set(named) == {side.site for side in sides[0]}:
-        yield from ((side, named[side.site]) for side in sides[0])
+    sides = [[_Side(evidence, chain) for chain in evidence.chains] for evidence in map(Evidence, (run, other))]
+    others = {side.site: side for side in sides[1]}
+    if set(others) == {side.site for side in sides[0]}:
+        yield from ((side, others[side.site]) for side in sides[0])
     else:
         yield from zip(*sides, strict=False)
 
 
 def _differences(a: _Side, b: _Side) -> Iterator[str]:
-    routes, spreads = a.first("is_max_pool"), b.first("is_average_pool")
-    if routes and spreads and split(a.chain).pooling > split(b.chain).pooling:
+    max_pool, average_pool = a.first("is_max_pool"), b.first("is_average_pool")
+    if max_pool and average_pool and split(a.chain).pooling > split(b.chain).pooling:
         yield _pooled(a, b, "average pooling", "it spreads what max-pooling routes")
     if a.first("is_average_pool") and b.first("is_max_pool") and split(b.chain).pooling > split(a.chain).pooling:
         yield _pooled(a, b, "max-pooling", "it routes what average pooling spreads")
@@ -78,28 +78,28 @@ def _differences(a: _Side, b: _Side) -> Iterator[str]:
         yield from _normalised(a, b)
 
 
-def _pooled(a: _Side, b: _Side, what: str, why: str) -> str:
+def _pooled(a: _Side, b: _Side, pool: str, reason: str) -> str:
     before, after = a.median(), b.median()
-    shares = [percent(split(side.chain).zeros) for side in (a, b)]
-    fewer = split(b.chain).zeros < split(a.chain).zeros
+    shares = [percent(split(side.chain).total) for side in (a, b)]
+    fewer = split(b.chain).total < split(a.chain).total
     if before == after or (after > before) != fewer:  # then the median says nothing of the zeros
         change = f"the zeros at {called(b.site)} from {shares[0]} to {shares[1]}"
         medians = f"medians {before:.3g} and {after:.3g}" if before != after else f"both medians are {before:.3g}"
-        return f"{what} {'lowers' if fewer else 'raises'} {change}: {why} ({medians})"
+        return f"{pool} {'lowers' if fewer else 'raises'} {change}: {reason} ({medians})"
     change = f"the median at {called(b.site)} from {before:.3g} to {after:.3g}"
-    return f"{what} {'raises' if fewer else 'lowers'} {change}: {why} (zeros {shares[0]} against {shares[1]})"
+    return f"{pool} {'raises' if fewer else 'lowers'} {change}: {reason} (zeros {shares[0]} against {shares[1]})"
 
 
 def _activated(a: _Side, b: _Side, gate: Step, leak: Step) -> Iterator[str]:
     shares = [split(side.chain).activation for side in (a, b)]
     if gate.closed > 0 and leak.closed == 0:
-        what = f"passes, scaled, what {gate.op} stops"
+        effect = f"passes, scaled, what {gate.op} stops"
     elif gate.closed == 0 and leak.closed > 0:
-        what = f"stops what {gate.op} passes"
+        effect = f"stops what {gate.op} passes"
     else:
         return
     yield (
-        f"{leak.op} behind {called(b.site)} {what}: zeros made there {percent(shares[0])} against "
+        f"{leak.op} behind {called(b.site)} {effect}: zeros made there {percent(shares[0])} against "
         f"{percent(shares[1])}, mean |g| {a.mean():.3g} against {b.mean():.3g}"
     )
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from .evidence import WATCH, Evidence, OpChain, Step
 from .finding import Finding, called, listed, percent
 
-ENOUGH = 100
-_MANY = 0.1
-_SOURCE = f"a channel counts as dead if all of at least {ENOUGH} elements seen were closed; cf. arXiv 1903.06733"
+MIN_ELEMENTS = 100
+_WARNING_SHARE = 0.1
+_SOURCE = f"a channel counts as dead if all of at least {MIN_ELEMENTS} elements seen were closed; cf. arXiv 1903.06733"
 _REMEDY = "a smaller learning rate, He initialisation, batch norm before the activation, or a leaky activation"
 
 
@@ -29,12 +29,17 @@ def dead(evidence: Evidence) -> Iterator[Finding]:
 
 def _activations(evidence: Evidence) -> Iterator[tuple[OpChain, Step]]:
     """Yield each activation of which enough was seen, once."""
-    met: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     for chain in evidence.chains if evidence.watched else ():
         for step in chain.steps[1:]:
-            seen = chain.steps[0].elements / max(len(step.active), 1)
-            if len(step.active) and step.closed >= 0 and seen >= ENOUGH and (chain.site, step.module) not in met:
-                met.add((chain.site, step.module))
+            elements = chain.steps[0].elements / max(len(step.active), 1)
+            if (
+                len(step.active)
+                and step.closed >= 0
+                and elements >= MIN_ELEMENTS
+                and (chain.site, step.module) not in seen
+            ):
+                seen.add((chain.site, step.module))
                 yield chain, step
 
 
@@ -42,12 +47,12 @@ def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Findi
     share = n_dead / len(step.active)
     return Finding(
         "dead-units",
-        "warning" if share >= _MANY else "info",
+        "warning" if share >= _WARNING_SHARE else "info",
         (chain.site,),
         f"{n_dead} of {len(step.active)} channels of {called(chain.site)} ({percent(share)}) were inactive behind "
         f"{step.op} on all {evidence.samples} samples seen: they pass no gradient and their weights do not learn.",
         {
-            "channels": [place for place, active in enumerate(step.active.tolist()) if not active],
+            "channels": [channel for channel, active in enumerate(step.active.tolist()) if not active],
             "predicted": step.closed / chain.steps[0].elements,
             "observed": chain.steps[0].zeros / chain.steps[0].elements,
             "samples": evidence.samples,
@@ -59,9 +64,9 @@ def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Findi
 
 def _layer(evidence: Evidence, layers: list[tuple[OpChain, Step]], all_zero: list[str]) -> Finding:
     chain, step = layers[-1]  # nearest to the loss: the first that the gradient meets
-    others = [one.site for one, _ in layers[:-1]]
+    others = [other.site for other, _ in layers[:-1]]
     where = f"{step.op}{f' in {called(step.module)}' if step.module else ''}"
-    below = [site for site in all_zero if evidence.place[site] <= evidence.place[chain.site]]
+    below = [site for site in all_zero if evidence.position[site] <= evidence.position[chain.site]]
     sentence = (
         f"Every unit of {called(chain.site)} was inactive behind {where} on all {evidence.samples} samples seen: "
         f"no gradient passes there, and exactly zero arrives at {listed(below)}."
@@ -74,17 +79,17 @@ def _layer(evidence: Evidence, layers: list[tuple[OpChain, Step]], all_zero: lis
         tuple(dict.fromkeys([*below, chain.site])),
         sentence,
         {
-            "dead": [one.site for one, _ in layers],
+            "dead": [dead_chain.site for dead_chain, _ in layers],
             "starved": below,
             "predicted": 1.0,
-            "observed": _least(evidence, below),
+            "observed": _least_share(evidence, below),
         },
         f"Start again with {_REMEDY}; what is dead does not come back by itself.",
         _SOURCE,
     )
 
 
-def _least(evidence: Evidence, sites: list[str]) -> float:
+def _least_share(evidence: Evidence, sites: list[str]) -> float:
     return min((evidence.zeros[site][0] / evidence.zeros[site][1] for site in sites), default=float("nan"))
 
 

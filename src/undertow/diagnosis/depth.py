@@ -13,12 +13,12 @@ import numpy.typing as npt
 from .evidence import WATCH, Evidence, OpChain
 from .finding import Finding, NotRecorded, called
 
-FEWEST = 4
-FACTOR = 1000.0
-AT_LEAST = 100.0
+MIN_SITES = 4
+MIN_FACTOR = 1000.0
+MIN_INTERVAL_FACTOR = 100.0
 _SOURCE = (
-    f"least squares of log2 |g| on depth: over all depth a factor of {FACTOR:g} by the fit and {AT_LEAST:g} at the end "
-    "of its 95 % interval; Glorot and Bengio 2010; He et al., arXiv 1502.01852"
+    f"least squares of log2 |g| on depth: over all depth a factor of {MIN_FACTOR:g} by the fit and "
+    f"{MIN_INTERVAL_FACTOR:g} at the end of its 95 % interval; Glorot and Bengio 2010; He et al., arXiv 1502.01852"
 )
 
 
@@ -31,15 +31,15 @@ class Line:
     high: float
 
 
-def t_quantile(p: float, freedom: int) -> float:
-    """Return a quantile of Student's t distribution, within 1 % from 3 degrees of freedom on.
+def t_quantile(p: float, degrees: int) -> float:
+    """Return a quantile of Student's t distribution, within 1 % from 3 degrees of degrees on.
 
     Source: Abramowitz and Stegun 26.7.5.
 
     >>> round(t_quantile(0.975, 10), 2)
     2.23
     """
-    z, n = NormalDist().inv_cdf(p), freedom
+    z, n = NormalDist().inv_cdf(p), degrees
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -58,25 +58,25 @@ def fit(y: npt.NDArray[np.float64]) -> Line:
     x = np.arange(len(y)) - (len(y) - 1) / 2
     spread = float((x**2).sum())
     slope = float((x * y).sum()) / spread
-    rest = y - y.mean() - slope * x
-    freedom = max(len(y) - 2, 1)
-    half = t_quantile(0.975, freedom) * math.sqrt(float((rest**2).sum()) / freedom / spread)
+    residuals = y - y.mean() - slope * x
+    degrees = max(len(y) - 2, 1)
+    half = t_quantile(0.975, degrees) * math.sqrt(float((residuals**2).sum()) / degrees / spread)
     return Line(slope, slope - half, slope + half)
 
 
 def depth(evidence: Evidence) -> Iterator[Finding]:
     """Say whether gradients vanish or explode from the loss towards the input."""
     sizes = evidence.sizes
-    if len(evidence.sites) < FEWEST:
-        raise NotRecorded(f"record {FEWEST} sites or more")
-    if len(sizes) < FEWEST:
+    if len(evidence.sites) < MIN_SITES:
+        raise NotRecorded(f"record {MIN_SITES} sites or more")
+    if len(sizes) < MIN_SITES:
         return
     sites, y = list(sizes), np.log2(list(sizes.values()))
     line = fit(y)
-    whole = len(y) - 1
+    layers = len(y) - 1
     for cause, sign in (("vanishing", 1), ("exploding", -1)):
         nearest = min(sign * line.low, sign * line.high)
-        if sign * line.slope * whole >= math.log2(FACTOR) and nearest * whole >= math.log2(AT_LEAST):
+        if sign * line.slope * layers >= math.log2(MIN_FACTOR) and nearest * layers >= math.log2(MIN_INTERVAL_FACTOR):
             yield _finding(evidence, cause, sign, sites, y, line)
 
 
@@ -104,7 +104,7 @@ def _finding(
         sentence += f"; most of it between {between}, by {2.0 ** (y[worst] - y[worst + 1]):.3g}"
     if figures["predicted"] is not None:
         sentence += f"; the weights and slopes on the way foretell {figures['predicted']:.3g} a layer"
-    why, remedy = _why(evidence, cause, figures)
+    why, remedy = _reason(evidence, cause, figures)
     return Finding(cause, "warning", tuple(sites), f"{sentence}. {why}", figures, remedy, _SOURCE)
 
 
@@ -123,8 +123,8 @@ def _expected(evidence: Evidence, sites: list[str]) -> float | None:
         return None
     pairs = [(chains.get(a), chains.get(b)) for a, b in pairwise(sites)]
     factors = [_factor(a, b) for a, b in pairs if a is not None and b is not None]
-    known = np.array([factor for factor in factors if math.isfinite(factor) and factor > 0])
-    return _geometric(known) if len(known) == len(sites) - 1 else None
+    usable = np.array([factor for factor in factors if math.isfinite(factor) and factor > 0])
+    return _geometric(usable) if len(usable) == len(sites) - 1 else None
 
 
 def _factor(before: OpChain, after: OpChain) -> float:
@@ -135,25 +135,31 @@ def _factor(before: OpChain, after: OpChain) -> float:
     return after.gain * math.prod(step.slope for step in between)
 
 
-def _why(evidence: Evidence, cause: str, figures: dict[str, Any]) -> tuple[str, str]:
+def _reason(evidence: Evidence, cause: str, figures: dict[str, Any]) -> tuple[str, str]:
     """Say what the data name as the reason, and what to try."""
     try:
         chains = evidence.chains
     except NotRecorded:
         return f"To see why, {WATCH}.", "Residual connections, normalisation, or He initialisation."
     joins = max((chain.joins for chain in chains), default=0)
-    gates = [step for one in chains for step in one.pointwise if step.is_activation]
+    gates = [step for chain in chains for step in chain.pointwise if step.is_activation]
     gains = {chain.site: chain.gain for chain in chains if math.isfinite(chain.gain)}
     slope = float(np.median([step.slope for step in gates])) if gates else 1.0
     gain = float(np.median(list(gains.values()))) if gains else 1.0
     figures |= {"residual_joins": joins, "median_slope": slope, "median_gain": gain}
-    past = "No residual path passes by." if not joins else f"{joins} residual joins lie on the way."
+    residual = "No residual path passes by." if not joins else f"{joins} residual joins lie on the way."
     if cause == "vanishing" and slope < min(gain, 0.5):
         ops = dict.fromkeys(step.op + (", at most 0.25" if step.op == "sigmoid" else "") for step in gates)
-        said = f"The activations multiply it by {slope:.3g} each ({', '.join(ops)})."
-        return f"{said} {past}", "ReLU in place of saturating activations, normalisation, or residual connections."
-    said = f"The weights multiply it by {gain:.3g} a layer"
+        reason = f"The activations multiply it by {slope:.3g} each ({', '.join(ops)})."
+        return (
+            f"{reason} {residual}",
+            "ReLU in place of saturating activations, normalisation, or residual connections.",
+        )
+    reason = f"The weights multiply it by {gain:.3g} a layer"
     if figures["breaks_between"] and (at := figures["breaks_between"][1]) in gains:
-        said += f", those of {called(at)} by {gains[at]:.3g}"
-    said += " (||W|| / sqrt(inputs); 1 keeps it)."
-    return f"{said} {past}", "Initialise so that it stays near 1 (He for ReLU), normalise, or add residual connections."
+        reason += f", those of {called(at)} by {gains[at]:.3g}"
+    reason += " (||W|| / sqrt(inputs); 1 keeps it)."
+    return (
+        f"{reason} {residual}",
+        "Initialise so that it stays near 1 (He for ReLU), normalise, or add residual connections.",
+    )

@@ -66,8 +66,8 @@ class Step:
     def closed_where_alive(self) -> float:
         """The share that an activation closed in channels that were ever open; 0 where none was."""
         alive = self.active[self.active > 0]
-        each = self.elements / len(self.active) if len(self.active) else 0.0
-        return float(1 - alive.sum() / (each * len(alive))) if len(alive) else 0.0
+        per_channel = self.elements / len(self.active) if len(self.active) else 0.0
+        return float(1 - alive.sum() / (per_channel * len(alive))) if len(alive) else 0.0
 
     @property
     def is_activation(self) -> bool:
@@ -86,12 +86,12 @@ class OpChain:
     @property
     def pointwise(self) -> list[Step]:
         """The activations and poolings that come before a normalisation or a second reader."""
-        found: list[Step] = []
+        steps: list[Step] = []
         for before, step in zip(self.steps, self.steps[1:], strict=False):
             if step.is_norm or len(before.readers) > 1:
                 break
-            found.append(step)
-        return found
+            steps.append(step)
+        return steps
 
     @property
     def all_zero(self) -> bool:
@@ -118,7 +118,7 @@ class Evidence:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sites = run.sites
-        self.place = {site: i for i, site in enumerate(self.sites)}
+        self.position = {site: i for i, site in enumerate(self.sites)}
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return the rows of a table, none where it was not recorded."""
@@ -132,17 +132,17 @@ class Evidence:
     @cached_property
     def outputs(self) -> dict[str, list[dict[str, Any]]]:
         """For each site, its rows of the watched batches to which a gradient came, in the order of the batches."""
-        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        by_site: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in self.watched:
             if row["step"] == 0 and row["arrival"] == "arrived":
-                found[row["site"]].append(row)
-        return {site: found[site] for site in self.sites if site in found}
+                by_site[row["site"]].append(row)
+        return {site: by_site[site] for site in self.sites if site in by_site}
 
     @cached_property
     def samples(self) -> int:
         """How many samples the watched batches held."""
         batches = {(row["epoch"], row["batch"]) for row in self.watched}
-        return sum(row["size"] for row in self.run.table("batches").to_pylist() if _key(row) in batches)
+        return sum(row["size"] for row in self.run.table("batches").to_pylist() if _batch(row) in batches)
 
     @cached_property
     def chains(self) -> list[OpChain]:
@@ -153,41 +153,41 @@ class Evidence:
         for row in self.watched:
             if row["call"] >= 0 and row["zeros"] >= 0:
                 grouped[row["site"], row["call"], row["output"]].append(row)
-        found = [_chain(key[0], rows) for key, rows in grouped.items()]
-        return sorted((one for one in found if one), key=lambda one: self.place[one.site])
+        chains = [_chain(key[0], rows) for key, rows in grouped.items()]
+        return sorted((chain for chain in chains if chain), key=lambda chain: self.position[chain.site])
 
     @cached_property
     def zeros(self) -> dict[str, tuple[int, int]]:
         """For each site how many elements of its gradients were zero, of how many."""
-        found: dict[str, tuple[int, int]] = {}
+        counts: dict[str, tuple[int, int]] = {}
         for row in self.rows("zero_fraction"):
             if row["phase"] == "backward":
-                before = found.get(row["site"], (0, 0))
-                found[row["site"]] = (before[0] + row["zeros"], before[1] + row["total"])
+                before = counts.get(row["site"], (0, 0))
+                counts[row["site"]] = (before[0] + row["zeros"], before[1] + row["total"])
         for site, rows in self.outputs.items():
-            found.setdefault(site, (sum(r["zeros"] for r in rows), sum(_size(r["shape"]) for r in rows)))
+            counts.setdefault(site, (sum(r["zeros"] for r in rows), sum(_size(r["shape"]) for r in rows)))
         for site, (values, weights) in self.values.items():
-            found.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
-        if not found:
+            counts.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
+        if not counts:
             raise NotRecorded("record the measure zero-fraction or histogram")
-        return {site: found[site] for site in self.sites if site in found}
+        return {site: counts[site] for site in self.sites if site in counts}
 
     @cached_property
     def values(self) -> dict[str, tuple[Floats, npt.NDArray[np.int64]]]:
         """For each site the finite values of its gradients and how often each came; empty without histograms."""
         rows = [row for row in self.rows("histogram") if row["phase"] == "backward"]
-        rows = rows or [row for some in self.outputs.values() for row in some]
-        dense: dict[str, npt.NDArray[np.int64]] = {}
+        rows = rows or [row for rows in self.outputs.values() for row in rows]
+        counts: dict[str, npt.NDArray[np.int64]] = {}
         for row in rows:
-            counters = dense.setdefault(row["site"], np.zeros(CODES, np.int64))
-            np.add.at(counters, np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64))
-        exact = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
-        kept = finite(np.arange(CODES))
-        found = {}
-        for site in (site for site in self.sites if site in dense):
-            held = np.flatnonzero(kept & (dense[site] > 0))
-            found[site] = (edges(site in exact)[held], dense[site][held])
-        return found
+            of_site = counts.setdefault(row["site"], np.zeros(CODES, np.int64))
+            np.add.at(of_site, np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64))
+        bfloat16 = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
+        is_finite = finite(np.arange(CODES))
+        values = {}
+        for site in (site for site in self.sites if site in counts):
+            codes = np.flatnonzero(is_finite & (counts[site] > 0))
+            values[site] = (edges(site in bfloat16)[codes], counts[site][codes])
+        return values
 
     @cached_property
     def formats(self) -> dict[str, str]:
@@ -196,7 +196,7 @@ class Evidence:
         Where a loss was scaled, histograms are of what the scale was divided out of, in float32; a watched batch also
         knows the format of the output itself.
         """
-        rows = [*self.rows("histogram"), *(row for some in self.outputs.values() for row in some)]
+        rows = [*self.rows("histogram"), *(row for rows in self.outputs.values() for row in rows)]
         return {row["site"]: row["dtype"] for row in rows}
 
     @cached_property
@@ -208,34 +208,36 @@ class Evidence:
     @cached_property
     def sizes(self) -> dict[str, float]:
         """For each site how large its gradient is: the median of |g| where g is not zero, or the root mean square."""
-        found = {site: _median(*held) for site, held in self.values.items()}
-        if not found:
-            found = {site: float(np.sqrt(np.mean(np.square(series)))) for site, series in self.course.items()}
-        return {site: size for site, size in found.items() if np.isfinite(size) and size > 0}
+        sizes = {site: _median(values, weights) for site, (values, weights) in self.values.items()}
+        if not sizes:
+            sizes = {site: float(np.sqrt(np.mean(np.square(series)))) for site, series in self.course.items()}
+        return {site: size for site, size in sizes.items() if np.isfinite(size) and size > 0}
 
     @cached_property
     def course(self) -> dict[str, Floats]:
         """For each site the root mean square of its gradient in each batch, in order; NaN and infinity included."""
-        found: dict[str, dict[tuple[int, int], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
+        batches: dict[str, dict[tuple[int, int], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows("moments"):
             squares = row["m2"] + row["count"] * row["mean"] ** 2
-            found[row["site"]][_phased(row)].append((squares, row["count"]))
-        for row in self.rows("channel_norm") if not found else ():
+            batches[row["site"]][_backward_batch(row)].append((squares, row["count"]))
+        for row in self.rows("channel_norm") if not batches else ():
             norms = np.asarray(row["values"], np.float64)
-            found[row["site"]][_phased(row)].append((float(np.square(norms).sum()), len(norms)))
-        for row in self.rows("histogram") if not found else ():
-            found[row["site"]][_phased(row)].append(_squares(row))
-        if not found:
+            batches[row["site"]][_backward_batch(row)].append((float(np.square(norms).sum()), len(norms)))
+        for row in self.rows("histogram") if not batches else ():
+            batches[row["site"]][_backward_batch(row)].append(_squares(row))
+        if not batches:
             raise NotRecorded("record the measure moments, channel-norm or histogram")
-        return {site: _series(found[site]) for site in self.sites if any(b is not None for b in found.get(site, ()))}
+        return {
+            site: _series(batches[site]) for site in self.sites if any(b is not None for b in batches.get(site, ()))
+        }
 
 
-def _phased(row: dict[str, Any]) -> Any:
+def _backward_batch(row: dict[str, Any]) -> Any:
     """Return the batch of a backward row; None for the others, which no series has."""
-    return _key(row) if row["phase"] == "backward" else None
+    return _batch(row) if row["phase"] == "backward" else None
 
 
-def _key(row: dict[str, Any]) -> tuple[int, int]:
+def _batch(row: dict[str, Any]) -> tuple[int, int]:
     return row["epoch"], row["batch"]
 
 
@@ -253,8 +255,8 @@ def _squares(row: dict[str, Any]) -> tuple[float, int]:
 
 def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
     """Return the median of the magnitudes that are not zero; NaN where all are."""
-    some = values != 0
-    return weighted(np.abs(values[some]), weights[some], [0.5])[0]
+    nonzero = values != 0
+    return weighted(np.abs(values[nonzero]), weights[nonzero], [0.5])[0]
 
 
 def _size(shape: Iterable[int]) -> int:
@@ -263,34 +265,34 @@ def _size(shape: Iterable[int]) -> int:
 
 def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
     """Sum the rows of a site's calls over batches, as far as all went through the same functions."""
-    ways: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    by_batch: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        ways[_key(row)].append(row)
-    whole = [sorted(way, key=lambda row: row["step"]) for way in ways.values()]
-    whole = [way for way in whole if way[0]["step"] == 0]
-    if not whole:
+        by_batch[_batch(row)].append(row)
+    calls = [sorted(steps, key=lambda row: row["step"]) for steps in by_batch.values()]
+    calls = [steps for steps in calls if steps[0]["step"] == 0]
+    if not calls:
         return None
     length = 0
-    for length, together in enumerate(zip(*whole, strict=False), 1):
-        if len({(row["step"], row["op"], row["module"]) for row in together}) > 1:
+    for length, same_step in enumerate(zip(*calls, strict=False), 1):
+        if len({(row["step"], row["op"], row["module"]) for row in same_step}) > 1:
             length -= 1
             break
-    steps = [_step([way[place] for way in whole]) for place in range(length)]
-    return OpChain(site, steps, float(whole[-1][0]["gain"]), min(way[0]["joins"] for way in whole))
+    steps = [_step([call[i] for call in calls]) for i in range(length)]
+    return OpChain(site, steps, float(calls[-1][0]["gain"]), min(call[0]["joins"] for call in calls))
 
 
 def _step(rows: list[dict[str, Any]]) -> Step:
     last = rows[-1]
-    found = Step(last["op"], last["module"], json.loads(last["settings"]), json.loads(last["readers"]), ())
-    found.shape = tuple(last["shape"])
-    found.elements = sum(_size(row["shape"]) for row in rows)
+    step = Step(last["op"], last["module"], json.loads(last["settings"]), json.loads(last["readers"]), ())
+    step.shape = tuple(last["shape"])
+    step.elements = sum(_size(row["shape"]) for row in rows)
     for name in ("zeros", "closed", "expected_zeros"):
         counts = [row[name] for row in rows]
-        setattr(found, name, -1 if min(counts) < 0 else sum(counts))
-    found.slope = float(np.mean([row["slope"] for row in rows]))
-    found.absolute, found.expected_absolute = (
+        setattr(step, name, -1 if min(counts) < 0 else sum(counts))
+    step.slope = float(np.mean([row["slope"] for row in rows]))
+    step.absolute, step.expected_absolute = (
         float(sum(row[name] for row in rows)) for name in ("absolute", "expected_absolute")
     )
     if last["active"]:
-        found.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
-    return found
+        step.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
+    return step

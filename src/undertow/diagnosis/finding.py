@@ -45,8 +45,8 @@ class Findings(list[Finding]):
         checked: for each rule "checked", or why it could not be.
     """
 
-    def __init__(self, found: Iterable[Finding], checked: dict[str, str]) -> None:
-        super().__init__(sorted(found, key=lambda one: -SEVERITIES.index(one.severity)))
+    def __init__(self, findings: Iterable[Finding], checked: dict[str, str]) -> None:
+        super().__init__(sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity)))
         self.checked = checked
 
     def worst(self) -> str | None:
@@ -71,16 +71,16 @@ def called(site: str) -> str:
     return f"'{site}'" if site[:1].isdigit() else site or "the model"
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
+def listed(names: Iterable[str], max_names: int = 6) -> str:
     """Join names for a sentence.
 
-    >>> listed(["a", "b", "c"]), listed("abcdefgh", most=3)
+    >>> listed(["a", "b", "c"]), listed("abcdefgh", max_names=3)
     ('a, b and c', 'a, b, c and 5 more')
     """
-    known = [called(name) for name in names]
-    if len(known) > most:
-        return f"{', '.join(known[:most])} and {len(known) - most} more"
-    return " and ".join([", ".join(known[:-1]), known[-1]]) if len(known) > 1 else "".join(known)
+    labels = [called(name) for name in names]
+    if len(labels) > max_names:
+        return f"{', '.join(labels[:max_names])} and {len(labels) - max_names} more"
+    return " and ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else "".join(labels)
 
 
 def percent(share: float) -> str:

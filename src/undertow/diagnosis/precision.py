@@ -12,7 +12,7 @@ from .finding import Finding, NotRecorded, called, listed, percent
 
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 LARGEST = {"float16": 65504.0}
-_SHARE = 0.01
+_MIN_SHARE = 0.01
 
 
 def nonfinite(evidence: Evidence) -> Iterator[Finding]:
@@ -24,27 +24,27 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     if not broken:
         return
     batch = min((epoch, number) for epoch, number, _, _ in broken)
-    together = {
+    in_first_batch = {
         (phase, site): share for (epoch, number, phase, site), share in broken.items() if (epoch, number) == batch
     }
-    forward = [site for site in evidence.sites if ("forward", site) in together]
-    backward = [site for site in evidence.sites if ("backward", site) in together]
-    site, what = (forward[0], "output") if forward else (backward[-1], "gradient")
-    share = together["forward" if forward else "backward", site]
-    later = len({(epoch, number) for epoch, number, _, _ in broken})
+    forward = [site for site in evidence.sites if ("forward", site) in in_first_batch]
+    backward = [site for site in evidence.sites if ("backward", site) in in_first_batch]
+    site, tensor = (forward[0], "output") if forward else (backward[-1], "gradient")
+    share = in_first_batch["forward" if forward else "backward", site]
+    n_batches = len({(epoch, number) for epoch, number, _, _ in broken})
     sites = tuple(forward or backward)
     yield Finding(
         "non-finite",
         "error",
         sites,
-        f"In batch {batch[1]} of epoch {batch[0]} the {what} at {called(site)} is infinite or not a number"
+        f"In batch {batch[1]} of epoch {batch[0]} the {tensor} at {called(site)} is infinite or not a number"
         f"{'' if share is None else f' for {percent(share)} of its elements'}, before any other site; "
-        f"affected: {listed(sites)}, in {later} batch{'es' if later > 1 else ''}.",
-        {"first_site": site, "batch": list(batch), "predicted": 0.0, "observed": share, "batches": later},
+        f"affected: {listed(sites)}, in {n_batches} batch{'es' if n_batches > 1 else ''}.",
+        {"first_site": site, "batch": list(batch), "predicted": 0.0, "observed": share, "batches": n_batches},
         "Look at what follows this site"
         + (
             ": divisions, logarithms and roots near 0, exponentials, or float16's largest number, 65504."
-            if what == "gradient"
+            if tensor == "gradient"
             else " before it: the inputs and the weights of this layer."
         ),
         "IEEE 754: an infinity or NaN spreads to all that is computed from it",
@@ -53,22 +53,22 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
 
 def _broken(evidence: Evidence) -> dict[tuple[int, int, str, str], float | None]:
     """Return the share that is not finite for each epoch, batch, phase and site where there is any."""
-    found: dict[tuple[int, int, str, str], float | None] = {}
+    shares: dict[tuple[int, int, str, str], float | None] = {}
     tables = set(evidence.run.manifest["tables"])
     if not tables & {"histogram", "moments", "channel_norm", "diagnosis"}:
         raise NotRecorded("record the measure histogram, moments or channel-norm")
     for row in evidence.rows("channel_norm"):
         if not np.isfinite(row["values"]).all():
-            found[_where(row)] = None
+            shares[_where(row)] = None
     for row in evidence.rows("moments"):
         if not math.isfinite(row["mean"]):
-            found[_where(row)] = None
+            shares[_where(row)] = None
     for row in [*evidence.rows("histogram"), *(row for rows in evidence.outputs.values() for row in rows)]:
         counts = np.asarray(row["counts"], np.int64)
-        lost = int(counts[~finite(np.asarray(row["codes"], np.int64))].sum())
-        if lost:
-            found[_where(row)] = lost / int(counts.sum())
-    return found
+        nonfinite = int(counts[~finite(np.asarray(row["codes"], np.int64))].sum())
+        if nonfinite:
+            shares[_where(row)] = nonfinite / int(counts.sum())
+    return shares
 
 
 def _where(row: dict[str, Any]) -> tuple[int, int, str, str]:
@@ -83,7 +83,7 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
     sunk: dict[str, float] = {}
     for site in evidence.values:
         share = _below(evidence, site, formats[site])
-        if share >= _SHARE:
+        if share >= _MIN_SHARE:
             sunk[site] = share
     if sunk:
         yield _sunk(evidence, sunk)
@@ -91,15 +91,15 @@ def underflow(evidence: Evidence) -> Iterator[Finding]:
 
 def _sunk(evidence: Evidence, sunk: dict[str, float]) -> Finding:
     worst = max(sunk, key=lambda site: sunk[site])
-    kind = evidence.formats[worst]
+    dtype = evidence.formats[worst]
     largest = max(float(np.abs(values).max()) for values, _ in evidence.values.values() if len(values))
     scale = 2.0 ** (15 - math.ceil(math.log2(largest))) if largest else 1.0
     return Finding(
         "underflow",
         "warning",
         tuple(sunk),
-        f"{percent(sunk[worst])} of the gradient at {called(worst)} that is not zero lies below {kind}'s smallest "
-        f"normal number ({SMALLEST_NORMAL[kind] / evidence.scale:.3g} before loss scaling), where digits are lost, "
+        f"{percent(sunk[worst])} of the gradient at {called(worst)} that is not zero lies below {dtype}'s smallest "
+        f"normal number ({SMALLEST_NORMAL[dtype] / evidence.scale:.3g} before loss scaling), where digits are lost, "
         f"then all; so at {listed(sunk)}.",
         {
             "predicted": 0.0,
@@ -116,10 +116,10 @@ def _sunk(evidence: Evidence, sunk: dict[str, float]) -> Finding:
     )
 
 
-def _below(evidence: Evidence, site: str, kind: str) -> float:
+def _below(evidence: Evidence, site: str, dtype: str) -> float:
     """Return how much of a gradient that is not zero lay below a format's smallest normal number, the loss scaled."""
-    smallest = SMALLEST_NORMAL[kind] / evidence.scale
+    smallest = SMALLEST_NORMAL[dtype] / evidence.scale
     values, weights = evidence.values[site]
     magnitudes = np.abs(values)
-    there = int(weights[magnitudes > 0].sum())
-    return int(weights[(magnitudes > 0) & (magnitudes < smallest)].sum()) / there if there else 0.0
+    nonzero = int(weights[magnitudes > 0].sum())
+    return int(weights[(magnitudes > 0) & (magnitudes < smallest)].sum()) / nonzero if nonzero else 0.0

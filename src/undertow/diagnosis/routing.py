@@ -13,7 +13,7 @@ from typing import Any
 from .evidence import Evidence, OpChain, Step
 from .finding import Finding, called, listed, percent
 
-_MOSTLY = 0.6
+_MIN_SHARE = 0.6
 _SOURCE_POOLING = (
     "at least 1 - windows / elements of the gradient at a max-pooling's input is zero; 1 - 1/k^2 for k x k windows "
     "that do not overlap"
@@ -31,8 +31,8 @@ def windows(size: int, kernel: int, stride: int, padding: int = 0, dilation: int
     >>> windows(7, kernel=2, stride=2), windows(7, kernel=2, stride=2, ceil_mode=True)
     (3, 4)
     """
-    room = size + 2 * padding - dilation * (kernel - 1) - 1
-    fit = (-(-room // stride) if ceil_mode else room // stride) + 1
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    fit = (-(-span // stride) if ceil_mode else span // stride) + 1
     return fit - 1 if ceil_mode and (fit - 1) * stride >= size + padding else fit
 
 
@@ -60,15 +60,15 @@ def least_zeros(
     """
     axes = len(shape)
     along = zip(shape, kernel, stride, padding or (0,) * axes, dilation or (1,) * axes, strict=True)
-    return _zeros_of(math.prod(windows(*axis, ceil_mode) for axis in along), math.prod(shape))
+    return _share_without_window(math.prod(windows(*axis, ceil_mode) for axis in along), math.prod(shape))
 
 
-def _zeros_of(windows: int, elements: int) -> float:
+def _share_without_window(windows: int, elements: int) -> float:
     return 1 - min(windows, elements) / elements
 
 
 @dataclass(frozen=True)
-class Split:
+class ZeroShares:
     """Where the zeros of a site's gradient arise, as fractions of its elements.
 
     Attributes:
@@ -83,28 +83,28 @@ class Split:
     predicted_exactly: bool
 
     @property
-    def zeros(self) -> float:
+    def total(self) -> float:
         return self.pooling + self.activation + self.above
 
 
-def split(chain: OpChain) -> Split:
+def split(chain: OpChain) -> ZeroShares:
     """Follow a gradient from the far end of a chain to the site, and count which step made which zeros."""
     steps = [chain.steps[0], *chain.pointwise]
     shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zeros / steps[-1].elements}
     predicted_exactly = True
     for before, step in zip(steps[-2::-1], steps[:0:-1], strict=True):
         share, carried = before.zeros / before.elements, sum(shares.values())
-        cause, made = "above", 0.0
+        cause, added = "above", 0.0
         if step.is_max_pool:
-            cause, made = "pooling", step.closed / before.elements
+            cause, added = "pooling", step.closed / before.elements
         elif step.is_activation:
-            cause, made = "activation", share - carried
+            cause, added = "activation", share - carried
         # behind a pooling the plane has another size: what was zero there is some other share of this one
-        shares = {key: value * (share - made) / carried if carried else 0.0 for key, value in shares.items()}
-        shares["above"] += 0.0 if carried else share - made
-        shares[cause] += made
+        shares = {key: value * (share - added) / carried if carried else 0.0 for key, value in shares.items()}
+        shares["above"] += 0.0 if carried else share - added
+        shares[cause] += added
         predicted_exactly &= step.expected_zeros < 0 or step.expected_zeros == before.zeros
-    return Split(shares["pooling"], shares["activation"], shares["above"], predicted_exactly)
+    return ZeroShares(shares["pooling"], shares["activation"], shares["above"], predicted_exactly)
 
 
 def pooling(evidence: Evidence) -> Iterator[Finding]:
@@ -121,46 +121,46 @@ def pooling(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _routed(chain: OpChain, before: Step, step: Step) -> Finding:
-    found = split(chain)
-    predicted = _least(before, step)
+    zeros = split(chain)
+    predicted = _least_zeros(before, step)
     at_input = before.zeros / before.elements
-    between = [one.op for one in chain.pointwise if one.is_activation]
+    between = [step.op for step in chain.pointwise if step.is_activation]
     sentence = (
-        f"{percent(found.zeros)} of the gradient at {called(chain.site)} is exactly zero: {_where(step)} makes "
-        f"{percent(found.pooling)}, since each window hands its gradient to one element (at least "
+        f"{percent(zeros.total)} of the gradient at {called(chain.site)} is exactly zero: {_named(step)} makes "
+        f"{percent(zeros.pooling)}, since each window hands its gradient to one element (at least "
         f"{percent(predicted)} foretold at its input, {percent(at_input)} found)"
     )
     if between:
-        sentence += f", and {listed(between)} {percent(found.activation)}"
-    sentence += f"; {percent(found.above)} came as zero." if found.above else "."
-    figures = {"predicted": predicted, "observed": at_input, "zeros": found.zeros, "kind": "max"}
-    parts = {"by_pooling": found.pooling, "by_activation": found.activation, "arrived_zero": found.above}
+        sentence += f", and {listed(between)} {percent(zeros.activation)}"
+    sentence += f"; {percent(zeros.above)} came as zero." if zeros.above else "."
+    figures = {"predicted": predicted, "observed": at_input, "zeros": zeros.total, "kind": "max"}
+    shares = {"by_pooling": zeros.pooling, "by_activation": zeros.activation, "arrived_zero": zeros.above}
     return Finding(
         "pooling",
         "info",
         (chain.site,),
         sentence,
-        {**figures, **parts, "foretold_exactly": found.predicted_exactly, "module": step.module, **step.settings},
+        {**figures, **shares, "foretold_exactly": zeros.predicted_exactly, "module": step.module, **step.settings},
         "Nothing is wrong: read quantiles of such a gradient above the share of zeros, or pool by averages, which "
         "spread it.",
         _SOURCE_POOLING,
     )
 
 
-def _least(before: Step, step: Step) -> float:
+def _least_zeros(before: Step, step: Step) -> float:
     """Return the least share of zeros at the pooling's input, from its geometry where it has one."""
-    inside, outside = before.shape[2:], step.shape[2:]
+    inputs, outputs = before.shape[2:], step.shape[2:]
     if "kernel_size" not in step.settings:
-        return _zeros_of(math.prod(outside), math.prod(inside))
+        return _share_without_window(math.prod(outputs), math.prod(inputs))
     kernel, stride, padding, dilation = (step.settings[key] for key in ("kernel_size", "stride", "padding", "dilation"))
-    return least_zeros(inside, kernel, stride, padding, dilation, step.settings["ceil_mode"])
+    return least_zeros(inputs, kernel, stride, padding, dilation, step.settings["ceil_mode"])
 
 
 def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
     predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
     observed = (before.absolute / before.elements) / (step.absolute / step.elements) if step.absolute else 0.0
     sentence = (
-        f"{_where(step)} behind {called(chain.site)} spreads the gradient and sends none of it to zero: its "
+        f"{_named(step)} behind {called(chain.site)} spreads the gradient and sends none of it to zero: its "
         f"mean magnitude is multiplied by {observed:.3g} ({predicted:.3g} foretold, outputs over inputs)."
     )
     figures: dict[str, Any] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
@@ -175,7 +175,7 @@ def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
     )
 
 
-def _where(step: Step) -> str:
+def _named(step: Step) -> str:
     kernel = step.settings.get("kernel_size")
     size = " of " + " x ".join(map(str, kernel)) if kernel else ""
     return f"{step.op}{size}{f' in {called(step.module)}' if step.module else ''}"
@@ -183,27 +183,27 @@ def _where(step: Step) -> str:
 
 def activation(evidence: Evidence) -> Iterator[Finding]:
     """Say where more than 60 % of a gradient meets a closed gate, or a leaky one's slope."""
-    gated: dict[str, list[tuple[str, float, Split]]] = {}
+    gated: dict[str, list[tuple[str, float, ZeroShares]]] = {}
     for chain in evidence.chains:
         steps = chain.pointwise
         if not steps or not steps[0].is_activation or chain.all_zero:
             continue
-        first, found = steps[0], split(chain)
+        first, zeros = steps[0], split(chain)
         elements = chain.steps[0].elements
-        if first.closed_where_alive > _MOSTLY and found.activation > max(_MOSTLY, found.pooling):
-            gated.setdefault(first.op, []).append((chain.site, first.closed / elements, found))
-        elif "negative_slope" in first.settings and _leaking(first) > _MOSTLY:
+        if first.closed_where_alive > _MIN_SHARE and zeros.activation > max(_MIN_SHARE, zeros.pooling):
+            gated.setdefault(first.op, []).append((chain.site, first.closed / elements, zeros))
+        elif "negative_slope" in first.settings and _leaking(first) > _MIN_SHARE:
             yield _leaky(chain, first)
     for op, rows in gated.items():
         yield _gate(op, rows)
 
 
-def _gate(op: str, rows: list[tuple[str, float, Split]]) -> Finding:
+def _gate(op: str, rows: list[tuple[str, float, ZeroShares]]) -> Finding:
     sites = tuple(dict.fromkeys(site for site, _, _ in rows))
     worst = max(rows, key=lambda row: row[2].activation)
     sentence = (
         f"{op} was closed for {percent(worst[1])} of the output of {called(worst[0])}, and "
-        f"{percent(worst[2].zeros)} of the gradient there is exactly zero, {percent(worst[2].activation)} by it"
+        f"{percent(worst[2].total)} of the gradient there is exactly zero, {percent(worst[2].activation)} by it"
     )
     if len(sites) > 1:
         sentence += f"; likewise at {listed(site for site in sites if site != worst[0])}"
@@ -215,9 +215,9 @@ def _gate(op: str, rows: list[tuple[str, float, Split]]) -> Finding:
         {
             "op": op,
             "predicted": [closed for _, closed, _ in rows],
-            "observed": [found.zeros for _, _, found in rows],
-            "by_activation": [found.activation for _, _, found in rows],
-            "foretold_exactly": all(found.predicted_exactly for _, _, found in rows),
+            "observed": [zeros.total for _, _, zeros in rows],
+            "by_activation": [zeros.activation for _, _, zeros in rows],
+            "foretold_exactly": all(zeros.predicted_exactly for _, _, zeros in rows),
         },
         "If the layer learns too slowly: a smaller negative bias, batch norm before the activation, or a leaky one.",
         _SOURCE_GATE,

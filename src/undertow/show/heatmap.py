@@ -40,8 +40,8 @@ def colour(values: Map) -> Pixels:
     """
     if values.ndim != 3 or values.shape[0] not in (1, 3):
         raise InputError(f"a map of shape {values.shape} has no colours; it needs (1, H, W) or (3, H, W)")
-    wide = values.astype(np.float64)
-    score = (wide - wide.mean()) / (wide.std() or 1.0)
+    as_float64 = values.astype(np.float64)
+    score = (as_float64 - as_float64.mean()) / (as_float64.std() or 1.0)
     grey = np.clip(0.5 + 0.1 * score, 0, 1)
     return np.broadcast_to((grey * 255).astype(np.uint8).transpose(1, 2, 0), (*values.shape[1:], 3)).copy()
 

@@ -78,8 +78,8 @@ def _tile(pixels: heatmap.Pixels) -> Image.Image:
 
 
 def _shortened(text: str, width: int) -> str:
-    most = width // 8
-    return text if len(text) <= most else text[: most - 1] + "…"
+    max_chars = width // 8
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -37,13 +37,13 @@ def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
         InputError: nothing to draw, or a file type that cannot be written.
         FrameworkError: matplotlib is missing.
     """
-    places = max((len(rows) for rows in groups.values()), default=0)
-    figure, axes = _figure(places, groups)
-    for place, axis in enumerate(axes):
-        shown = [(i, label, rows[place]) for i, (label, rows) in enumerate(groups.items()) if place < len(rows)]
-        for i, label, row in shown:
+    n_sites = max((len(rows) for rows in groups.values()), default=0)
+    figure, axes = _figure(n_sites, groups)
+    for i, axis in enumerate(axes):
+        shown = [(group, label, rows[i]) for group, (label, rows) in enumerate(groups.items()) if i < len(rows)]
+        for group, label, row in shown:
             percents = [100 * q for q in row.q]
-            colour = COLOURS[i % len(COLOURS)]
+            colour = COLOURS[group % len(COLOURS)]
             axis.plot(percents, row.values, marker="o", markersize=3, color=colour, label=label)
             if 0.5 in row.q:
                 median = row.values[row.q.index(0.5)]
@@ -69,22 +69,22 @@ def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") 
     """
     figure, axes = _figure(len(q), groups)
     width = 0.8 / max(len(groups), 1)
-    every = [row.values[row.q.index(one)] for rows in groups.values() for row in rows for one in q]
-    for one, axis in zip(q, axes, strict=True):
+    all_values = [row.values[row.q.index(fraction)] for rows in groups.values() for row in rows for fraction in q]
+    for fraction, axis in zip(q, axes, strict=True):
         for i, (label, rows) in enumerate(groups.items()):
-            values = [row.values[row.q.index(one)] for row in rows]
-            places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(rows))]
-            axis.bar(places, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label)
-            for place, value in zip(places, values, strict=True):
+            values = [row.values[row.q.index(fraction)] for row in rows]
+            x = [site + (i - (len(groups) - 1) / 2) * width for site in range(len(rows))]
+            axis.bar(x, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label)
+            for position, value in zip(x, values, strict=True):
                 if value == 0:
-                    axis.annotate("0", (place, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+                    axis.annotate("0", (position, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
         longest = max(groups.values(), key=len)
         names = [
             " / ".join(dict.fromkeys(r[i].site for r in groups.values() if i < len(r))) for i in range(len(longest))
         ]
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-        axis.set_title(f"{100 * one:g} % quantile", fontsize=10)
-        _scale(axis, every)
+        axis.set_title(f"{100 * fraction:g} % quantile", fontsize=10)
+        _scale(axis, all_values)
     axes[0].set_ylabel(_unit(groups))
     return _save(figure, axes, groups, path, title)
 
@@ -97,9 +97,9 @@ def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
     except ImportError as error:
         raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
     columns = min(panels, 4)
-    lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for unused in grid[panels:]:
         unused.remove()
     return figure, grid[:panels]

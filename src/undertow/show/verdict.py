@@ -23,13 +23,13 @@ QUESTIONS = {
 FAINT = "#5A5A62"
 
 
-def figure(photograph: heatmap.Pixels, values: heatmap.Map, facts: Mapping[str, Any], path: str | Path) -> Path:
+def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str, Any], path: str | Path) -> Path:
     """Draw a verdict.
 
     Args:
         photograph: `(H, W, 3)` uint8, what the network looked at.
         values: the judged map, `(C, H, W)`.
-        facts: of the verdict, as `Verdict.facts()` or a file of it gives them.
+        verdict: as plain data, as its JSON file holds it.
         path: of a PNG, SVG or PDF; replaced as a whole.
 
     Raises:
@@ -43,46 +43,44 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, facts: Mapping[str, 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
-    drawn = Figure(figsize=(13.5, 8.2))
-    title = f"{facts['target_name']}: {facts['rule']}, {facts['estimator']}"
-    drawn.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
-    drawn.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(facts["sentence"]), 125)), fontsize=12, va="top")
-    grid = drawn.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
-    for place, (name, pixels) in enumerate(
-        {"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()
-    ):
-        axis = drawn.add_subplot(grid[0, 3 * place : 3 * place + 3])
+    figure = Figure(figsize=(13.5, 8.2))
+    title = f"{verdict['target_name']}: {verdict['rule']}, {verdict['estimator']}"
+    figure.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
+    figure.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(verdict["sentence"]), 125)), fontsize=12, va="top")
+    grid = figure.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
+    for i, (name, pixels) in enumerate({"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()):
+        axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
         axis.imshow(np.asarray(pixels))
         axis.set_title(name, fontsize=10, color=FAINT)
         axis.axis("off")
-    _answers(drawn.add_subplot(grid[0, 6:]), facts)
+    _answers(figure.add_subplot(grid[0, 6:]), verdict)
     curves = {"weights": _weights, "faithfulness": _faithfulness, "convergence": _convergence}
-    for place, (question, draw) in enumerate(curves.items()):
-        axis = drawn.add_subplot(grid[1, 4 * place : 4 * place + 4])
-        if question in facts["answers"]:
-            draw(axis, facts["answers"][question]["numbers"])
+    for i, (question, draw) in enumerate(curves.items()):
+        axis = figure.add_subplot(grid[1, 4 * i : 4 * i + 4])
+        if question in verdict["answers"]:
+            draw(axis, verdict["answers"][question]["numbers"])
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", linewidth=0.4, alpha=0.6)
         else:
             axis.axis("off")
     with published(path) as aside:
-        drawn.savefig(aside, dpi=110)
+        figure.savefig(aside, dpi=110)
     return path
 
 
-def _answers(axis: Any, facts: Mapping[str, Any]) -> None:
+def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:
     """List the six answers; the level is written out as well as coloured."""
     axis.axis("off")
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
-    for place, (question, asks) in enumerate(QUESTIONS.items()):
-        top = 1 - (place + 0.1) / len(QUESTIONS)
-        answer = facts["answers"].get(question)
-        text = _plain(answer["sentence"]) if answer else f"not asked: {facts['unanswered'].get(question, '')}"
+    for i, (question, label) in enumerate(QUESTIONS.items()):
+        top = 1 - (i + 0.1) / len(QUESTIONS)
+        answer = verdict["answers"].get(question)
+        text = _plain(answer["sentence"]) if answer else f"not asked: {verdict['unanswered'].get(question, '')}"
         level = answer["level"] if answer else "-"
         axis.text(0.0, top, level, color="white" if answer else FAINT, va="top", fontsize=9, weight="bold",
                   bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
-        axis.text(0.085, top, asks, va="top", fontsize=10)
+        axis.text(0.085, top, label, va="top", fontsize=10)
         axis.text(0.085, top - 0.06, "\n".join(textwrap.wrap(text, 98)[:2]), va="top", fontsize=8, color=FAINT)
 
 
@@ -105,9 +103,9 @@ def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
 
 
 def _faithfulness(axis: Any, numbers: Mapping[str, Any]) -> None:
-    found = numbers["replacements"]["blur"]
+    curves = numbers["replacements"]["blur"]
     colours = {"map": "#0072B2", "edges": "#CC79A7", "random": FAINT}
-    for order, curve in found.items():
+    for order, curve in curves.items():
         shares = np.linspace(0, 100, len(curve["deletion"]))
         axis.plot(shares, curve["insertion"], color=colours[order], label=f"{order}, brought back")
         axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, taken away")
