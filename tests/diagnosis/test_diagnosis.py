@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
-from models import PLANTED, recorded, step
+from diagnosis.planted import PLANTED, recorded, step
 from undertow import diagnosis
 from undertow.cli import main
 from undertow.diagnosis import contrast
@@ -25,7 +25,7 @@ from undertow.diagnosis.depth import fit, t_quantile
 from undertow.diagnosis.evidence import Evidence
 from undertow.diagnosis.routing import least_zeros, split, windows
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 
 IDS = [planted.name for planted in PLANTED]
