@@ -225,6 +225,7 @@ def dying(folder, seed):
     return loss.item(), ut.Run(folder)
 
 
+@pytest.mark.slow
 def test_a_network_that_dies_in_its_first_epoch(tmp_path):
     """Which seeds die may depend on the machine's rounding; on the one this was written on the first does."""
     for seed in range(4):
