@@ -8,7 +8,7 @@ import numpy as np
 from ..analysis.quantiles import weighted
 from ..run import Run
 from .channels import agreements
-from .evidence import Evidence, OpChain, Step
+from .evidence import Evidence, Kind, OpChain, Step
 from .finding import NotRecorded, called, percent
 from .routing import split
 
@@ -24,18 +24,14 @@ class _Side:
     def site(self) -> str:
         return self.chain.site
 
-    def first(self, kind: str) -> Step | None:
-        """Return the first step of a kind: "is_max_pool", "is_average_pool", "is_activation", "is_norm"."""
-        return next((step for step in self.chain.steps[1:] if getattr(step, kind)), None)
+    def first(self, kind: Kind) -> Step | None:
+        """Return the first step of a kind, None where there is none."""
+        return next((step for step in self.chain.steps[1:] if step.kind == kind), None)
 
     def median(self) -> float:
         """Return the median of |g|, zeros included."""
         values, weights = self.evidence.values[self.site]
         return weighted(np.abs(values), weights, [0.5])[0]
-
-    def mean(self) -> float:
-        """Return the mean of |g|."""
-        return self.chain.steps[0].absolute / self.chain.steps[0].elements
 
 
 def contrast(runs: Sequence[Run]) -> list[str]:
@@ -66,15 +62,15 @@ def _pairs(run: Run, other: Run) -> Iterator[tuple[_Side, _Side]]:
 
 
 def _differences(a: _Side, b: _Side) -> Iterator[str]:
-    max_pool, average_pool = a.first("is_max_pool"), b.first("is_average_pool")
+    max_pool, average_pool = a.first("max-pool"), b.first("average-pool")
     if max_pool and average_pool and split(a.chain).pooling > split(b.chain).pooling:
         yield _pooled(a, b, "average pooling", "it spreads what max-pooling routes")
-    if a.first("is_average_pool") and b.first("is_max_pool") and split(b.chain).pooling > split(a.chain).pooling:
+    if a.first("average-pool") and b.first("max-pool") and split(b.chain).pooling > split(a.chain).pooling:
         yield _pooled(a, b, "max-pooling", "it routes what average pooling spreads")
-    gate, leak = a.first("is_activation"), b.first("is_activation")
+    gate, leak = a.first("activation"), b.first("activation")
     if gate and leak and gate.op != leak.op:
         yield from _activated(a, b, gate, leak)
-    if bool(a.first("is_norm")) != bool(b.first("is_norm")):
+    if bool(a.first("norm")) != bool(b.first("norm")):
         yield from _normalised(a, b)
 
 
@@ -98,16 +94,17 @@ def _activated(a: _Side, b: _Side, gate: Step, leak: Step) -> Iterator[str]:
         effect = f"stops what {gate.op} passes"
     else:
         return
+    means = [side.chain.steps[0].mean_magnitude for side in (a, b)]
     yield (
         f"{leak.op} behind {called(b.site)} {effect}: zeros made there {percent(shares[0])} against "
-        f"{percent(shares[1])}, mean |g| {a.mean():.3g} against {b.mean():.3g}"
+        f"{percent(shares[1])}, mean |g| {means[0]:.3g} against {means[1]:.3g}"
     )
 
 
 def _normalised(a: _Side, b: _Side) -> Iterator[str]:
-    norm = a.first("is_norm") or b.first("is_norm")
+    norm = a.first("norm") or b.first("norm")
     shares = [agreements(side.evidence).get(side.site, float("nan")) for side in (a, b)]
-    with_norm, without = (shares[0], shares[1]) if a.first("is_norm") else (shares[1], shares[0])
+    with_norm, without = (shares[0], shares[1]) if a.first("norm") else (shares[1], shares[0])
     if norm and norm.op == "batch_norm" and with_norm < without:
         yield (
             f"batch_norm behind {called(b.site)} takes the mean out of each channel's gradient: |sum g| is "

@@ -54,7 +54,7 @@ def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Findi
         {
             "channels": [channel for channel, active in enumerate(step.active.tolist()) if not active],
             "predicted": step.closed / chain.steps[0].elements,
-            "observed": chain.steps[0].zeros / chain.steps[0].elements,
+            "observed": chain.steps[0].zero_share,
             "samples": evidence.samples,
         },
         f"If there are many: {_REMEDY}.",
@@ -65,10 +65,9 @@ def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Findi
 def _layer(evidence: Evidence, layers: list[tuple[OpChain, Step]], all_zero: list[str]) -> Finding:
     chain, step = layers[-1]  # nearest to the loss: the first that the gradient meets
     others = [other.site for other, _ in layers[:-1]]
-    where = f"{step.op}{f' in {called(step.module)}' if step.module else ''}"
     below = [site for site in all_zero if evidence.position[site] <= evidence.position[chain.site]]
     sentence = (
-        f"Every unit of {called(chain.site)} was inactive behind {where} on all {evidence.samples} samples seen: "
+        f"Every unit of {called(chain.site)} was inactive behind {step} on all {evidence.samples} samples seen: "
         f"no gradient passes there, and exactly zero arrives at {listed(below)}."
     )
     if others:

@@ -130,7 +130,7 @@ def _expected(evidence: Evidence, sites: list[str]) -> float | None:
 def _factor(before: OpChain, after: OpChain) -> float:
     """Return the factor from one site to the one before it; NaN where more than activations lie between them."""
     between = before.steps[1:]
-    if any(not step.is_activation for step in between) or not before.single_reader:
+    if any(step.kind != "activation" for step in between) or not before.single_reader:
         return float("nan")
     return after.gain * math.prod(step.slope for step in between)
 
@@ -142,7 +142,7 @@ def _reason(evidence: Evidence, cause: str, figures: dict[str, Any]) -> tuple[st
     except NotRecorded:
         return f"To see why, {WATCH}.", "Residual connections, normalisation, or He initialisation."
     joins = max((chain.joins for chain in chains), default=0)
-    gates = [step for chain in chains for step in chain.pointwise if step.is_activation]
+    gates = [step for chain in chains for step in chain.pointwise if step.kind == "activation"]
     gains = {chain.site: chain.gain for chain in chains if math.isfinite(chain.gain)}
     slope = float(np.median([step.slope for step in gates])) if gates else 1.0
     gain = float(np.median(list(gains.values()))) if gains else 1.0

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,10 @@ import numpy.typing as npt
 from ..analysis.quantiles import weighted
 from ..measures import CODES, edges, finite
 from ..run import Run
-from .finding import NotRecorded
+from .finding import NotRecorded, called
 
 Floats = npt.NDArray[np.float64]
+Kind = Literal["norm", "max-pool", "average-pool", "activation"]
 WATCH = "record it with diagnose=True"
 
 
@@ -51,16 +53,21 @@ class Step:
     active: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
-    def is_norm(self) -> bool:
-        return self.op.endswith("_norm")
+    def kind(self) -> Kind:
+        """What the function does, from its name; what is no normalisation and no pooling is an activation."""
+        if self.op.endswith("_norm"):
+            return "norm"
+        return "max-pool" if "max_pool" in self.op else "average-pool" if "avg_pool" in self.op else "activation"
 
     @property
-    def is_max_pool(self) -> bool:
-        return "max_pool" in self.op
+    def zero_share(self) -> float:
+        """The fraction of the gradient at its output that is exactly zero, in [0, 1]."""
+        return self.zeros / self.elements
 
     @property
-    def is_average_pool(self) -> bool:
-        return "avg_pool" in self.op
+    def mean_magnitude(self) -> float:
+        """The mean of |g| at its output."""
+        return self.absolute / self.elements
 
     @property
     def closed_where_alive(self) -> float:
@@ -69,9 +76,11 @@ class Step:
         per_channel = self.elements / len(self.active) if len(self.active) else 0.0
         return float(1 - alive.sum() / (per_channel * len(alive))) if len(alive) else 0.0
 
-    @property
-    def is_activation(self) -> bool:
-        return not (self.is_norm or self.is_max_pool or self.is_average_pool)
+    def __str__(self) -> str:
+        """Return what a sentence calls it: the function, its kernel if it has one, and the module that called it."""
+        kernel = self.settings.get("kernel_size")
+        size = " of " + " x ".join(map(str, kernel)) if kernel else ""
+        return f"{self.op}{size}{f' in {called(self.module)}' if self.module else ''}"
 
 
 @dataclass
@@ -87,8 +96,8 @@ class OpChain:
     def pointwise(self) -> list[Step]:
         """The activations and poolings that come before a normalisation or a second reader."""
         steps: list[Step] = []
-        for before, step in zip(self.steps, self.steps[1:], strict=False):
-            if step.is_norm or len(before.readers) > 1:
+        for before, step in pairwise(self.steps):
+            if step.kind == "norm" or len(before.readers) > 1:
                 break
             steps.append(step)
         return steps
@@ -100,7 +109,7 @@ class OpChain:
 
     @property
     def normalised(self) -> bool:
-        return any(step.is_norm for step in self.steps)
+        return any(step.kind == "norm" for step in self.steps)
 
     @property
     def single_reader(self) -> bool:

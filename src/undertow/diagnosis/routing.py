@@ -90,14 +90,14 @@ class ZeroShares:
 def split(chain: OpChain) -> ZeroShares:
     """Follow a gradient from the far end of a chain to the site, and count which step made which zeros."""
     steps = [chain.steps[0], *chain.pointwise]
-    shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zeros / steps[-1].elements}
+    shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zero_share}
     predicted_exactly = True
     for before, step in zip(steps[-2::-1], steps[:0:-1], strict=True):
-        share, carried = before.zeros / before.elements, sum(shares.values())
+        share, carried = before.zero_share, sum(shares.values())
         cause, added = "above", 0.0
-        if step.is_max_pool:
+        if step.kind == "max-pool":
             cause, added = "pooling", step.closed / before.elements
-        elif step.is_activation:
+        elif step.kind == "activation":
             cause, added = "activation", share - carried
         # behind a pooling the plane has another size: what was zero there is some other share of this one
         shares = {key: value * (share - added) / carried if carried else 0.0 for key, value in shares.items()}
@@ -114,19 +114,19 @@ def pooling(evidence: Evidence) -> Iterator[Finding]:
             continue
         steps = [chain.steps[0], *chain.pointwise]
         for before, step in pairwise(steps):
-            if step.is_max_pool and len(step.shape) > 2:
+            if step.kind == "max-pool" and len(step.shape) > 2:
                 yield _routed(chain, before, step)
-            elif step.is_average_pool and math.prod(step.shape[2:]) > 1:  # a mean over all space is no pooling
+            elif step.kind == "average-pool" and math.prod(step.shape[2:]) > 1:  # a mean over all space is no pooling
                 yield _spread(chain, before, step)
 
 
 def _routed(chain: OpChain, before: Step, step: Step) -> Finding:
     zeros = split(chain)
     predicted = _least_zeros(before, step)
-    at_input = before.zeros / before.elements
-    between = [step.op for step in chain.pointwise if step.is_activation]
+    at_input = before.zero_share
+    between = [step.op for step in chain.pointwise if step.kind == "activation"]
     sentence = (
-        f"{percent(zeros.total)} of the gradient at {called(chain.site)} is exactly zero: {_named(step)} makes "
+        f"{percent(zeros.total)} of the gradient at {called(chain.site)} is exactly zero: {step} makes "
         f"{percent(zeros.pooling)}, since each window hands its gradient to one element (at least "
         f"{percent(predicted)} foretold at its input, {percent(at_input)} found)"
     )
@@ -158,9 +158,9 @@ def _least_zeros(before: Step, step: Step) -> float:
 
 def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
     predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
-    observed = (before.absolute / before.elements) / (step.absolute / step.elements) if step.absolute else 0.0
+    observed = before.mean_magnitude / step.mean_magnitude if step.absolute else 0.0
     sentence = (
-        f"{_named(step)} behind {called(chain.site)} spreads the gradient and sends none of it to zero: its "
+        f"{step} behind {called(chain.site)} spreads the gradient and sends none of it to zero: its "
         f"mean magnitude is multiplied by {observed:.3g} ({predicted:.3g} foretold, outputs over inputs)."
     )
     figures: dict[str, Any] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
@@ -175,18 +175,12 @@ def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
     )
 
 
-def _named(step: Step) -> str:
-    kernel = step.settings.get("kernel_size")
-    size = " of " + " x ".join(map(str, kernel)) if kernel else ""
-    return f"{step.op}{size}{f' in {called(step.module)}' if step.module else ''}"
-
-
 def activation(evidence: Evidence) -> Iterator[Finding]:
     """Say where more than 60 % of a gradient meets a closed gate, or a leaky one's slope."""
     gated: dict[str, list[tuple[str, float, ZeroShares]]] = {}
     for chain in evidence.chains:
         steps = chain.pointwise
-        if not steps or not steps[0].is_activation or chain.all_zero:
+        if not steps or steps[0].kind != "activation" or chain.all_zero:
             continue
         first, zeros = steps[0], split(chain)
         elements = chain.steps[0].elements
