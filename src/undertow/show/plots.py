@@ -89,16 +89,37 @@ def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") 
     return _save(figure, axes, groups, path, title)
 
 
-def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
-    if not panels or not any(groups.values()):
-        raise InputError("there are no quantiles to draw; was anything recorded?")
+def new_figure(**options: Any) -> Any:
+    """Return a new `matplotlib.figure.Figure`.
+
+    Raises:
+        FrameworkError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
+    return Figure(**options)
+
+
+def check_ending(path: str | Path) -> Path:
+    """Return the path of a chart.
+
+    Raises:
+        InputError: it ends in none of .png, .svg and .pdf.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
+    return path
+
+
+def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
+    if not panels or not any(groups.values()):
+        raise InputError("there are no quantiles to draw; was anything recorded?")
     columns = min(panels, 4)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * rows), layout="constrained")
+    figure = new_figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for unused in grid[panels:]:
         unused.remove()
@@ -128,9 +149,7 @@ def _unit(groups: Groups) -> str:
 
 
 def _save(figure: Any, axes: list[Any], groups: Groups, path: str | Path, title: str) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
+    path = check_ending(path)
     if len(groups) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)

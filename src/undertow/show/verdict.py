@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FrameworkError, InputError
 from ..files import published
 from . import heatmap
+from .plots import check_ending, new_figure
 
 LEVELS = {"yes": "#009E73", "weak": "#E69F00", "no": "#D55E00"}
 QUESTIONS = {
@@ -36,14 +36,8 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
         InputError: a file type that cannot be written.
         FrameworkError: matplotlib is missing.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
-    figure = Figure(figsize=(13.5, 8.2))
+    path = check_ending(path)
+    figure = new_figure(figsize=(13.5, 8.2))
     title = f"{verdict['target_name']}: {verdict['rule']}, {verdict['estimator']}"
     figure.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
     figure.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(verdict["sentence"]), 125)), fontsize=12, va="top")
