@@ -374,7 +374,7 @@ def test_runs_are_contrasted_in_sentences_only_where_the_evidence_is_there(varia
     assert "it spreads what max-pooling routes" in sentence
     assert contrast([variants["avg"], variants["max"]])[0].startswith("max-pooling lowers the median at '0' from ")
     (sentence,) = contrast([variants["max"], variants["leaky"]])
-    assert sentence.startswith("leaky_relu behind '0' passes, scaled, what relu stops")
+    assert sentence.startswith("leaky_relu after '0' passes a scaled part of what relu blocks")
     assert contrast([variants["max"], variants["max"]]) == []
 
 
@@ -385,7 +385,7 @@ def test_the_command(variants, runs, capsys):
             main(["diagnose", folder, *words])
         assert excinfo.value.code == code
     shown = " ".join(capsys.readouterr().out.split())
-    assert "75.0 % foretold at its input" in shown
+    assert "75.0 % predicted at its input" in shown
     assert "jump: not checked" in shown
     healthy = runs(PLANTED[IDS.index("residual, trained")])
     with pytest.raises(SystemExit) as excinfo:

@@ -1,4 +1,4 @@
-"""From a run to findings: what is wrong, why, and what proves it. One file for each family of causes; no framework."""
+"""From a run to findings: what is wrong, why, and the evidence for it. One file per family of causes; no framework."""
 
 from collections.abc import Callable, Iterator
 
@@ -31,28 +31,28 @@ RULES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
     "pooling": pooling,
     "activation": activation,
 }
-"""What is looked for, in the order in which it is said. A new cause is one function and one row."""
+"""The rules, in the order in which their findings are listed. A new cause is one function and one row."""
 
 
 def sizes(run: Run) -> dict[str, float]:
-    """Return how large the gradient is at each site where it is not zero throughout, in order of execution.
+    """Return the size of the gradient at each site whose gradient is not all zero, in order of execution.
 
-    It is the median of |g| over the elements that are not zero, or without histograms the root mean square of all.
+    The size is the median of |g| over its nonzero elements, or, without histograms, the root mean square of all.
     """
     return Evidence(run).sizes
 
 
 def diagnose(run: Run) -> Findings:
-    """Say what is wrong in a run, or remarkable, and why.
+    """Find what is wrong or remarkable in a run, and why.
 
-    Each finding names its cause, the sites, figures predicted and observed, what to try, and its source. Without
-    `record(..., diagnose=True)` the causes that need a closer look are not looked for; `.checked` says which.
+    Each finding names its cause, the sites, predicted and observed values, a remedy, and its source. Without
+    `record(..., diagnose=True)` some causes cannot be checked; `.checked` says which.
 
     Args:
         run: a run with gradients, finished or not.
 
     Returns:
-        Findings: a list of `Finding`, the gravest first.
+        Findings: a list of `Finding`, the most severe first.
 
     >>> import tempfile, torch, undertow as ut
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten())

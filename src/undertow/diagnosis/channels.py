@@ -1,4 +1,4 @@
-"""Channels whose gradient is one number for all samples and places: what batch norm takes away, and networks lack."""
+"""Channels whose gradient has the same sign at all samples and positions; batch norm would subtract its mean."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,31 +12,31 @@ from .finding import Finding, NotRecorded, called, listed, percent
 MIN_AGREEMENT = 0.5
 _MIN_COLUMN_SHARE = 0.5
 _SOURCE = (
-    "|sum g| against sum |g| over batch and space for each channel: 0 behind batch norm, 1 where all elements agree in "
-    f"sign; reported from {MIN_AGREEMENT:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
+    "|sum g| / sum |g| over batch and space for each channel: 0 at the input of batch norm, 1 if all elements have the "
+    f"same sign; reported from {MIN_AGREEMENT:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
 )
 
 
 def batch_norm(evidence: Evidence) -> Iterator[Finding]:
-    """Say where the mean over batch and space dominates the gradient of channels that nothing normalises."""
+    """Find sites without normalisation where the mean over batch and space dominates the gradient of a channel."""
     shares = agreements(evidence)
     if not shares:
         raise NotRecorded(f"{WATCH}, or record the measure channel-sums")
     normalised = {chain.site for chain in evidence.chains if chain.normalised} if evidence.watched else set()
-    unnormalised = set(shares) - normalised - {evidence.sites[-1]}  # nobody normalises the scores
+    unnormalised = set(shares) - normalised - {evidence.sites[-1]}  # the scores are not meant to be normalised
     high = {site: value for site, value in shares.items() if site in unnormalised and value >= MIN_AGREEMENT}
     if len(high) < 2 or len(high) < len(unnormalised) / 2:
         return
     worst = max(high, key=lambda site: high[site])
     figures: dict[str, Any] = {"predicted": 0.0, "observed": high[worst], "agreement": shares}
     sentence = (
-        f"At {listed(high)} the gradients of a channel agree in sign over samples and places: |sum g| is up to "
-        f"{percent(high[worst])} of sum |g| ({called(worst)}), so that updates hardly depend on the input; batch norm "
+        f"At {listed(high)} most of a channel's gradient has the same sign over samples and positions: |sum g| is "
+        f"up to {percent(high[worst])} of sum |g| ({called(worst)}), so updates hardly depend on the input; batch norm "
         "would make it 0"
     )
     if tail := _tail(evidence, worst):
         figures["tail"] = tail
-        sentence += f"; its 99.9 % quantile of |g| is {tail:.3g} times the median"
+        sentence += f"; its 99.9 % quantile of |g| is {tail:.3g} times its median"
     if column := _column(evidence):
         figures |= column
         sentence += f"; output {column['column']} alone carries {percent(column['column_share'])} of the last gradient"
@@ -46,7 +46,7 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
         tuple(high),
         sentence + ".",
         figures,
-        "Batch norm behind these layers, or a smaller learning rate and centred inputs and outputs.",
+        "Add batch norm after these layers, or use a smaller learning rate and centre inputs and outputs.",
         _SOURCE,
     )
 
@@ -64,7 +64,7 @@ def agreements(evidence: Evidence) -> dict[str, float]:
 
 
 def _tail(evidence: Evidence, site: str) -> float | None:
-    """Return the 99.9 % quantile of |g| over its median, zeros left out."""
+    """Return the 99.9 % quantile of nonzero |g| divided by their median, None without histograms."""
     if site not in evidence.values:
         return None
     values, weights = evidence.values[site]
@@ -74,7 +74,7 @@ def _tail(evidence: Evidence, site: str) -> float | None:
 
 
 def _column(evidence: Evidence) -> dict[str, Any] | None:
-    """Return the one output of the last site that carries half of its gradient or more, of at least five."""
+    """Return the output of the last site that carries at least half of sum |g|, if there are at least 5 outputs."""
     rows = evidence.outputs.get(evidence.sites[-1], [])
     if not rows or len(rows[-1]["shape"]) != 2 or len(rows[-1]["absolutes"]) < 5:
         return None

@@ -1,4 +1,4 @@
-"""What differs between two runs and why, in sentences: only where what stands behind a site proves it."""
+"""Differences between two runs and their causes, in sentences: only those that the operations after a site prove."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,10 +35,10 @@ class _Side:
 
 
 def contrast(runs: Sequence[Run]) -> list[str]:
-    """Say how each further run differs from the first one, and by what cause, site by site.
+    """Say how each further run differs from the first one, and why, site by site.
 
-    Sites are paired by name, or by their order where the names differ. Runs recorded without `diagnose=True` say
-    nothing, since nothing would be proved.
+    Sites are paired by name, or by order if the names differ. Runs recorded without `diagnose=True` give no
+    sentences, because nothing could be proved.
 
     >>> contrast([])
     []
@@ -67,9 +67,9 @@ def _differences(a: _Side, b: _Side) -> Iterator[str]:
         yield _pooled(a, b, "average pooling", "it spreads what max-pooling routes")
     if a.first("average-pool") and b.first("max-pool") and split(b.chain).pooling > split(a.chain).pooling:
         yield _pooled(a, b, "max-pooling", "it routes what average pooling spreads")
-    gate, leak = a.first("activation"), b.first("activation")
-    if gate and leak and gate.op != leak.op:
-        yield from _activated(a, b, gate, leak)
+    gate, other = a.first("activation"), b.first("activation")
+    if gate and other and gate.op != other.op:
+        yield from _activated(a, b, gate, other)
     if bool(a.first("norm")) != bool(b.first("norm")):
         yield from _normalised(a, b)
 
@@ -78,7 +78,7 @@ def _pooled(a: _Side, b: _Side, pool: str, reason: str) -> str:
     before, after = a.median(), b.median()
     shares = [percent(split(side.chain).total) for side in (a, b)]
     fewer = split(b.chain).total < split(a.chain).total
-    if before == after or (after > before) != fewer:  # then the median says nothing of the zeros
+    if before == after or (after > before) != fewer:  # the median does not follow the zeros, so report the zeros
         change = f"the zeros at {called(b.site)} from {shares[0]} to {shares[1]}"
         medians = f"medians {before:.3g} and {after:.3g}" if before != after else f"both medians are {before:.3g}"
         return f"{pool} {'lowers' if fewer else 'raises'} {change}: {reason} ({medians})"
@@ -86,17 +86,17 @@ def _pooled(a: _Side, b: _Side, pool: str, reason: str) -> str:
     return f"{pool} {'raises' if fewer else 'lowers'} {change}: {reason} (zeros {shares[0]} against {shares[1]})"
 
 
-def _activated(a: _Side, b: _Side, gate: Step, leak: Step) -> Iterator[str]:
+def _activated(a: _Side, b: _Side, gate: Step, other: Step) -> Iterator[str]:
     shares = [split(side.chain).activation for side in (a, b)]
-    if gate.closed > 0 and leak.closed == 0:
-        effect = f"passes, scaled, what {gate.op} stops"
-    elif gate.closed == 0 and leak.closed > 0:
-        effect = f"stops what {gate.op} passes"
+    if gate.closed > 0 and other.closed == 0:
+        effect = f"passes a scaled part of what {gate.op} blocks"
+    elif gate.closed == 0 and other.closed > 0:
+        effect = f"blocks what {gate.op} passes"
     else:
         return
     means = [side.chain.steps[0].mean_magnitude for side in (a, b)]
     yield (
-        f"{leak.op} behind {called(b.site)} {effect}: zeros made there {percent(shares[0])} against "
+        f"{other.op} after {called(b.site)} {effect}: its zeros {percent(shares[0])} against "
         f"{percent(shares[1])}, mean |g| {means[0]:.3g} against {means[1]:.3g}"
     )
 
@@ -107,6 +107,6 @@ def _normalised(a: _Side, b: _Side) -> Iterator[str]:
     with_norm, without = (shares[0], shares[1]) if a.first("norm") else (shares[1], shares[0])
     if norm and norm.op == "batch_norm" and with_norm < without:
         yield (
-            f"batch_norm behind {called(b.site)} takes the mean out of each channel's gradient: |sum g| is "
+            f"batch_norm after {called(b.site)} subtracts the mean from each channel's gradient: |sum g| is "
             f"{percent(with_norm)} of sum |g|, and {percent(without)} without it"
         )

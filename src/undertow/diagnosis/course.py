@@ -1,4 +1,4 @@
-"""What changes from batch to batch: jumps, drifts, and sites whose gradient is lost in noise."""
+"""Changes from batch to batch: jumps, drifts, and gradients that drown in noise."""
 
 import math
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ _FACTOR = 8.0
 _DRIFT = 100.0
 _NOISE = 0.1
 _JUMP_SOURCE = (
-    f"a batch whose log root mean square is {_DEVIATIONS:g} median absolute deviations and a factor {_FACTOR:g} away "
+    f"a batch whose log root mean square is {_DEVIATIONS:g} median absolute deviations and a factor of {_FACTOR:g} "
     "from the median of the run"
 )
 _NOISE_SOURCE = (
-    f"|mean| / deviation over batches of each channel's summed gradient, the gradient of its bias: below {_NOISE:g} of "
-    "that of the median site, and below 1"
+    f"|mean| / standard deviation over batches of each channel's summed gradient, the gradient of its bias: below "
+    f"{_NOISE:g} of the median site's, and below 1"
 )
 
 
 def jump(evidence: Evidence) -> Iterator[Finding]:
-    """Find batches in which a gradient suddenly is much larger or smaller, and gradients that drift through the run."""
+    """Find batches with a sudden much larger or smaller gradient, and gradients that drift through the run."""
     series = {site: course for site, course in evidence.course.items() if len(course) >= MIN_BATCHES}
     if not series:
         raise NotRecorded(f"record {MIN_BATCHES} batches or more")
@@ -62,10 +62,10 @@ def _jumped(jumps: dict[str, tuple[int, float]]) -> Finding:
         "jump",
         "warning",
         tuple(jumps),
-        f"In the {batch + 1}. recorded batch the gradient at {called(worst)} is {factor:.3g} times its median over the "
-        f"run; so at {listed(jumps)}.",
+        f"In recorded batch number {batch + 1} the gradient at {called(worst)} is {factor:.3g} times its median over "
+        f"the run; affected: {listed(jumps)}.",
         {"predicted": 1.0, "observed": factor, "jumps": {site: list(jump) for site, jump in jumps.items()}},
-        "Look at that batch's samples and at the learning rate; clip gradients if it recurs.",
+        "Check the samples of that batch and the learning rate; clip gradients if it happens again.",
         _JUMP_SOURCE,
     )
 
@@ -76,19 +76,20 @@ def _drifted(drifts: dict[str, float]) -> Finding:
         "jump",
         "info",
         tuple(drifts),
-        f"Through the run the gradient at {called(worst)} is multiplied by {drifts[worst]:.3g}; so at "
+        f"Over the run the gradient at {called(worst)} is multiplied by {drifts[worst]:.3g}; affected: "
         f"{listed(drifts)}.",
         {"kind": "drift", "predicted": 1.0, "observed": drifts[worst], "drifts": drifts},
-        "Growth asks for a smaller learning rate or normalisation; decay is what convergence looks like.",
-        f"least squares of log2 rms on the batch: a factor {_DRIFT:g} at the end of the 95 % interval",
+        "If it grows, use a smaller learning rate or normalisation; if it decays, that is what convergence looks like.",
+        f"least squares fit of log2 rms on the batch: over the run a factor of at least {_DRIFT:g} at the nearer end "
+        "of its 95 % interval",
     )
 
 
 def noise(evidence: Evidence) -> Iterator[Finding]:
-    """Find sites whose gradient varies from batch to batch far more, beside its mean, than that of the others."""
+    """Find sites whose gradient varies from batch to batch, relative to its mean, far more than at the other sites."""
     ratios = {site: ratio for site in evidence.outputs if (ratio := _signal(evidence, site)) is not None}
     if len(ratios) < 3:
-        raise NotRecorded(f"{MIN_BATCHES} watched batches at three sites: record it with diagnose=1")
+        raise NotRecorded(f"needs {MIN_BATCHES} watched batches at 3 sites; record it with diagnose=1")
     usual = float(np.median(list(ratios.values())))
     noisy = {site: ratio for site, ratio in ratios.items() if ratio < min(_NOISE * usual, 1.0)}
     if noisy:
@@ -97,16 +98,16 @@ def noise(evidence: Evidence) -> Iterator[Finding]:
             "noise",
             "warning",
             tuple(noisy),
-            f"At {listed(noisy)} the gradient is lost in noise: over batches its mean is {noisy[worst]:.3g} of its "
-            f"deviation, at the other sites {usual:.3g} (median over channels).",
+            f"At {listed(noisy)} the gradient drowns in noise: its mean over batches is {noisy[worst]:.3g} of its "
+            f"standard deviation, against {usual:.3g} at the median site (medians over channels).",
             {"predicted": usual, "observed": noisy[worst], "signal_to_noise": ratios},
-            "Look for noise added there (dropout, perturbed gradients), or take larger batches.",
+            "Look for noise that is added there (dropout, perturbed gradients), or use larger batches.",
             _NOISE_SOURCE,
         )
 
 
 def _signal(evidence: Evidence, site: str) -> float | None:
-    """Return the median over channels of |mean| / deviation over watched batches of the summed gradient."""
+    """Return the median over channels of |mean| / standard deviation of the summed gradient over watched batches."""
     rows = [row for row in evidence.outputs[site] if row["call"] == 0]
     lengths = {len(row["sums"]) for row in rows}
     if len(rows) < MIN_BATCHES or len(lengths) != 1:

@@ -1,4 +1,4 @@
-"""Units and layers that are inactive on every sample: what they starve, and where the gradient ends."""
+"""Units and layers that are inactive on every sample, and the layers before them, which get no gradient."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from .finding import Finding, called, listed, percent
 
 MIN_ELEMENTS = 100
 _WARNING_SHARE = 0.1
-_SOURCE = f"a channel counts as dead if all of at least {MIN_ELEMENTS} elements seen were closed; cf. arXiv 1903.06733"
+_SOURCE = f"a channel counts as dead if all its elements, at least {MIN_ELEMENTS}, were inactive; cf. arXiv 1903.06733"
 _REMEDY = "a smaller learning rate, He initialisation, batch norm before the activation, or a leaky activation"
 
 
 def dead(evidence: Evidence) -> Iterator[Finding]:
-    """Find channels, and whole layers, to which an activation was closed on every sample seen."""
+    """Find channels and whole layers whose activation was inactive on every watched sample."""
     all_zero = [site for site, (zeros, total) in evidence.zeros.items() if zeros == total > 0]
     layers: list[tuple[OpChain, Step]] = []
     for chain, step in _activations(evidence):
@@ -28,7 +28,7 @@ def dead(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _activations(evidence: Evidence) -> Iterator[tuple[OpChain, Step]]:
-    """Yield each activation of which enough was seen, once."""
+    """Yield each activation with enough elements per channel, once."""
     seen: set[tuple[str, str]] = set()
     for chain in evidence.chains if evidence.watched else ():
         for step in chain.steps[1:]:
@@ -49,8 +49,8 @@ def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Findi
         "dead-units",
         "warning" if share >= _WARNING_SHARE else "info",
         (chain.site,),
-        f"{n_dead} of {len(step.active)} channels of {called(chain.site)} ({percent(share)}) were inactive behind "
-        f"{step.op} on all {evidence.samples} samples seen: they pass no gradient and their weights do not learn.",
+        f"{n_dead} of {len(step.active)} channels of {called(chain.site)} ({percent(share)}) were inactive after "
+        f"{step.op} on all {evidence.samples} watched samples: they pass no gradient and their weights do not learn.",
         {
             "channels": [channel for channel, active in enumerate(step.active.tolist()) if not active],
             "predicted": step.closed / chain.steps[0].elements,
@@ -63,12 +63,12 @@ def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Findi
 
 
 def _layer(evidence: Evidence, layers: list[tuple[OpChain, Step]], all_zero: list[str]) -> Finding:
-    chain, step = layers[-1]  # nearest to the loss: the first that the gradient meets
+    chain, step = layers[-1]  # nearest to the loss: the first that the gradient reaches
     others = [other.site for other, _ in layers[:-1]]
     below = [site for site in all_zero if evidence.position[site] <= evidence.position[chain.site]]
     sentence = (
-        f"Every unit of {called(chain.site)} was inactive behind {step} on all {evidence.samples} samples seen: "
-        f"no gradient passes there, and exactly zero arrives at {listed(below)}."
+        f"Every unit of {called(chain.site)} was inactive after {step} on all {evidence.samples} watched samples: "
+        f"no gradient passes through it, and the gradient at {listed(below)} is exactly zero."
     )
     if others:
         sentence += f" Also dead: {listed(others)}."
@@ -83,7 +83,7 @@ def _layer(evidence: Evidence, layers: list[tuple[OpChain, Step]], all_zero: lis
             "predicted": 1.0,
             "observed": _least_share(evidence, below),
         },
-        f"Start again with {_REMEDY}; what is dead does not come back by itself.",
+        f"Start again with {_REMEDY}; a dead layer does not recover by itself.",
         _SOURCE,
     )
 
@@ -93,17 +93,17 @@ def _least_share(evidence: Evidence, sites: list[str]) -> float:
 
 
 def _nothing_passes(evidence: Evidence, all_zero: list[str]) -> Finding:
-    """Word what is sure without a closer look: some sites get nothing, others get something."""
+    """Report the sites whose gradient is all zero if no watched activation explains it."""
     if evidence.watched:
-        cause = "no activation behind them is closed throughout, so the zeros come from the function that reads them"
+        cause = "no activation after them is inactive throughout, so the zeros come from the function that reads them"
     else:
-        cause = f"to see what stops it, {WATCH}"
+        cause = f"to see what blocks it, {WATCH}"
     return Finding(
         "dead-layer",
         "error",
         tuple(all_zero),
-        f"The gradient at {listed(all_zero)} is exactly zero in every batch, while other sites get some: {cause}.",
+        f"The gradient at {listed(all_zero)} is exactly zero in every batch, but not at other sites; {cause}.",
         {"predicted": None, "observed": 1.0, "starved": all_zero},
-        "Look at what stands between the last of these and the next site.",
+        "Look at the operations between the last of these sites and the next one.",
         "all recorded elements are zero",
     )

@@ -1,4 +1,4 @@
-"""Gradients that shrink or grow with depth: a line through log magnitudes, with its interval, and where it breaks."""
+"""Gradients that shrink or grow with depth: a line fitted to log magnitudes, its interval, and its largest step."""
 
 import math
 from collections.abc import Iterator
@@ -17,8 +17,9 @@ MIN_SITES = 4
 MIN_FACTOR = 1000.0
 MIN_INTERVAL_FACTOR = 100.0
 _SOURCE = (
-    f"least squares of log2 |g| on depth: over all depth a factor of {MIN_FACTOR:g} by the fit and "
-    f"{MIN_INTERVAL_FACTOR:g} at the end of its 95 % interval; Glorot and Bengio 2010; He et al., arXiv 1502.01852"
+    f"least squares fit of log2 |g| on depth: over the whole depth a factor of at least {MIN_FACTOR:g} by the fit and "
+    f"{MIN_INTERVAL_FACTOR:g} at the nearer end of its 95 % interval; Glorot and Bengio 2010; He et al., arXiv "
+    "1502.01852"
 )
 
 
@@ -32,7 +33,7 @@ class Line:
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Return a quantile of Student's t distribution, within 1 % from 3 degrees of degrees on.
+    """Return a quantile of Student's t distribution, within 1 % for 3 or more degrees of freedom.
 
     Source: Abramowitz and Stegun 26.7.5.
 
@@ -50,7 +51,7 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 def fit(y: npt.NDArray[np.float64]) -> Line:
-    """Fit a line to values at 0, 1, 2, ...: at least four of them.
+    """Fit a line to at least four values at 0, 1, 2, ....
 
     >>> fit(np.array([0.0, 2.0, 4.0, 6.0]))
     Line(slope=2.0, low=2.0, high=2.0)
@@ -65,7 +66,7 @@ def fit(y: npt.NDArray[np.float64]) -> Line:
 
 
 def depth(evidence: Evidence) -> Iterator[Finding]:
-    """Say whether gradients vanish or explode from the loss towards the input."""
+    """Find gradients that vanish or explode from the loss towards the input."""
     sizes = evidence.sizes
     if len(evidence.sites) < MIN_SITES:
         raise NotRecorded(f"record {MIN_SITES} sites or more")
@@ -96,14 +97,15 @@ def _finding(
     }
     word = "shrinks" if cause == "vanishing" else "grows"
     sentence = (
-        f"From {called(sites[-1])} down to {called(sites[0])} the gradient {word}: by {2.0**-line.slope:.3g} a layer "
-        f"(95 % interval {2.0**-line.high:.3g} to {2.0**-line.low:.3g}), from {2.0 ** y[-1]:.3g} to {2.0 ** y[0]:.3g}"
+        f"From {called(sites[-1])} down to {called(sites[0])} the gradient {word}: by a factor of "
+        f"{2.0**-line.slope:.3g} a layer (95 % interval {2.0**-line.high:.3g} to {2.0**-line.low:.3g}), from "
+        f"{2.0 ** y[-1]:.3g} to {2.0 ** y[0]:.3g}"
     )
     if breaks:
         between = f"{called(sites[worst + 1])} and {called(sites[worst])}"
-        sentence += f"; most of it between {between}, by {2.0 ** (y[worst] - y[worst + 1]):.3g}"
+        sentence += f"; most of it between {between}, by a factor of {2.0 ** (y[worst] - y[worst + 1]):.3g}"
     if figures["predicted"] is not None:
-        sentence += f"; the weights and slopes on the way foretell {figures['predicted']:.3g} a layer"
+        sentence += f"; the weights and slopes on the way predict {figures['predicted']:.3g} a layer"
     why, remedy = _reason(evidence, cause, figures)
     return Finding(cause, "warning", tuple(sites), f"{sentence}. {why}", figures, remedy, _SOURCE)
 
@@ -113,9 +115,9 @@ def _geometric(factors: npt.NDArray[np.float64]) -> float:
 
 
 def _expected(evidence: Evidence, sites: list[str]) -> float | None:
-    """Return the factor a layer that weights and slopes foretell for gradients of random signs, as a geometric mean.
+    """Return the factor per layer that weights and slopes predict for gradients of random signs, as a geometric mean.
 
-    A site's gradient is that of the next one times ||W|| / sqrt(inputs) of the next, times the slope in between.
+    A site's gradient is that of the next site times the next layer's ||W|| / sqrt(inputs), times the slope in between.
     """
     try:
         chains = {chain.site: chain for chain in evidence.chains}
@@ -128,7 +130,7 @@ def _expected(evidence: Evidence, sites: list[str]) -> float | None:
 
 
 def _factor(before: OpChain, after: OpChain) -> float:
-    """Return the factor from one site to the one before it; NaN where more than activations lie between them."""
+    """Return the factor from a site's gradient to that of the site before; NaN if not only activations lie between."""
     between = before.steps[1:]
     if any(step.kind != "activation" for step in between) or not before.single_reader:
         return float("nan")
@@ -136,30 +138,32 @@ def _factor(before: OpChain, after: OpChain) -> float:
 
 
 def _reason(evidence: Evidence, cause: str, figures: dict[str, Any]) -> tuple[str, str]:
-    """Say what the data name as the reason, and what to try."""
+    """Return a sentence with the likely reason, and a remedy."""
     try:
         chains = evidence.chains
     except NotRecorded:
-        return f"To see why, {WATCH}.", "Residual connections, normalisation, or He initialisation."
+        return f"To see why, {WATCH}.", "Try residual connections, normalisation, or He initialisation."
     joins = max((chain.joins for chain in chains), default=0)
     gates = [step for chain in chains for step in chain.pointwise if step.kind == "activation"]
     gains = {chain.site: chain.gain for chain in chains if math.isfinite(chain.gain)}
     slope = float(np.median([step.slope for step in gates])) if gates else 1.0
     gain = float(np.median(list(gains.values()))) if gains else 1.0
     figures |= {"residual_joins": joins, "median_slope": slope, "median_gain": gain}
-    residual = "No residual path passes by." if not joins else f"{joins} residual joins lie on the way."
+    residual = (
+        "There is no residual path around them." if not joins else f"There are {joins} residual additions on the way."
+    )
     if cause == "vanishing" and slope < min(gain, 0.5):
         ops = dict.fromkeys(step.op + (", at most 0.25" if step.op == "sigmoid" else "") for step in gates)
-        reason = f"The activations multiply it by {slope:.3g} each ({', '.join(ops)})."
+        reason = f"Each activation multiplies it by {slope:.3g} ({', '.join(ops)})."
         return (
             f"{reason} {residual}",
-            "ReLU in place of saturating activations, normalisation, or residual connections.",
+            "Try ReLU in place of saturating activations, normalisation, or residual connections.",
         )
-    reason = f"The weights multiply it by {gain:.3g} a layer"
+    reason = f"The weights multiply a gradient by {gain:.3g} a layer"
     if figures["breaks_between"] and (at := figures["breaks_between"][1]) in gains:
         reason += f", those of {called(at)} by {gains[at]:.3g}"
-    reason += " (||W|| / sqrt(inputs); 1 keeps it)."
+    reason += " (||W|| / sqrt(inputs); 1 preserves it)."
     return (
         f"{reason} {residual}",
-        "Initialise so that it stays near 1 (He for ReLU), normalise, or add residual connections.",
+        "Initialise so that this factor is near 1 (He for ReLU), normalise, or add residual connections.",
     )

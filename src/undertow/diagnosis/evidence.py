@@ -1,4 +1,4 @@
-"""What a run says that a diagnosis can use: plain figures by site, whichever tables they come from. No framework."""
+"""The data that rules read: plain numbers by site, whichever tables of the run they come from. No framework."""
 
 import json
 from collections import defaultdict
@@ -23,19 +23,22 @@ WATCH = "record it with diagnose=True"
 
 @dataclass
 class Step:
-    """One function that a site's output went through, summed over the watched batches.
+    """One function call that a site's output goes through, summed over the watched batches.
 
-    Gradients are counted at its output (`zeros`, `absolute`, of `elements`), predictions at its input.
+    `zeros`, `absolute` and `elements` describe the gradient at its output; predictions are for its input.
 
     Attributes:
-        op, module, settings: the function's name, where it was called, and its settings.
-        readers: how many functions read its output.
+        op, module, settings: the function's name, the module that called it, and its settings.
+        readers: names of the functions that read its output.
         shape: of its output, `(B, C, ...)`, in the last batch.
-        closed: elements of its input to which its forward pass lets no gradient through; -1 where that is unknown.
-        expected_zeros: zeros of the gradient at its input, as predicted from `closed` and what came to its output.
-        expected_absolute: sum of magnitudes at an activation's input, as predicted from its derivative and what came.
-        slope: mean |derivative| of an activation; NaN of others.
-        active: of an activation's channels, how many elements were open.
+        elements: number of elements of its output.
+        zeros: number of them whose gradient is exactly zero.
+        closed: elements of its input that get no gradient whatever arrives; -1 if unknown.
+        expected_zeros: zeros of the gradient at its input, predicted from `closed` and the gradient at its output.
+        slope: mean |derivative| of an activation; NaN for other functions.
+        absolute: sum of |g|.
+        expected_absolute: sum of |g| at an activation's input, predicted from its derivative; NaN for other functions.
+        active: for each channel of an activation, the number of elements with a nonzero derivative.
     """
 
     op: str
@@ -71,7 +74,7 @@ class Step:
 
     @property
     def closed_where_alive(self) -> float:
-        """The share that an activation closed in channels that were ever open; 0 where none was."""
+        """The fraction of inactive elements in channels that are not dead; 0 if all are dead."""
         alive = self.active[self.active > 0]
         per_channel = self.elements / len(self.active) if len(self.active) else 0.0
         return float(1 - alive.sum() / (per_channel * len(alive))) if len(alive) else 0.0
@@ -85,7 +88,12 @@ class Step:
 
 @dataclass
 class OpChain:
-    """A site's output (the first step) and what it went through up to its next reader."""
+    """A site's output (the first step) and the activations, poolings and normalisations that it goes through.
+
+    Attributes:
+        gain: ||W|| / sqrt(inputs) of the site's layer; NaN if it has no weights.
+        joins: number of residual additions that its output meets.
+    """
 
     site: str
     steps: list[Step]
@@ -94,7 +102,7 @@ class OpChain:
 
     @property
     def pointwise(self) -> list[Step]:
-        """The activations and poolings that come before a normalisation or a second reader."""
+        """The activations and poolings before the first normalisation or the first output with a second reader."""
         steps: list[Step] = []
         for before, step in pairwise(self.steps):
             if step.kind == "norm" or len(before.readers) > 1:
@@ -104,24 +112,25 @@ class OpChain:
 
     @property
     def all_zero(self) -> bool:
-        """Whether nothing at all arrives, so that there is nothing to be split."""
+        """Whether the gradient at the site is exactly zero everywhere."""
         return self.steps[0].zeros == self.steps[0].elements
 
     @property
     def normalised(self) -> bool:
+        """Whether a normalisation follows the site."""
         return any(step.kind == "norm" for step in self.steps)
 
     @property
     def single_reader(self) -> bool:
-        """Whether one function reads its end, so that what reaches it comes from there alone."""
+        """Whether one function alone reads the last output, so that its gradient comes from that function only."""
         return len(self.steps[-1].readers) == 1
 
 
 class Evidence:
-    """Reads a run, each part when it is first asked for.
+    """Reads the tables of a run, each on first access.
 
     Raises:
-        NotRecorded: what is asked for was not recorded.
+        NotRecorded: on access, if the table or measure was not recorded.
     """
 
     def __init__(self, run: Run) -> None:
@@ -130,7 +139,7 @@ class Evidence:
         self.position = {site: i for i, site in enumerate(self.sites)}
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        """Return the rows of a table, none where it was not recorded."""
+        """Return the rows of a table, none if it was not recorded."""
         return list(self.run.table(table).to_pylist()) if table in self.run.manifest["tables"] else []
 
     @cached_property
@@ -140,7 +149,7 @@ class Evidence:
 
     @cached_property
     def outputs(self) -> dict[str, list[dict[str, Any]]]:
-        """For each site, its rows of the watched batches to which a gradient came, in the order of the batches."""
+        """For each site, the rows of its own output in the watched batches where a gradient arrived, in batch order."""
         by_site: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in self.watched:
             if row["step"] == 0 and row["arrival"] == "arrived":
@@ -149,13 +158,13 @@ class Evidence:
 
     @cached_property
     def samples(self) -> int:
-        """How many samples the watched batches held."""
+        """Number of samples in the watched batches."""
         batches = {(row["epoch"], row["batch"]) for row in self.watched}
         return sum(row["size"] for row in self.run.table("batches").to_pylist() if _batch(row) in batches)
 
     @cached_property
     def chains(self) -> list[OpChain]:
-        """What each site's output went through, in order of execution."""
+        """The chain of operations after each site, in order of execution."""
         if not self.watched:
             raise NotRecorded(WATCH)
         grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -167,7 +176,7 @@ class Evidence:
 
     @cached_property
     def zeros(self) -> dict[str, tuple[int, int]]:
-        """For each site how many elements of its gradients were zero, of how many."""
+        """For each site the number of zero elements of its gradient, and of all elements."""
         counts: dict[str, tuple[int, int]] = {}
         for row in self.rows("zero_fraction"):
             if row["phase"] == "backward":
@@ -183,7 +192,7 @@ class Evidence:
 
     @cached_property
     def values(self) -> dict[str, tuple[Floats, npt.NDArray[np.int64]]]:
-        """For each site the finite values of its gradients and how often each came; empty without histograms."""
+        """For each site the finite values of its gradient and the count of each; empty without histograms."""
         rows = [row for row in self.rows("histogram") if row["phase"] == "backward"]
         rows = rows or [row for rows in self.outputs.values() for row in rows]
         counts: dict[str, npt.NDArray[np.int64]] = {}
@@ -200,23 +209,23 @@ class Evidence:
 
     @cached_property
     def formats(self) -> dict[str, str]:
-        """For each site the number format that its gradient was computed in.
+        """For each site the dtype that its gradient was computed in.
 
-        Where a loss was scaled, histograms are of what the scale was divided out of, in float32; a watched batch also
-        knows the format of the output itself.
+        With a scaled loss, histograms hold float32: the gradient with the scale divided out. The rows of watched
+        batches hold the dtype of the output itself, so they take precedence.
         """
         rows = [*self.rows("histogram"), *(row for rows in self.outputs.values() for row in rows)]
         return {row["site"]: row["dtype"] for row in rows}
 
     @cached_property
     def scale(self) -> float:
-        """By what the loss was multiplied before the backward pass, and the gradients divided afterwards."""
+        """The smallest factor that the loss was multiplied by before a backward pass; 1 without loss scaling."""
         scales = [row["scale"] for row in self.run.table("batches").to_pylist() if row["scale"]]
         return float(min(scales)) if scales else 1.0
 
     @cached_property
     def sizes(self) -> dict[str, float]:
-        """For each site how large its gradient is: the median of |g| where g is not zero, or the root mean square."""
+        """For each site the median of nonzero |g|, or, without histograms, the root mean square of g."""
         sizes = {site: _median(values, weights) for site, (values, weights) in self.values.items()}
         if not sizes:
             sizes = {site: float(np.sqrt(np.mean(np.square(series)))) for site, series in self.course.items()}
@@ -224,7 +233,7 @@ class Evidence:
 
     @cached_property
     def course(self) -> dict[str, Floats]:
-        """For each site the root mean square of its gradient in each batch, in order; NaN and infinity included."""
+        """For each site the root mean square of its gradient in each batch, in order; may be NaN or infinite."""
         batches: dict[str, dict[tuple[int, int], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows("moments"):
             squares = row["m2"] + row["count"] * row["mean"] ** 2
@@ -242,7 +251,7 @@ class Evidence:
 
 
 def _backward_batch(row: dict[str, Any]) -> Any:
-    """Return the batch of a backward row; None for the others, which no series has."""
+    """Return (epoch, batch) of a backward row; None for forward rows, which `_series` leaves out."""
     return _batch(row) if row["phase"] == "backward" else None
 
 
@@ -263,7 +272,7 @@ def _squares(row: dict[str, Any]) -> tuple[float, int]:
 
 
 def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
-    """Return the median of the magnitudes that are not zero; NaN where all are."""
+    """Return the median of nonzero magnitudes; NaN if all are zero."""
     nonzero = values != 0
     return weighted(np.abs(values[nonzero]), weights[nonzero], [0.5])[0]
 
@@ -273,7 +282,7 @@ def _size(shape: Iterable[int]) -> int:
 
 
 def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
-    """Sum the rows of a site's calls over batches, as far as all went through the same functions."""
+    """Sum the rows of one call of a site over batches, up to the first step in which batches differ."""
     by_batch: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_batch[_batch(row)].append(row)

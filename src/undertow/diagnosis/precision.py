@@ -1,4 +1,4 @@
-"""Values that a number format cannot hold: infinities and NaN, where they arose first, and what sinks below it."""
+"""Values that a number format cannot hold: where infinities and NaN first occur, and gradients that underflow."""
 
 import math
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ _MIN_SHARE = 0.01
 
 
 def nonfinite(evidence: Evidence) -> Iterator[Finding]:
-    """Find the first batch in which a gradient or an output was infinite or not a number, and the site it began at.
+    """Find the first batch in which a gradient or an output was infinite or NaN, and the site where it started.
 
-    The backward pass runs from the loss to the input, so among gradients the site nearest to the loss was first.
+    The backward pass runs from the loss to the input, so among gradients the site nearest to the loss is the first.
     """
     broken = _broken(evidence)
     if not broken:
@@ -41,18 +41,16 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
         f"{'' if share is None else f' for {percent(share)} of its elements'}, before any other site; "
         f"affected: {listed(sites)}, in {n_batches} batch{'es' if n_batches > 1 else ''}.",
         {"first_site": site, "batch": list(batch), "predicted": 0.0, "observed": share, "batches": n_batches},
-        "Look at what follows this site"
-        + (
-            ": divisions, logarithms and roots near 0, exponentials, or float16's largest number, 65504."
-            if tensor == "gradient"
-            else " before it: the inputs and the weights of this layer."
-        ),
-        "IEEE 754: an infinity or NaN spreads to all that is computed from it",
+        "Look at what follows this site: divisions, logarithms and roots near 0, exponentials, or float16's largest "
+        "number, 65504."
+        if tensor == "gradient"
+        else "Look at the inputs and the weights of this layer.",
+        "IEEE 754: infinity and NaN spread to everything computed from them",
     )
 
 
 def _broken(evidence: Evidence) -> dict[tuple[int, int, str, str], float | None]:
-    """Return the share that is not finite for each epoch, batch, phase and site where there is any."""
+    """Return the fraction of nonfinite elements, if any, by (epoch, batch, phase, site); None if it is unknown."""
     shares: dict[tuple[int, int, str, str], float | None] = {}
     tables = set(evidence.run.manifest["tables"])
     if not tables & {"histogram", "moments", "channel_norm", "diagnosis"}:
@@ -76,48 +74,48 @@ def _where(row: dict[str, Any]) -> tuple[int, int, str, str]:
 
 
 def underflow(evidence: Evidence) -> Iterator[Finding]:
-    """Find sites whose gradients sink below the smallest normal number of the format that they are computed in."""
+    """Find sites whose gradients are below the smallest normal number of the format that they are computed in."""
     if not evidence.values:
         raise NotRecorded("record the measure histogram")
     formats = evidence.formats
-    sunk: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for site in evidence.values:
         share = _below(evidence, site, formats[site])
         if share >= _MIN_SHARE:
-            sunk[site] = share
-    if sunk:
-        yield _sunk(evidence, sunk)
+            shares[site] = share
+    if shares:
+        yield _underflow(evidence, shares)
 
 
-def _sunk(evidence: Evidence, sunk: dict[str, float]) -> Finding:
-    worst = max(sunk, key=lambda site: sunk[site])
+def _underflow(evidence: Evidence, shares: dict[str, float]) -> Finding:
+    worst = max(shares, key=lambda site: shares[site])
     dtype = evidence.formats[worst]
     largest = max(float(np.abs(values).max()) for values, _ in evidence.values.values() if len(values))
     scale = 2.0 ** (15 - math.ceil(math.log2(largest))) if largest else 1.0
     return Finding(
         "underflow",
         "warning",
-        tuple(sunk),
-        f"{percent(sunk[worst])} of the gradient at {called(worst)} that is not zero lies below {dtype}'s smallest "
-        f"normal number ({SMALLEST_NORMAL[dtype] / evidence.scale:.3g} before loss scaling), where digits are lost, "
-        f"then all; so at {listed(sunk)}.",
+        tuple(shares),
+        f"{percent(shares[worst])} of the nonzero gradient at {called(worst)} is below {dtype}'s smallest normal "
+        f"number ({SMALLEST_NORMAL[dtype] / evidence.scale:.3g} before loss scaling): such values lose digits, and the "
+        f"smallest become zero; affected: {listed(shares)}.",
         {
             "predicted": 0.0,
-            "observed": sunk[worst],
-            "below_normal": sunk,
+            "observed": shares[worst],
+            "below_normal": shares,
             "below_float16": _below(evidence, worst, "float16"),
             "below_bfloat16": _below(evidence, worst, "bfloat16"),
             "loss_scale": evidence.scale,
             "suggested_loss_scale": scale,
         },
         f"Scale the loss by {scale:g} (torch.amp.GradScaler): the largest gradient, {largest:.3g}, then stays below "
-        "32768; or compute in bfloat16.",
+        "32768. Or compute in bfloat16.",
         "smallest normal numbers: 2^-14 (float16), 2^-126 (bfloat16, float32); Micikevicius et al., arXiv 1710.03740",
     )
 
 
 def _below(evidence: Evidence, site: str, dtype: str) -> float:
-    """Return how much of a gradient that is not zero lay below a format's smallest normal number, the loss scaled."""
+    """Return the fraction of a site's nonzero scaled gradient that is below a format's smallest normal number."""
     smallest = SMALLEST_NORMAL[dtype] / evidence.scale
     values, weights = evidence.values[site]
     magnitudes = np.abs(values)
