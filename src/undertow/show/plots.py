@@ -1,4 +1,4 @@
-"""Quantiles as charts. Takes what `undertow.analysis` gives; never sees a model or a run."""
+"""Charts of the quantiles that `undertow.analysis` returns; nothing here sees a model or a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Groups = Mapping[str, "Sequence[SiteQuantiles]"]
 
-# Okabe and Ito's palette: told apart with any colour vision. Source: jfly.uni-koeln.de/color
+# Okabe and Ito's palette: distinguishable with any colour vision. Source: jfly.uni-koeln.de/color
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 UNITS = {
     ("magnitude", "backward"): "|gradient|, objective per unit of output",
@@ -26,15 +26,15 @@ UNITS = {
 
 
 def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
-    """Draw each site's quantiles, a panel for each place in the network, a curve for each group; the median is marked.
+    """Draw quantile curves: a panel for each site, in it a curve for each group, with its median marked.
 
     Args:
-        groups: for each label, such as a run's name, its sites' quantiles, in order.
-        path: of a PNG, SVG or PDF; replaced as a whole.
-        title: above everything.
+        groups: for each label, such as a run's name, the quantiles of its sites, in order.
+        path: a PNG, SVG or PDF; replaced atomically.
+        title: at the top of the figure.
 
     Raises:
-        InputError: nothing to draw, or a file type that cannot be written.
+        InputError: nothing to draw, or an unsupported file type.
         FrameworkError: matplotlib is missing.
     """
     n_sites = max((len(rows) for rows in groups.values()), default=0)
@@ -57,15 +57,15 @@ def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
 
 
 def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") -> Path:
-    """Draw one panel for each quantile and in it one bar for each site; several groups stand side by side.
+    """Draw one panel for each quantile, and in it one bar for each site and group, groups side by side.
 
     Args:
-        groups: for each label its sites' quantiles, which include `q`.
+        groups: for each label the quantiles of its sites, which include `q`.
         q: fractions in [0, 1].
-        path, title: as `quantile_curves`.
+        path, title: as in `quantile_curves`.
 
     Raises:
-        InputError, FrameworkError: as `quantile_curves`.
+        InputError, FrameworkError: as in `quantile_curves`.
     """
     figure, axes = _figure(len(q), groups)
     width = 0.8 / max(len(groups), 1)
@@ -98,7 +98,7 @@ def new_figure(**options: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
+        raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
     return Figure(**options)
 
 
@@ -106,7 +106,7 @@ def check_ending(path: str | Path) -> Path:
     """Return the path of a chart.
 
     Raises:
-        InputError: it ends in none of .png, .svg and .pdf.
+        InputError: it does not end in .png, .svg or .pdf.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -127,7 +127,7 @@ def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Choose a logarithmic scale where values span more than a decade; zero keeps its place below it."""
+    """Use a logarithmic scale if values span more than a decade, linear around zero so that zeros stay visible."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     axis.grid(axis="y", linewidth=0.4, alpha=0.6)
     axis.spines[["top", "right"]].set_visible(False)

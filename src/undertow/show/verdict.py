@@ -1,4 +1,4 @@
-"""A verdict as one picture: the photograph, its map, six answers, and the three curves behind them."""
+"""A verdict as one picture: the photograph, its map, the six answers, and curves for three of them."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ QUESTIONS = {
     "class": "depends on the class",
     "weights": "depends on the trained weights",
     "input": "is more than edges",
-    "faithfulness": "marks what carries the score",
-    "stability": "stays under small noise",
+    "faithfulness": "marks the pixels that carry the score",
+    "stability": "stays the same under small noise",
     "convergence": "keeps directions distinct",
 }
 FAINT = "#5A5A62"
@@ -27,13 +27,13 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
     """Draw a verdict.
 
     Args:
-        photograph: `(H, W, 3)` uint8, what the network looked at.
+        photograph: `(H, W, 3)` uint8, the network's input.
         values: the judged map, `(C, H, W)`.
         verdict: as plain data, as its JSON file holds it.
-        path: of a PNG, SVG or PDF; replaced as a whole.
+        path: a PNG, SVG or PDF; replaced atomically.
 
     Raises:
-        InputError: a file type that cannot be written.
+        InputError: an unsupported file type.
         FrameworkError: matplotlib is missing.
     """
     path = check_ending(path)
@@ -63,7 +63,7 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
 
 
 def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:
-    """List the six answers; the level is written out as well as coloured."""
+    """List the six answers; the level is written as text, not only as a colour."""
     axis.axis("off")
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
@@ -82,7 +82,7 @@ def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
     layers = numbers["layers"]
     for rows, count, label, style in (
         (numbers["cascade"], "redrawn", "from the top down", "-o"),
-        (numbers["single"], "from_top", "this one alone", ":s"),
+        (numbers["single"], "from_top", "this layer alone", ":s"),
     ):
         axis.plot([row[count] for row in rows], [row["spearman"] for row in rows], style, markersize=4, label=label)
     _marks(axis, numbers["null"]["spearman"])
@@ -91,7 +91,7 @@ def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_ylim(min(-0.1, *axis.get_ylim()), 1.05)
-    axis.set_title("weights drawn anew: likeness to the map", fontsize=10)
+    axis.set_title("weights re-initialised: similarity to the map", fontsize=10)
     axis.set_xlabel(f"layers counted from the top, of {layers}", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
 
@@ -101,9 +101,9 @@ def _faithfulness(axis: Any, numbers: Mapping[str, Any]) -> None:
     colours = {"map": "#0072B2", "edges": "#CC79A7", "random": FAINT}
     for order, curve in curves.items():
         shares = np.linspace(0, 100, len(curve["deletion"]))
-        axis.plot(shares, curve["insertion"], color=colours[order], label=f"{order}, brought back")
-        axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, taken away")
-    axis.set_title("score as the strongest pixels come or go (blur)", fontsize=10)
+        axis.plot(shares, curve["insertion"], color=colours[order], label=f"{order}, inserted")
+        axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, deleted")
+    axis.set_title("score as the strongest pixels are inserted or deleted (blur)", fontsize=10)
     axis.set_xlabel("% of the pixels, strongest first", fontsize=9)
     axis.set_ylabel("0: all blurred, 1: none", fontsize=9, labelpad=0)
     axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
@@ -116,11 +116,11 @@ def _convergence(axis: Any, numbers: Mapping[str, Any]) -> None:
     axis.set_xticks(range(len(rows)), [row["layer"].rpartition(".")[2] for row in rows], rotation=30, ha="right")
     axis.tick_params(axis="x", labelsize=7)
     axis.set_ylim(min(-0.25, *axis.get_ylim()), 1.05)
-    axis.set_title("random directions on their way back: mean cosine", fontsize=10)
+    axis.set_title("random directions propagated backward: mean cosine", fontsize=10)
 
 
 def _marks(axis: Any, marks: Mapping[str, float]) -> None:
-    """Shade where two random maps would lie: unrelated below the one line, mostly the same above the other."""
+    """Mark the levels of random maps: unrelated below one line, mostly the same above the other."""
     axis.axhline(marks["half"], color=LEVELS["no"], linewidth=0.8, linestyle="--")
     axis.axhline(marks["unrelated"], color=LEVELS["yes"], linewidth=0.8, linestyle="--")
     for key, text, align in (("half", "mostly the same", "bottom"), ("unrelated", "unrelated", "top")):
@@ -129,5 +129,5 @@ def _marks(axis: Any, marks: Mapping[str, float]) -> None:
 
 
 def _plain(sentence: str) -> str:
-    """Return a sentence without the marks that stand for italics in text."""
+    """Return a sentence without the asterisks that mark italics."""
     return sentence.replace("*", "")
