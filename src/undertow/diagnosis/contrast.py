@@ -22,6 +22,7 @@ class _Side:
 
     @property
     def site(self) -> str:
+        """The name of the site."""
         return self.chain.site
 
     def first(self, kind: Kind) -> Step | None:

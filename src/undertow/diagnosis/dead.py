@@ -81,15 +81,11 @@ def _layer(evidence: Evidence, layers: list[tuple[OpChain, Step]], all_zero: lis
             "dead": [dead_chain.site for dead_chain, _ in layers],
             "starved": below,
             "predicted": 1.0,
-            "observed": _least_share(evidence, below),
+            "observed": 1.0 if below else float("nan"),
         },
         f"Start again with {_REMEDY}; a dead layer does not recover by itself.",
         _SOURCE,
     )
-
-
-def _least_share(evidence: Evidence, sites: list[str]) -> float:
-    return min((evidence.zeros[site][0] / evidence.zeros[site][1] for site in sites), default=float("nan"))
 
 
 def _nothing_passes(evidence: Evidence, all_zero: list[str]) -> Finding:

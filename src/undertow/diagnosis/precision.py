@@ -11,7 +11,6 @@ from .evidence import Evidence
 from .finding import Finding, NotRecorded, called, listed, percent
 
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-LARGEST = {"float16": 65504.0}
 _MIN_SHARE = 0.01
 
 
