@@ -17,7 +17,7 @@ test: $(VENV)/.dev fashion-mnist
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-$(VENV)/.demo: pyproject.toml setup.py src/undertow/_walk.c constraints.txt
+$(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "undertow needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[demo]'

@@ -117,11 +117,12 @@ def model(
     NAME is a module's dotted name at this depth, or "x". With --plot, line width is the gradient that an edge carries.
     """
     from .. import models
+    from ..classifier import find_class
     from ..derive import from_model
     from .trace import batch_for
 
     classifier = models.load(reference, weights)
-    number = None if target is None else models.find_class(classifier, target)
+    number = None if target is None else find_class(classifier, target)
     blocks = from_model(classifier.module, batch_for(classifier, photograph, shape, seed), depth, number)
     return _tell([blocks.derivative(name) for name in wanted], PASS, as_latex, expand, plot, seed, as_json)
 

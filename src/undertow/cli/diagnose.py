@@ -30,7 +30,7 @@ def diagnose(runs: Sequence[Path], fail_on: str | None, as_json: bool) -> int:
     found = {str(run): diagnosed(Run(run)) for run in runs}
     if as_json:
         plain = [
-            {"run": run, "findings": [one.as_dict() for one in findings], "checked": findings.checked}
+            {"run": run, "findings": [one.to_dict() for one in findings], "checked": findings.checked}
             for run, findings in found.items()
         ]
         click.echo(json.dumps(_plain(plain), indent=1, allow_nan=False))

@@ -1,4 +1,4 @@
-"""From a run to findings: what is wrong, why, and what proves it. One file for each family of causes; no framework."""
+"""From a run to findings: what is wrong, why, and the evidence for it. One file per family of causes; no framework."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ from .finding import CAUSES as CAUSES
 from .finding import SEVERITIES as SEVERITIES
 from .finding import Finding as Finding
 from .finding import Findings as Findings
-from .finding import Lacking
+from .finding import NotRecorded
 from .precision import nonfinite, underflow
 from .routing import activation, pooling
 
@@ -31,44 +31,44 @@ RULES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
     "pooling": pooling,
     "activation": activation,
 }
-"""What is looked for, in the order in which it is said. A new cause is one function and one row."""
+"""The rules, in the order in which their findings are listed. A new cause is one function and one row."""
 
 
 def sizes(run: Run) -> dict[str, float]:
-    """Return how large the gradient is at each site where it is not zero throughout, in order of execution.
+    """Return the size of the gradient at each site whose gradient is not all zero, in order of execution.
 
-    It is the median of |g| over the elements that are not zero, or without histograms the root mean square of all.
+    The size is the median of |g| over its nonzero elements, or, without histograms, the root mean square of all.
     """
     return Evidence(run).sizes
 
 
 def diagnose(run: Run) -> Findings:
-    """Say what is wrong in a run, or remarkable, and why.
+    """Find what is wrong or remarkable in a run, and why.
 
-    Each finding names its cause, the sites, figures predicted and observed, what to try, and its source. Without
-    `record(..., diagnose=True)` the causes that need a closer look are not looked for; `.checked` says which.
+    Each finding names its cause, the sites, predicted and observed values, a remedy, and its source. Without
+    `record(..., diagnose=True)` some causes cannot be checked; `.checked` says which.
 
     Args:
         run: a run with gradients, finished or not.
 
     Returns:
-        Findings: a list of `Finding`, the gravest first.
+        Findings: a list of `Finding`, the most severe first.
 
     >>> import tempfile, torch, undertow as ut
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten())
     >>> with ut.record(folder := tempfile.mkdtemp(), net, sites="conv", diagnose=True) as recording:
     ...     with recording.batch():
     ...         net(torch.arange(100.0).sin().view(1, 1, 10, 10)).sum().backward()
-    >>> [(one.cause, one.evidence["predicted"], one.evidence["observed"]) for one in ut.diagnose(ut.Run(folder))]
+    >>> [(f.cause, f.evidence["predicted"], f.evidence["observed"]) for f in ut.diagnose(ut.Run(folder))]
     [('pooling', 0.75, 0.75)]
     """
     evidence = Evidence(run)
-    found: list[Finding] = []
+    findings: list[Finding] = []
     checked = {}
     for name, rule in RULES.items():
         try:
-            found += rule(evidence)
+            findings += rule(evidence)
             checked[name] = "checked"
-        except Lacking as lacking:
-            checked[name] = f"not checked: {lacking}"
-    return Findings(found, checked)
+        except NotRecorded as error:
+            checked[name] = f"not checked: {error}"
+    return Findings(findings, checked)

@@ -1,4 +1,4 @@
-"""Channels whose gradient is one number for all samples and places: what batch norm takes away, and networks lack."""
+"""Channels whose gradient has the same sign at all samples and positions; batch norm would subtract its mean."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,36 +7,36 @@ import numpy as np
 
 from ..analysis.quantiles import weighted
 from .evidence import WATCH, Evidence
-from .finding import Finding, Lacking, called, listed, percent
+from .finding import Finding, NotRecorded, called, listed, percent
 
-AGREED = 0.5
-_COLUMN = 0.5
+MIN_AGREEMENT = 0.5
+_MIN_COLUMN_SHARE = 0.5
 _SOURCE = (
-    "|sum g| against sum |g| over batch and space for each channel: 0 behind batch norm, 1 where all elements agree in "
-    f"sign; reported from {AGREED:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
+    "|sum g| / sum |g| over batch and space for each channel: 0 at the input of batch norm, 1 if all elements have the "
+    f"same sign; reported from {MIN_AGREEMENT:g} at half of the channels; Bjorck et al., arXiv 1806.02375, table 1"
 )
 
 
 def batch_norm(evidence: Evidence) -> Iterator[Finding]:
-    """Say where the mean over batch and space dominates the gradient of channels that nothing normalises."""
+    """Find sites without normalisation where the mean over batch and space dominates the gradient of a channel."""
     shares = agreements(evidence)
     if not shares:
-        raise Lacking(f"{WATCH}, or record the measure channel-sums")
-    normalised = {one.site for one in evidence.passages if one.normalised} if evidence.watched else set()
-    bare = set(shares) - normalised - {evidence.sites[-1]}  # nobody normalises the scores
-    high = {site: value for site, value in shares.items() if site in bare and value >= AGREED}
-    if len(high) < 2 or len(high) < len(bare) / 2:
+        raise NotRecorded(f"{WATCH}, or record the measure channel-sums")
+    normalised = {chain.site for chain in evidence.chains if chain.normalised} if evidence.watched else set()
+    unnormalised = set(shares) - normalised - {evidence.sites[-1]}  # the scores are not meant to be normalised
+    high = {site: value for site, value in shares.items() if site in unnormalised and value >= MIN_AGREEMENT}
+    if len(high) < 2 or len(high) < len(unnormalised) / 2:
         return
     worst = max(high, key=lambda site: high[site])
     figures: dict[str, Any] = {"predicted": 0.0, "observed": high[worst], "agreement": shares}
     sentence = (
-        f"At {listed(high)} the gradients of a channel agree in sign over samples and places: |sum g| is up to "
-        f"{percent(high[worst])} of sum |g| ({called(worst)}), so that updates hardly depend on the input; batch norm "
+        f"At {listed(high)} most of a channel's gradient has the same sign over samples and positions: |sum g| is "
+        f"up to {percent(high[worst])} of sum |g| ({called(worst)}), so updates hardly depend on the input; batch norm "
         "would make it 0"
     )
-    if tails := _tails(evidence, worst):
-        figures["tail"] = tails
-        sentence += f"; its 99.9 % quantile of |g| is {tails:.3g} times the median"
+    if tail := _tail(evidence, worst):
+        figures["tail"] = tail
+        sentence += f"; its 99.9 % quantile of |g| is {tail:.3g} times its median"
     if column := _column(evidence):
         figures |= column
         sentence += f"; output {column['column']} alone carries {percent(column['column_share'])} of the last gradient"
@@ -46,39 +46,39 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
         tuple(high),
         sentence + ".",
         figures,
-        "Batch norm behind these layers, or a smaller learning rate and centred inputs and outputs.",
+        "Add batch norm after these layers, or use a smaller learning rate and centre inputs and outputs.",
         _SOURCE,
     )
 
 
 def agreements(evidence: Evidence) -> dict[str, float]:
     """Return for each site the median over channels and batches of |sum g| / sum |g|."""
-    found: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     rows = [row for row in evidence.rows("channel_sums") if row["phase"] == "backward"]
-    for row in rows or [row for some in evidence.outputs.values() for row in some]:
+    for row in rows or [row for rows in evidence.outputs.values() for row in rows]:
         sums, absolutes = np.abs(row["sums"]), np.asarray(row["absolutes"], np.float64)
-        some = absolutes > 0
-        if some.any():
-            found.setdefault(row["site"], []).append(float(np.median(sums[some] / absolutes[some])))
-    return {site: float(np.median(found[site])) for site in evidence.sites if site in found}
+        nonzero = absolutes > 0
+        if nonzero.any():
+            shares.setdefault(row["site"], []).append(float(np.median(sums[nonzero] / absolutes[nonzero])))
+    return {site: float(np.median(shares[site])) for site in evidence.sites if site in shares}
 
 
-def _tails(evidence: Evidence, site: str) -> float | None:
-    """Return the 99.9 % quantile of |g| over its median, zeros left out."""
+def _tail(evidence: Evidence, site: str) -> float | None:
+    """Return the 99.9 % quantile of nonzero |g| divided by their median, None without histograms."""
     if site not in evidence.values:
         return None
     values, weights = evidence.values[site]
-    some = values != 0
-    low, high = weighted(np.abs(values[some]), weights[some], (0.5, 0.999))
-    return high / low if np.isfinite(low) else None
+    nonzero = values != 0
+    median, high = weighted(np.abs(values[nonzero]), weights[nonzero], (0.5, 0.999))
+    return high / median if np.isfinite(median) else None
 
 
 def _column(evidence: Evidence) -> dict[str, Any] | None:
-    """Return the one output of the last site that carries half of its gradient or more, of at least five."""
+    """Return the output of the last site that carries at least half of sum |g|, if there are at least 5 outputs."""
     rows = evidence.outputs.get(evidence.sites[-1], [])
     if not rows or len(rows[-1]["shape"]) != 2 or len(rows[-1]["absolutes"]) < 5:
         return None
-    carried = np.sum([row["absolutes"] for row in rows], axis=0)
-    place = int(np.argmax(carried))
-    share = float(carried[place] / carried.sum())
-    return {"column": place, "column_share": share} if share >= _COLUMN else None
+    magnitudes = np.sum([row["absolutes"] for row in rows], axis=0)
+    column = int(np.argmax(magnitudes))
+    share = float(magnitudes[column] / magnitudes.sum())
+    return {"column": column, "column_share": share} if share >= _MIN_COLUMN_SHARE else None

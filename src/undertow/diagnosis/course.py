@@ -1,4 +1,4 @@
-"""What changes from batch to batch: jumps, drifts, and sites whose gradient is lost in noise."""
+"""Changes from batch to batch: jumps, drifts, and gradients that drown in noise."""
 
 import math
 from collections.abc import Iterator
@@ -8,38 +8,38 @@ import numpy.typing as npt
 
 from .depth import fit
 from .evidence import Evidence
-from .finding import Finding, Lacking, called, listed
+from .finding import Finding, NotRecorded, called, listed
 
-BATCHES = 8
+MIN_BATCHES = 8
 _DEVIATIONS = 8.0
 _FACTOR = 8.0
 _DRIFT = 100.0
 _NOISE = 0.1
 _JUMP_SOURCE = (
-    f"a batch whose log root mean square is {_DEVIATIONS:g} median absolute deviations and a factor {_FACTOR:g} away "
+    f"a batch whose log root mean square is {_DEVIATIONS:g} median absolute deviations and a factor of {_FACTOR:g} "
     "from the median of the run"
 )
 _NOISE_SOURCE = (
-    f"|mean| / deviation over batches of each channel's summed gradient, the gradient of its bias: below {_NOISE:g} of "
-    "that of the median site, and below 1"
+    f"|mean| / standard deviation over batches of each channel's summed gradient, the gradient of its bias: below "
+    f"{_NOISE:g} of the median site's, and below 1"
 )
 
 
 def jump(evidence: Evidence) -> Iterator[Finding]:
-    """Find batches in which a gradient suddenly is much larger or smaller, and gradients that drift through the run."""
-    series = {site: course for site, course in evidence.course.items() if len(course) >= BATCHES}
+    """Find batches with a sudden much larger or smaller gradient, and gradients that drift through the run."""
+    series = {site: course for site, course in evidence.course.items() if len(course) >= MIN_BATCHES}
     if not series:
-        raise Lacking(f"record {BATCHES} batches or more")
+        raise NotRecorded(f"record {MIN_BATCHES} batches or more")
     jumps: dict[str, tuple[int, float]] = {}
     drifts: dict[str, float] = {}
     for site, course in series.items():
         usable = np.isfinite(course) & (course > 0)
-        if usable.sum() < BATCHES:
+        if usable.sum() < MIN_BATCHES:
             continue
         logs = np.log2(course[usable])
-        away = np.abs(logs - np.median(logs))
-        worst = int(np.argmax(away))
-        if away[worst] > max(_DEVIATIONS * np.median(away), math.log2(_FACTOR)):
+        distance = np.abs(logs - np.median(logs))
+        worst = int(np.argmax(distance))
+        if distance[worst] > max(_DEVIATIONS * np.median(distance), math.log2(_FACTOR)):
             jumps[site] = (int(np.flatnonzero(usable)[worst]), float(2.0 ** (logs[worst] - np.median(logs))))
         elif _drifts(logs):
             drifts[site] = float(2.0 ** (fit(logs).slope * (len(logs) - 1)))
@@ -51,21 +51,21 @@ def jump(evidence: Evidence) -> Iterator[Finding]:
 
 def _drifts(logs: npt.NDArray[np.float64]) -> bool:
     line = fit(logs)
-    least = min(abs(line.low), abs(line.high)) if line.low * line.high > 0 else 0.0
-    return least * (len(logs) - 1) > math.log2(_DRIFT)
+    slope = min(abs(line.low), abs(line.high)) if line.low * line.high > 0 else 0.0
+    return slope * (len(logs) - 1) > math.log2(_DRIFT)
 
 
 def _jumped(jumps: dict[str, tuple[int, float]]) -> Finding:
     worst = max(jumps, key=lambda site: abs(math.log2(jumps[site][1])))
-    place, factor = jumps[worst]
+    batch, factor = jumps[worst]
     return Finding(
         "jump",
         "warning",
         tuple(jumps),
-        f"In the {place + 1}. recorded batch the gradient at {called(worst)} is {factor:.3g} times its median over the "
-        f"run; so at {listed(jumps)}.",
-        {"predicted": 1.0, "observed": factor, "jumps": {site: list(found) for site, found in jumps.items()}},
-        "Look at that batch's samples and at the learning rate; clip gradients if it recurs.",
+        f"In recorded batch number {batch + 1} the gradient at {called(worst)} is {factor:.3g} times its median over "
+        f"the run; affected: {listed(jumps)}.",
+        {"predicted": 1.0, "observed": factor, "jumps": {site: list(jump) for site, jump in jumps.items()}},
+        "Check the samples of that batch and the learning rate; clip gradients if it happens again.",
         _JUMP_SOURCE,
     )
 
@@ -76,40 +76,41 @@ def _drifted(drifts: dict[str, float]) -> Finding:
         "jump",
         "info",
         tuple(drifts),
-        f"Through the run the gradient at {called(worst)} is multiplied by {drifts[worst]:.3g}; so at "
+        f"Over the run the gradient at {called(worst)} is multiplied by {drifts[worst]:.3g}; affected: "
         f"{listed(drifts)}.",
         {"kind": "drift", "predicted": 1.0, "observed": drifts[worst], "drifts": drifts},
-        "Growth asks for a smaller learning rate or normalisation; decay is what convergence looks like.",
-        f"least squares of log2 rms on the batch: a factor {_DRIFT:g} at the end of the 95 % interval",
+        "If it grows, use a smaller learning rate or normalisation; if it decays, that is what convergence looks like.",
+        f"least squares fit of log2 rms on the batch: over the run a factor of at least {_DRIFT:g} at the nearer end "
+        "of its 95 % interval",
     )
 
 
 def noise(evidence: Evidence) -> Iterator[Finding]:
-    """Find sites whose gradient varies from batch to batch far more, beside its mean, than that of the others."""
+    """Find sites whose gradient varies from batch to batch, relative to its mean, far more than at the other sites."""
     ratios = {site: ratio for site in evidence.outputs if (ratio := _signal(evidence, site)) is not None}
     if len(ratios) < 3:
-        raise Lacking(f"{BATCHES} watched batches at three sites: record it with diagnose=1")
+        raise NotRecorded(f"needs {MIN_BATCHES} watched batches at 3 sites; record it with diagnose=1")
     usual = float(np.median(list(ratios.values())))
-    lost = {site: ratio for site, ratio in ratios.items() if ratio < min(_NOISE * usual, 1.0)}
-    if lost:
-        worst = min(lost, key=lambda site: lost[site])
+    noisy = {site: ratio for site, ratio in ratios.items() if ratio < min(_NOISE * usual, 1.0)}
+    if noisy:
+        worst = min(noisy, key=lambda site: noisy[site])
         yield Finding(
             "noise",
             "warning",
-            tuple(lost),
-            f"At {listed(lost)} the gradient is lost in noise: over batches its mean is {lost[worst]:.3g} of its "
-            f"deviation, at the other sites {usual:.3g} (median over channels).",
-            {"predicted": usual, "observed": lost[worst], "signal_to_noise": ratios},
-            "Look for noise added there (dropout, perturbed gradients), or take larger batches.",
+            tuple(noisy),
+            f"At {listed(noisy)} the gradient drowns in noise: its mean over batches is {noisy[worst]:.3g} of its "
+            f"standard deviation, against {usual:.3g} at the median site (medians over channels).",
+            {"predicted": usual, "observed": noisy[worst], "signal_to_noise": ratios},
+            "Look for noise that is added there (dropout, perturbed gradients), or use larger batches.",
             _NOISE_SOURCE,
         )
 
 
 def _signal(evidence: Evidence, site: str) -> float | None:
-    """Return the median over channels of |mean| / deviation over watched batches of the summed gradient."""
+    """Return the median over channels of |mean| / standard deviation of the summed gradient over watched batches."""
     rows = [row for row in evidence.outputs[site] if row["call"] == 0]
     lengths = {len(row["sums"]) for row in rows}
-    if len(rows) < BATCHES or len(lengths) != 1:
+    if len(rows) < MIN_BATCHES or len(lengths) != 1:
         return None
     sums = np.array([row["sums"] for row in rows])
     deviation = sums.std(axis=0, ddof=1)

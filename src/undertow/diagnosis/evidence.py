@@ -1,11 +1,12 @@
-"""What a run says that a diagnosis can use: plain figures by site, whichever tables they come from. No framework."""
+"""The data that rules read: plain numbers by site, whichever tables of the run they come from. No framework."""
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +14,31 @@ import numpy.typing as npt
 from ..analysis.quantiles import weighted
 from ..measures import CODES, edges, finite
 from ..run import Run
-from .finding import Lacking
+from .finding import NotRecorded, called
 
 Floats = npt.NDArray[np.float64]
+Kind = Literal["norm", "max-pool", "average-pool", "activation"]
 WATCH = "record it with diagnose=True"
 
 
 @dataclass
 class Step:
-    """One function that a site's output went through, summed over the watched batches.
+    """One function call that a site's output goes through, summed over the watched batches.
 
-    Gradients are counted at its output (`zeros`, `absolute`, of `elements`), predictions at its input.
+    `zeros`, `absolute` and `elements` describe the gradient at its output; predictions are for its input.
 
     Attributes:
-        op, module, settings: the function's name, where it was called, and its settings.
-        readers: how many functions read its output.
+        op, module, settings: the function's name, the module that called it, and its settings.
+        readers: names of the functions that read its output.
         shape: of its output, `(B, C, ...)`, in the last batch.
-        closed: elements of its input to which its forward pass lets no gradient through; -1 where that is unknown.
-        expected_zeros: zeros of the gradient at its input, as foretold from `closed` and what came to its output.
-        expected_absolute: sum of magnitudes at an activation's input, as foretold from its derivative and what came.
-        slope: mean |derivative| of an activation; NaN of others.
-        active: of an activation's channels, how many elements were open.
+        elements: number of elements of its output.
+        zeros: number of them whose gradient is exactly zero.
+        closed: elements of its input that get no gradient whatever arrives; -1 if unknown.
+        expected_zeros: zeros of the gradient at its input, predicted from `closed` and the gradient at its output.
+        slope: mean |derivative| of an activation; NaN for other functions.
+        absolute: sum of |g|.
+        expected_absolute: sum of |g| at an activation's input, predicted from its derivative; NaN for other functions.
+        active: for each channel of an activation, the number of elements with a nonzero derivative.
     """
 
     op: str
@@ -51,32 +56,44 @@ class Step:
     active: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
-    def is_norm(self) -> bool:
-        return self.op.endswith("_norm")
+    def kind(self) -> Kind:
+        """What the function does, from its name; what is no normalisation and no pooling is an activation."""
+        if self.op.endswith("_norm"):
+            return "norm"
+        return "max-pool" if "max_pool" in self.op else "average-pool" if "avg_pool" in self.op else "activation"
 
     @property
-    def is_max_pool(self) -> bool:
-        return "max_pool" in self.op
+    def zero_share(self) -> float:
+        """The fraction of the gradient at its output that is exactly zero, in [0, 1]."""
+        return self.zeros / self.elements
 
     @property
-    def is_average_pool(self) -> bool:
-        return "avg_pool" in self.op
+    def mean_magnitude(self) -> float:
+        """The mean of |g| at its output."""
+        return self.absolute / self.elements
 
     @property
     def closed_where_alive(self) -> float:
-        """The share that an activation closed in channels that were ever open; 0 where none was."""
+        """The fraction of inactive elements in channels that are not dead; 0 if all are dead."""
         alive = self.active[self.active > 0]
-        each = self.elements / len(self.active) if len(self.active) else 0.0
-        return float(1 - alive.sum() / (each * len(alive))) if len(alive) else 0.0
+        per_channel = self.elements / len(self.active) if len(self.active) else 0.0
+        return float(1 - alive.sum() / (per_channel * len(alive))) if len(alive) else 0.0
 
-    @property
-    def is_activation(self) -> bool:
-        return not (self.is_norm or self.is_max_pool or self.is_average_pool)
+    def __str__(self) -> str:
+        """Return what a sentence calls it: the function, its kernel if it has one, and the module that called it."""
+        kernel = self.settings.get("kernel_size")
+        size = " of " + " x ".join(map(str, kernel)) if kernel else ""
+        return f"{self.op}{size}{f' in {called(self.module)}' if self.module else ''}"
 
 
 @dataclass
-class Passage:
-    """A site's output (the first step) and what it went through up to its next reader."""
+class OpChain:
+    """A site's output (the first step) and the activations, poolings and normalisations that it goes through.
+
+    Attributes:
+        gain: ||W|| / sqrt(inputs) of the site's layer; NaN if it has no weights.
+        joins: number of residual additions that its output meets.
+    """
 
     site: str
     steps: list[Step]
@@ -85,43 +102,44 @@ class Passage:
 
     @property
     def pointwise(self) -> list[Step]:
-        """The activations and poolings that come before a normalisation or a second reader."""
-        found: list[Step] = []
-        for before, step in zip(self.steps, self.steps[1:], strict=False):
-            if step.is_norm or len(before.readers) > 1:
+        """The activations and poolings before the first normalisation or the first output with a second reader."""
+        steps: list[Step] = []
+        for before, step in pairwise(self.steps):
+            if step.kind == "norm" or len(before.readers) > 1:
                 break
-            found.append(step)
-        return found
+            steps.append(step)
+        return steps
 
     @property
-    def starved(self) -> bool:
-        """Whether nothing at all arrives, so that there is nothing to be split."""
+    def all_zero(self) -> bool:
+        """Whether the gradient at the site is exactly zero everywhere."""
         return self.steps[0].zeros == self.steps[0].elements
 
     @property
     def normalised(self) -> bool:
-        return any(step.is_norm for step in self.steps)
+        """Whether a normalisation follows the site."""
+        return any(step.kind == "norm" for step in self.steps)
 
     @property
-    def alone(self) -> bool:
-        """Whether one function reads its end, so that what reaches it comes from there alone."""
+    def single_reader(self) -> bool:
+        """Whether one function alone reads the last output, so that its gradient comes from that function only."""
         return len(self.steps[-1].readers) == 1
 
 
 class Evidence:
-    """Reads a run, each part when it is first asked for.
+    """Reads the tables of a run, each on first access.
 
     Raises:
-        Lacking: what is asked for was not recorded.
+        NotRecorded: on access, if the table or measure was not recorded.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sites = run.sites
-        self.place = {site: i for i, site in enumerate(self.sites)}
+        self.position = {site: i for i, site in enumerate(self.sites)}
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        """Return the rows of a table, none where it was not recorded."""
+        """Return the rows of a table, none if it was not recorded."""
         return list(self.run.table(table).to_pylist()) if table in self.run.manifest["tables"] else []
 
     @cached_property
@@ -131,111 +149,113 @@ class Evidence:
 
     @cached_property
     def outputs(self) -> dict[str, list[dict[str, Any]]]:
-        """For each site, its rows of the watched batches to which a gradient came, in the order of the batches."""
-        found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        """For each site, the rows of its own output in the watched batches where a gradient arrived, in batch order."""
+        by_site: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in self.watched:
             if row["step"] == 0 and row["arrival"] == "arrived":
-                found[row["site"]].append(row)
-        return {site: found[site] for site in self.sites if site in found}
+                by_site[row["site"]].append(row)
+        return {site: by_site[site] for site in self.sites if site in by_site}
 
     @cached_property
     def samples(self) -> int:
-        """How many samples the watched batches held."""
+        """Number of samples in the watched batches."""
         batches = {(row["epoch"], row["batch"]) for row in self.watched}
-        return sum(row["size"] for row in self.run.table("batches").to_pylist() if _key(row) in batches)
+        return sum(row["size"] for row in self.run.table("batches").to_pylist() if _batch(row) in batches)
 
     @cached_property
-    def passages(self) -> list[Passage]:
-        """What each site's output went through, in order of execution."""
+    def chains(self) -> list[OpChain]:
+        """The chain of operations after each site, in order of execution."""
         if not self.watched:
-            raise Lacking(WATCH)
+            raise NotRecorded(WATCH)
         grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in self.watched:
             if row["call"] >= 0 and row["zeros"] >= 0:
                 grouped[row["site"], row["call"], row["output"]].append(row)
-        found = [_passage(key[0], rows) for key, rows in grouped.items()]
-        return sorted((one for one in found if one), key=lambda one: self.place[one.site])
+        chains = [_chain(key[0], rows) for key, rows in grouped.items()]
+        return sorted((chain for chain in chains if chain), key=lambda chain: self.position[chain.site])
 
     @cached_property
     def zeros(self) -> dict[str, tuple[int, int]]:
-        """For each site how many elements of its gradients were zero, of how many."""
-        found: dict[str, tuple[int, int]] = {}
+        """For each site the number of zero elements of its gradient, and of all elements."""
+        counts: dict[str, tuple[int, int]] = {}
         for row in self.rows("zero_fraction"):
             if row["phase"] == "backward":
-                before = found.get(row["site"], (0, 0))
-                found[row["site"]] = (before[0] + row["zeros"], before[1] + row["total"])
+                before = counts.get(row["site"], (0, 0))
+                counts[row["site"]] = (before[0] + row["zeros"], before[1] + row["total"])
         for site, rows in self.outputs.items():
-            found.setdefault(site, (sum(r["zeros"] for r in rows), sum(_size(r["shape"]) for r in rows)))
+            counts.setdefault(site, (sum(r["zeros"] for r in rows), sum(_size(r["shape"]) for r in rows)))
         for site, (values, weights) in self.values.items():
-            found.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
-        if not found:
-            raise Lacking("record the measure zero-fraction or histogram")
-        return {site: found[site] for site in self.sites if site in found}
+            counts.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
+        if not counts:
+            raise NotRecorded("record the measure zero-fraction or histogram")
+        return {site: counts[site] for site in self.sites if site in counts}
 
     @cached_property
     def values(self) -> dict[str, tuple[Floats, npt.NDArray[np.int64]]]:
-        """For each site the finite values of its gradients and how often each came; empty without histograms."""
+        """For each site the finite values of its gradient and the count of each; empty without histograms."""
         rows = [row for row in self.rows("histogram") if row["phase"] == "backward"]
-        rows = rows or [row for some in self.outputs.values() for row in some]
-        dense: dict[str, npt.NDArray[np.int64]] = {}
+        rows = rows or [row for rows in self.outputs.values() for row in rows]
+        counts: dict[str, npt.NDArray[np.int64]] = {}
         for row in rows:
-            counters = dense.setdefault(row["site"], np.zeros(CODES, np.int64))
-            np.add.at(counters, np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64))
-        exact = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
-        kept = finite(np.arange(CODES))
-        found = {}
-        for site in (site for site in self.sites if site in dense):
-            held = np.flatnonzero(kept & (dense[site] > 0))
-            found[site] = (edges(site in exact)[held], dense[site][held])
-        return found
+            of_site = counts.setdefault(row["site"], np.zeros(CODES, np.int64))
+            np.add.at(of_site, np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64))
+        bfloat16 = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
+        is_finite = finite(np.arange(CODES))
+        values = {}
+        for site in (site for site in self.sites if site in counts):
+            codes = np.flatnonzero(is_finite & (counts[site] > 0))
+            values[site] = (edges(site in bfloat16)[codes], counts[site][codes])
+        return values
 
     @cached_property
     def formats(self) -> dict[str, str]:
-        """For each site the number format that its gradient was computed in.
+        """For each site the dtype that its gradient was computed in.
 
-        Where a loss was scaled, histograms are of what the scale was divided out of, in float32; a watched batch also
-        knows the format of the output itself.
+        With a scaled loss, histograms hold float32: the gradient with the scale divided out. The rows of watched
+        batches hold the dtype of the output itself, so they take precedence.
         """
-        rows = [*self.rows("histogram"), *(row for some in self.outputs.values() for row in some)]
+        rows = [*self.rows("histogram"), *(row for rows in self.outputs.values() for row in rows)]
         return {row["site"]: row["dtype"] for row in rows}
 
     @cached_property
     def scale(self) -> float:
-        """By what the loss was multiplied before the backward pass, and the gradients divided afterwards."""
+        """The smallest factor that the loss was multiplied by before a backward pass; 1 without loss scaling."""
         scales = [row["scale"] for row in self.run.table("batches").to_pylist() if row["scale"]]
         return float(min(scales)) if scales else 1.0
 
     @cached_property
     def sizes(self) -> dict[str, float]:
-        """For each site how large its gradient is: the median of |g| where g is not zero, or the root mean square."""
-        found = {site: _median(*held) for site, held in self.values.items()}
-        if not found:
-            found = {site: float(np.sqrt(np.mean(np.square(series)))) for site, series in self.course.items()}
-        return {site: size for site, size in found.items() if np.isfinite(size) and size > 0}
+        """For each site the median of nonzero |g|, or, without histograms, the root mean square of g."""
+        sizes = {site: _median(values, weights) for site, (values, weights) in self.values.items()}
+        if not sizes:
+            sizes = {site: float(np.sqrt(np.mean(np.square(series)))) for site, series in self.course.items()}
+        return {site: size for site, size in sizes.items() if np.isfinite(size) and size > 0}
 
     @cached_property
     def course(self) -> dict[str, Floats]:
-        """For each site the root mean square of its gradient in each batch, in order; NaN and infinity included."""
-        found: dict[str, dict[tuple[int, int], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
+        """For each site the root mean square of its gradient in each batch, in order; may be NaN or infinite."""
+        batches: dict[str, dict[tuple[int, int], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
         for row in self.rows("moments"):
             squares = row["m2"] + row["count"] * row["mean"] ** 2
-            found[row["site"]][_phased(row)].append((squares, row["count"]))
-        for row in self.rows("channel_norm") if not found else ():
+            batches[row["site"]][_backward_batch(row)].append((squares, row["count"]))
+        for row in self.rows("channel_norm") if not batches else ():
             norms = np.asarray(row["values"], np.float64)
-            found[row["site"]][_phased(row)].append((float(np.square(norms).sum()), len(norms)))
-        for row in self.rows("histogram") if not found else ():
-            found[row["site"]][_phased(row)].append(_squares(row))
-        if not found:
-            raise Lacking("record the measure moments, channel-norm or histogram")
-        return {site: _series(found[site]) for site in self.sites if any(b is not None for b in found.get(site, ()))}
+            batches[row["site"]][_backward_batch(row)].append((float(np.square(norms).sum()), len(norms)))
+        for row in self.rows("histogram") if not batches else ():
+            batches[row["site"]][_backward_batch(row)].append(_squares(row))
+        if not batches:
+            raise NotRecorded("record the measure moments, channel-norm or histogram")
+        return {
+            site: _series(batches[site]) for site in self.sites if any(b is not None for b in batches.get(site, ()))
+        }
 
 
-def _phased(row: dict[str, Any]) -> Any:
-    """Return the batch of a backward row; None for the others, which no series has."""
-    return _key(row) if row["phase"] == "backward" else None
+def _backward_batch(row: dict[str, Any]) -> Any:
+    """Return (epoch, batch) of a backward row; None for forward rows, which `_series` leaves out."""
+    return _batch(row) if row["phase"] == "backward" else None
 
 
-def _key(row: dict[str, Any]) -> tuple[int, int]:
+def _batch(row: dict[str, Any]) -> tuple[int, int]:
     return row["epoch"], row["batch"]
 
 
@@ -252,45 +272,45 @@ def _squares(row: dict[str, Any]) -> tuple[float, int]:
 
 
 def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
-    """Return the median of the magnitudes that are not zero; NaN where all are."""
-    some = values != 0
-    return weighted(np.abs(values[some]), weights[some], [0.5])[0]
+    """Return the median of nonzero magnitudes; NaN if all are zero."""
+    nonzero = values != 0
+    return weighted(np.abs(values[nonzero]), weights[nonzero], [0.5])[0]
 
 
 def _size(shape: Iterable[int]) -> int:
     return int(np.prod(list(shape), dtype=np.int64))
 
 
-def _passage(site: str, rows: list[dict[str, Any]]) -> Passage | None:
-    """Sum the rows of a site's calls over batches, as far as all went through the same functions."""
-    ways: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
+    """Sum the rows of one call of a site over batches, up to the first step in which batches differ."""
+    by_batch: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        ways[_key(row)].append(row)
-    whole = [sorted(way, key=lambda row: row["step"]) for way in ways.values()]
-    whole = [way for way in whole if way[0]["step"] == 0]
-    if not whole:
+        by_batch[_batch(row)].append(row)
+    calls = [sorted(steps, key=lambda row: row["step"]) for steps in by_batch.values()]
+    calls = [steps for steps in calls if steps[0]["step"] == 0]
+    if not calls:
         return None
     length = 0
-    for length, together in enumerate(zip(*whole, strict=False), 1):
-        if len({(row["step"], row["op"], row["module"]) for row in together}) > 1:
+    for length, same_step in enumerate(zip(*calls, strict=False), 1):
+        if len({(row["step"], row["op"], row["module"]) for row in same_step}) > 1:
             length -= 1
             break
-    steps = [_step([way[place] for way in whole]) for place in range(length)]
-    return Passage(site, steps, float(whole[-1][0]["gain"]), min(way[0]["joins"] for way in whole))
+    steps = [_step([call[i] for call in calls]) for i in range(length)]
+    return OpChain(site, steps, float(calls[-1][0]["gain"]), min(call[0]["joins"] for call in calls))
 
 
 def _step(rows: list[dict[str, Any]]) -> Step:
     last = rows[-1]
-    found = Step(last["op"], last["module"], json.loads(last["settings"]), json.loads(last["readers"]), ())
-    found.shape = tuple(last["shape"])
-    found.elements = sum(_size(row["shape"]) for row in rows)
+    step = Step(last["op"], last["module"], json.loads(last["settings"]), json.loads(last["readers"]), ())
+    step.shape = tuple(last["shape"])
+    step.elements = sum(_size(row["shape"]) for row in rows)
     for name in ("zeros", "closed", "expected_zeros"):
         counts = [row[name] for row in rows]
-        setattr(found, name, -1 if min(counts) < 0 else sum(counts))
-    found.slope = float(np.mean([row["slope"] for row in rows]))
-    found.absolute, found.expected_absolute = (
+        setattr(step, name, -1 if min(counts) < 0 else sum(counts))
+    step.slope = float(np.mean([row["slope"] for row in rows]))
+    step.absolute, step.expected_absolute = (
         float(sum(row[name] for row in rows)) for name in ("absolute", "expected_absolute")
     )
     if last["active"]:
-        found.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
-    return found
+        step.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
+    return step

@@ -1,4 +1,4 @@
-"""What a diagnosis says: one fact with its cause, its evidence and its source."""
+"""A finding: one diagnosed fact with its cause, its evidence and its source."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,12 +17,12 @@ class Finding:
 
     Attributes:
         cause: a code, one of `CAUSES`.
-        severity: "info" explains, "warning" is worth a look, "error" keeps the network from learning.
-        sites: the dotted names that it concerns, in order of execution.
-        sentence: what was found, in figures.
-        evidence: figures by name; where something was predicted, under "predicted" beside "observed".
+        severity: "info" explains, "warning" is worth a look, "error" prevents the network from learning.
+        sites: dotted names of the sites concerned, in order of execution.
+        sentence: what was found, with numbers.
+        evidence: numbers by name; a prediction is under "predicted", next to "observed".
         remedy: what to try.
-        source: the paper, the formula, or the threshold.
+        source: a paper, a formula, or the threshold.
     """
 
     cause: str
@@ -33,24 +33,24 @@ class Finding:
     remedy: str = ""
     source: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data, as JSON has it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; values may still be NaN or infinite."""
         return asdict(self) | {"sites": list(self.sites)}
 
 
 class Findings(list[Finding]):
-    """Findings, the gravest first, and what was looked for.
+    """Findings, the most severe first, and which rules were checked.
 
     Attributes:
-        checked: for each rule "checked", or why it could not be.
+        checked: for each rule "checked", or "not checked: " and why.
     """
 
-    def __init__(self, found: Iterable[Finding], checked: dict[str, str]) -> None:
-        super().__init__(sorted(found, key=lambda one: -SEVERITIES.index(one.severity)))
+    def __init__(self, findings: Iterable[Finding], checked: dict[str, str]) -> None:
+        super().__init__(sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity)))
         self.checked = checked
 
     def worst(self) -> str | None:
-        """Return the gravest severity, None where nothing was found.
+        """Return the highest severity, None if there are no findings.
 
         >>> Findings([], {}).worst() is None
         True
@@ -58,12 +58,12 @@ class Findings(list[Finding]):
         return self[0].severity if self else None
 
 
-class Lacking(Exception):
-    """What a rule needs was not recorded; the message says what to record."""
+class NotRecorded(Exception):
+    """The run lacks data that a rule needs; the message says what to record."""
 
 
 def called(site: str) -> str:
-    """Return what a site is called in a sentence; a model that is one layer has no name of its own.
+    """Return a site's name for a sentence: numbers are quoted, the model itself (an empty name) is spelt out.
 
     >>> called("conv1"), called("0"), called("")
     ('conv1', "'0'", 'the model')
@@ -71,20 +71,20 @@ def called(site: str) -> str:
     return f"'{site}'" if site[:1].isdigit() else site or "the model"
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
+def listed(names: Iterable[str], max_names: int = 6) -> str:
     """Join names for a sentence.
 
-    >>> listed(["a", "b", "c"]), listed("abcdefgh", most=3)
+    >>> listed(["a", "b", "c"]), listed("abcdefgh", max_names=3)
     ('a, b and c', 'a, b, c and 5 more')
     """
-    known = [called(name) for name in names]
-    if len(known) > most:
-        return f"{', '.join(known[:most])} and {len(known) - most} more"
-    return " and ".join([", ".join(known[:-1]), known[-1]]) if len(known) > 1 else "".join(known)
+    labels = [called(name) for name in names]
+    if len(labels) > max_names:
+        return f"{', '.join(labels[:max_names])} and {len(labels) - max_names} more"
+    return " and ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else "".join(labels)
 
 
 def percent(share: float) -> str:
-    """Write a fraction as a percentage, with the digits that its distance from 0 and 100 asks for.
+    """Format a fraction as a percentage; close to 0 and 100 with as many digits as needed.
 
     >>> percent(0.75), percent(0.0004), percent(1.0)
     ('75.0 %', '0.04 %', '100 %')

@@ -1,4 +1,4 @@
-"""Values that a number format cannot hold: infinities and NaN, where they arose first, and what sinks below it."""
+"""Values that a number format cannot hold: where infinities and NaN first occur, and gradients that underflow."""
 
 import math
 from collections.abc import Iterator
@@ -8,67 +8,64 @@ import numpy as np
 
 from ..measures import finite
 from .evidence import Evidence
-from .finding import Finding, Lacking, called, listed, percent
+from .finding import Finding, NotRecorded, called, listed, percent
 
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-LARGEST = {"float16": 65504.0}
-_SHARE = 0.01
+_MIN_SHARE = 0.01
 
 
 def nonfinite(evidence: Evidence) -> Iterator[Finding]:
-    """Find the first batch in which a gradient or an output was infinite or not a number, and the site it began at.
+    """Find the first batch in which a gradient or an output was infinite or NaN, and the site where it started.
 
-    The backward pass runs from the loss to the input, so among gradients the site nearest to the loss was first.
+    The backward pass runs from the loss to the input, so among gradients the site nearest to the loss is the first.
     """
     broken = _broken(evidence)
     if not broken:
         return
     batch = min((epoch, number) for epoch, number, _, _ in broken)
-    together = {
+    in_first_batch = {
         (phase, site): share for (epoch, number, phase, site), share in broken.items() if (epoch, number) == batch
     }
-    forward = [site for site in evidence.sites if ("forward", site) in together]
-    backward = [site for site in evidence.sites if ("backward", site) in together]
-    site, what = (forward[0], "output") if forward else (backward[-1], "gradient")
-    share = together["forward" if forward else "backward", site]
-    later = len({(epoch, number) for epoch, number, _, _ in broken})
+    forward = [site for site in evidence.sites if ("forward", site) in in_first_batch]
+    backward = [site for site in evidence.sites if ("backward", site) in in_first_batch]
+    site, tensor = (forward[0], "output") if forward else (backward[-1], "gradient")
+    share = in_first_batch["forward" if forward else "backward", site]
+    n_batches = len({(epoch, number) for epoch, number, _, _ in broken})
     sites = tuple(forward or backward)
     yield Finding(
         "non-finite",
         "error",
         sites,
-        f"In batch {batch[1]} of epoch {batch[0]} the {what} at {called(site)} is infinite or not a number"
+        f"In batch {batch[1]} of epoch {batch[0]} the {tensor} at {called(site)} is infinite or not a number"
         f"{'' if share is None else f' for {percent(share)} of its elements'}, before any other site; "
-        f"affected: {listed(sites)}, in {later} batch{'es' if later > 1 else ''}.",
-        {"first_site": site, "batch": list(batch), "predicted": 0.0, "observed": share, "batches": later},
-        "Look at what follows this site"
-        + (
-            ": divisions, logarithms and roots near 0, exponentials, or float16's largest number, 65504."
-            if what == "gradient"
-            else " before it: the inputs and the weights of this layer."
-        ),
-        "IEEE 754: an infinity or NaN spreads to all that is computed from it",
+        f"affected: {listed(sites)}, in {n_batches} batch{'es' if n_batches > 1 else ''}.",
+        {"first_site": site, "batch": list(batch), "predicted": 0.0, "observed": share, "batches": n_batches},
+        "Look at what follows this site: divisions, logarithms and roots near 0, exponentials, or float16's largest "
+        "number, 65504."
+        if tensor == "gradient"
+        else "Look at the inputs and the weights of this layer.",
+        "IEEE 754: infinity and NaN spread to everything computed from them",
     )
 
 
 def _broken(evidence: Evidence) -> dict[tuple[int, int, str, str], float | None]:
-    """Return the share that is not finite for each epoch, batch, phase and site where there is any."""
-    found: dict[tuple[int, int, str, str], float | None] = {}
+    """Return the fraction of nonfinite elements, if any, by (epoch, batch, phase, site); None if it is unknown."""
+    shares: dict[tuple[int, int, str, str], float | None] = {}
     tables = set(evidence.run.manifest["tables"])
     if not tables & {"histogram", "moments", "channel_norm", "diagnosis"}:
-        raise Lacking("record the measure histogram, moments or channel-norm")
+        raise NotRecorded("record the measure histogram, moments or channel-norm")
     for row in evidence.rows("channel_norm"):
         if not np.isfinite(row["values"]).all():
-            found[_where(row)] = None
+            shares[_where(row)] = None
     for row in evidence.rows("moments"):
         if not math.isfinite(row["mean"]):
-            found[_where(row)] = None
+            shares[_where(row)] = None
     for row in [*evidence.rows("histogram"), *(row for rows in evidence.outputs.values() for row in rows)]:
         counts = np.asarray(row["counts"], np.int64)
-        lost = int(counts[~finite(np.asarray(row["codes"], np.int64))].sum())
-        if lost:
-            found[_where(row)] = lost / int(counts.sum())
-    return found
+        nonfinite = int(counts[~finite(np.asarray(row["codes"], np.int64))].sum())
+        if nonfinite:
+            shares[_where(row)] = nonfinite / int(counts.sum())
+    return shares
 
 
 def _where(row: dict[str, Any]) -> tuple[int, int, str, str]:
@@ -76,50 +73,50 @@ def _where(row: dict[str, Any]) -> tuple[int, int, str, str]:
 
 
 def underflow(evidence: Evidence) -> Iterator[Finding]:
-    """Find sites whose gradients sink below the smallest normal number of the format that they are computed in."""
+    """Find sites whose gradients are below the smallest normal number of the format that they are computed in."""
     if not evidence.values:
-        raise Lacking("record the measure histogram")
+        raise NotRecorded("record the measure histogram")
     formats = evidence.formats
-    sunk: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for site in evidence.values:
         share = _below(evidence, site, formats[site])
-        if share >= _SHARE:
-            sunk[site] = share
-    if sunk:
-        yield _sunk(evidence, sunk)
+        if share >= _MIN_SHARE:
+            shares[site] = share
+    if shares:
+        yield _underflow(evidence, shares)
 
 
-def _sunk(evidence: Evidence, sunk: dict[str, float]) -> Finding:
-    worst = max(sunk, key=lambda site: sunk[site])
-    kind = evidence.formats[worst]
+def _underflow(evidence: Evidence, shares: dict[str, float]) -> Finding:
+    worst = max(shares, key=lambda site: shares[site])
+    dtype = evidence.formats[worst]
     largest = max(float(np.abs(values).max()) for values, _ in evidence.values.values() if len(values))
     scale = 2.0 ** (15 - math.ceil(math.log2(largest))) if largest else 1.0
     return Finding(
         "underflow",
         "warning",
-        tuple(sunk),
-        f"{percent(sunk[worst])} of the gradient at {called(worst)} that is not zero lies below {kind}'s smallest "
-        f"normal number ({SMALLEST_NORMAL[kind] / evidence.scale:.3g} before loss scaling), where digits are lost, "
-        f"then all; so at {listed(sunk)}.",
+        tuple(shares),
+        f"{percent(shares[worst])} of the nonzero gradient at {called(worst)} is below {dtype}'s smallest normal "
+        f"number ({SMALLEST_NORMAL[dtype] / evidence.scale:.3g} before loss scaling): such values lose digits, and the "
+        f"smallest become zero; affected: {listed(shares)}.",
         {
             "predicted": 0.0,
-            "observed": sunk[worst],
-            "below_normal": sunk,
+            "observed": shares[worst],
+            "below_normal": shares,
             "below_float16": _below(evidence, worst, "float16"),
             "below_bfloat16": _below(evidence, worst, "bfloat16"),
             "loss_scale": evidence.scale,
             "suggested_loss_scale": scale,
         },
         f"Scale the loss by {scale:g} (torch.amp.GradScaler): the largest gradient, {largest:.3g}, then stays below "
-        "32768; or compute in bfloat16.",
+        "32768. Or compute in bfloat16.",
         "smallest normal numbers: 2^-14 (float16), 2^-126 (bfloat16, float32); Micikevicius et al., arXiv 1710.03740",
     )
 
 
-def _below(evidence: Evidence, site: str, kind: str) -> float:
-    """Return how much of a gradient that is not zero lay below a format's smallest normal number, the loss scaled."""
-    smallest = SMALLEST_NORMAL[kind] / evidence.scale
+def _below(evidence: Evidence, site: str, dtype: str) -> float:
+    """Return the fraction of a site's nonzero scaled gradient that is below a format's smallest normal number."""
+    smallest = SMALLEST_NORMAL[dtype] / evidence.scale
     values, weights = evidence.values[site]
     magnitudes = np.abs(values)
-    there = int(weights[magnitudes > 0].sum())
-    return int(weights[(magnitudes > 0) & (magnitudes < smallest)].sum()) / there if there else 0.0
+    nonzero = int(weights[magnitudes > 0].sum())
+    return int(weights[(magnitudes > 0) & (magnitudes < smallest)].sum()) / nonzero if nonzero else 0.0

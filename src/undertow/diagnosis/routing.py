@@ -1,7 +1,7 @@
-"""Zeros between a site and its next reader: which of them pooling made, and which an activation.
+"""Zeros between a site and its next reader: how many come from pooling, and how many from an activation.
 
-Max-pooling hands each gradient to the one element of its window that won; the others get exactly zero. A ReLU hands
-it on where its input was positive. Both are known from the forward pass, so the zeros can be foretold and counted.
+Max-pooling passes each gradient to the largest element of its window; the others get exactly zero. A ReLU passes it
+where its input was positive. The forward pass determines both, so the zeros can be predicted and counted.
 """
 
 import math
@@ -10,29 +10,31 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .evidence import Evidence, Passage, Step
+from .evidence import Evidence, OpChain, Step
 from .finding import Finding, called, listed, percent
 
-_MOSTLY = 0.6
+_MIN_SHARE = 0.6
 _SOURCE_POOLING = (
-    "at least 1 - windows / elements of the gradient at a max-pooling's input is zero; 1 - 1/k^2 for k x k windows "
+    "at least 1 - windows / elements of the gradient at the input of max-pooling is zero; 1 - 1/k^2 for k x k windows "
     "that do not overlap"
 )
-_SOURCE_GATE = "the derivative of max(x, 0) is 0 for x < 0; half of a symmetric input, so more than 60 % is reported"
+_SOURCE_GATE = (
+    "the derivative of max(x, 0) is 0 for x < 0; that is half of a symmetric input, so more than 60 % is reported"
+)
 
 
 def windows(size: int, kernel: int, stride: int, padding: int = 0, dilation: int = 1, ceil_mode: bool = False) -> int:
     """Return how many windows of a pooling fit along one axis.
 
-    In ceil mode a last window may hang over the end, if it begins inside the input or the padding before it.
+    In ceil mode the last window may extend past the end if it begins inside the input or the padding before it.
 
-    Source: the output size as torch.nn.MaxPool2d documents it.
+    Source: the output size in the documentation of torch.nn.MaxPool2d.
 
     >>> windows(7, kernel=2, stride=2), windows(7, kernel=2, stride=2, ceil_mode=True)
     (3, 4)
     """
-    room = size + 2 * padding - dilation * (kernel - 1) - 1
-    fit = (-(-room // stride) if ceil_mode else room // stride) + 1
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    fit = (-(-span // stride) if ceil_mode else span // stride) + 1
     return fit - 1 if ceil_mode and (fit - 1) * stride >= size + padding else fit
 
 
@@ -44,14 +46,14 @@ def least_zeros(
     dilation: Sequence[int] | None = None,
     ceil_mode: bool = False,
 ) -> float:
-    """Return the share of the gradient at a max-pooling's input that is zero whatever the values: 0 to 1.
+    """Return the fraction in [0, 1] of the gradient at the input of max-pooling that must be zero, whatever the values.
 
-    Each window hands its gradient to one element, so no more elements than windows can receive any.
+    Each window passes its gradient to one element, so at most as many elements as windows can receive any.
 
     Args:
-        shape: of the input's space, one size for each axis.
-        kernel, stride, padding, dilation: of each axis.
-        ceil_mode: whether windows may hang over the end.
+        shape: spatial shape of the input, one size for each axis.
+        kernel, stride, padding, dilation: one for each axis.
+        ceil_mode: whether windows may extend past the end.
 
     >>> least_zeros((28, 28), (2, 2), (2, 2))
     0.75
@@ -60,150 +62,147 @@ def least_zeros(
     """
     axes = len(shape)
     along = zip(shape, kernel, stride, padding or (0,) * axes, dilation or (1,) * axes, strict=True)
-    return _zeros_of(math.prod(windows(*axis, ceil_mode) for axis in along), math.prod(shape))
+    return _share_without_window(math.prod(windows(*axis, ceil_mode) for axis in along), math.prod(shape))
 
 
-def _zeros_of(windows: int, elements: int) -> float:
+def _share_without_window(windows: int, elements: int) -> float:
     return 1 - min(windows, elements) / elements
 
 
 @dataclass(frozen=True)
-class Split:
-    """Where the zeros of a site's gradient arise, as fractions of its elements.
+class ZeroShares:
+    """Where the zeros of a site's gradient come from, as fractions of its elements.
 
     Attributes:
-        pooling, activation: made by these on the way.
-        above: zero already where they came in.
-        foretold: whether each step's zeros are exactly those that its forward pass foretold.
+        pooling, activation: made by these steps.
+        above: already zero at the far end of the chain.
+        predicted_exactly: whether each step's zeros are exactly those predicted from its forward pass.
     """
 
     pooling: float
     activation: float
     above: float
-    foretold: bool
+    predicted_exactly: bool
 
     @property
-    def zeros(self) -> float:
+    def total(self) -> float:
+        """The fraction of elements that are zero, in [0, 1]."""
         return self.pooling + self.activation + self.above
 
 
-def split(passage: Passage) -> Split:
-    """Follow a gradient from the far end of a passage to the site, and count which step made which zeros."""
-    steps = [passage.steps[0], *passage.pointwise]
-    shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zeros / steps[-1].elements}
-    foretold = True
+def split(chain: OpChain) -> ZeroShares:
+    """Follow a gradient from the far end of a chain back to the site, and count the zeros that each step makes."""
+    steps = [chain.steps[0], *chain.pointwise]
+    shares = {"pooling": 0.0, "activation": 0.0, "above": steps[-1].zero_share}
+    predicted_exactly = True
     for before, step in zip(steps[-2::-1], steps[:0:-1], strict=True):
-        share, carried = before.zeros / before.elements, sum(shares.values())
-        cause, made = "above", 0.0
-        if step.is_max_pool:
-            cause, made = "pooling", step.closed / before.elements
-        elif step.is_activation:
-            cause, made = "activation", share - carried
-        # behind a pooling the plane has another size: what was zero there is some other share of this one
-        shares = {key: value * (share - made) / carried if carried else 0.0 for key, value in shares.items()}
-        shares["above"] += 0.0 if carried else share - made
-        shares[cause] += made
-        foretold &= step.expected_zeros < 0 or step.expected_zeros == before.zeros
-    return Split(shares["pooling"], shares["activation"], shares["above"], foretold)
+        share, carried = before.zero_share, sum(shares.values())
+        cause, added = "above", 0.0
+        if step.kind == "max-pool":
+            cause, added = "pooling", step.closed / before.elements
+        elif step.kind == "activation":
+            cause, added = "activation", share - carried
+        # pooling changes the number of elements, so the zeros after it are another share of those before it
+        shares = {key: value * (share - added) / carried if carried else 0.0 for key, value in shares.items()}
+        shares["above"] += 0.0 if carried else share - added
+        shares[cause] += added
+        predicted_exactly &= step.expected_zeros < 0 or step.expected_zeros == before.zeros
+    return ZeroShares(shares["pooling"], shares["activation"], shares["above"], predicted_exactly)
 
 
 def pooling(evidence: Evidence) -> Iterator[Finding]:
-    """Say of each site that a pooling follows what the pooling does to its gradient."""
-    for passage in evidence.passages:
-        if passage.starved:
+    """Say what pooling does to the gradient of each site that it follows."""
+    for chain in evidence.chains:
+        if chain.all_zero:
             continue
-        steps = [passage.steps[0], *passage.pointwise]
+        steps = [chain.steps[0], *chain.pointwise]
         for before, step in pairwise(steps):
-            if step.is_max_pool and len(step.shape) > 2:
-                yield _routed(passage, before, step)
-            elif step.is_average_pool and math.prod(step.shape[2:]) > 1:  # a mean over all space is no pooling
-                yield _spread(passage, before, step)
+            if step.kind == "max-pool" and len(step.shape) > 2:
+                yield _routed(chain, before, step)
+            elif (
+                step.kind == "average-pool" and math.prod(step.shape[2:]) > 1
+            ):  # a mean over the whole plane does not count
+                yield _spread(chain, before, step)
 
 
-def _routed(passage: Passage, before: Step, step: Step) -> Finding:
-    found = split(passage)
-    predicted = _least(before, step)
-    at_input = before.zeros / before.elements
-    between = [one.op for one in passage.pointwise if one.is_activation]
+def _routed(chain: OpChain, before: Step, step: Step) -> Finding:
+    zeros = split(chain)
+    predicted = _least_zeros(before, step)
+    at_input = before.zero_share
+    between = [step.op for step in chain.pointwise if step.kind == "activation"]
     sentence = (
-        f"{percent(found.zeros)} of the gradient at {called(passage.site)} is exactly zero: {_where(step)} makes "
-        f"{percent(found.pooling)}, since each window hands its gradient to one element (at least "
-        f"{percent(predicted)} foretold at its input, {percent(at_input)} found)"
+        f"{percent(zeros.total)} of the gradient at {called(chain.site)} is exactly zero: {step} makes "
+        f"{percent(zeros.pooling)}, because each window passes its gradient to one element (at least "
+        f"{percent(predicted)} predicted at its input, {percent(at_input)} observed)"
     )
     if between:
-        sentence += f", and {listed(between)} {percent(found.activation)}"
-    sentence += f"; {percent(found.above)} came as zero." if found.above else "."
-    figures = {"predicted": predicted, "observed": at_input, "zeros": found.zeros, "kind": "max"}
-    parts = {"by_pooling": found.pooling, "by_activation": found.activation, "arrived_zero": found.above}
+        sentence += f", and {listed(between)} {percent(zeros.activation)}"
+    sentence += f"; {percent(zeros.above)} was already zero." if zeros.above else "."
+    figures = {"predicted": predicted, "observed": at_input, "zeros": zeros.total, "kind": "max"}
+    shares = {"by_pooling": zeros.pooling, "by_activation": zeros.activation, "arrived_zero": zeros.above}
     return Finding(
         "pooling",
         "info",
-        (passage.site,),
+        (chain.site,),
         sentence,
-        {**figures, **parts, "foretold_exactly": found.foretold, "module": step.module, **step.settings},
-        "Nothing is wrong: read quantiles of such a gradient above the share of zeros, or pool by averages, which "
-        "spread it.",
+        {**figures, **shares, "foretold_exactly": zeros.predicted_exactly, "module": step.module, **step.settings},
+        "Nothing is wrong: read quantiles of this gradient above the share of zeros, or use average pooling, which "
+        "spreads it.",
         _SOURCE_POOLING,
     )
 
 
-def _least(before: Step, step: Step) -> float:
-    """Return the least share of zeros at the pooling's input, from its geometry where it has one."""
-    inside, outside = before.shape[2:], step.shape[2:]
+def _least_zeros(before: Step, step: Step) -> float:
+    """Return the least share of zeros at the input of max-pooling; by shapes alone if it has no kernel (adaptive)."""
+    inputs, outputs = before.shape[2:], step.shape[2:]
     if "kernel_size" not in step.settings:
-        return _zeros_of(math.prod(outside), math.prod(inside))
+        return _share_without_window(math.prod(outputs), math.prod(inputs))
     kernel, stride, padding, dilation = (step.settings[key] for key in ("kernel_size", "stride", "padding", "dilation"))
-    return least_zeros(inside, kernel, stride, padding, dilation, step.settings["ceil_mode"])
+    return least_zeros(inputs, kernel, stride, padding, dilation, step.settings["ceil_mode"])
 
 
-def _spread(passage: Passage, before: Step, step: Step) -> Finding:
+def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
     predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
-    observed = (before.absolute / before.elements) / (step.absolute / step.elements) if step.absolute else 0.0
+    observed = before.mean_magnitude / step.mean_magnitude if step.absolute else 0.0
     sentence = (
-        f"{_where(step)} behind {called(passage.site)} spreads the gradient and sends none of it to zero: its "
-        f"mean magnitude is multiplied by {observed:.3g} ({predicted:.3g} foretold, outputs over inputs)."
+        f"{step} after {called(chain.site)} spreads the gradient and makes none of it zero: its mean magnitude is "
+        f"multiplied by {observed:.3g} ({predicted:.3g} predicted: outputs / inputs)."
     )
     figures: dict[str, Any] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
     return Finding(
         "pooling",
         "info",
-        (passage.site,),
+        (chain.site,),
         sentence,
         figures | step.settings,
-        "Nothing is wrong: compare magnitudes before and behind it with this factor in mind.",
-        "each input of a window of k elements receives 1/k of the gradient of its mean",
+        "Nothing is wrong: keep this factor in mind when you compare magnitudes before and after it.",
+        "each input in a window of k elements receives 1/k of the gradient of the window's mean",
     )
 
 
-def _where(step: Step) -> str:
-    kernel = step.settings.get("kernel_size")
-    size = " of " + " x ".join(map(str, kernel)) if kernel else ""
-    return f"{step.op}{size}{f' in {called(step.module)}' if step.module else ''}"
-
-
 def activation(evidence: Evidence) -> Iterator[Finding]:
-    """Say where more than 60 % of a gradient meets a closed gate, or a leaky one's slope."""
-    gated: dict[str, list[tuple[str, float, Split]]] = {}
-    for passage in evidence.passages:
-        steps = passage.pointwise
-        if not steps or not steps[0].is_activation or passage.starved:
+    """Find activations that set more than 60 % of a gradient to zero, or multiply it by a leaky ReLU's slope."""
+    gated: dict[str, list[tuple[str, float, ZeroShares]]] = {}
+    for chain in evidence.chains:
+        steps = chain.pointwise
+        if not steps or steps[0].kind != "activation" or chain.all_zero:
             continue
-        first, found = steps[0], split(passage)
-        elements = passage.steps[0].elements
-        if first.closed_where_alive > _MOSTLY and found.activation > max(_MOSTLY, found.pooling):
-            gated.setdefault(first.op, []).append((passage.site, first.closed / elements, found))
-        elif "negative_slope" in first.settings and _leaking(first) > _MOSTLY:
-            yield _leaky(passage, first)
+        first, zeros = steps[0], split(chain)
+        elements = chain.steps[0].elements
+        if first.closed_where_alive > _MIN_SHARE and zeros.activation > max(_MIN_SHARE, zeros.pooling):
+            gated.setdefault(first.op, []).append((chain.site, first.closed / elements, zeros))
+        elif "negative_slope" in first.settings and _leaking(first) > _MIN_SHARE:
+            yield _leaky(chain, first)
     for op, rows in gated.items():
         yield _gate(op, rows)
 
 
-def _gate(op: str, rows: list[tuple[str, float, Split]]) -> Finding:
+def _gate(op: str, rows: list[tuple[str, float, ZeroShares]]) -> Finding:
     sites = tuple(dict.fromkeys(site for site, _, _ in rows))
     worst = max(rows, key=lambda row: row[2].activation)
     sentence = (
-        f"{op} was closed for {percent(worst[1])} of the output of {called(worst[0])}, and "
-        f"{percent(worst[2].zeros)} of the gradient there is exactly zero, {percent(worst[2].activation)} by it"
+        f"{op} has derivative 0 for {percent(worst[1])} of the output of {called(worst[0])}, and "
+        f"{percent(worst[2].total)} of the gradient there is exactly zero, {percent(worst[2].activation)} because of it"
     )
     if len(sites) > 1:
         sentence += f"; likewise at {listed(site for site in sites if site != worst[0])}"
@@ -215,36 +214,37 @@ def _gate(op: str, rows: list[tuple[str, float, Split]]) -> Finding:
         {
             "op": op,
             "predicted": [closed for _, closed, _ in rows],
-            "observed": [found.zeros for _, _, found in rows],
-            "by_activation": [found.activation for _, _, found in rows],
-            "foretold_exactly": all(found.foretold for _, _, found in rows),
+            "observed": [zeros.total for _, _, zeros in rows],
+            "by_activation": [zeros.activation for _, _, zeros in rows],
+            "foretold_exactly": all(zeros.predicted_exactly for _, _, zeros in rows),
         },
-        "If the layer learns too slowly: a smaller negative bias, batch norm before the activation, or a leaky one.",
+        "If the layer learns too slowly, try a smaller negative bias, batch norm before the activation, or a leaky "
+        "ReLU.",
         _SOURCE_GATE,
     )
 
 
 def _leaking(step: Step) -> float:
-    """Return the share of a leaky ReLU's inputs that are negative, from its mean slope."""
+    """Return the fraction of a leaky ReLU's inputs that are negative, computed from its mean slope."""
     return float((1 - step.slope) / (1 - step.settings["negative_slope"]))
 
 
-def _leaky(passage: Passage, step: Step) -> Finding:
+def _leaky(chain: OpChain, step: Step) -> Finding:
     observed, predicted = (
-        total / step.absolute if step.absolute else 0.0 for total in (passage.steps[0].absolute, step.expected_absolute)
+        total / step.absolute if step.absolute else 0.0 for total in (chain.steps[0].absolute, step.expected_absolute)
     )
     share = _leaking(step)
     sentence = (
-        f"{step.op} behind {called(passage.site)} multiplies {percent(share)} of the gradient by "
-        f"{step.settings['negative_slope']:g} and makes none of it zero: in all its magnitude falls to {observed:.3g} "
-        f"of what came ({predicted:.3g} foretold)."
+        f"{step.op} after {called(chain.site)} multiplies {percent(share)} of the gradient by "
+        f"{step.settings['negative_slope']:g} and makes none of it zero: its total magnitude falls to {observed:.3g} "
+        f"of the incoming gradient's ({predicted:.3g} predicted)."
     )
     return Finding(
         "activation",
         "info",
-        (passage.site,),
+        (chain.site,),
         sentence,
         {"op": step.op, "predicted": predicted, "observed": observed, "negative": share},
-        "Nothing is wrong: a larger slope passes more.",
+        "Nothing is wrong; a larger slope would pass more.",
         "the derivative of a leaky ReLU is its slope for x < 0",
     )

@@ -14,7 +14,7 @@ Map = npt.NDArray[Any]
 Pixels = npt.NDArray[np.uint8]
 
 CLIP = 99.0
-# Black through violet and orange to pale yellow: lightness rises all the way, so it also reads without colour.
+# Black through violet and orange to pale yellow: lightness rises monotonically, so it also reads in greyscale.
 _HEAT = np.array(
     [
         (0, 0, 4),
@@ -30,18 +30,18 @@ _HEAT = np.array(
 
 
 def colour(values: Map) -> Pixels:
-    """Draw a map `(C, H, W)` of 1 or 3 channels as `(H, W, 3)`: a tenth of a standard deviation about mid-grey.
+    """Draw a map `(C, H, W)` of 1 or 3 channels as `(H, W, 3)`: a tenth of a standard deviation around mid-grey.
 
-    Clipped to what can be shown. The whole map has one mean and one standard deviation; a constant map is mid-grey.
-    Maps of different rules are each on a scale of their own.
+    Clipped to [0, 255]. Mean and standard deviation are those of the whole map; a constant map is mid-grey. Each map
+    has its own scale, so brightness does not compare between maps.
 
     >>> colour(np.zeros((3, 1, 1))).tolist()
     [[[127, 127, 127]]]
     """
     if values.ndim != 3 or values.shape[0] not in (1, 3):
-        raise InputError(f"a map of shape {values.shape} has no colours; it needs (1, H, W) or (3, H, W)")
-    wide = values.astype(np.float64)
-    score = (wide - wide.mean()) / (wide.std() or 1.0)
+        raise InputError(f"a map of shape {values.shape} cannot be drawn in colour; it needs (1, H, W) or (3, H, W)")
+    as_float64 = values.astype(np.float64)
+    score = (as_float64 - as_float64.mean()) / (as_float64.std() or 1.0)
     grey = np.clip(0.5 + 0.1 * score, 0, 1)
     return np.broadcast_to((grey * 255).astype(np.uint8).transpose(1, 2, 0), (*values.shape[1:], 3)).copy()
 
@@ -57,7 +57,7 @@ def magnitude(values: Map) -> npt.NDArray[np.float64]:
     [[0.5, 1.0]]
     """
     if values.ndim != 3:
-        raise InputError(f"a map of shape {values.shape} is no image; it needs (C, H, W)")
+        raise InputError(f"a map of shape {values.shape} cannot be drawn as an image; it needs (C, H, W)")
     largest = np.abs(values.astype(np.float64)).max(0)
     top = float(np.percentile(largest, CLIP)) or float(largest.max())
     strength: npt.NDArray[np.float64] = np.clip(largest / top, 0, 1) if top else largest
@@ -75,7 +75,7 @@ def heat(strength: npt.NDArray[np.float64]) -> Pixels:
 
 
 def overlay(photograph: Pixels, values: Map) -> Pixels:
-    """Lay a map's magnitude over its photograph `(H, W, 3)`, greyed: the stronger, the less of the photograph."""
+    """Blend a map's magnitude over its greyed photograph `(H, W, 3)`: the stronger, the less of the photograph."""
     strength = magnitude(values)
     grey = photograph.astype(np.float64).mean(2, keepdims=True) * 0.6
     weight = np.sqrt(strength)[..., None]
@@ -87,10 +87,10 @@ STYLES = {"magnitude": lambda values: heat(magnitude(values)), "colour": colour}
 
 
 def draw(values: Map, style: str) -> "Image":
-    """Draw a map `(C, H, W)` in a style.
+    """Draw a map `(C, H, W)` in a style, one of `STYLES`.
 
     Raises:
-        InputError: an unknown style, or a map that it cannot draw.
+        InputError: unknown style, or a map that the style cannot draw.
     """
     from PIL import Image
 

@@ -12,28 +12,28 @@ from . import heatmap
 TILE, GAP, LINE = 224, 10, 22
 INK, FAINT, PAPER = (24, 24, 27), (90, 90, 98), (255, 255, 255)
 SCALE_NOTE = (
-    "Colour: a tenth of a standard deviation about mid-grey, clipped. Magnitude: the largest |value| over the "
-    "channels, clipped at its 99th percentile. Every map is on a scale of its own: compare shapes between rules, "
+    "Colour: a tenth of a standard deviation around mid-grey, clipped. Magnitude: the largest |value| over the "
+    "channels, clipped at its 99th percentile. Each map has its own scale: compare shapes between rules, "
     "not brightness."
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a panel shows for one target: a label, and for each rule its heading and its map `(C, H, W)`."""
+class PanelRow:
+    """One row of a panel: a target's label, and for each rule a heading and a map `(C, H, W)`."""
 
     label: str
     maps: Sequence[tuple[str, heatmap.Map]]
 
 
-def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
-    """Draw a panel.
+def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[PanelRow], notes: Sequence[str] = ()) -> Image.Image:
+    """Draw a panel: for each target the photograph and each rule's map, once in colour and once as magnitude.
 
     Args:
-        photograph: `(H, W, 3)`, what the network looked at.
-        title: one line above everything.
+        photograph: `(H, W, 3)` uint8, the network's input.
+        title: one line at the top.
         rows: one for each target, all with the same rules.
-        notes: sentences below everything, after the one on scales.
+        notes: sentences at the bottom, after the note on scales.
     """
     width = GAP + (TILE + GAP) * (1 + 2 * len(rows[0].maps))
     lines = [line for note in (SCALE_NOTE, *notes) for line in textwrap.wrap(note, width // 7)]
@@ -52,7 +52,7 @@ def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[Row], notes: Se
     return image
 
 
-def _row(image: Image.Image, draw: ImageDraw.ImageDraw, top: int, photograph: heatmap.Pixels, row: Row) -> None:
+def _row(image: Image.Image, draw: ImageDraw.ImageDraw, top: int, photograph: heatmap.Pixels, row: PanelRow) -> None:
     draw.text((GAP, top + LINE - 2), _shortened(row.label, TILE), INK, _font(14))
     image.paste(_tile(photograph), (GAP, top + 2 * LINE))
     left = GAP + TILE + GAP
@@ -67,7 +67,7 @@ def _row(image: Image.Image, draw: ImageDraw.ImageDraw, top: int, photograph: he
 
 
 def _tile(pixels: heatmap.Pixels) -> Image.Image:
-    """Fit pixels into a square tile, each pixel kept a rectangle."""
+    """Scale pixels into a square tile; enlarged pixels stay sharp rectangles."""
     image = Image.fromarray(pixels)
     scale = TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -78,8 +78,8 @@ def _tile(pixels: heatmap.Pixels) -> Image.Image:
 
 
 def _shortened(text: str, width: int) -> str:
-    most = width // 8
-    return text if len(text) <= most else text[: most - 1] + "…"
+    max_chars = width // 8
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

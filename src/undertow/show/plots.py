@@ -1,4 +1,4 @@
-"""Quantiles as charts. Takes what `undertow.analysis` gives; never sees a model or a run."""
+"""Charts of the quantiles that `undertow.analysis` returns; nothing here sees a model or a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Groups = Mapping[str, "Sequence[SiteQuantiles]"]
 
-# Okabe and Ito's palette: told apart with any colour vision. Source: jfly.uni-koeln.de/color
+# Okabe and Ito's palette: distinguishable with any colour vision. Source: jfly.uni-koeln.de/color
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 UNITS = {
     ("magnitude", "backward"): "|gradient|, objective per unit of output",
@@ -26,24 +26,24 @@ UNITS = {
 
 
 def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
-    """Draw each site's quantiles, a panel for each place in the network, a curve for each group; the median is marked.
+    """Draw quantile curves: a panel for each site, in it a curve for each group, with its median marked.
 
     Args:
-        groups: for each label, such as a run's name, its sites' quantiles, in order.
-        path: of a PNG, SVG or PDF; replaced as a whole.
-        title: above everything.
+        groups: for each label, such as a run's name, the quantiles of its sites, in order.
+        path: a PNG, SVG or PDF; replaced atomically.
+        title: at the top of the figure.
 
     Raises:
-        InputError: nothing to draw, or a file type that cannot be written.
+        InputError: nothing to draw, or an unsupported file type.
         FrameworkError: matplotlib is missing.
     """
-    places = max((len(rows) for rows in groups.values()), default=0)
-    figure, axes = _figure(places, groups)
-    for place, axis in enumerate(axes):
-        shown = [(i, label, rows[place]) for i, (label, rows) in enumerate(groups.items()) if place < len(rows)]
-        for i, label, row in shown:
+    n_sites = max((len(rows) for rows in groups.values()), default=0)
+    figure, axes = _figure(n_sites, groups)
+    for i, axis in enumerate(axes):
+        shown = [(group, label, rows[i]) for group, (label, rows) in enumerate(groups.items()) if i < len(rows)]
+        for group, label, row in shown:
             percents = [100 * q for q in row.q]
-            colour = COLOURS[i % len(COLOURS)]
+            colour = COLOURS[group % len(COLOURS)]
             axis.plot(percents, row.values, marker="o", markersize=3, color=colour, label=label)
             if 0.5 in row.q:
                 median = row.values[row.q.index(0.5)]
@@ -57,56 +57,77 @@ def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
 
 
 def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") -> Path:
-    """Draw one panel for each quantile and in it one bar for each site; several groups stand side by side.
+    """Draw one panel for each quantile, and in it one bar for each site and group, groups side by side.
 
     Args:
-        groups: for each label its sites' quantiles, which include `q`.
+        groups: for each label the quantiles of its sites, which include `q`.
         q: fractions in [0, 1].
-        path, title: as `quantile_curves`.
+        path, title: as in `quantile_curves`.
 
     Raises:
-        InputError, FrameworkError: as `quantile_curves`.
+        InputError, FrameworkError: as in `quantile_curves`.
     """
     figure, axes = _figure(len(q), groups)
     width = 0.8 / max(len(groups), 1)
-    every = [row.values[row.q.index(one)] for rows in groups.values() for row in rows for one in q]
-    for one, axis in zip(q, axes, strict=True):
+    all_values = [row.values[row.q.index(fraction)] for rows in groups.values() for row in rows for fraction in q]
+    for fraction, axis in zip(q, axes, strict=True):
         for i, (label, rows) in enumerate(groups.items()):
-            values = [row.values[row.q.index(one)] for row in rows]
-            places = [place + (i - (len(groups) - 1) / 2) * width for place in range(len(rows))]
-            axis.bar(places, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label)
-            for place, value in zip(places, values, strict=True):
+            values = [row.values[row.q.index(fraction)] for row in rows]
+            x = [site + (i - (len(groups) - 1) / 2) * width for site in range(len(rows))]
+            axis.bar(x, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label)
+            for position, value in zip(x, values, strict=True):
                 if value == 0:
-                    axis.annotate("0", (place, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+                    axis.annotate("0", (position, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
         longest = max(groups.values(), key=len)
         names = [
             " / ".join(dict.fromkeys(r[i].site for r in groups.values() if i < len(r))) for i in range(len(longest))
         ]
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
-        axis.set_title(f"{100 * one:g} % quantile", fontsize=10)
-        _scale(axis, every)
+        axis.set_title(f"{100 * fraction:g} % quantile", fontsize=10)
+        _scale(axis, all_values)
     axes[0].set_ylabel(_unit(groups))
     return _save(figure, axes, groups, path, title)
+
+
+def new_figure(**options: Any) -> Any:
+    """Return a new `matplotlib.figure.Figure`.
+
+    Raises:
+        FrameworkError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
+    return Figure(**options)
+
+
+def check_ending(path: str | Path) -> Path:
+    """Return the path of a chart.
+
+    Raises:
+        InputError: it does not end in .png, .svg or .pdf.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
+    return path
 
 
 def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
     if not panels or not any(groups.values()):
         raise InputError("there are no quantiles to draw; was anything recorded?")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
     columns = min(panels, 4)
-    lines = math.ceil(panels / columns)
-    figure = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
+    rows = math.ceil(panels / columns)
+    figure = new_figure(figsize=(1.2 + 3.6 * columns, 0.8 + 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for unused in grid[panels:]:
         unused.remove()
     return figure, grid[:panels]
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Choose a logarithmic scale where values span more than a decade; zero keeps its place below it."""
+    """Use a logarithmic scale if values span more than a decade, linear around zero so that zeros stay visible."""
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     axis.grid(axis="y", linewidth=0.4, alpha=0.6)
     axis.spines[["top", "right"]].set_visible(False)
@@ -128,9 +149,7 @@ def _unit(groups: Groups) -> str:
 
 
 def _save(figure: Any, axes: list[Any], groups: Groups, path: str | Path, title: str) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
+    path = check_ending(path)
     if len(groups) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)

@@ -1,4 +1,4 @@
-"""A verdict as one picture: the photograph, its map, six answers, and the three curves behind them."""
+"""A verdict as one picture: the photograph, its map, the six answers, and curves for three of them."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -7,82 +7,74 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FrameworkError, InputError
 from ..files import published
 from . import heatmap
+from .plots import check_ending, new_figure
 
 LEVELS = {"yes": "#009E73", "weak": "#E69F00", "no": "#D55E00"}
 QUESTIONS = {
     "class": "depends on the class",
     "weights": "depends on the trained weights",
     "input": "is more than edges",
-    "faithfulness": "marks what carries the score",
-    "stability": "stays under small noise",
+    "faithfulness": "marks the pixels that carry the score",
+    "stability": "stays the same under small noise",
     "convergence": "keeps directions distinct",
 }
 FAINT = "#5A5A62"
 
 
-def figure(photograph: heatmap.Pixels, values: heatmap.Map, facts: Mapping[str, Any], path: str | Path) -> Path:
+def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str, Any], path: str | Path) -> Path:
     """Draw a verdict.
 
     Args:
-        photograph: `(H, W, 3)` uint8, what the network looked at.
+        photograph: `(H, W, 3)` uint8, the network's input.
         values: the judged map, `(C, H, W)`.
-        facts: of the verdict, as `Verdict.facts()` or a file of it gives them.
-        path: of a PNG, SVG or PDF; replaced as a whole.
+        verdict: as plain data, as its JSON file holds it.
+        path: a PNG, SVG or PDF; replaced atomically.
 
     Raises:
-        InputError: a file type that cannot be written.
+        InputError: an unsupported file type.
         FrameworkError: matplotlib is missing.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{path.name!r} must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
-    drawn = Figure(figsize=(13.5, 8.2))
-    title = f"{facts['target_name']}: {facts['rule']}, {facts['estimator']}"
-    drawn.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
-    drawn.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(facts["sentence"]), 125)), fontsize=12, va="top")
-    grid = drawn.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
-    for place, (name, pixels) in enumerate(
-        {"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()
-    ):
-        axis = drawn.add_subplot(grid[0, 3 * place : 3 * place + 3])
+    path = check_ending(path)
+    figure = new_figure(figsize=(13.5, 8.2))
+    title = f"{verdict['target_name']}: {verdict['rule']}, {verdict['estimator']}"
+    figure.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
+    figure.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(verdict["sentence"]), 125)), fontsize=12, va="top")
+    grid = figure.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
+    for i, (name, pixels) in enumerate({"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()):
+        axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
         axis.imshow(np.asarray(pixels))
         axis.set_title(name, fontsize=10, color=FAINT)
         axis.axis("off")
-    _answers(drawn.add_subplot(grid[0, 6:]), facts)
+    _answers(figure.add_subplot(grid[0, 6:]), verdict)
     curves = {"weights": _weights, "faithfulness": _faithfulness, "convergence": _convergence}
-    for place, (question, draw) in enumerate(curves.items()):
-        axis = drawn.add_subplot(grid[1, 4 * place : 4 * place + 4])
-        if question in facts["answers"]:
-            draw(axis, facts["answers"][question]["numbers"])
+    for i, (question, draw) in enumerate(curves.items()):
+        axis = figure.add_subplot(grid[1, 4 * i : 4 * i + 4])
+        if question in verdict["answers"]:
+            draw(axis, verdict["answers"][question]["numbers"])
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", linewidth=0.4, alpha=0.6)
         else:
             axis.axis("off")
     with published(path) as aside:
-        drawn.savefig(aside, dpi=110)
+        figure.savefig(aside, dpi=110)
     return path
 
 
-def _answers(axis: Any, facts: Mapping[str, Any]) -> None:
-    """List the six answers; the level is written out as well as coloured."""
+def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:
+    """List the six answers; the level is written as text, not only as a colour."""
     axis.axis("off")
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
-    for place, (question, asks) in enumerate(QUESTIONS.items()):
-        top = 1 - (place + 0.1) / len(QUESTIONS)
-        answer = facts["answers"].get(question)
-        text = _plain(answer["sentence"]) if answer else f"not asked: {facts['unanswered'].get(question, '')}"
+    for i, (question, label) in enumerate(QUESTIONS.items()):
+        top = 1 - (i + 0.1) / len(QUESTIONS)
+        answer = verdict["answers"].get(question)
+        text = _plain(answer["sentence"]) if answer else f"not asked: {verdict['unanswered'].get(question, '')}"
         level = answer["level"] if answer else "-"
         axis.text(0.0, top, level, color="white" if answer else FAINT, va="top", fontsize=9, weight="bold",
                   bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
-        axis.text(0.085, top, asks, va="top", fontsize=10)
+        axis.text(0.085, top, label, va="top", fontsize=10)
         axis.text(0.085, top - 0.06, "\n".join(textwrap.wrap(text, 98)[:2]), va="top", fontsize=8, color=FAINT)
 
 
@@ -90,7 +82,7 @@ def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
     layers = numbers["layers"]
     for rows, count, label, style in (
         (numbers["cascade"], "redrawn", "from the top down", "-o"),
-        (numbers["single"], "from_top", "this one alone", ":s"),
+        (numbers["single"], "from_top", "this layer alone", ":s"),
     ):
         axis.plot([row[count] for row in rows], [row["spearman"] for row in rows], style, markersize=4, label=label)
     _marks(axis, numbers["null"]["spearman"])
@@ -99,19 +91,19 @@ def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_ylim(min(-0.1, *axis.get_ylim()), 1.05)
-    axis.set_title("weights drawn anew: likeness to the map", fontsize=10)
+    axis.set_title("weights re-initialised: similarity to the map", fontsize=10)
     axis.set_xlabel(f"layers counted from the top, of {layers}", fontsize=9)
     axis.legend(fontsize=8, frameon=False)
 
 
 def _faithfulness(axis: Any, numbers: Mapping[str, Any]) -> None:
-    found = numbers["replacements"]["blur"]
+    curves = numbers["replacements"]["blur"]
     colours = {"map": "#0072B2", "edges": "#CC79A7", "random": FAINT}
-    for order, curve in found.items():
+    for order, curve in curves.items():
         shares = np.linspace(0, 100, len(curve["deletion"]))
-        axis.plot(shares, curve["insertion"], color=colours[order], label=f"{order}, brought back")
-        axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, taken away")
-    axis.set_title("score as the strongest pixels come or go (blur)", fontsize=10)
+        axis.plot(shares, curve["insertion"], color=colours[order], label=f"{order}, inserted")
+        axis.plot(shares, curve["deletion"], color=colours[order], linestyle="--", label=f"{order}, deleted")
+    axis.set_title("score as the strongest pixels are inserted or deleted (blur)", fontsize=10)
     axis.set_xlabel("% of the pixels, strongest first", fontsize=9)
     axis.set_ylabel("0: all blurred, 1: none", fontsize=9, labelpad=0)
     axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
@@ -124,11 +116,11 @@ def _convergence(axis: Any, numbers: Mapping[str, Any]) -> None:
     axis.set_xticks(range(len(rows)), [row["layer"].rpartition(".")[2] for row in rows], rotation=30, ha="right")
     axis.tick_params(axis="x", labelsize=7)
     axis.set_ylim(min(-0.25, *axis.get_ylim()), 1.05)
-    axis.set_title("random directions on their way back: mean cosine", fontsize=10)
+    axis.set_title("random directions propagated backward: mean cosine", fontsize=10)
 
 
 def _marks(axis: Any, marks: Mapping[str, float]) -> None:
-    """Shade where two random maps would lie: unrelated below the one line, mostly the same above the other."""
+    """Mark the levels of random maps: unrelated below one line, mostly the same above the other."""
     axis.axhline(marks["half"], color=LEVELS["no"], linewidth=0.8, linestyle="--")
     axis.axhline(marks["unrelated"], color=LEVELS["yes"], linewidth=0.8, linestyle="--")
     for key, text, align in (("half", "mostly the same", "bottom"), ("unrelated", "unrelated", "top")):
@@ -137,5 +129,5 @@ def _marks(axis: Any, marks: Mapping[str, float]) -> None:
 
 
 def _plain(sentence: str) -> str:
-    """Return a sentence without the marks that stand for italics in text."""
+    """Return a sentence without the asterisks that mark italics."""
     return sentence.replace("*", "")

@@ -28,9 +28,9 @@ def figures(monkeypatch):
     """What was drawn, before it is saved."""
     from matplotlib.figure import Figure
 
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
-    return kept
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    return drawn
 
 
 def test_bars_one_panel_for_each_quantile_one_bar_for_each_site(tmp_path, figures):

@@ -5,7 +5,7 @@ import pytest
 
 import undertow as ut
 from undertow.show import heatmap
-from undertow.show.panel import GAP, TILE, Row, panel
+from undertow.show.panel import GAP, TILE, PanelRow, panel
 
 RNG = np.random.default_rng(0)
 
@@ -14,8 +14,8 @@ def test_colour_is_a_tenth_of_a_standard_deviation_about_mid_grey():
     values = RNG.normal(3, 5, (3, 20, 30))
     shown = heatmap.colour(values)
     score = (values - values.mean()) / values.std()
-    wanted = np.floor(255 * np.clip(0.5 + 0.1 * score, 0, 1)).transpose(1, 2, 0)
-    assert np.array_equal(shown, wanted)
+    expected = np.floor(255 * np.clip(0.5 + 0.1 * score, 0, 1)).transpose(1, 2, 0)
+    assert np.array_equal(shown, expected)
     assert heatmap.colour(1000 * values - 7).tolist() == shown.tolist()
 
 
@@ -69,7 +69,7 @@ def test_wrong_shapes_and_styles_are_said():
 def test_a_panel_has_a_row_for_each_target_and_two_tiles_for_each_rule(shape):
     values = RNG.normal(0, 1, shape)
     photograph = RNG.integers(0, 255, (*shape[1:], 3), dtype=np.uint8)
-    one = panel(photograph, "title", [Row("cat", [("gradient", values), ("guided", values)])])
-    two = panel(photograph, "title", [Row("cat", [("gradient", values), ("guided", values)])] * 2, ["a note"])
+    one = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])])
+    two = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])] * 2, ["a note"])
     assert one.width == two.width == GAP + 5 * (TILE + GAP)
     assert two.height > one.height + TILE

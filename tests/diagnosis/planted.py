@@ -96,10 +96,10 @@ def dense(
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def broken_at(place: int, factor: float) -> nn.Module:
+def broken_at(layer: int, factor: float) -> nn.Module:
     model = dense(10, nn.Tanh, 1.0)
     with torch.no_grad():
-        model[2 * place].weight *= factor
+        model[2 * layer].weight *= factor
     return model
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
-from models import PLANTED, recorded, step
+from diagnosis.planted import PLANTED, recorded, step
 from undertow import diagnosis
 from undertow.cli import main
 from undertow.diagnosis import contrast
@@ -25,7 +25,7 @@ from undertow.diagnosis.depth import fit, t_quantile
 from undertow.diagnosis.evidence import Evidence
 from undertow.diagnosis.routing import least_zeros, split, windows
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 
 IDS = [planted.name for planted in PLANTED]
@@ -34,14 +34,14 @@ IDS = [planted.name for planted in PLANTED]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The run of each planted network, made when it is first asked for."""
-    made = {}
+    recorded_runs = {}
 
     def of(planted):
-        if planted.name not in made:
+        if planted.name not in recorded_runs:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("warnings.warn", lambda *_, **__: None)  # of sites that no gradient reached: planted
-                made[planted.name] = recorded(str(tmp_path_factory.mktemp("run")), planted)
-        return made[planted.name]
+                recorded_runs[planted.name] = recorded(str(tmp_path_factory.mktemp("run")), planted)
+        return recorded_runs[planted.name]
 
     return of
 
@@ -49,16 +49,16 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("planted", PLANTED, ids=IDS)
 def test_what_is_planted_is_found_and_nothing_else(planted, runs):
     findings = ut.diagnose(runs(planted))
-    assert {one.cause for one in findings} == planted.causes
-    assert not planted.at or any(set(one.sites) == set(planted.at) for one in findings)
-    for one in findings:
-        assert one.severity in diagnosis.SEVERITIES
-        assert one.cause in diagnosis.CAUSES
-        assert one.sentence.endswith(".")
-        assert one.remedy.endswith(".")
-        assert one.source
-        assert {"predicted", "observed"} <= one.evidence.keys()
-        assert any(site in one.sentence for site in one.sites)
+    assert {finding.cause for finding in findings} == planted.causes
+    assert not planted.at or any(set(finding.sites) == set(planted.at) for finding in findings)
+    for finding in findings:
+        assert finding.severity in diagnosis.SEVERITIES
+        assert finding.cause in diagnosis.CAUSES
+        assert finding.sentence.endswith(".")
+        assert finding.remedy.endswith(".")
+        assert finding.source
+        assert {"predicted", "observed"} <= finding.evidence.keys()
+        assert any(site in finding.sentence for site in finding.sites)
 
 
 def test_there_are_enough_rows_and_every_cause_is_planted():
@@ -69,18 +69,22 @@ def test_there_are_enough_rows_and_every_cause_is_planted():
 
 @pytest.mark.parametrize("rule", diagnosis.RULES)
 def test_with_a_rule_switched_off_its_rows_fail(rule, runs, monkeypatch):
-    kept = {name: function for name, function in diagnosis.RULES.items() if name != rule}
-    before = {planted.name: {one.cause for one in ut.diagnose(runs(planted))} for planted in PLANTED if planted.causes}
-    monkeypatch.setattr(diagnosis, "RULES", kept)
-    after = {planted.name: {one.cause for one in ut.diagnose(runs(planted))} for planted in PLANTED if planted.causes}
+    others = {name: function for name, function in diagnosis.RULES.items() if name != rule}
+    before = {
+        planted.name: {finding.cause for finding in ut.diagnose(runs(planted))} for planted in PLANTED if planted.causes
+    }
+    monkeypatch.setattr(diagnosis, "RULES", others)
+    after = {
+        planted.name: {finding.cause for finding in ut.diagnose(runs(planted))} for planted in PLANTED if planted.causes
+    }
     assert [name for name in before if before[name] != after[name]]
 
 
 def test_one_finding_of_each_severity_comes_in_order(runs):
-    found = [one.severity for planted in PLANTED for one in ut.diagnose(runs(planted))]
-    assert set(found) == set(diagnosis.SEVERITIES)
+    severities = [finding.severity for planted in PLANTED for finding in ut.diagnose(runs(planted))]
+    assert set(severities) == set(diagnosis.SEVERITIES)
     both = diagnosis.Findings([ut.diagnose(runs(p))[0] for p in (PLANTED[0], PLANTED[12], PLANTED[10])], {})
-    assert [one.severity for one in both] == ["error", "warning", "info"]
+    assert [finding.severity for finding in both] == ["error", "warning", "info"]
     assert both.worst() == "error"
 
 
@@ -91,15 +95,15 @@ POOLS = [
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "ceil", "axes"), POOLS)
-def test_the_foretold_zeros_of_max_pooling_against_autograd(kernel, stride, padding, ceil, axes):
+def test_the_predicted_zeros_of_max_pooling_against_autograd(kernel, stride, padding, ceil, axes):
     size = (9, 8, 7)[:axes]
     pool = getattr(nn, f"MaxPool{axes}d")(kernel, stride, padding, ceil_mode=ceil)
     x = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(axes), requires_grad=True)
     y = pool(x)
     assert tuple(y.shape[2:]) == tuple(windows(n, kernel, stride, padding, 1, ceil) for n in size)
     (g,) = torch.autograd.grad(y.sum(), x)
-    each = [(n,) * axes for n in (kernel, stride, padding)]
-    predicted, measured = least_zeros(size, *each, ceil_mode=ceil), float((g == 0).double().mean())
+    per_axis = [(n,) * axes for n in (kernel, stride, padding)]
+    predicted, measured = least_zeros(size, *per_axis, ceil_mode=ceil), float((g == 0).double().mean())
     assert predicted <= measured + 1e-12
     if stride >= kernel:  # windows that do not overlap have winners of their own
         assert predicted == pytest.approx(measured, abs=1e-12)
@@ -125,15 +129,15 @@ def zeros_by_hand(act, pool, x, weight):
     torch.manual_seed(5)
     (y * torch.randn(y.shape).clamp(min=-0.5).where(torch.rand(y.shape) < 0.8, 0)).sum().backward()
     n = h.numel()
-    _, where = F.max_pool2d(a, 2, return_indices=True)
+    _, winners = F.max_pool2d(a, 2, return_indices=True)
     won = torch.zeros(a.shape[0] * a.shape[1], a[0, 0].numel(), dtype=torch.bool)
-    won.scatter_(1, where.flatten(0, 1).flatten(1), True)
+    won.scatter_(1, winners.flatten(0, 1).flatten(1), True)
     pooling = float((~won).sum()) / n
     at_pool = float((a.grad == 0).sum()) / n
     return pooling, at_pool - pooling, float((h.grad == 0).sum()) / n - at_pool
 
 
-def test_the_zeros_of_a_passage_split_as_by_hand(tmp_path):
+def test_the_zeros_of_a_chain_split_as_by_hand(tmp_path):
     torch.manual_seed(1)
     conv, x = nn.Conv2d(2, 5, 3, bias=False), torch.randn(3, 2, 12, 12)
     net = nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(2))
@@ -141,13 +145,13 @@ def test_the_zeros_of_a_passage_split_as_by_hand(tmp_path):
         y = net(x)
         torch.manual_seed(5)
         (y * torch.randn(y.shape).clamp(min=-0.5).where(torch.rand(y.shape) < 0.8, 0)).sum().backward()
-    (passage,) = Evidence(ut.Run(tmp_path / "r")).passages
-    found = split(passage)
+    (chain,) = Evidence(ut.Run(tmp_path / "r")).chains
+    zeros = split(chain)
     pooling, above, gate = zeros_by_hand(torch.relu, lambda a: F.max_pool2d(a, 2), x, conv.weight.detach())
     assert above > 0.01
     assert gate > 0.001
-    assert (found.pooling, found.above, found.activation) == pytest.approx((pooling, above, gate), abs=1e-12)
-    assert found.foretold
+    assert (zeros.pooling, zeros.above, zeros.activation) == pytest.approx((pooling, above, gate), abs=1e-12)
+    assert zeros.predicted_exactly
 
 
 ACTIVATIONS = {
@@ -169,13 +173,13 @@ def test_what_an_activation_closed_by_its_derivative(name, tmp_path):
     slopes = derivative(net[0](x).detach())
     with ut.record(tmp_path / "r", net, sites="linear", diagnose=1) as recording, recording.batch():
         net(x).square().sum().backward()
-    step = Evidence(ut.Run(tmp_path / "r")).passages[0].steps[1]
+    step = Evidence(ut.Run(tmp_path / "r")).chains[0].steps[1]
     assert step.closed == int((slopes == 0).sum())
     assert step.active.tolist() == (slopes != 0).sum(0).tolist()
     assert step.slope == pytest.approx(float(slopes.mean()), rel=1e-6)
     g = 2 * act(net[0](x)).detach() if name != "inplace" else 2 * torch.relu(net[0](x)).detach()
     assert step.expected_absolute == pytest.approx(float((slopes * g).abs().sum()), rel=1e-6)
-    assert step.expected_absolute == pytest.approx(Evidence(ut.Run(tmp_path / "r")).passages[0].steps[0].absolute)
+    assert step.expected_absolute == pytest.approx(Evidence(ut.Run(tmp_path / "r")).chains[0].steps[0].absolute)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(40, 60), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(8, 12, 4, stride=2)])
@@ -185,23 +189,23 @@ def test_the_gain_of_weights_is_what_random_gradients_are_multiplied_by(module, 
     y = module(x)
     g = torch.randn(y.shape)
     (below,) = torch.autograd.grad(y, x, g)
-    inside = below if isinstance(module, nn.Linear) else below[..., 8:24, 8:24]
+    unpadded = below if isinstance(module, nn.Linear) else below[..., 8:24, 8:24]
     with ut.record(tmp_path / "r", nn.Sequential(module), sites="0", diagnose=1) as recording, recording.batch():
         module(x)  # its hook is called by the module itself
         nn.Sequential(module)(x).sum().backward()
-    gain = Evidence(ut.Run(tmp_path / "r")).passages[0].gain
-    assert gain == pytest.approx(float(inside.square().mean().sqrt() / g.square().mean().sqrt()), rel=0.03)
+    gain = Evidence(ut.Run(tmp_path / "r")).chains[0].gain
+    assert gain == pytest.approx(float(unpadded.square().mean().sqrt() / g.square().mean().sqrt()), rel=0.03)
 
 
 def test_the_line_and_its_interval_against_scipy():
     draw = np.random.default_rng(4)
     for length in (5, 8, 40):
         y = 0.7 * np.arange(length) + draw.normal(size=length)
-        wanted = scipy.stats.linregress(np.arange(length), y)
-        half = scipy.stats.t.ppf(0.975, length - 2) * wanted.stderr
-        found = fit(y)
-        assert found.slope == pytest.approx(wanted.slope, rel=1e-9)
-        assert found.high - found.low == pytest.approx(2 * half, rel=0.01)
+        expected = scipy.stats.linregress(np.arange(length), y)
+        half = scipy.stats.t.ppf(0.975, length - 2) * expected.stderr
+        line = fit(y)
+        assert line.slope == pytest.approx(expected.slope, rel=1e-9)
+        assert line.high - line.low == pytest.approx(2 * half, rel=0.01)
     for freedom in (3, 4, 10, 100):
         assert t_quantile(0.975, freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=0.01)
 
@@ -221,19 +225,20 @@ def dying(folder, seed):
     return loss.item(), ut.Run(folder)
 
 
+@pytest.mark.slow
 def test_a_network_that_dies_in_its_first_epoch(tmp_path):
     """Which seeds die may depend on the machine's rounding; on the one this was written on the first does."""
     for seed in range(4):
         loss, run = dying(tmp_path / str(seed), seed)
-        dead = [one for one in ut.diagnose(run) if one.cause == "dead-layer"]
+        dead = [finding for finding in ut.diagnose(run) if finding.cause == "dead-layer"]
         if dead:
             break
     assert loss == pytest.approx(math.log(10), abs=0.03)
     assert dead[0].severity == "error"
     assert dead[0].evidence["observed"] == dead[0].evidence["predicted"] == 1.0
-    starved = dead[0].evidence["starved"]
-    assert starved == [f"conv{i}" for i in range(1, len(starved) + 1)]
-    assert all(zeros == total for zeros, total in (Evidence(run).zeros[site] for site in starved))
+    all_zero = dead[0].evidence["starved"]
+    assert all_zero == [f"conv{i}" for i in range(1, len(all_zero) + 1)]
+    assert all(zeros == total for zeros, total in (Evidence(run).zeros[site] for site in all_zero))
     assert Evidence(run).zeros["head"][0] < Evidence(run).zeros["head"][1]
 
 
@@ -280,7 +285,7 @@ def test_checkpointed_passes_are_left_alone(reentrant, tmp_path):
     for a, b in zip(plain.parameters(), inner.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
     findings = ut.diagnose(ut.Run(tmp_path / "r"))
-    assert reentrant or [one.cause for one in findings if one.evidence.get("kind") == "max"] == ["pooling"]
+    assert reentrant or [finding.cause for finding in findings if finding.evidence.get("kind") == "max"] == ["pooling"]
 
 
 def test_an_exception_inside_a_watched_batch_leaves_nothing(tmp_path):
@@ -321,7 +326,7 @@ def test_a_run_without_a_closer_look_is_diagnosed_as_far_as_it_goes(tmp_path):
             with recording.batch():
                 step(model, torch.randn(64, 32, generator=torch.Generator().manual_seed(number)), number)
     findings = ut.diagnose(ut.Run(tmp_path / "r"))
-    assert [one.cause for one in findings] == ["vanishing"]
+    assert [finding.cause for finding in findings] == ["vanishing"]
     assert "diagnose=True" in findings[0].sentence
     assert findings.checked["pooling"] == "not checked: record it with diagnose=True"
     assert findings.checked["depth"] == "checked"
@@ -331,15 +336,16 @@ def test_the_loss_scale_is_known_and_undone(tmp_path):
     """Scaled by 2^16, gradients of 1e-6 lie above float16's smallest normal number; unscaled they would not."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).half()
-    found = []
+    causes = []
     for name, scale in (("plain", None), ("scaled", 2.0**16)):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale) if scale else None
         options = {"sites": "linear", "measures": "histogram", "scaler": scaler, "diagnose": 1}
         with ut.record(tmp_path / name, model, **options) as recording, recording.batch():
             loss = (model(torch.ones(16, 8).half()).float() * 1e-6).sum()
             (scaler.scale(loss) if scaler else loss).backward()
-        found.append([one.cause for one in ut.diagnose(ut.Run(tmp_path / name)) if one.cause == "underflow"])
-    assert found == [["underflow"], []]
+        findings = ut.diagnose(ut.Run(tmp_path / name))
+        causes.append([finding.cause for finding in findings if finding.cause == "underflow"])
+    assert causes == [["underflow"], []]
 
 
 def network(pool, act):
@@ -351,55 +357,55 @@ def network(pool, act):
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory):
-    made = {}
+    recorded_runs = {}
     for name, pool, act in (("max", nn.MaxPool2d, nn.ReLU()), ("avg", nn.AvgPool2d, nn.ReLU()),
                             ("leaky", nn.MaxPool2d, nn.LeakyReLU(0.1))):  # fmt: skip
         folder = tmp_path_factory.mktemp(name)
         model = network(pool, act)
         with ut.record(folder, model, sites="conv", measures="histogram", diagnose=1) as recording, recording.batch():
             step(model, torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0)), 0)
-        made[name] = ut.Run(folder)
-    return made
+        recorded_runs[name] = ut.Run(folder)
+    return recorded_runs
 
 
 def test_runs_are_contrasted_in_sentences_only_where_the_evidence_is_there(variants):
-    (said,) = contrast([variants["max"], variants["avg"]])
-    assert said.startswith("average pooling raises the median at '0' from 0 to ")
-    assert "it spreads what max-pooling routes" in said
+    (sentence,) = contrast([variants["max"], variants["avg"]])
+    assert sentence.startswith("average pooling raises the median at '0' from 0 to ")
+    assert "it spreads what max-pooling routes" in sentence
     assert contrast([variants["avg"], variants["max"]])[0].startswith("max-pooling lowers the median at '0' from ")
-    (said,) = contrast([variants["max"], variants["leaky"]])
-    assert said.startswith("leaky_relu behind '0' passes, scaled, what relu stops")
+    (sentence,) = contrast([variants["max"], variants["leaky"]])
+    assert sentence.startswith("leaky_relu after '0' passes a scaled part of what relu blocks")
     assert contrast([variants["max"], variants["max"]]) == []
 
 
 def test_the_command(variants, runs, capsys):
     folder = str(variants["max"].folder)
     for words, code in (([], 0), (["--fail-on", "warning"], 0), (["--fail-on", "info"], 1)):
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as excinfo:
             main(["diagnose", folder, *words])
-        assert left.value.code == code
+        assert excinfo.value.code == code
     shown = " ".join(capsys.readouterr().out.split())
-    assert "75.0 % foretold at its input" in shown
+    assert "75.0 % predicted at its input" in shown
     assert "jump: not checked" in shown
     healthy = runs(PLANTED[IDS.index("residual, trained")])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as excinfo:
         main(["diagnose", str(healthy.folder), "--fail-on", "info"])
-    assert left.value.code == 0
+    assert excinfo.value.code == 0
     assert ": nothing found" in capsys.readouterr().out.replace("\n", "")
     broken = runs(PLANTED[IDS.index("a square root at zero")])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as excinfo:
         main(["diagnose", str(broken.folder), folder, "--json", "--fail-on", "error"])
-    assert left.value.code == 1
+    assert excinfo.value.code == 1
     first, second = json.loads(capsys.readouterr().out)
-    assert [one["cause"] for one in first["findings"]] == ["non-finite"]
+    assert [finding["cause"] for finding in first["findings"]] == ["non-finite"]
     assert second["findings"][0]["evidence"]["predicted"] == 0.75
     assert set(second["checked"]) == set(diagnosis.RULES)
 
 
 def test_compare_prints_the_sentences(variants, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as excinfo:
         main(["compare", str(variants["max"].folder), str(variants["avg"].folder)])
-    assert left.value.code == 0
+    assert excinfo.value.code == 0
     assert "average pooling raises the median at '0' from 0 to " in capsys.readouterr().out
 
 
