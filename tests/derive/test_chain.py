@@ -48,7 +48,7 @@ def every_name(network: Network) -> list[str]:
 
 
 def point(network: Network, activation: str, seed: int) -> tuple[Values, Values]:
-    values = draw(network, activation, seed)
+    values = draw(network.order, network.sources, network.nodes, activation, seed)
     return with_partials(network, values), Values(gradients(network.order, network.edges, values, activation))
 
 

@@ -10,14 +10,14 @@ from typing import Any, final
 from ..errors import InputError, ModelError, near
 from ..frameworks.base import backend_of
 from ..frameworks.inside import Block, Carried, Passage
-from .chain import Derivative
-from .graph import END, Graph
+from .chain import Derivative, DifferentiableGraph
+from .graph import END
 from .notation import Partial, Quantity
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Blocks(Graph):
+class Blocks(DifferentiableGraph):
     """The module calls of one pass as blocks, with an edge wherever a gradient passes from one to another.
 
     Attributes:

@@ -1,5 +1,6 @@
 """One derivative by the chain rule: factored as backpropagation shares its tails, or path by path."""
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,18 @@ class Operations:
     paths: int
 
 
+class DifferentiableGraph(Graph):
+    """A graph that can also check and draw the derivatives over it."""
+
+    @abstractmethod
+    def check(self, derivative: "Derivative", seed: int) -> float:
+        """Return the largest relative difference between a derivative's expression and autograd; no unit."""
+
+    @abstractmethod
+    def plot(self, derivative: "Derivative", path: str | Path, title: str) -> Path:
+        """Draw the graph with the edges of a derivative highlighted; see `Derivative.plot`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Derivative:
     """∂E/∂(a quantity), as a sum over nodes of ∂E/∂node times what the quantity does to that node.
@@ -52,7 +65,7 @@ class Derivative:
         substituted: whether partials are replaced by what they mean.
     """
 
-    graph: Graph
+    graph: DifferentiableGraph
     name: str
     wrt: Quantity
     ends: tuple[tuple[str, Partial | None], ...]

@@ -3,15 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..frameworks.inside import END as END
 from .notation import Partial, Quantity
 from .packages import need
-
-if TYPE_CHECKING:
-    from .chain import Derivative
 
 
 class Graph(ABC):
@@ -38,18 +34,6 @@ class Graph(ABC):
     @abstractmethod
     def partial(self, reader: str, node: str) -> Partial:
         """Return ∂reader/∂node, or the direct ∂E/∂node where the reader is `END`."""
-
-    @abstractmethod
-    def derivative(self, wrt: str, substitute: bool = False) -> "Derivative":
-        """Return ∂E/∂wrt by the chain rule."""
-
-    @abstractmethod
-    def check(self, derivative: "Derivative", seed: int) -> float:
-        """Return the largest relative difference between a derivative's expression and autograd."""
-
-    @abstractmethod
-    def plot(self, derivative: "Derivative", path: str | Path, title: str) -> Path:
-        """Draw the graph with the way of a derivative; see `Derivative.plot`."""
 
     @cached_property
     def read_by(self) -> Mapping[str, int]:

@@ -1,5 +1,6 @@
 """Networks of neurons, as one writes them on paper: "x1>n1 n1>n2"."""
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any, final
 
 from ..errors import InputError, near
-from .chain import Derivative
-from .graph import END, Graph
+from ..frameworks.base import load
+from .chain import Derivative, DifferentiableGraph
+from .graph import END
 from .notation import ErrorSlope, Partial, Quantity, Slope
+from .numbers import ACTIVATIONS, Values, difference, draw, with_partials
 from .packages import need
 
 _EDGE = re.compile(r"(?P<source>[^\s>→]+)(?:>|→)(?P<target>[^\s>→]+)")
@@ -29,7 +32,7 @@ FORMS = "n4, w[2,5], b[3], v[1,1], v[1,1][d], x2 or x2[d]"
 
 @final
 @dataclass(frozen=True)
-class Network(Graph):
+class Network(DifferentiableGraph):
     """A directed acyclic graph of neurons n_i = g(b_i + Σ_k w_{k,i} n_k + Σ_l v_{l,i}·x_l) over vector inputs x_l.
 
     Neurons that no other reads are the outputs; E = Σ over data of Σ_j (n_j − y_j)², j over the outputs.
@@ -147,9 +150,15 @@ class Network(Graph):
 
     def check(self, derivative: Derivative, seed: int) -> float:
         """Compare a derivative's expression with autograd; see `Derivative.check`."""
-        from .numbers import largest_difference
-
-        return largest_difference(self, derivative, seed)
+        autograd = importlib.import_module(".neurons", load("torch").__name__)  # type: ignore[attr-defined]
+        component = re.search(r"\[(\d+)\]$", derivative.wrt.text) if derivative.wrt.text[0] in "xv" else None
+        width = max(2, int(component[1])) if component else 2
+        differences = []
+        for activation in ACTIVATIONS:
+            values = draw(self.order, self.sources, self.nodes, activation, seed, width)
+            theirs = Values(autograd.gradients(self.order, self.edges, values, activation))
+            differences.append(difference(derivative, derivative.expression, with_partials(self, values), theirs))
+        return max(differences)
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the network with the way of a derivative; see `Derivative.plot`."""
