@@ -34,10 +34,10 @@ class Blocks(DifferentiableGraph):
     @cached_property
     def readers(self) -> Mapping[str, Sequence[str]]:
         """For each block those that read it, `END` for the objective."""
-        found: dict[str, list[str]] = {block.name: [] for block in self.blocks}
+        readers: dict[str, list[str]] = {block.name: [] for block in self.blocks}
         for edge in self.edges:
-            found[edge.source].append(edge.target)
-        return found
+            readers[edge.source].append(edge.target)
+        return readers
 
     @cached_property
     def order(self) -> Sequence[str]:
@@ -54,17 +54,16 @@ class Blocks(DifferentiableGraph):
         escaped = node.replace("_", r"\_").replace("#", r"\#")
         return Quantity(node if node.isidentifier() else f"({node.strip('()')})", rf"\mathrm{{{escaped}}}", False)
 
-    def shared_name(self, node: str) -> Quantity:
+    def delta_name(self, node: str) -> Quantity:
         """δ(name) for a block of this name."""
-        written = self.quantity(node)
-        bare = written.text.strip("()")
-        return Quantity(f"δ({bare})", rf"\delta_{{{written.latex}}}", False)
+        quantity = self.quantity(node)
+        return Quantity(f"δ({quantity.text.strip('()')})", rf"\delta_{{{quantity.latex}}}", False)
 
     def partial(self, reader: str, node: str) -> Partial:
         """Return the Jacobian ∂reader/∂node by way of this edge alone, or the direct ∂E/∂node."""
         if reader == END:
-            alone = list(self.readers[node]) == [END]
-            return Partial(Quantity("E", "E", False), self.quantity(node), direct=not alone)
+            has_other_readers = list(self.readers[node]) != [END]
+            return Partial(Quantity("E", "E", False), self.quantity(node), direct=has_other_readers)
         return Partial(self.quantity(reader), self.quantity(node))
 
     def derivative(self, wrt: str, substitute: bool = False) -> Derivative:
@@ -90,10 +89,10 @@ class Blocks(DifferentiableGraph):
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the blocks with the way of a derivative; see `Derivative.plot`."""
-        from ..show.graph import blocks
+        from ..show.graph import draw_blocks
 
         heading = title or f"∂E/∂{derivative.wrt.text}"
-        return blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
+        return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:
@@ -151,5 +150,5 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
     if package.endswith(".keras"):
         raise ModelError("from_model reads PyTorch networks alone, and this is one of Keras")
     torch_blocks = importlib.import_module(".blocks", package)
-    found: Passage = torch_blocks.passage(model, inputs, depth, target)
-    return Blocks(found.blocks, found.edges, found.passed_on)
+    graph: Passage = torch_blocks.passage(model, inputs, depth, target)
+    return Blocks(graph.blocks, graph.edges, graph.passed_on)

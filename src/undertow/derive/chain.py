@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .graph import END, Graph, product, total
-from .notation import LATEX, TEXT, Partial, Phrase, Quantity, Style
+from .graph import END, Graph, sympy_product, sympy_sum
+from .notation import LATEX, TEXT, Fragment, Partial, Quantity, Style
 
-MOST_PATHS = 10_000
+MAX_PATHS = 10_000
 
 
 class Count(NamedTuple):
@@ -97,9 +97,9 @@ class Derivative:
         for node, last in self.ends:
             delta = self.graph.delta(node, self.substituted)
             factors = [] if last is None else [factor.symbol() for factor in last.factors(self.substituted)]
-            opened = delta.args if delta.is_Mul and self.graph.read_by[node] <= 1 else (delta,)
-            terms.append(product([*opened, *factors]))
-        return total(terms)
+            opened = delta.args if delta.is_Mul and self.graph.fan_in[node] <= 1 else (delta,)
+            terms.append(sympy_product([*opened, *factors]))
+        return sympy_sum(terms)
 
     @cached_property
     def expanded(self) -> Any:
@@ -108,7 +108,7 @@ class Derivative:
         Raises:
             InputError: there are more than 10,000 paths.
         """
-        return total([product([factor.symbol() for factor in factors]) for factors in self._products()])
+        return sympy_sum([sympy_product([factor.symbol() for factor in factors]) for factors in self._products()])
 
     @property
     def expanded_text(self) -> str:
@@ -122,24 +122,24 @@ class Derivative:
     @cached_property
     def operations(self) -> Operations:
         """How many multiplications and additions both forms take."""
-        readers, nodes = self.graph.readers, self.graph.behind(node for node, _ in self.ends)
+        readers, nodes = self.graph.readers, self.graph.downstream(node for node, _ in self.ends)
         paths, lengths = Counter({END: 1}), Counter({END: 0})
         for node in nodes:
             paths[node] = sum(paths[reader] for reader in readers[node])
             lengths[node] = sum(lengths[reader] + paths[reader] for reader in readers[node])
         edges = sum(1 for node in nodes for reader in readers[node] if reader != END)
         joins = sum(len(readers[node]) - 1 for node in nodes)
-        lasts = sum(1 for _, last in self.ends if last is not None)
+        last_factors = sum(1 for _, last in self.ends if last is not None)
         count = sum(paths[node] for node, _ in self.ends)
         length = sum(lengths[node] + (paths[node] if last else 0) for node, last in self.ends)
         return Operations(
-            Count(edges + lasts, joins + len(self.ends) - 1), Count(length - count, count - 1), paths=count
+            Count(edges + last_factors, joins + len(self.ends) - 1), Count(length - count, count - 1), paths=count
         )
 
     @property
     def carrying(self) -> tuple[tuple[str, str], ...]:
         """The edges (node, reader) by which the derivative travels; `END` as the reader where it sets out from E."""
-        nodes = reversed(self.graph.behind(node for node, _ in self.ends))
+        nodes = reversed(self.graph.downstream(node for node, _ in self.ends))
         return tuple((node, reader) for node in nodes for reader in self.graph.readers[node])
 
     def check(self, seed: int = 0) -> float:
@@ -166,48 +166,48 @@ class Derivative:
         """
         return self.graph.plot(self, path, title)
 
-    def _equation(self, style: Style, phrase: Phrase) -> str:
+    def _equation(self, style: Style, fragment: Fragment) -> str:
         left = Partial(Quantity("E", "E"), self.wrt).symbol
         over = (r"\sum_{p} " if style.latex else "Σ_p ") if self.summed else ""
-        right = f"{over}{style.bracketed(phrase)}" if self.summed else phrase.words
+        right = f"{over}{style.bracketed(fragment)}" if self.summed else fragment.text
         return f"{style.write(left)} = {right}"
 
     def _lines(self, style: Style) -> list[str]:
         """Write the derivative, then each shared tail, those nearest to the derivative first."""
         graph, shared = self.graph, self._shared()
-        known: dict[str, Phrase] = {}
+        fragments: dict[str, Fragment] = {}
         lines = []
-        for node in graph.behind(node for node, _ in self.ends):
+        for node in graph.downstream(node for node, _ in self.ends):
             terms = [
-                style.product(known.get(reader), graph.partial(reader, node).factors(self.substituted))
+                style.product(fragments.get(reader), graph.partial(reader, node).factors(self.substituted))
                 for reader in graph.readers[node]
             ]
-            known[node] = style.sum(terms)
+            fragments[node] = style.sum(terms)
             if node in shared:
-                name, whole = graph.shared_name(node), Partial(Quantity("E", "E"), graph.quantity(node)).symbol
-                lines.append(f"{style.write(name)} = {style.write(whole)} = {known[node].words}")
-                known[node] = Phrase(style.write(name))
-        whole_thing = style.sum(
+                name, whole = graph.delta_name(node), Partial(Quantity("E", "E"), graph.quantity(node)).symbol
+                lines.append(f"{style.write(name)} = {style.write(whole)} = {fragments[node].text}")
+                fragments[node] = Fragment(style.write(name))
+        whole_sum = style.sum(
             [
-                known[node] if last is None else style.product(known[node], last.factors(self.substituted))
+                fragments[node] if last is None else style.product(fragments[node], last.factors(self.substituted))
                 for node, last in self.ends
             ]
         )
-        return [self._equation(style, whole_thing), *reversed(lines)]
+        return [self._equation(style, whole_sum), *reversed(lines)]
 
     def _shared(self) -> set[str]:
         """The nodes whose ∂E/∂node is used more than once here, and is more than one partial."""
         readers = self.graph.readers
         uses = Counter(node for node, _ in self.ends)
-        for node in self.graph.behind(uses):
+        for node in self.graph.downstream(uses):
             uses.update(readers[node])
         return {node for node, count in uses.items() if count > 1 and node != END and list(readers[node]) != [END]}
 
     def _products(self) -> Iterator[tuple[Quantity, ...]]:
         """Yield each path as its factors, from E to the quantity."""
-        if self.operations.paths > MOST_PATHS:
+        if self.operations.paths > MAX_PATHS:
             raise InputError(
-                f"∂E/∂{self.wrt.text} has {self.operations.paths:,} paths, more than {MOST_PATHS:,}: "
+                f"∂E/∂{self.wrt.text} has {self.operations.paths:,} paths, more than {MAX_PATHS:,}: "
                 "too many to write out; take the factored form"
             )
         for node, last in self.ends:
@@ -218,9 +218,9 @@ class Derivative:
     def _paths(self, node: str) -> Iterator[tuple[Quantity, ...]]:
         stack: list[tuple[str, tuple[Quantity, ...]]] = [(node, ())]
         while stack:
-            at, factors = stack.pop()
-            if at == END:
+            end, factors = stack.pop()
+            if end == END:
                 yield factors
                 continue
-            for reader in reversed(self.graph.readers[at]):
-                stack.append((reader, (*self.graph.partial(reader, at).factors(self.substituted), *factors)))
+            for reader in reversed(self.graph.readers[end]):
+                stack.append((reader, (*self.graph.partial(reader, end).factors(self.substituted), *factors)))

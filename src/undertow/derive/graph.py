@@ -28,7 +28,7 @@ class Graph(ABC):
         """How a node is written."""
 
     @abstractmethod
-    def shared_name(self, node: str) -> Quantity:
+    def delta_name(self, node: str) -> Quantity:
         """How ∂E/∂node is written where it is used more than once."""
 
     @abstractmethod
@@ -36,7 +36,7 @@ class Graph(ABC):
         """Return ∂reader/∂node, or the direct ∂E/∂node where the reader is `END`."""
 
     @cached_property
-    def read_by(self) -> Mapping[str, int]:
+    def fan_in(self) -> Mapping[str, int]:
         """How many nodes use each node's gradient: those that it reads."""
         counts = dict.fromkeys(self.readers, 0)
         for readers in self.readers.values():
@@ -45,7 +45,7 @@ class Graph(ABC):
                     counts[reader] += 1
         return counts
 
-    def behind(self, nodes: Iterable[str]) -> list[str]:
+    def downstream(self, nodes: Iterable[str]) -> list[str]:
         """Return these nodes and all that depend on them, those nearest to E first."""
         stack = list(nodes)
         seen = set(stack)
@@ -62,12 +62,12 @@ class Graph(ABC):
 
     def delta(self, node: str, substituted: bool) -> Any:
         """Return ∂E/∂node in SymPy; what several expressions share is one object in all of them."""
-        known = self._deltas
-        if (node, substituted) not in known:
-            for each in self.behind([node]):
-                if (each, substituted) not in known:
-                    known[each, substituted] = self._delta(each, substituted)
-        return known[node, substituted]
+        deltas = self._deltas
+        if (node, substituted) not in deltas:
+            for dependent in self.downstream([node]):
+                if (dependent, substituted) not in deltas:
+                    deltas[dependent, substituted] = self._delta(dependent, substituted)
+        return deltas[node, substituted]
 
     def _delta(self, node: str, substituted: bool) -> Any:
         terms = []
@@ -75,21 +75,21 @@ class Graph(ABC):
             factors = [factor.symbol() for factor in self.partial(reader, node).factors(substituted)]
             if reader != END:
                 tail = self._deltas[reader, substituted]
-                factors = [*_factors(tail, self.read_by[reader]), *factors]
-            terms.append(product(factors))
-        return total(terms)
+                factors = [*_flattened(tail, self.fan_in[reader]), *factors]
+            terms.append(sympy_product(factors))
+        return sympy_sum(terms)
 
 
-def _factors(tail: Any, uses: int) -> Sequence[Any]:
+def _flattened(tail: Any, uses: int) -> Sequence[Any]:
     """Open a product that is used once, so that a chain is one flat product."""
     return tail.args if uses <= 1 and tail.is_Mul else (tail,)
 
 
-def product(factors: Sequence[Any]) -> Any:
+def sympy_product(factors: Sequence[Any]) -> Any:
     """Multiply in SymPy, and let it do nothing about it."""
     return factors[0] if len(factors) == 1 else need("sympy").Mul(*factors, evaluate=False)
 
 
-def total(terms: Sequence[Any]) -> Any:
+def sympy_sum(terms: Sequence[Any]) -> Any:
     """Add in SymPy, and let it do nothing about it."""
     return terms[0] if len(terms) == 1 else need("sympy").Add(*terms, evaluate=False)

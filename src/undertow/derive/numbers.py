@@ -42,7 +42,7 @@ class Values(dict[str, Array]):
         return vector if match[2].isalpha() else vector[..., int(match[2]) - 1 : int(match[2])]
 
 
-def draw(
+def random_values(
     order: Sequence[str],
     sources: Mapping[str, Sequence[str]],
     nodes: Sequence[str],
@@ -88,15 +88,15 @@ def draw(
 
 def with_partials(graph: Graph, values: Values) -> Values:
     """Add the value of every ∂n_k/∂n_i and every ∂E/∂n_j."""
-    found = Values(values)
+    extended = Values(values)
     for node, readers in graph.readers.items():
         for reader in readers:
             partial = graph.partial(reader, node)
             if reader == END:
-                found[partial.symbol.text] = 2 * (values[node] - values[f"y{node[1:]}"])
+                extended[partial.symbol.text] = 2 * (values[node] - values[f"y{node[1:]}"])
             else:
-                found[partial.symbol.text] = values[f"g'(a{reader[1:]})"] * values[f"w[{node[1:]},{reader[1:]}]"]
-    return found
+                extended[partial.symbol.text] = values[f"g'(a{reader[1:]})"] * values[f"w[{node[1:]},{reader[1:]}]"]
+    return extended
 
 
 def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
@@ -107,27 +107,27 @@ def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
     >>> evaluate(a * (a + 2 * b), {"a": np.array([3.0]), "b": np.array([0.5])})
     array([12.])
     """
-    known: dict[int, Any] = {}
+    computed: dict[int, Any] = {}
     stack = [expression]
     while stack:
         node = stack[-1]
-        waiting = [] if node.is_Atom or node.is_Function else [arg for arg in node.args if id(arg) not in known]
+        waiting = [] if node.is_Atom or node.is_Function else [arg for arg in node.args if id(arg) not in computed]
         if waiting:
             stack.extend(waiting)
             continue
-        known[id(stack.pop())] = _value(node, values, known)
-    return known[id(expression)]  # type: ignore[no-any-return]
+        computed[id(stack.pop())] = _value(node, values, computed)
+    return computed[id(expression)]  # type: ignore[no-any-return]
 
 
-def _value(node: Any, values: Mapping[str, Array], known: dict[int, Any]) -> Any:
+def _value(node: Any, values: Mapping[str, Array], computed: dict[int, Any]) -> Any:
     if node.is_Number:
         return float(node)
     if node.is_Symbol or node.is_Function:
         return values[node.name if node.is_Symbol else str(node)]
-    parts = [known[id(arg)] for arg in node.args]
-    result = parts[0]
-    for part in parts[1:]:
-        result = result * part if node.is_Mul else result + part if node.is_Add else result**part
+    operands = [computed[id(arg)] for arg in node.args]
+    result = operands[0]
+    for operand in operands[1:]:
+        result = result * operand if node.is_Mul else result + operand if node.is_Add else result**operand
     return result
 
 
@@ -137,16 +137,16 @@ def difference(derivative: Derivative, expression: Any, values: Values, autograd
     for _, last in derivative.ends:
         if last is not None:
             product: Any = 1.0
-            for factor in last.means:
+            for factor in last.closed_form:
                 product = product * values[factor.text]
             values[last.symbol.text] = product
     ours = np.broadcast_to(evaluate(expression, values), (POINTS, autograd[derivative.wrt.text].shape[-1]))
     if derivative.summed:
         ours = ours.sum(0)
-    return relative(ours, autograd[derivative.wrt.text])
+    return relative_difference(ours, autograd[derivative.wrt.text])
 
 
-def relative(ours: Array, theirs: Array) -> float:
+def relative_difference(ours: Array, theirs: Array) -> float:
     """Return the largest absolute difference over the largest absolute value of `theirs`; 0 where both are zero."""
-    apart = float(np.abs(ours - theirs).max())
-    return apart / float(np.abs(theirs).max() or 1.0)
+    largest = float(np.abs(ours - theirs).max())
+    return largest / float(np.abs(theirs).max() or 1.0)
