@@ -10,6 +10,7 @@ from typing import Any, final
 from ..errors import InputError, ModelError, near
 from ..frameworks.base import backend_of
 from ..frameworks.inside import Block, Carried, Passage
+from ..show.graph import draw_blocks
 from .chain import Derivative, DifferentiableGraph
 from .graph import END
 from .notation import Partial, Quantity
@@ -89,8 +90,6 @@ class Blocks(DifferentiableGraph):
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the blocks with the way of a derivative; see `Derivative.plot`."""
-        from ..show.graph import draw_blocks
-
         heading = title or f"∂E/∂{derivative.wrt.text}"
         return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
 

@@ -95,10 +95,8 @@ class Derivative:
         """
         terms = []
         for node, last in self.ends:
-            delta = self.graph.delta(node, self.substituted)
             factors = [] if last is None else [factor.symbol() for factor in last.factors(self.substituted)]
-            opened = delta.args if delta.is_Mul and self.graph.fan_in[node] <= 1 else (delta,)
-            terms.append(sympy_product([*opened, *factors]))
+            terms.append(sympy_product([*self.graph.delta_factors(node, self.substituted), *factors]))
         return sympy_sum(terms)
 
     @cached_property
@@ -129,7 +127,7 @@ class Derivative:
             lengths[node] = sum(lengths[reader] + paths[reader] for reader in readers[node])
         edges = sum(1 for node in nodes for reader in readers[node] if reader != END)
         joins = sum(len(readers[node]) - 1 for node in nodes)
-        last_factors = sum(1 for _, last in self.ends if last is not None)
+        last_factors = sum(last is not None for _, last in self.ends)
         count = sum(paths[node] for node, _ in self.ends)
         length = sum(lengths[node] + (paths[node] if last else 0) for node, last in self.ends)
         return Operations(
@@ -187,13 +185,11 @@ class Derivative:
                 name, whole = graph.delta_name(node), Partial(Quantity("E", "E"), graph.quantity(node)).symbol
                 lines.append(f"{style.write(name)} = {style.write(whole)} = {fragments[node].text}")
                 fragments[node] = Fragment(style.write(name))
-        whole_sum = style.sum(
-            [
-                fragments[node] if last is None else style.product(fragments[node], last.factors(self.substituted))
-                for node, last in self.ends
-            ]
-        )
-        return [self._equation(style, whole_sum), *reversed(lines)]
+        terms = [
+            fragments[node] if last is None else style.product(fragments[node], last.factors(self.substituted))
+            for node, last in self.ends
+        ]
+        return [self._equation(style, style.sum(terms)), *reversed(lines)]
 
     def _shared(self) -> set[str]:
         """The nodes whose ∂E/∂node is used more than once here, and is more than one partial."""

@@ -54,16 +54,13 @@ class Directional:
     @property
     def text(self) -> str:
         """The derivative as an equation, in plain text; between explicit matrices it is multiplied out."""
-        right = _format_sympy(self._multiplied_out) if self._is_explicit else to_text(self.derivative)
+        right = _format_sympy(self.expression) if self._is_explicit else to_text(self.derivative)
         return f"D({to_text(self.function)})[{self.direction.payload}] = {right}"
 
     @property
     def latex(self) -> str:
         """The derivative as an equation, in LaTeX."""
-        if self._is_explicit:
-            right = need("sympy").latex(self._multiplied_out, mat_delim="(")
-        else:
-            right = to_latex(self.derivative)
+        right = need("sympy").latex(self.expression, mat_delim="(") if self._is_explicit else to_latex(self.derivative)
         return rf"\mathrm{{D}}\left({to_latex(self.function)}\right)[{self.direction.payload}] = {right}"
 
     @cached_property
@@ -73,7 +70,8 @@ class Directional:
         Raises:
             FrameworkError: SymPy is missing.
         """
-        return self._multiplied_out if self._is_explicit else to_sympy(self.derivative)
+        expression = to_sympy(self.derivative)
+        return expression.expand() if self._is_explicit and hasattr(expression, "expand") else expression
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -90,11 +88,6 @@ class Directional:
     @property
     def _is_explicit(self) -> bool:
         return is_explicit(self.function)
-
-    @cached_property
-    def _multiplied_out(self) -> Any:
-        expression = to_sympy(self.derivative)
-        return expression.expand() if hasattr(expression, "expand") else expression
 
     def check(self, seed: int = 0) -> float:
         """Compare with forward-mode autograd (`torch.func.jvp`) on random matrices, in float64.

@@ -55,12 +55,12 @@ _OPERATIONS: dict[str, Callable[[Any, MatrixExpr, list[Any]], Any]] = {
     "transpose": lambda lib, expr, operands: operands[0].T,
     "inverse": lambda lib, expr, operands: lib.linalg.inv(operands[0]),
     "power": lambda lib, expr, operands: operands[0] ** float(expr.payload),
-    "apply": lambda lib, expr, operands: (_FUNCTIONS.get(expr.payload) or _of(expr.payload))(lib, operands[0]),
+    "apply": lambda lib, expr, operands: _apply(lib, expr.payload, operands[0]),
     "trace": lambda lib, expr, operands: lib.diagonal(operands[0]).sum().reshape(1, 1),
     "det": lambda lib, expr, operands: lib.linalg.det(operands[0]).reshape(1, 1),
     "norm": lambda lib, expr, operands: lib.sqrt((operands[0] ** 2).sum()).reshape(1, 1),
 }
 
 
-def _of(name: str) -> Callable[[Any, Any], Any]:
-    return lambda lib, a: getattr(lib, name)(a)
+def _apply(lib: Any, name: str, a: Any) -> Any:
+    return _FUNCTIONS[name](lib, a) if name in _FUNCTIONS else getattr(lib, name)(a)

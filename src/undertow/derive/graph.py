@@ -1,6 +1,7 @@
 """A graph through which a gradient flows back from E: what neurons and blocks of a model have in common."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -38,12 +39,7 @@ class Graph(ABC):
     @cached_property
     def fan_in(self) -> Mapping[str, int]:
         """How many nodes use each node's gradient: those that it reads."""
-        counts = dict.fromkeys(self.readers, 0)
-        for readers in self.readers.values():
-            for reader in readers:
-                if reader != END:
-                    counts[reader] += 1
-        return counts
+        return Counter(reader for readers in self.readers.values() for reader in readers)
 
     def downstream(self, nodes: Iterable[str]) -> list[str]:
         """Return these nodes and all that depend on them, those nearest to E first."""
@@ -69,20 +65,19 @@ class Graph(ABC):
                     deltas[dependent, substituted] = self._delta(dependent, substituted)
         return deltas[node, substituted]
 
+    def delta_factors(self, node: str, substituted: bool) -> Sequence[Any]:
+        """Return the factors of ∂E/∂node in SymPy; a product used once is opened, so that a chain is one flat product."""
+        delta = self.delta(node, substituted)
+        return delta.args if delta.is_Mul and self.fan_in[node] <= 1 else (delta,)
+
     def _delta(self, node: str, substituted: bool) -> Any:
         terms = []
         for reader in self.readers[node]:
             factors = [factor.symbol() for factor in self.partial(reader, node).factors(substituted)]
             if reader != END:
-                tail = self._deltas[reader, substituted]
-                factors = [*_flattened(tail, self.fan_in[reader]), *factors]
+                factors = [*self.delta_factors(reader, substituted), *factors]
             terms.append(sympy_product(factors))
         return sympy_sum(terms)
-
-
-def _flattened(tail: Any, uses: int) -> Sequence[Any]:
-    """Open a product that is used once, so that a chain is one flat product."""
-    return tail.args if uses <= 1 and tail.is_Mul else (tail,)
 
 
 def sympy_product(factors: Sequence[Any]) -> Any:

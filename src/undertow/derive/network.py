@@ -11,6 +11,7 @@ from typing import Any, final
 
 from ..errors import InputError, near
 from ..frameworks.base import load
+from ..show.graph import draw_network
 from .chain import Derivative, DifferentiableGraph
 from .graph import END
 from .notation import ErrorSlope, Partial, Quantity, Slope
@@ -162,8 +163,6 @@ class Network(DifferentiableGraph):
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the network with the way of a derivative; see `Derivative.plot`."""
-        from ..show.graph import draw_network
-
         kind, *indices = _parse_wrt(derivative.name)
         node = f"{kind}{indices[0]}" if kind in "nx" else f"n{indices[0]}"
         own_edges = {(node, target) for target, _ in derivative.ends} if kind == "x" else set()
@@ -176,7 +175,10 @@ class Network(DifferentiableGraph):
         labels = {END: END, **{n: self.quantity(n).latex for n in self.nodes}}
         own_nodes = {node} if kind in "nbx" else set()
         heading = title or f"${Partial(Quantity('E', 'E'), derivative.wrt).symbol.latex}$"
-        return draw_network(edges, derivative.carrying, own_edges, own_nodes, labels, partials, path, heading)
+        return draw_network(
+            edges, derivative.carrying, path, heading,
+            own_edges=own_edges, own_nodes=own_nodes, labels=labels, partials=partials,
+        )  # fmt: skip
 
     def _by_input(self, wrt: str, number: str, component: str | None, substitute: bool) -> Derivative:
         name = f"x{number}"

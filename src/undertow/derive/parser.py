@@ -166,7 +166,7 @@ class _Parser:
             if m.is_zero(base.expr) and exponent < 0:
                 raise InputError(f"column {base.start + 1}: division by zero")
             return m.power(base.expr, exponent)
-        self._require_square(base, "a power")
+        self.square(base, "a power")
         if exponent.denominator != 1 or not 1 <= abs(exponent) <= MAX_EXPONENT:
             raise _token_error(
                 token, f"cannot be an exponent of a matrix; whole numbers to {MAX_EXPONENT} can, 0 cannot"
@@ -179,7 +179,7 @@ class _Parser:
         while self._next_is("ᵀ", "⁻¹"):
             token = self._advance()
             if token.text == "⁻¹":
-                self._require_square(piece, "an inverse")
+                self.square(piece, "an inverse")
             operation = m.transpose if token.text == "ᵀ" else m.inverse
             piece = _Piece(operation(piece.expr), piece.start, token.end)
         return piece
@@ -252,31 +252,23 @@ class _Parser:
             raise self._shape_error(piece, "cannot be an entry of a matrix; only a scalar can")
         return piece.expr
 
-    def square(self, name: _Token, piece: _Piece) -> MatrixExpr:
-        """Return a term that has a trace, a determinant and an inverse."""
-        self._require_square(piece, name.text)
-        return piece.expr
-
-    def vector(self, name: _Token, piece: _Piece) -> MatrixExpr:
-        """Return a term that has a 2-norm here."""
-        self._require_matrix(piece, name.text)
-        if 1 not in piece.expr.shape:
-            raise self._shape_error(piece, "no vector, which norm() needs; for the Frobenius norm write normF()")
-        return piece.expr
-
-    def matrix(self, name: _Token, piece: _Piece) -> MatrixExpr:
-        """Return a term that is no plain number."""
-        self._require_matrix(piece, name.text)
-        return piece.expr
-
-    def _require_square(self, piece: _Piece, operation: str) -> None:
-        self._require_matrix(piece, operation)
-        if piece.expr.shape[0] != piece.expr.shape[1]:
-            raise self._shape_error(piece, f"not square, which {operation} needs")
-
-    def _require_matrix(self, piece: _Piece, operation: str) -> None:
+    def matrix(self, piece: _Piece, operation: str) -> MatrixExpr:
+        """Return an expression that is not a plain number, or raise InputError."""
         if m.coefficient(piece.expr)[1].kind in _SCALAR_KINDS:
             raise InputError(f"column {piece.start + 1}: {self._source(piece)} is a scalar; {operation} needs a matrix")
+        return piece.expr
+
+    def square(self, piece: _Piece, operation: str) -> MatrixExpr:
+        """Return a square matrix, which has a trace, a determinant and an inverse, or raise InputError."""
+        if self.matrix(piece, operation).shape[0] != piece.expr.shape[1]:
+            raise self._shape_error(piece, f"not square, which {operation} needs")
+        return piece.expr
+
+    def vector(self, piece: _Piece, operation: str) -> MatrixExpr:
+        """Return a row or a column, or raise InputError."""
+        if 1 not in self.matrix(piece, operation).shape:
+            raise self._shape_error(piece, "no vector, which norm() needs; for the Frobenius norm write normF()")
+        return piece.expr
 
     def _require_same_shape(self, right: _Piece, left: _Piece, verb: str) -> None:
         if right.expr.shape != left.expr.shape:
@@ -297,11 +289,11 @@ def _elementwise(name: str) -> Callable[[_Parser, _Token, _Piece], MatrixExpr]:
 
 _FUNCTIONS: dict[str, Callable[[_Parser, _Token, _Piece], MatrixExpr]] = {
     **{name: _elementwise(name) for name in DIFFERENTIALS},
-    "tr": lambda parser, token, piece: m.trace(parser.square(token, piece)),
-    "det": lambda parser, token, piece: m.det(parser.square(token, piece)),
-    "inv": lambda parser, token, piece: m.inverse(parser.square(token, piece)),
-    "norm": lambda parser, token, piece: m.norm(parser.vector(token, piece), "2"),
-    "normF": lambda parser, token, piece: m.norm(parser.matrix(token, piece), "F"),
+    "tr": lambda parser, token, piece: m.trace(parser.square(piece, token.text)),
+    "det": lambda parser, token, piece: m.det(parser.square(piece, token.text)),
+    "inv": lambda parser, token, piece: m.inverse(parser.square(piece, token.text)),
+    "norm": lambda parser, token, piece: m.norm(parser.vector(piece, token.text), "2"),
+    "normF": lambda parser, token, piece: m.norm(parser.matrix(piece, token.text), "F"),
 }
 
 

@@ -18,24 +18,25 @@ _DECADES = 2  # of norms, above which line width follows their logarithm
 def draw_network(
     edges: Sequence[Edge],
     carrying: Collection[Edge],
+    path: str | Path,
+    title: str = "",
+    *,
     own_edges: Collection[Edge],
     own_nodes: Collection[str],
     labels: Mapping[str, str],
     partials: Mapping[Edge, str],
-    path: str | Path,
-    title: str = "",
 ) -> Path:
     """Draw a network of neurons from left to right, inputs as squares, and the way of a derivative through it.
 
     Args:
         edges: (source, reader).
         carrying: the edges that carry the derivative from E back.
+        path: of a PNG, SVG or PDF; replaced as a whole.
+        title: above everything; $...$ is LaTeX.
         own_edges: the edges that the quantity itself belongs to, as a weight does.
         own_nodes: the nodes that the quantity itself belongs to.
         labels: of nodes, in LaTeX.
         partials: of edges, in LaTeX; left out where there are many.
-        path: of a PNG, SVG or PDF; replaced as a whole.
-        title: above everything; $...$ is LaTeX.
 
     Raises:
         InputError: a file type that cannot be written.
