@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import FrameworkError, TargetError, near
+from .errors import FrameworkError, TargetError, did_you_mean
 from .images import Preprocessing, printable
 
 RANDOM = "random (seed 0)"
@@ -82,7 +82,7 @@ def find_class(classes: Classifier | Sequence[str], word: str) -> int:
     ):
         if found:
             return _only(word, found, names)
-    known = near(word, (name for row in every for name in row)) or "; give its number or its name"
+    known = did_you_mean(word, (name for row in every for name in row)) or "; give its number or its name"
     raise TargetError(f"no class '{printable(word)}' among {len(names):,}{known}")
 
 

@@ -58,6 +58,3 @@ def did_you_mean(word: str, known: Iterable[str], max_names: int = 3) -> str:
     lowered = {name.lower(): name for name in known if name != word}
     close = difflib.get_close_matches(word.lower(), lowered, n=max_names, cutoff=0.6)
     return f"; did you mean {', '.join(lowered[name] for name in close)}?" if close else ""
-
-
-near = did_you_mean

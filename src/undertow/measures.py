@@ -420,9 +420,6 @@ def code_values(exact: bool = False) -> npt.NDArray[np.float64]:
         return patterns.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-edges = code_values
-
-
 def finite(codes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Return which codes stand for finite values."""
     return (np.asarray(codes) & 0x7FFF) < _INFINITE

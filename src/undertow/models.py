@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .classifier import Classifier, Reference
-from .errors import FrameworkError, ModelError, UndertowError, near
+from .errors import FrameworkError, ModelError, UndertowError, did_you_mean
 from .frameworks.base import Zoo, capability, framework_of_model
 from .frameworks.starting import quietly
 from .images import printable
@@ -146,7 +146,7 @@ def _function(path: Path, function: str) -> Any:
     made = getattr(module, function, None)
     if not callable(made):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        hint = near(function, known) or f"; it has {', '.join(known[:5]) or 'none'}"
+        hint = did_you_mean(function, known) or f"; it has {', '.join(known[:5]) or 'none'}"
         raise ModelError(f"{printable(path)} has no function '{printable(function)}'{hint}")
     return made
 

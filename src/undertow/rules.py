@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, near
+from .errors import InputError, did_you_mean
 
 Local = Callable[[Any], Any]
 Rule = Callable[[Any, Local], Any]
@@ -87,4 +87,4 @@ def resolve(rule: str | Rule) -> tuple[str, Rule]:
     if isinstance(rule, str) and rule in RULES:
         return rule, RULES[rule]
     known = ", ".join(RULES)
-    raise InputError(f"unknown rule {rule!r}{near(str(rule), RULES)} (known: {known}, or a function (g, local) -> g)")
+    raise InputError(f"unknown rule {rule!r}{did_you_mean(str(rule), RULES)} (known: {known}, or a function (g, local) -> g)")

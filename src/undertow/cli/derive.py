@@ -1,4 +1,4 @@
-"""`undertow derive`: the chain rule and directional derivatives on paper, checked by numbers."""
+"""`undertow derive`: the chain rule and directional derivatives on paper, checked numerically."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import click
 if TYPE_CHECKING:
     from ..derive import Derivative
 
-GOOD = 1e-8
-PAPER = ("the expression is", 1e-8)  # what was checked, and the difference that float64 may make
-PASS = ("what the edges carry adds up to", 1e-5)  # float32
+TOLERANCE = 1e-8
+EXPRESSION_CHECK = ("the expression is", 1e-8)  # what is claimed, and the tolerance in float64
+EDGES_CHECK = ("what the edges carry adds up to", 1e-5)  # the model computes in float32
 EXAMPLES = """\b
 Examples:
   undertow derive chain "x1>n1 n1>n2 n1>n3 n2>n4 n3>n4" --wrt 'w[1,2]' --wrt x1
@@ -26,7 +26,7 @@ def derive() -> None:
     """Derive on paper what backpropagation computes, and check each answer with numbers."""
 
 
-_wrt = click.option("--wrt", "wanted", metavar="NAME", multiple=True, required=True, help="By what; may be repeated.")
+_wrt = click.option("--wrt", "names", metavar="NAME", multiple=True, required=True, help="By what; may be repeated.")
 _plot = click.option(
     "--plot",
     metavar="FILE",
@@ -49,7 +49,7 @@ Examples:
 )
 @click.argument("network")
 @_wrt
-@click.option("--substitute", is_flag=True, help="Put in g', the weights and the quadratic error.")
+@click.option("--substitute", is_flag=True, help="Substitute g', the weights and the quadratic error.")
 @click.option("--expand", is_flag=True, help="Also print the sum over all paths.")
 @_latex
 @_plot
@@ -57,7 +57,7 @@ Examples:
 @_json
 def chain(
     network: str,
-    wanted: Sequence[str],
+    names: Sequence[str],
     substitute: bool,
     expand: bool,
     as_latex: bool,
@@ -73,7 +73,8 @@ def chain(
     from ..derive import Network
 
     graph = Network.parse(network)
-    return _tell([graph.derivative(name, substitute) for name in wanted], PAPER, as_latex, expand, plot, seed, as_json)
+    derivatives = [graph.derivative(name, substitute) for name in names]
+    return _print_derivatives(derivatives, *EXPRESSION_CHECK, as_latex, expand, plot, seed, as_json)
 
 
 @derive.command(
@@ -84,7 +85,7 @@ Examples:
   undertow derive model cat.jpg --model demo --wrt x --plot demo.png
 """,
 )
-@click.argument("photograph", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
+@click.argument("image", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
 )
@@ -99,13 +100,13 @@ Examples:
 @_seed
 @_json
 def model(
-    photograph: Path | None,
+    image: Path | None,
     reference: str,
     weights: Path | None,
     depth: int,
     target: str | None,
     shape: str | None,
-    wanted: Sequence[str],
+    names: Sequence[str],
     expand: bool,
     as_latex: bool,
     plot: Path | None,
@@ -122,9 +123,10 @@ def model(
     from .trace import batch_for
 
     classifier = models.load(reference, weights)
-    number = None if target is None else find_class(classifier, target)
-    blocks = from_model(classifier.module, batch_for(classifier, photograph, shape, seed), depth, number)
-    return _tell([blocks.derivative(name) for name in wanted], PASS, as_latex, expand, plot, seed, as_json)
+    target_id = None if target is None else find_class(classifier, target)
+    blocks = from_model(classifier.module, batch_for(classifier, image, shape, seed), depth, target_id)
+    derivatives = [blocks.derivative(name) for name in names]
+    return _print_derivatives(derivatives, *EDGES_CHECK, as_latex, expand, plot, seed, as_json)
 
 
 @derive.command(
@@ -153,49 +155,51 @@ def directional(expression: str, wrt: str, shapes: Sequence[str], as_latex: bool
     exp log sin cos tanh sigmoid sqrt relu        of each entry
     Matrix([[1, x2], [sin(x1), 0]])               of the entries x1, x2, ... of the vector x
     """
-    from ..derive import directional as derived
+    from ..derive import directional as derive_directional
 
-    d = derived(expression, wrt, _shapes(shapes))
+    d = derive_directional(expression, wrt, _shapes(shapes))
     differences = {"jvp": d.check(seed), "central_difference": d.check_by_differences(seed)}
-    agrees = differences["jvp"] <= GOOD and differences["central_difference"] <= 1e-4
+    agrees = differences["jvp"] <= TOLERANCE and differences["central_difference"] <= 1e-4
     if as_json:
-        facts = {"text": d.text, "latex": d.latex, "direction": d.direction.datum, "direction_shape": d.direction_shape}
-        facts |= {"result_shape": d.result_shape, "remarks": d.remarks, "differences": differences, "agrees": agrees}
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        answer = {"text": d.text, "latex": d.latex, "direction": d.direction.payload}
+        answer |= {"direction_shape": d.direction_shape, "result_shape": d.result_shape, "remarks": d.remarks}
+        answer |= {"differences": differences, "agrees": agrees}
+        click.echo(json.dumps(answer, indent=1, ensure_ascii=False))
         return 0 if agrees else 2
     click.echo(d.latex if as_latex else d.text)
-    click.echo(f"  {d.direction.datum} ∈ {_space(d.direction_shape)}, the result ∈ {_space(d.result_shape)}")
+    click.echo(f"  {d.direction.payload} ∈ {_space(d.direction_shape)}, the result ∈ {_space(d.result_shape)}")
     for remark in d.remarks:
         click.echo(f"  {remark}")
-    found = f"{_agreement(differences['jvp'], 1e-12)} of torch.func.jvp"
-    click.echo(f"  checked: {found}, {_agreement(differences['central_difference'], 1e-6)} of a central difference")
+    jvp, central = _within(differences["jvp"], 1e-12), _within(differences["central_difference"], 1e-6)
+    click.echo(f"  checked: {jvp} of torch.func.jvp, {central} of a central difference")
     return 0 if agrees else 2
 
 
-def _tell(
+def _print_derivatives(
     derivatives: "Sequence[Derivative]",
-    checked: tuple[str, float],
+    claim: str,
+    tolerance: float,
     as_latex: bool,
     expand: bool,
     plot: Path | None,
     seed: int,
     as_json: bool,
 ) -> int:
-    """Print derivatives, draw them where asked, and say by the exit code whether numbers agree."""
+    """Print derivatives, draw them if asked, and return 0 if all are within the tolerance, else 2."""
     differences = [d.check(seed) for d in derivatives]
     for i, d in enumerate(derivatives):
         if plot:
             d.plot(plot if len(derivatives) == 1 else plot.with_stem(f"{plot.stem}-{i + 1}"))
     if as_json:
-        rows = [_facts(d, difference, expand) for d, difference in zip(derivatives, differences, strict=True)]
+        rows = [_to_dict(d, difference, expand) for d, difference in zip(derivatives, differences, strict=True)]
         click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        told = zip(derivatives, differences, strict=True)
-        click.echo("\n\n".join(_words(d, checked[0], difference, as_latex, expand) for d, difference in told))
-    return 0 if all(difference <= checked[1] for difference in differences) else 2
+        pairs = zip(derivatives, differences, strict=True)
+        click.echo("\n\n".join(_report(d, claim, difference, as_latex, expand) for d, difference in pairs))
+    return 0 if all(difference <= tolerance for difference in differences) else 2
 
 
-def _words(d: "Derivative", checked: str, difference: float, as_latex: bool, expand: bool) -> str:
+def _report(d: "Derivative", claim: str, difference: float, as_latex: bool, expand: bool) -> str:
     count = d.operations
     lines = [d.latex if as_latex else d.text]
     if expand:
@@ -204,36 +208,36 @@ def _words(d: "Derivative", checked: str, difference: float, as_latex: bool, exp
         f"  operations: factored {_count(count.factored)}; "
         f"path by path {_count(count.expanded)} ({count.paths:,} {'path' if count.paths == 1 else 'paths'})"
     )
-    return "\n".join([*lines, f"  checked: {checked} {_agreement(difference, 1e-12)} of autograd"])
+    return "\n".join([*lines, f"  checked: {claim} {_within(difference, 1e-12)} of autograd"])
 
 
 def _count(count: Any) -> str:
     return f"{count.multiplications:,} × and {count.additions:,} +"
 
 
-def _facts(d: "Derivative", difference: float, expand: bool) -> dict[str, Any]:
+def _to_dict(d: "Derivative", difference: float, expand: bool) -> dict[str, Any]:
     count = d.operations
-    facts = {"wrt": d.name, "text": d.text, "latex": d.latex, "paths": count.paths}
-    facts |= {"factored": count.factored._asdict(), "expanded": count.expanded._asdict(), "difference": difference}
+    answer = {"wrt": d.name, "text": d.text, "latex": d.latex, "paths": count.paths}
+    answer |= {"factored": count.factored._asdict(), "expanded": count.expanded._asdict(), "difference": difference}
     if expand:
-        facts["expanded_text"] = d.expanded_text
-    return facts
+        answer["expanded_text"] = d.expanded_text
+    return answer
 
 
-def _agreement(difference: float, fine: float) -> str:
-    """Say how near numbers are; rounding, which differs from machine to machine, is not printed digit by digit."""
-    return f"within {fine:.0e}" if difference <= fine else f"within {difference:.1e}"
+def _within(difference: float, rounding: float) -> str:
+    """Write a difference; one within `rounding`, which varies from machine to machine, is not printed in digits."""
+    return f"within {rounding:.0e}" if difference <= rounding else f"within {difference:.1e}"
 
 
 def _space(shape: Sequence[object]) -> str:
     return f"ℝ^{{{shape[0]}×{shape[1]}}}"
 
 
-def _shapes(words: Sequence[str]) -> dict[str, str]:
+def _shapes(options: Sequence[str]) -> dict[str, str]:
     from ..errors import InputError
 
-    pairs = [word.partition("=") for word in words]
-    for (name, sign, shape), word in zip(pairs, words, strict=True):
+    pairs = [word.partition("=") for word in options]
+    for (name, sign, shape), word in zip(pairs, options, strict=True):
         if not (name.strip() and sign and shape.strip()):
             raise InputError(f"--shape {word!r} is not understood; write NAME=ROWS,COLUMNS, as in X=d,k")
     return {name.strip(): shape for name, _, shape in pairs}

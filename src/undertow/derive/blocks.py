@@ -1,23 +1,23 @@
 """A model of somebody's as a graph of blocks, from one pass: the chain rule over it, and what each edge carries."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from ..errors import InputError, ModelError, near
-from ..frameworks.base import backend_of
-from ..frameworks.inside import Block, Carried, Passage
-from .chain import Derivative
-from .graph import END, Graph
+from ..errors import InputError, did_you_mean
+from ..frameworks.base import capability, framework_of_input
+from ..frameworks.results import Block, Carried
+from ..show.graph import draw_blocks
+from .chain import Derivative, DifferentiableGraph
+from .graph import END
 from .notation import Partial, Quantity
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Blocks(Graph):
+class Blocks(DifferentiableGraph):
     """The module calls of one pass as blocks, with an edge wherever a gradient passes from one to another.
 
     Attributes:
@@ -34,10 +34,10 @@ class Blocks(Graph):
     @cached_property
     def readers(self) -> Mapping[str, Sequence[str]]:
         """For each block those that read it, `END` for the objective."""
-        found: dict[str, list[str]] = {block.name: [] for block in self.blocks}
+        readers: dict[str, list[str]] = {block.name: [] for block in self.blocks}
         for edge in self.edges:
-            found[edge.source].append(edge.target)
-        return found
+            readers[edge.source].append(edge.target)
+        return readers
 
     @cached_property
     def order(self) -> Sequence[str]:
@@ -54,17 +54,16 @@ class Blocks(Graph):
         escaped = node.replace("_", r"\_").replace("#", r"\#")
         return Quantity(node if node.isidentifier() else f"({node.strip('()')})", rf"\mathrm{{{escaped}}}", False)
 
-    def shared_name(self, node: str) -> Quantity:
+    def delta_name(self, node: str) -> Quantity:
         """δ(name) for a block of this name."""
-        written = self.quantity(node)
-        bare = written.text.strip("()")
-        return Quantity(f"δ({bare})", rf"\delta_{{{written.latex}}}", False)
+        quantity = self.quantity(node)
+        return Quantity(f"δ({quantity.text.strip('()')})", rf"\delta_{{{quantity.latex}}}", False)
 
     def partial(self, reader: str, node: str) -> Partial:
         """Return the Jacobian ∂reader/∂node by way of this edge alone, or the direct ∂E/∂node."""
         if reader == END:
-            alone = list(self.readers[node]) == [END]
-            return Partial(Quantity("E", "E", False), self.quantity(node), direct=not alone)
+            has_other_readers = list(self.readers[node]) != [END]
+            return Partial(Quantity("E", "E", False), self.quantity(node), direct=has_other_readers)
         return Partial(self.quantity(reader), self.quantity(node))
 
     def derivative(self, wrt: str, substitute: bool = False) -> Derivative:
@@ -90,10 +89,8 @@ class Blocks(Graph):
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the blocks with the way of a derivative; see `Derivative.plot`."""
-        from ..show.graph import blocks
-
         heading = title or f"∂E/∂{derivative.wrt.text}"
-        return blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
+        return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:
@@ -105,7 +102,7 @@ class Blocks(Graph):
             return f" at this depth; its parts are blocks: {', '.join(n for n in self.order if n.startswith(wrt))}"
         if any(wrt.startswith(f"{name}.") for name in self.readers):
             return " at this depth; a greater depth would show it"
-        return near(wrt, self.readers) or f"; there are {', '.join(self.order[:12])}"
+        return did_you_mean(wrt, self.readers) or f"; there are {', '.join(self.order[:12])}"
 
 
 def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks:
@@ -133,7 +130,7 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
     >>> class Residual(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.enter, self.bend, self.head = (torch.nn.Linear(3, 3) for _ in range(3))
+    ...         self.enter, self.bend, self.head = (torch.nn.Lidid_you_mean(3, 3) for _ in range(3))
     ...     def forward(self, x):
     ...         h = self.enter(x)
     ...         return self.head(h + self.bend(h).relu())
@@ -147,9 +144,6 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
-    package = backend_of(inputs[0], model).__name__  # type: ignore[attr-defined]
-    if package.endswith(".keras"):
-        raise ModelError("from_model reads PyTorch networks alone, and this is one of Keras")
-    torch_blocks = importlib.import_module(".blocks", package)
-    found: Passage = torch_blocks.passage(model, inputs, depth, target)
-    return Blocks(found.blocks, found.edges, found.passed_on)
+    reader = capability(framework_of_input(inputs[0], model), "inspect.blocks")
+    graph = reader.block_graph(model, inputs, depth, target)
+    return Blocks(graph.blocks, graph.edges, graph.passed_on)

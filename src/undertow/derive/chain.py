@@ -1,5 +1,6 @@
 """One derivative by the chain rule: factored as backpropagation shares its tails, or path by path."""
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .graph import END, Graph, product, total
-from .notation import LATEX, TEXT, Partial, Phrase, Quantity, Style
+from .graph import END, Graph, sympy_product, sympy_sum
+from .notation import LATEX, TEXT, Fragment, Partial, Quantity, Style
 
-MOST_PATHS = 10_000
+MAX_PATHS = 10_000
 
 
 class Count(NamedTuple):
@@ -37,6 +38,18 @@ class Operations:
     paths: int
 
 
+class DifferentiableGraph(Graph):
+    """A graph that can also check and draw the derivatives over it."""
+
+    @abstractmethod
+    def check(self, derivative: "Derivative", seed: int) -> float:
+        """Return the largest relative difference between a derivative's expression and autograd; no unit."""
+
+    @abstractmethod
+    def plot(self, derivative: "Derivative", path: str | Path, title: str) -> Path:
+        """Draw the graph with the edges of a derivative highlighted; see `Derivative.plot`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Derivative:
     """∂E/∂(a quantity), as a sum over nodes of ∂E/∂node times what the quantity does to that node.
@@ -52,7 +65,7 @@ class Derivative:
         substituted: whether partials are replaced by what they mean.
     """
 
-    graph: Graph
+    graph: DifferentiableGraph
     name: str
     wrt: Quantity
     ends: tuple[tuple[str, Partial | None], ...]
@@ -82,11 +95,9 @@ class Derivative:
         """
         terms = []
         for node, last in self.ends:
-            delta = self.graph.delta(node, self.substituted)
             factors = [] if last is None else [factor.symbol() for factor in last.factors(self.substituted)]
-            opened = delta.args if delta.is_Mul and self.graph.read_by[node] <= 1 else (delta,)
-            terms.append(product([*opened, *factors]))
-        return total(terms)
+            terms.append(sympy_product([*self.graph.delta_factors(node, self.substituted), *factors]))
+        return sympy_sum(terms)
 
     @cached_property
     def expanded(self) -> Any:
@@ -95,7 +106,7 @@ class Derivative:
         Raises:
             InputError: there are more than 10,000 paths.
         """
-        return total([product([factor.symbol() for factor in factors]) for factors in self._products()])
+        return sympy_sum([sympy_product([factor.symbol() for factor in factors]) for factors in self._products()])
 
     @property
     def expanded_text(self) -> str:
@@ -109,24 +120,24 @@ class Derivative:
     @cached_property
     def operations(self) -> Operations:
         """How many multiplications and additions both forms take."""
-        readers, nodes = self.graph.readers, self.graph.behind(node for node, _ in self.ends)
+        readers, nodes = self.graph.readers, self.graph.downstream(node for node, _ in self.ends)
         paths, lengths = Counter({END: 1}), Counter({END: 0})
         for node in nodes:
             paths[node] = sum(paths[reader] for reader in readers[node])
             lengths[node] = sum(lengths[reader] + paths[reader] for reader in readers[node])
         edges = sum(1 for node in nodes for reader in readers[node] if reader != END)
         joins = sum(len(readers[node]) - 1 for node in nodes)
-        lasts = sum(1 for _, last in self.ends if last is not None)
+        last_factors = sum(last is not None for _, last in self.ends)
         count = sum(paths[node] for node, _ in self.ends)
         length = sum(lengths[node] + (paths[node] if last else 0) for node, last in self.ends)
         return Operations(
-            Count(edges + lasts, joins + len(self.ends) - 1), Count(length - count, count - 1), paths=count
+            Count(edges + last_factors, joins + len(self.ends) - 1), Count(length - count, count - 1), paths=count
         )
 
     @property
     def carrying(self) -> tuple[tuple[str, str], ...]:
         """The edges (node, reader) by which the derivative travels; `END` as the reader where it sets out from E."""
-        nodes = reversed(self.graph.behind(node for node, _ in self.ends))
+        nodes = reversed(self.graph.downstream(node for node, _ in self.ends))
         return tuple((node, reader) for node in nodes for reader in self.graph.readers[node])
 
     def check(self, seed: int = 0) -> float:
@@ -153,48 +164,46 @@ class Derivative:
         """
         return self.graph.plot(self, path, title)
 
-    def _equation(self, style: Style, phrase: Phrase) -> str:
+    def _equation(self, style: Style, fragment: Fragment) -> str:
         left = Partial(Quantity("E", "E"), self.wrt).symbol
         over = (r"\sum_{p} " if style.latex else "Σ_p ") if self.summed else ""
-        right = f"{over}{style.bracketed(phrase)}" if self.summed else phrase.words
+        right = f"{over}{style.bracketed(fragment)}" if self.summed else fragment.text
         return f"{style.write(left)} = {right}"
 
     def _lines(self, style: Style) -> list[str]:
         """Write the derivative, then each shared tail, those nearest to the derivative first."""
         graph, shared = self.graph, self._shared()
-        known: dict[str, Phrase] = {}
+        fragments: dict[str, Fragment] = {}
         lines = []
-        for node in graph.behind(node for node, _ in self.ends):
+        for node in graph.downstream(node for node, _ in self.ends):
             terms = [
-                style.product(known.get(reader), graph.partial(reader, node).factors(self.substituted))
+                style.product(fragments.get(reader), graph.partial(reader, node).factors(self.substituted))
                 for reader in graph.readers[node]
             ]
-            known[node] = style.sum(terms)
+            fragments[node] = style.sum(terms)
             if node in shared:
-                name, whole = graph.shared_name(node), Partial(Quantity("E", "E"), graph.quantity(node)).symbol
-                lines.append(f"{style.write(name)} = {style.write(whole)} = {known[node].words}")
-                known[node] = Phrase(style.write(name))
-        whole_thing = style.sum(
-            [
-                known[node] if last is None else style.product(known[node], last.factors(self.substituted))
-                for node, last in self.ends
-            ]
-        )
-        return [self._equation(style, whole_thing), *reversed(lines)]
+                name, whole = graph.delta_name(node), Partial(Quantity("E", "E"), graph.quantity(node)).symbol
+                lines.append(f"{style.write(name)} = {style.write(whole)} = {fragments[node].text}")
+                fragments[node] = Fragment(style.write(name))
+        terms = [
+            fragments[node] if last is None else style.product(fragments[node], last.factors(self.substituted))
+            for node, last in self.ends
+        ]
+        return [self._equation(style, style.sum(terms)), *reversed(lines)]
 
     def _shared(self) -> set[str]:
         """The nodes whose ∂E/∂node is used more than once here, and is more than one partial."""
         readers = self.graph.readers
         uses = Counter(node for node, _ in self.ends)
-        for node in self.graph.behind(uses):
+        for node in self.graph.downstream(uses):
             uses.update(readers[node])
         return {node for node, count in uses.items() if count > 1 and node != END and list(readers[node]) != [END]}
 
     def _products(self) -> Iterator[tuple[Quantity, ...]]:
         """Yield each path as its factors, from E to the quantity."""
-        if self.operations.paths > MOST_PATHS:
+        if self.operations.paths > MAX_PATHS:
             raise InputError(
-                f"∂E/∂{self.wrt.text} has {self.operations.paths:,} paths, more than {MOST_PATHS:,}: "
+                f"∂E/∂{self.wrt.text} has {self.operations.paths:,} paths, more than {MAX_PATHS:,}: "
                 "too many to write out; take the factored form"
             )
         for node, last in self.ends:
@@ -205,9 +214,9 @@ class Derivative:
     def _paths(self, node: str) -> Iterator[tuple[Quantity, ...]]:
         stack: list[tuple[str, tuple[Quantity, ...]]] = [(node, ())]
         while stack:
-            at, factors = stack.pop()
-            if at == END:
+            end, factors = stack.pop()
+            if end == END:
                 yield factors
                 continue
-            for reader in reversed(self.graph.readers[at]):
-                stack.append((reader, (*self.graph.partial(reader, at).factors(self.substituted), *factors)))
+            for reader in reversed(self.graph.readers[end]):
+                stack.append((reader, (*self.graph.partial(reader, end).factors(self.substituted), *factors)))

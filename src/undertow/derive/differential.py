@@ -9,26 +9,26 @@ from fractions import Fraction
 from functools import reduce
 
 from . import matrices as m
-from .matrices import Term
+from .matrices import MatrixExpr
 
 # what a function's slope does to the differential of its argument
-SLOPES: dict[str, Callable[[Term, Term], Term]] = {
+DIFFERENTIALS: dict[str, Callable[[MatrixExpr, MatrixExpr], MatrixExpr]] = {
     "exp": lambda a, da: m.hadamard(m.apply("exp", a), da),
-    "log": lambda a, da: m.over(da, a),
+    "log": lambda a, da: m.divide(da, a),
     "sin": lambda a, da: m.hadamard(m.apply("cos", a), da),
     "cos": lambda a, da: m.negative(m.hadamard(m.apply("sin", a), da)),
     "tanh": lambda a, da: m.hadamard(_one_minus(m.hadamard(m.apply("tanh", a), m.apply("tanh", a))), da),
     "sigmoid": lambda a, da: m.hadamard(m.hadamard(m.apply("sigmoid", a), _one_minus(m.apply("sigmoid", a))), da),
-    "sqrt": lambda a, da: m.over(da, m.times(2, m.apply("sqrt", a))),
+    "sqrt": lambda a, da: m.divide(da, m.times(2, m.apply("sqrt", a))),
     "relu": lambda a, da: m.hadamard(m.apply("step", a), da),
 }
 
 
-def _one_minus(term: Term) -> Term:
-    return m.add(m.ones(term.shape), m.negative(term))
+def _one_minus(expr: MatrixExpr) -> MatrixExpr:
+    return m.add(m.ones(expr.shape), m.negative(expr))
 
 
-def differential(term: Term, wrt: Term, direction: Term) -> Term:
+def differential(expr: MatrixExpr, wrt: MatrixExpr, direction: MatrixExpr) -> MatrixExpr:
     """Return D term[direction], of the shape of the term.
 
     Args:
@@ -39,64 +39,66 @@ def differential(term: Term, wrt: Term, direction: Term) -> Term:
     >>> differential(m.multiply(X, X), X, H) == m.add(m.multiply(H, X), m.multiply(X, H))
     True
     """
-    if term.kind == "symbol":
-        return direction if term == wrt else m.zero(term.shape)
-    if term.kind == "entry":
-        return m.entry(direction, term.datum) if term.parts[0] == wrt else m.number(0)
-    if wrt.datum not in m.symbols(term):
-        return m.zero(term.shape)
-    return _RULES[term.kind](term, [differential(part, wrt, direction) for part in term.parts])
+    if expr.kind == "symbol":
+        return direction if expr == wrt else m.zero(expr.shape)
+    if expr.kind == "entry":
+        return m.entry(direction, expr.payload) if expr.operands[0] == wrt else m.number(0)
+    if wrt.payload not in m.symbols(expr):
+        return m.zero(expr.shape)
+    return _RULES[expr.kind](expr, [differential(operand, wrt, direction) for operand in expr.operands])
 
 
-def _by_parts(join: Callable[[Term, Term], Term]) -> Callable[[Term, list[Term]], Term]:
+def _product_rule(
+    join: Callable[[MatrixExpr, MatrixExpr], MatrixExpr],
+) -> Callable[[MatrixExpr, list[MatrixExpr]], MatrixExpr]:
     """Return the product rule for a product of this kind: each factor in turn gives way to its differential."""
 
-    def rule(term: Term, ds: list[Term]) -> Term:
-        parts = term.parts
-        turns = [(*parts[:i], d, *parts[i + 1 :]) for i, d in enumerate(ds) if not m.is_zero(d)]
-        return m.add(*(reduce(join, turn) for turn in turns)) if turns else m.zero(term.shape)
+    def rule(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
+        operands = expr.operands
+        turns = [(*operands[:i], d, *operands[i + 1 :]) for i, d in enumerate(differentials) if not m.is_zero(d)]
+        return m.add(*(reduce(join, turn) for turn in turns)) if turns else m.zero(expr.shape)
 
     return rule
 
 
-def _over(term: Term, ds: list[Term]) -> Term:
-    top, bottom = term.parts
-    second = m.over(m.hadamard(top, ds[1]), m.hadamard(bottom, bottom))
-    return m.add(m.over(ds[0], bottom), m.negative(second))
+def _quotient(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
+    numerator, denominator = expr.operands
+    second = m.divide(m.hadamard(numerator, differentials[1]), m.hadamard(denominator, denominator))
+    return m.add(m.divide(differentials[0], denominator), m.negative(second))
 
 
-def _inverse(term: Term, ds: list[Term]) -> Term:
-    return m.negative(reduce(m.multiply, (term, ds[0], term)))
+def _inverse(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
+    return m.negative(reduce(m.multiply, (expr, differentials[0], expr)))
 
 
-def _power(term: Term, ds: list[Term]) -> Term:
-    exponent: Fraction = term.datum
-    return m.scaled(m.times(exponent, m.power(term.parts[0], exponent - 1)), ds[0])
+def _power(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
+    exponent: Fraction = expr.payload
+    return m.scaled(m.times(exponent, m.power(expr.operands[0], exponent - 1)), differentials[0])
 
 
-def _det(term: Term, ds: list[Term]) -> Term:
-    return m.scaled(term, m.trace(m.multiply(m.inverse(term.parts[0]), ds[0])))
+def _det(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
+    return m.scaled(expr, m.trace(m.multiply(m.inverse(expr.operands[0]), differentials[0])))
 
 
-def _norm(term: Term, ds: list[Term]) -> Term:
+def _norm(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
     """A row a: a·daᵀ/‖a‖; a column: aᵀ·da/‖a‖; a matrix: tr(aᵀ·da)/‖a‖."""
-    a, da = term.parts[0], ds[0]
+    a, da = expr.operands[0], differentials[0]
     inner = m.multiply(a, m.transpose(da)) if a.shape[0] == 1 else m.trace(m.multiply(m.transpose(a), da))
-    return m.over(inner, term)
+    return m.divide(inner, expr)
 
 
-_RULES: dict[str, Callable[[Term, list[Term]], Term]] = {
-    "sum": lambda term, ds: m.add(*ds),
-    "product": _by_parts(m.multiply),
-    "scaled": _by_parts(m.scaled),
-    "hadamard": _by_parts(m.hadamard),
-    "over": _over,
-    "transpose": lambda term, ds: m.transpose(ds[0]),
+_RULES: dict[str, Callable[[MatrixExpr, list[MatrixExpr]], MatrixExpr]] = {
+    "sum": lambda expr, differentials: m.add(*differentials),
+    "product": _product_rule(m.multiply),
+    "scaled": _product_rule(m.scaled),
+    "hadamard": _product_rule(m.hadamard),
+    "quotient": _quotient,
+    "transpose": lambda expr, differentials: m.transpose(differentials[0]),
     "inverse": _inverse,
     "power": _power,
-    "apply": lambda term, ds: SLOPES[term.datum](term.parts[0], ds[0]),
-    "trace": lambda term, ds: m.trace(ds[0]),
+    "apply": lambda expr, differentials: DIFFERENTIALS[expr.payload](expr.operands[0], differentials[0]),
+    "trace": lambda expr, differentials: m.trace(differentials[0]),
     "det": _det,
     "norm": _norm,
-    "explicit": lambda term, ds: Term("explicit", term.shape, tuple(ds)),
+    "explicit": lambda expr, differentials: MatrixExpr("explicit", expr.shape, tuple(differentials)),
 }

@@ -1,6 +1,5 @@
 """The verb: the directional derivative of a matrix expression, and whether numbers agree with it."""
 
-import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,19 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, near
-from ..frameworks.base import load
+from ..errors import InputError, did_you_mean
+from ..frameworks.base import capability
 from . import matrices as m
 from .differential import differential
 from .evaluating import evaluate
-from .matrices import Dimension, Shape, Term
+from .matrices import Dimension, MatrixExpr, Shape
 from .packages import need
 from .parser import parse
-from .symbolic import is_explicit, sympy_of
-from .writing import latex, text
+from .symbolic import is_explicit, to_sympy
+from .writing import to_latex, to_text
 
 STEP = 1e-5
-_SIDE = re.compile(r"[1-9]\d*|[A-Za-z]\w*")
+_DIMENSION = re.compile(r"[1-9]\d*|[A-Za-z]\w*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +35,10 @@ class Directional:
         derivative: D f(X)[H], as a tree.
     """
 
-    function: Term
-    wrt: Term
-    direction: Term
-    derivative: Term
+    function: MatrixExpr
+    wrt: MatrixExpr
+    direction: MatrixExpr
+    derivative: MatrixExpr
 
     @property
     def direction_shape(self) -> Shape:
@@ -54,17 +53,14 @@ class Directional:
     @property
     def text(self) -> str:
         """The derivative as an equation, in plain text; between explicit matrices it is multiplied out."""
-        right = _listed(self._multiplied_out) if self._is_explicit else text(self.derivative)
-        return f"D({text(self.function)})[{self.direction.datum}] = {right}"
+        right = _format_sympy(self.expression) if self._is_explicit else to_text(self.derivative)
+        return f"D({to_text(self.function)})[{self.direction.payload}] = {right}"
 
     @property
     def latex(self) -> str:
         """The derivative as an equation, in LaTeX."""
-        if self._is_explicit:
-            right = need("sympy").latex(self._multiplied_out, mat_delim="(")
-        else:
-            right = latex(self.derivative)
-        return rf"\mathrm{{D}}\left({latex(self.function)}\right)[{self.direction.datum}] = {right}"
+        right = need("sympy").latex(self.expression, mat_delim="(") if self._is_explicit else to_latex(self.derivative)
+        return rf"\mathrm{{D}}\left({to_latex(self.function)}\right)[{self.direction.payload}] = {right}"
 
     @cached_property
     def expression(self) -> Any:
@@ -73,28 +69,24 @@ class Directional:
         Raises:
             FrameworkError: SymPy is missing.
         """
-        return self._multiplied_out if self._is_explicit else sympy_of(self.derivative)
+        expression = to_sympy(self.derivative)
+        return expression.expand() if self._is_explicit and hasattr(expression, "expand") else expression
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """Where f has no derivative, or none that this formula gives; each a sentence."""
-        found = []
+        sentences: list[str] = []
         stack = [self.function]
         while stack:
-            term = stack.pop()
-            if self.wrt.datum in m.symbols(term):
-                found += list(_remark(term))
-                stack.extend(reversed(term.parts))
-        return tuple(dict.fromkeys(found))
+            expr = stack.pop()
+            if self.wrt.payload in m.symbols(expr):
+                sentences += _remark(expr)
+                stack.extend(reversed(expr.operands))
+        return tuple(dict.fromkeys(sentences))
 
     @property
     def _is_explicit(self) -> bool:
         return is_explicit(self.function)
-
-    @cached_property
-    def _multiplied_out(self) -> Any:
-        found = sympy_of(self.derivative)
-        return found.expand() if hasattr(found, "expand") else found
 
     def check(self, seed: int = 0) -> float:
         """Compare with forward-mode autograd (`torch.func.jvp`) on random matrices, in float64.
@@ -107,13 +99,13 @@ class Directional:
             InputError: f has no finite value at any of the points tried.
             FrameworkError: PyTorch is missing.
         """
-        jvp = importlib.import_module(".directional", load("torch").__name__).jvp  # type: ignore[attr-defined]
-        values, sizes, ours = self._at_a_point(seed)
+        jvp = capability("torch", "inspect.derivatives").jvp
+        values, sizes, ours = self._at_random_point(seed)
         theirs = jvp(
-            lambda at, lib: evaluate(self.function, at, sizes, lib),
+            lambda point, lib: evaluate(self.function, point, sizes, lib),
             values,
-            self.wrt.datum,
-            values[self.direction.datum],
+            self.wrt.payload,
+            values[self.direction.payload],
         )
         return self._relative(ours, theirs, values, sizes)
 
@@ -126,32 +118,34 @@ class Directional:
         Raises:
             InputError: f has no finite value at any of the points tried.
         """
-        values, sizes, ours = self._at_a_point(seed)
-        name, step = self.wrt.datum, STEP * values[self.direction.datum]
+        values, sizes, ours = self._at_random_point(seed)
+        name, step = self.wrt.payload, STEP * values[self.direction.payload]
         ahead, behind = (
             evaluate(self.function, {**values, name: values[name] + move}, sizes, np) for move in (step, -step)
         )
         return self._relative(ours, (ahead - behind) / (2 * STEP), values, sizes)
 
     def _relative(self, ours: Any, theirs: Any, values: Mapping[str, Any], sizes: Mapping[Dimension, int]) -> float:
-        terms = self.derivative.parts if self.derivative.kind == "sum" else ()
-        largest = max(float(np.abs(one).max()) for one in (theirs, *(evaluate(t, values, sizes, np) for t in terms)))
+        terms = self.derivative.operands if self.derivative.kind == "sum" else ()
+        largest = max(float(np.abs(x).max()) for x in (theirs, *(evaluate(term, values, sizes, np) for term in terms)))
         return float(np.abs(ours - theirs).max()) / (largest or 1.0)
 
-    def _at_a_point(self, seed: int) -> tuple[dict[str, Any], dict[Dimension, int], npt.NDArray[np.float64]]:
+    def _at_random_point(self, seed: int) -> tuple[dict[str, Any], dict[Dimension, int], npt.NDArray[np.float64]]:
         """Return random matrices and sizes, and the derivative there; positive matrices where others will not do."""
         rng = np.random.default_rng(seed)
-        known = {**m.symbols(self.function), **{s.datum: s for s in (self.wrt, self.direction)}}
-        sides = dict.fromkeys(side for side in (*m.sides(self.function), *self.wrt.shape) if isinstance(side, str))
-        sizes: dict[Dimension, int] = dict(zip(sides, _sizes(len(sides), rng), strict=True))
+        symbols = {**m.symbols(self.function), **{s.payload: s for s in (self.wrt, self.direction)}}
+        dimensions = dict.fromkeys(
+            dimension for dimension in (*m.dimensions(self.function), *self.wrt.shape) if isinstance(dimension, str)
+        )
+        sizes: dict[Dimension, int] = dict(zip(dimensions, _distinct_sizes(len(dimensions), rng), strict=True))
         for attempt in range(40):
-            values = {name: _random(s.shape, sizes, attempt % 2 == 1, rng) for name, s in known.items()}
+            values = {name: _random_matrix(s.shape, sizes, attempt % 2 == 1, rng) for name, s in symbols.items()}
             with np.errstate(all="ignore"):
-                both = [evaluate(term, values, sizes, np) for term in (self.function, self.derivative)]
-            if all(np.isfinite(one).all() for one in both):
-                return values, sizes, both[1]
+                f, df = (evaluate(expr, values, sizes, np) for expr in (self.function, self.derivative))
+            if np.isfinite(f).all() and np.isfinite(df).all():
+                return values, sizes, df
         raise InputError(
-            f"{text(self.function)} has no finite value at any of 40 random points; is it defined anywhere?"
+            f"{to_text(self.function)} has no finite value at any of 40 random points; is it defined anywhere?"
         )
 
 
@@ -177,61 +171,61 @@ def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) ->
     >>> print(directional("C*X*B*X.T", wrt="X", shapes=dict.fromkeys("CXB", ("d", "d"))).text)
     D(CXBXᵀ)[H] = CHBXᵀ + CXBHᵀ
     """
-    known = {name: _shape(name, given) for name, given in (shapes or {}).items()}
-    if wrt not in known:
+    all_shapes = {name: _shape(name, given) for name, given in (shapes or {}).items()}
+    if wrt not in all_shapes:
         indices = [int(index) for index in re.findall(rf"\b{re.escape(wrt)}([1-9]\d*)\b", text)]
         if not indices:
-            hint = near(wrt, known) or f"; give it one, as in --shape {wrt}=d,d"
+            hint = did_you_mean(wrt, all_shapes) or f"; give it one, as in --shape {wrt}=d,d"
             raise InputError(f"{wrt!r}, by which to derive, has no shape{hint}")
-        known[wrt] = (max(indices), 1)
-    function = parse(text, known, vector=wrt)
-    variable = m.symbol(wrt, known[wrt])
-    free = (name for name in ("H", "V", "D", *(f"H{i}" for i in range(1, 100))) if name not in known)
-    direction = m.symbol(next(free), known[wrt])
+        all_shapes[wrt] = (max(indices), 1)
+    function = parse(text, all_shapes, vector=wrt)
+    variable = m.symbol(wrt, all_shapes[wrt])
+    free = (name for name in ("H", "V", "D", *(f"H{i}" for i in range(1, 100))) if name not in all_shapes)
+    direction = m.symbol(next(free), all_shapes[wrt])
     return Directional(function, variable, direction, differential(function, variable, direction))
 
 
-def _listed(value: Any) -> str:
+def _format_sympy(value: Any) -> str:
     """Write a SymPy matrix as this library reads one."""
     return str(value.tolist()).join(["Matrix(", ")"]) if hasattr(value, "tolist") else str(value)
 
 
 def _shape(name: str, given: Any) -> Shape:
-    sides: Sequence[Any] = (
+    dimensions: Sequence[Any] = (
         given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
     )
-    words = [str(side).strip() for side in sides]
-    if len(words) not in (1, 2) or not all(_SIDE.fullmatch(word) for word in words):
+    sides = [str(dimension).strip() for dimension in dimensions]
+    if len(sides) not in (1, 2) or not all(_DIMENSION.fullmatch(side) for side in sides):
         raise InputError(f"shape {given!r} of {name!r} is not understood; write rows and columns, as in d,d or 3,1")
-    rows, columns = [int(word) if word.isdecimal() else word for word in (*words, "1")[:2]]
+    rows, columns = [int(side) if side.isdecimal() else side for side in (*sides, "1")[:2]]
     return rows, columns
 
 
-def _sizes(count: int, rng: np.random.Generator) -> list[int]:
+def _distinct_sizes(count: int, rng: np.random.Generator) -> list[int]:
     """Return sizes that differ, so that a transpose too many does not go unseen."""
     return [int(size) for size in rng.permutation(np.arange(2, 2 + max(count, 3)))[:count]]
 
 
-def _random(shape: Shape, sizes: Mapping[Dimension, int], positive: bool, rng: np.random.Generator) -> Any:
-    rows, columns = (int(sizes.get(side, side)) for side in shape)
+def _random_matrix(shape: Shape, sizes: Mapping[Dimension, int], positive: bool, rng: np.random.Generator) -> Any:
+    rows, columns = (int(sizes.get(dimension, dimension)) for dimension in shape)
     return rng.uniform(0.2, 1.2, (rows, columns)) if positive else rng.standard_normal((rows, columns))
 
 
-def _remark(term: Term) -> Iterator[str]:
-    inner = text(term.parts[0]) if term.parts else ""
-    if term.kind == "norm":
-        yield f"{text(term)} is not differentiable where {inner} = 0"
-    elif term.kind == "inverse":
-        yield f"{text(term)} needs {inner} invertible"
-    elif term.kind == "det":
-        yield f"this form of D {text(term)} needs {inner} invertible"
-    elif term.kind == "apply" and term.datum == "relu":
-        yield f"{text(term)} is not differentiable where an entry of {inner} is 0; 0 is taken there"
-    elif term.kind == "apply" and term.datum in ("sqrt", "log"):
-        yield f"{text(term)} is differentiable where all entries of {inner} are positive"
-    elif term.kind == "over":
-        yield f"{text(term)} needs all entries of {text(term.parts[1])} other than 0"
-    elif term.kind == "power" and term.datum < 0:
-        yield f"{text(term)} needs {inner} other than 0"
-    elif term.kind == "power" and term.datum.denominator != 1:
-        yield f"{text(term)} is differentiable where {inner} is positive"
+def _remark(expr: MatrixExpr) -> Iterator[str]:
+    inner = to_text(expr.operands[0]) if expr.operands else ""
+    if expr.kind == "norm":
+        yield f"{to_text(expr)} is not differentiable where {inner} = 0"
+    elif expr.kind == "inverse":
+        yield f"{to_text(expr)} needs {inner} invertible"
+    elif expr.kind == "det":
+        yield f"this form of D {to_text(expr)} needs {inner} invertible"
+    elif expr.kind == "apply" and expr.payload == "relu":
+        yield f"{to_text(expr)} is not differentiable where an entry of {inner} is 0; 0 is taken there"
+    elif expr.kind == "apply" and expr.payload in ("sqrt", "log"):
+        yield f"{to_text(expr)} is differentiable where all entries of {inner} are positive"
+    elif expr.kind == "quotient":
+        yield f"{to_text(expr)} needs all entries of {to_text(expr.operands[1])} other than 0"
+    elif expr.kind == "power" and expr.payload < 0:
+        yield f"{to_text(expr)} needs {inner} other than 0"
+    elif expr.kind == "power" and expr.payload.denominator != 1:
+        yield f"{to_text(expr)} is differentiable where {inner} is positive"

@@ -5,10 +5,10 @@ from functools import reduce
 from operator import matmul, mul
 from typing import Any
 
-from .matrices import Dimension, Term
+from .matrices import Dimension, MatrixExpr
 
 
-def evaluate(term: Term, values: Mapping[str, Any], sizes: Mapping[Dimension, int], lib: Any) -> Any:
+def evaluate(expr: MatrixExpr, values: Mapping[str, Any], sizes: Mapping[Dimension, int], lib: Any) -> Any:
     """Evaluate a term; a scalar is `(1, 1)`.
 
     Args:
@@ -21,23 +21,23 @@ def evaluate(term: Term, values: Mapping[str, Any], sizes: Mapping[Dimension, in
     >>> evaluate(parse("X*X.T", {"X": (1, "d")}), {"X": np.array([[3.0, 4.0]])}, {"d": 2}, np)
     array([[25.]])
     """
-    if term.kind == "symbol":
-        return values[term.datum]
-    if term.kind == "entry":
-        return evaluate(term.parts[0], values, sizes, lib).reshape(-1)[term.datum - 1].reshape(1, 1)
-    if term.kind in _CONSTANTS:
-        shape = tuple(sizes.get(side, side) for side in term.shape)
-        return _CONSTANTS[term.kind](term) * lib.ones(shape, dtype=lib.float64)
-    parts = [evaluate(part, values, sizes, lib) for part in term.parts]
-    if term.kind == "explicit":
-        return lib.stack([part.reshape(()) for part in parts]).reshape(term.shape)
-    return _KINDS[term.kind](lib, term, parts)
+    if expr.kind == "symbol":
+        return values[expr.payload]
+    if expr.kind == "entry":
+        return evaluate(expr.operands[0], values, sizes, lib).reshape(-1)[expr.payload - 1].reshape(1, 1)
+    if expr.kind in _CONSTANTS:
+        shape = tuple(sizes.get(dimension, dimension) for dimension in expr.shape)
+        return _CONSTANTS[expr.kind](expr) * lib.ones(shape, dtype=lib.float64)
+    operands = [evaluate(operand, values, sizes, lib) for operand in expr.operands]
+    if expr.kind == "explicit":
+        return lib.stack([operand.reshape(()) for operand in operands]).reshape(expr.shape)
+    return _OPERATIONS[expr.kind](lib, expr, operands)
 
 
-_CONSTANTS: dict[str, Callable[[Term], float]] = {
-    "number": lambda term: float(term.datum),
-    "zero": lambda term: 0.0,
-    "ones": lambda term: 1.0,
+_CONSTANTS: dict[str, Callable[[MatrixExpr], float]] = {
+    "number": lambda expr: float(expr.payload),
+    "zero": lambda expr: 0.0,
+    "ones": lambda expr: 1.0,
 }
 
 _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -46,21 +46,21 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "step": lambda lib, a: lib.where(a > 0, lib.ones_like(a), lib.zeros_like(a)),
 }
 
-_KINDS: dict[str, Callable[[Any, Term, list[Any]], Any]] = {
-    "sum": lambda lib, term, parts: sum(parts[1:], parts[0]),
-    "product": lambda lib, term, parts: reduce(matmul, parts),
-    "scaled": lambda lib, term, parts: parts[0] * parts[1],
-    "hadamard": lambda lib, term, parts: reduce(mul, parts),
-    "over": lambda lib, term, parts: parts[0] / parts[1],
-    "transpose": lambda lib, term, parts: parts[0].T,
-    "inverse": lambda lib, term, parts: lib.linalg.inv(parts[0]),
-    "power": lambda lib, term, parts: parts[0] ** float(term.datum),
-    "apply": lambda lib, term, parts: (_FUNCTIONS.get(term.datum) or _of(term.datum))(lib, parts[0]),
-    "trace": lambda lib, term, parts: lib.diagonal(parts[0]).sum().reshape(1, 1),
-    "det": lambda lib, term, parts: lib.linalg.det(parts[0]).reshape(1, 1),
-    "norm": lambda lib, term, parts: lib.sqrt((parts[0] ** 2).sum()).reshape(1, 1),
+_OPERATIONS: dict[str, Callable[[Any, MatrixExpr, list[Any]], Any]] = {
+    "sum": lambda lib, expr, operands: sum(operands[1:], operands[0]),
+    "product": lambda lib, expr, operands: reduce(matmul, operands),
+    "scaled": lambda lib, expr, operands: operands[0] * operands[1],
+    "hadamard": lambda lib, expr, operands: reduce(mul, operands),
+    "quotient": lambda lib, expr, operands: operands[0] / operands[1],
+    "transpose": lambda lib, expr, operands: operands[0].T,
+    "inverse": lambda lib, expr, operands: lib.linalg.inv(operands[0]),
+    "power": lambda lib, expr, operands: operands[0] ** float(expr.payload),
+    "apply": lambda lib, expr, operands: _apply(lib, expr.payload, operands[0]),
+    "trace": lambda lib, expr, operands: lib.diagonal(operands[0]).sum().reshape(1, 1),
+    "det": lambda lib, expr, operands: lib.linalg.det(operands[0]).reshape(1, 1),
+    "norm": lambda lib, expr, operands: lib.sqrt((operands[0] ** 2).sum()).reshape(1, 1),
 }
 
 
-def _of(name: str) -> Callable[[Any, Any], Any]:
-    return lambda lib, a: getattr(lib, name)(a)
+def _apply(lib: Any, name: str, a: Any) -> Any:
+    return _FUNCTIONS[name](lib, a) if name in _FUNCTIONS else getattr(lib, name)(a)

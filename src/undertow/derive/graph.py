@@ -1,17 +1,14 @@
 """A graph through which a gradient flows back from E: what neurons and blocks of a model have in common."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..frameworks.inside import END as END
+from ..frameworks.results import END as END
 from .notation import Partial, Quantity
 from .packages import need
-
-if TYPE_CHECKING:
-    from .chain import Derivative
 
 
 class Graph(ABC):
@@ -32,36 +29,19 @@ class Graph(ABC):
         """How a node is written."""
 
     @abstractmethod
-    def shared_name(self, node: str) -> Quantity:
+    def delta_name(self, node: str) -> Quantity:
         """How ∂E/∂node is written where it is used more than once."""
 
     @abstractmethod
     def partial(self, reader: str, node: str) -> Partial:
         """Return ∂reader/∂node, or the direct ∂E/∂node where the reader is `END`."""
 
-    @abstractmethod
-    def derivative(self, wrt: str, substitute: bool = False) -> "Derivative":
-        """Return ∂E/∂wrt by the chain rule."""
-
-    @abstractmethod
-    def check(self, derivative: "Derivative", seed: int) -> float:
-        """Return the largest relative difference between a derivative's expression and autograd."""
-
-    @abstractmethod
-    def plot(self, derivative: "Derivative", path: str | Path, title: str) -> Path:
-        """Draw the graph with the way of a derivative; see `Derivative.plot`."""
-
     @cached_property
-    def read_by(self) -> Mapping[str, int]:
+    def fan_in(self) -> Mapping[str, int]:
         """How many nodes use each node's gradient: those that it reads."""
-        counts = dict.fromkeys(self.readers, 0)
-        for readers in self.readers.values():
-            for reader in readers:
-                if reader != END:
-                    counts[reader] += 1
-        return counts
+        return Counter(reader for readers in self.readers.values() for reader in readers)
 
-    def behind(self, nodes: Iterable[str]) -> list[str]:
+    def downstream(self, nodes: Iterable[str]) -> list[str]:
         """Return these nodes and all that depend on them, those nearest to E first."""
         stack = list(nodes)
         seen = set(stack)
@@ -78,34 +58,33 @@ class Graph(ABC):
 
     def delta(self, node: str, substituted: bool) -> Any:
         """Return ∂E/∂node in SymPy; what several expressions share is one object in all of them."""
-        known = self._deltas
-        if (node, substituted) not in known:
-            for each in self.behind([node]):
-                if (each, substituted) not in known:
-                    known[each, substituted] = self._delta(each, substituted)
-        return known[node, substituted]
+        deltas = self._deltas
+        if (node, substituted) not in deltas:
+            for dependent in self.downstream([node]):
+                if (dependent, substituted) not in deltas:
+                    deltas[dependent, substituted] = self._delta(dependent, substituted)
+        return deltas[node, substituted]
+
+    def delta_factors(self, node: str, substituted: bool) -> Sequence[Any]:
+        """Return the factors of ∂E/∂node in SymPy; a product used once is opened, so that a chain is one flat product."""
+        delta = self.delta(node, substituted)
+        return delta.args if delta.is_Mul and self.fan_in[node] <= 1 else (delta,)
 
     def _delta(self, node: str, substituted: bool) -> Any:
         terms = []
         for reader in self.readers[node]:
             factors = [factor.symbol() for factor in self.partial(reader, node).factors(substituted)]
             if reader != END:
-                tail = self._deltas[reader, substituted]
-                factors = [*_factors(tail, self.read_by[reader]), *factors]
-            terms.append(product(factors))
-        return total(terms)
+                factors = [*self.delta_factors(reader, substituted), *factors]
+            terms.append(sympy_product(factors))
+        return sympy_sum(terms)
 
 
-def _factors(tail: Any, uses: int) -> Sequence[Any]:
-    """Open a product that is used once, so that a chain is one flat product."""
-    return tail.args if uses <= 1 and tail.is_Mul else (tail,)
-
-
-def product(factors: Sequence[Any]) -> Any:
+def sympy_product(factors: Sequence[Any]) -> Any:
     """Multiply in SymPy, and let it do nothing about it."""
     return factors[0] if len(factors) == 1 else need("sympy").Mul(*factors, evaluate=False)
 
 
-def total(terms: Sequence[Any]) -> Any:
+def sympy_sum(terms: Sequence[Any]) -> Any:
     """Add in SymPy, and let it do nothing about it."""
     return terms[0] if len(terms) == 1 else need("sympy").Add(*terms, evaluate=False)

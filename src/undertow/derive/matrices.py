@@ -14,7 +14,7 @@ SCALAR: Shape = (1, 1)
 
 
 @dataclass(frozen=True)
-class Term:
+class MatrixExpr:
     """A node of the tree.
 
     Attributes:
@@ -27,113 +27,114 @@ class Term:
 
     kind: str
     shape: Shape
-    parts: tuple["Term", ...] = ()
-    datum: Any = None
+    operands: tuple["MatrixExpr", ...] = ()
+    payload: Any = None
 
     @property
     def is_scalar(self) -> bool:
         return self.shape == SCALAR
 
 
-def number(value: Fraction | int) -> Term:
-    return Term("number", SCALAR, (), Fraction(value))
+def number(value: Fraction | int) -> MatrixExpr:
+    return MatrixExpr("number", SCALAR, (), Fraction(value))
 
 
-def zero(shape: Shape) -> Term:
-    return number(0) if shape == SCALAR else Term("zero", shape)
+def zero(shape: Shape) -> MatrixExpr:
+    return number(0) if shape == SCALAR else MatrixExpr("zero", shape)
 
 
-def ones(shape: Shape) -> Term:
+def ones(shape: Shape) -> MatrixExpr:
     """Return a matrix whose entries are all 1, or the number."""
-    return number(1) if shape == SCALAR else Term("ones", shape)
+    return number(1) if shape == SCALAR else MatrixExpr("ones", shape)
 
 
-def symbol(name: str, shape: Shape) -> Term:
-    return Term("symbol", shape, (), name)
+def symbol(name: str, shape: Shape) -> MatrixExpr:
+    return MatrixExpr("symbol", shape, (), name)
 
 
-def entry(vector: Term, index: int) -> Term:
+def entry(vector: MatrixExpr, index: int) -> MatrixExpr:
     """Return a component of a vector, counted from 1."""
-    return Term("entry", SCALAR, (vector,), index)
+    return MatrixExpr("entry", SCALAR, (vector,), index)
 
 
-def explicit(rows: list[list[Term]]) -> Term:
+def explicit(rows: list[list[MatrixExpr]]) -> MatrixExpr:
     """Return a matrix of scalar terms."""
-    return Term("explicit", (len(rows), len(rows[0])), tuple(cell for row in rows for cell in row))
+    return MatrixExpr("explicit", (len(rows), len(rows[0])), tuple(cell for row in rows for cell in row))
 
 
-def is_zero(term: Term) -> bool:
-    return term.kind == "zero" or (term.kind == "number" and term.datum == 0)
+def is_zero(expr: MatrixExpr) -> bool:
+    return expr.kind == "zero" or (expr.kind == "number" and expr.payload == 0)
 
 
-def coefficient(term: Term) -> tuple[Fraction, Term]:
+def coefficient(expr: MatrixExpr) -> tuple[Fraction, MatrixExpr]:
     """Take the number off a term.
 
     >>> coefficient(scaled(number(3), symbol("X", ("d", "d"))))[0]
     Fraction(3, 1)
     """
-    if term.kind == "number":
-        return term.datum, number(1)
-    if term.kind == "scaled" and term.parts[0].kind == "number":
-        return term.parts[0].datum, term.parts[1]
-    return Fraction(1), term
+    if expr.kind == "number":
+        return expr.payload, number(1)
+    if expr.kind == "scaled" and expr.operands[0].kind == "number":
+        return expr.operands[0].payload, expr.operands[1]
+    return Fraction(1), expr
 
 
-def add(*terms: Term) -> Term:
+def add(*terms: MatrixExpr) -> MatrixExpr:
     """Add; equal terms become one."""
-    counts: dict[Term, Fraction] = {}
-    for term in terms:
-        for part in term.parts if term.kind == "sum" else (term,):
-            value, core = coefficient(part)
+    counts: dict[MatrixExpr, Fraction] = {}
+    for expr in terms:
+        for operand in expr.operands if expr.kind == "sum" else (expr,):
+            value, core = coefficient(operand)
             counts[core] = counts.get(core, Fraction(0)) + value
-    kept = [times(value, core) for core, value in counts.items() if value and not is_zero(core)]
-    if not kept:
+    summands = [times(value, core) for core, value in counts.items() if value and not is_zero(core)]
+    if not summands:
         return zero(terms[0].shape)
-    return kept[0] if len(kept) == 1 else Term("sum", kept[0].shape, tuple(kept))
+    return summands[0] if len(summands) == 1 else MatrixExpr("sum", summands[0].shape, tuple(summands))
 
 
-def times(value: Fraction | int, term: Term) -> Term:
+def times(value: Fraction | int, expr: MatrixExpr) -> MatrixExpr:
     """Multiply by a number."""
-    own, core = coefficient(term)
+    own, core = coefficient(expr)
     value = own * value
     if value == 0:
-        return zero(term.shape)
+        return zero(expr.shape)
     if core.kind == "number":
         return number(value)
     if core.kind == "sum":
-        return core if value == 1 else add(*(times(value, part) for part in core.parts))
-    return core if value == 1 else Term("scaled", core.shape, (number(value), core))
+        return core if value == 1 else add(*(times(value, operand) for operand in core.operands))
+    return core if value == 1 else MatrixExpr("scaled", core.shape, (number(value), core))
 
 
-def negative(term: Term) -> Term:
-    return times(-1, term)
+def negative(expr: MatrixExpr) -> MatrixExpr:
+    return times(-1, expr)
 
 
-def scaled(scalar: Term, body: Term) -> Term:
+def scaled(scalar: MatrixExpr, body: MatrixExpr) -> MatrixExpr:
     """Multiply by a scalar."""
     if is_zero(scalar) or is_zero(body):
         return zero(body.shape)
-    one, scalar = coefficient(scalar)
-    two, body = coefficient(body)
+    number_of_scalar, scalar = coefficient(scalar)
+    number_of_body, body = coefficient(body)
+    value = number_of_scalar * number_of_body
     if scalar.kind == "number":
-        return times(one * two, body)
+        return times(value, body)
     if body.kind == "number":
-        return times(one * two, scalar)
-    if body.kind == "power" and body.datum < 0 and scalar.kind != "power":  # a divisor stands before what it divides
+        return times(value, scalar)
+    if body.kind == "power" and body.payload < 0 and scalar.kind != "power":  # a divisor stands before what it divides
         scalar, body = body, scalar
     if scalar.kind == "scaled":
-        return times(one * two, scaled(scalar.parts[0], scaled(scalar.parts[1], body)))
-    if body.kind == "scaled" and _base(scalar)[0] == _base(body.parts[0])[0]:
-        (base, first), (_, second) = _base(scalar), _base(body.parts[0])
-        return times(one * two, scaled(power(base, first + second), body.parts[1]))
-    return times(one * two, Term("scaled", body.shape, (scalar, body)))
+        return times(value, scaled(scalar.operands[0], scaled(scalar.operands[1], body)))
+    if body.kind == "scaled" and _base_and_exponent(scalar)[0] == _base_and_exponent(body.operands[0])[0]:
+        (base, first), (_, second) = _base_and_exponent(scalar), _base_and_exponent(body.operands[0])
+        return times(value, scaled(power(base, first + second), body.operands[1]))
+    return times(value, MatrixExpr("scaled", body.shape, (scalar, body)))
 
 
-def _base(scalar: Term) -> tuple[Term, Fraction]:
-    return (scalar.parts[0], scalar.datum) if scalar.kind == "power" else (scalar, Fraction(1))
+def _base_and_exponent(scalar: MatrixExpr) -> tuple[MatrixExpr, Fraction]:
+    return (scalar.operands[0], scalar.payload) if scalar.kind == "power" else (scalar, Fraction(1))
 
 
-def multiply(left: Term, right: Term) -> Term:
+def multiply(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
     """Multiply matrices, or a scalar and anything."""
     if left.is_scalar:
         return scaled(left, right)
@@ -143,126 +144,126 @@ def multiply(left: Term, right: Term) -> Term:
     if is_zero(left) or is_zero(right):
         return zero(shape)
     factor = number(1)
-    inner: list[Term] = []
-    for part in (left, right):
-        while part.kind == "scaled":
-            factor, part = scaled(part.parts[0], factor), part.parts[1]
-        inner.extend(part.parts if part.kind == "product" else (part,))
-    return scaled(factor, Term("product", shape, tuple(inner)))
+    inner: list[MatrixExpr] = []
+    for operand in (left, right):
+        while operand.kind == "scaled":
+            factor, operand = scaled(operand.operands[0], factor), operand.operands[1]
+        inner.extend(operand.operands if operand.kind == "product" else (operand,))
+    return scaled(factor, MatrixExpr("product", shape, tuple(inner)))
 
 
-def hadamard(left: Term, right: Term) -> Term:
+def hadamard(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
     """Multiply entry by entry."""
     if left.is_scalar:
         return multiply(left, right)
     if is_zero(left) or is_zero(right):
         return zero(left.shape)
-    (one, left), (two, right) = coefficient(left), coefficient(right)
-    inner = [f for part in (left, right) for f in (part.parts if part.kind == "hadamard" else (part,))]
+    (a, left), (b, right) = coefficient(left), coefficient(right)
+    inner = [f for operand in (left, right) for f in (operand.operands if operand.kind == "hadamard" else (operand,))]
     inner = [factor for factor in inner if factor.kind != "ones"] or [ones(left.shape)]
-    return times(one * two, inner[0] if len(inner) == 1 else Term("hadamard", left.shape, tuple(inner)))
+    return times(a * b, inner[0] if len(inner) == 1 else MatrixExpr("hadamard", left.shape, tuple(inner)))
 
 
-def over(top: Term, bottom: Term) -> Term:
+def divide(numerator: MatrixExpr, denominator: MatrixExpr) -> MatrixExpr:
     """Divide entry by entry, or a term by a scalar."""
-    if is_zero(top):
-        return top
-    if bottom.is_scalar:
-        return scaled(power(bottom, -1), top)
-    (one, top), (two, bottom) = coefficient(top), coefficient(bottom)
-    return times(one / two, Term("over", top.shape, (top, bottom)))
+    if is_zero(numerator):
+        return numerator
+    if denominator.is_scalar:
+        return scaled(power(denominator, -1), numerator)
+    (a, numerator), (b, denominator) = coefficient(numerator), coefficient(denominator)
+    return times(a / b, MatrixExpr("quotient", numerator.shape, (numerator, denominator)))
 
 
-def power(scalar: Term, exponent: Fraction | int) -> Term:
+def power(scalar: MatrixExpr, exponent: Fraction | int) -> MatrixExpr:
     """Raise a scalar to a number."""
     exponent = Fraction(exponent)
     if exponent == 0:
         return number(1)
     if exponent == 1:
         return scalar
-    if scalar.kind == "number" and scalar.datum and exponent.denominator == 1:
-        return number(scalar.datum ** int(exponent))
-    return Term("power", SCALAR, (scalar,), exponent)
+    if scalar.kind == "number" and scalar.payload and exponent.denominator == 1:
+        return number(scalar.payload ** int(exponent))
+    return MatrixExpr("power", SCALAR, (scalar,), exponent)
 
 
-def transpose(term: Term) -> Term:
+def transpose(expr: MatrixExpr) -> MatrixExpr:
     """Transpose, and push it down to the symbols."""
-    rows, columns = term.shape
-    if term.is_scalar:
-        return term
-    if term.kind in ("zero", "ones"):
-        return Term(term.kind, (columns, rows))
-    if term.kind == "transpose":
-        return term.parts[0]
-    if term.kind == "scaled":
-        return scaled(term.parts[0], transpose(term.parts[1]))
-    if term.kind == "explicit":
-        cells = [[term.parts[i * int(columns) + j] for i in range(int(rows))] for j in range(int(columns))]
+    rows, columns = expr.shape
+    if expr.is_scalar:
+        return expr
+    if expr.kind in ("zero", "ones"):
+        return MatrixExpr(expr.kind, (columns, rows))
+    if expr.kind == "transpose":
+        return expr.operands[0]
+    if expr.kind == "scaled":
+        return scaled(expr.operands[0], transpose(expr.operands[1]))
+    if expr.kind == "explicit":
+        cells = [[expr.operands[i * int(columns) + j] for i in range(int(rows))] for j in range(int(columns))]
         return explicit(cells)
-    parts = tuple(transpose(part) for part in term.parts)
-    if term.kind == "product":
-        return Term("product", (columns, rows), parts[::-1])
-    if term.kind in ("sum", "hadamard", "over", "apply"):
-        return Term(term.kind, (columns, rows), parts, term.datum)
-    return Term("transpose", (columns, rows), (term,))
+    operands = tuple(transpose(operand) for operand in expr.operands)
+    if expr.kind == "product":
+        return MatrixExpr("product", (columns, rows), operands[::-1])
+    if expr.kind in ("sum", "hadamard", "quotient", "apply"):
+        return MatrixExpr(expr.kind, (columns, rows), operands, expr.payload)
+    return MatrixExpr("transpose", (columns, rows), (expr,))
 
 
-def inverse(term: Term) -> Term:
-    if term.is_scalar:
-        return power(term, -1)
-    value, core = coefficient(term)
-    inner = core.parts[0] if core.kind == "inverse" else Term("inverse", core.shape, (core,))
+def inverse(expr: MatrixExpr) -> MatrixExpr:
+    if expr.is_scalar:
+        return power(expr, -1)
+    value, core = coefficient(expr)
+    inner = core.operands[0] if core.kind == "inverse" else MatrixExpr("inverse", core.shape, (core,))
     return times(1 / value, inner)
 
 
-def apply(name: str, term: Term) -> Term:
+def apply(name: str, expr: MatrixExpr) -> MatrixExpr:
     """Apply a function to each entry."""
-    return Term("apply", term.shape, (term,), name)
+    return MatrixExpr("apply", expr.shape, (expr,), name)
 
 
-def trace(term: Term) -> Term:
-    value, core = coefficient(term)
+def trace(expr: MatrixExpr) -> MatrixExpr:
+    value, core = coefficient(expr)
     if core.is_scalar:
-        return term
+        return expr
     if core.kind == "sum":
-        return add(*(trace(part) for part in core.parts))
+        return add(*(trace(operand) for operand in core.operands))
     if is_zero(core):
         return number(0)
     if core.kind == "scaled":
-        return times(value, scaled(core.parts[0], trace(core.parts[1])))
-    return times(value, Term("trace", SCALAR, (core,)))
+        return times(value, scaled(core.operands[0], trace(core.operands[1])))
+    return times(value, MatrixExpr("trace", SCALAR, (core,)))
 
 
-def det(term: Term) -> Term:
-    return term if term.is_scalar else Term("det", SCALAR, (term,))
+def det(expr: MatrixExpr) -> MatrixExpr:
+    return expr if expr.is_scalar else MatrixExpr("det", SCALAR, (expr,))
 
 
-def norm(term: Term, kind: str) -> Term:
+def norm(expr: MatrixExpr, kind: str) -> MatrixExpr:
     """Return the norm of a term: "2" of a vector, "F" of a matrix."""
-    return Term("norm", SCALAR, (term,), kind)
+    return MatrixExpr("norm", SCALAR, (expr,), kind)
 
 
-def symbols(term: Term) -> dict[str, Term]:
+def symbols(expr: MatrixExpr) -> dict[str, MatrixExpr]:
     """Return the symbols of a term by name, in the order in which they are met."""
-    found: dict[str, Term] = {}
-    stack = [term]
+    by_name: dict[str, MatrixExpr] = {}
+    stack = [expr]
     while stack:
-        one = stack.pop()
-        if one.kind == "symbol":
-            found.setdefault(one.datum, one)
-        stack.extend(reversed(one.parts))
-    return found
+        node = stack.pop()
+        if node.kind == "symbol":
+            by_name.setdefault(node.payload, node)
+        stack.extend(reversed(node.operands))
+    return by_name
 
 
-def sides(term: Term) -> list[Dimension]:
+def dimensions(expr: MatrixExpr) -> list[Dimension]:
     """Return the rows and columns of a term and of all in it, those of a zero that has no symbol left included."""
-    return [*term.shape, *(side for part in term.parts for side in sides(part))]
+    return [*expr.shape, *(dimension for operand in expr.operands for dimension in dimensions(operand))]
 
 
-def shown(shape: Shape) -> str:
+def format_shape(shape: Shape) -> str:
     """Write a shape.
 
-    >>> shown(("d", 1))
+    >>> format_shape(("d", 1))
     'd×1'
     """
     return f"{shape[0]}×{shape[1]}"

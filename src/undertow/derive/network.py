@@ -8,10 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, final
 
-from ..errors import InputError, near
-from .chain import Derivative
-from .graph import END, Graph
+from ..errors import InputError, did_you_mean
+from ..frameworks.base import capability
+from ..show.graph import draw_network
+from .chain import Derivative, DifferentiableGraph
+from .graph import END
 from .notation import ErrorSlope, Partial, Quantity, Slope
+from .numbers import ACTIVATIONS, Values, difference, random_values, with_partials
 from .packages import need
 
 _EDGE = re.compile(r"(?P<source>[^\s>→]+)(?:>|→)(?P<target>[^\s>→]+)")
@@ -29,7 +32,7 @@ FORMS = "n4, w[2,5], b[3], v[1,1], v[1,1][d], x2 or x2[d]"
 
 @final
 @dataclass(frozen=True)
-class Network(Graph):
+class Network(DifferentiableGraph):
     """A directed acyclic graph of neurons n_i = g(b_i + Σ_k w_{k,i} n_k + Σ_l v_{l,i}·x_l) over vector inputs x_l.
 
     Neurons that no other reads are the outputs; E = Σ over data of Σ_j (n_j − y_j)², j over the outputs.
@@ -52,16 +55,16 @@ class Network(Graph):
             InputError: a word that is no edge, an edge given twice, a cycle; with its column in the text.
             FrameworkError: networkx is missing.
         """
-        found: dict[tuple[str, str], int] = {}
+        columns: dict[tuple[str, str], int] = {}
         for word in re.finditer(r"[^\s,;]+", text):
-            edge = _edge(word[0], word.start() + 1)
-            if edge in found:
-                raise InputError(f"{word[0]} at column {word.start() + 1} is there twice; see column {found[edge]}")
-            found[edge] = word.start() + 1
-        if not found:
+            edge = _parse_edge(word[0], word.start() + 1)
+            if edge in columns:
+                raise InputError(f"{word[0]} at column {word.start() + 1} is there twice; see column {columns[edge]}")
+            columns[edge] = word.start() + 1
+        if not columns:
             raise InputError("the network has no edges; write them as in 'x1>n1 n1>n2'")
-        _refuse_cycle(found)
-        return cls(tuple(found))
+        _raise_on_cycle(columns)
+        return cls(tuple(columns))
 
     @classmethod
     def layered(cls, widths: Sequence[int]) -> "Network":
@@ -97,22 +100,22 @@ class Network(Graph):
     @cached_property
     def readers(self) -> Mapping[str, Sequence[str]]:
         """For each neuron the neurons that read it, or `END` for an output."""
-        found: dict[str, list[str]] = {node: [] for node in self.nodes if node[0] == "n"}
+        targets: dict[str, list[str]] = {node: [] for node in self.nodes if node[0] == "n"}
         for source, target in self.edges:
-            if source in found:
-                found[source].append(target)
-        return {node: tuple(readers) or (END,) for node, readers in found.items()}
+            if source in targets:
+                targets[source].append(target)
+        return {node: tuple(readers) or (END,) for node, readers in targets.items()}
 
     @cached_property
     def order(self) -> Sequence[str]:
         """The neurons, each after those that it reads."""
-        return [node for node in _digraph(self.edges, self.nodes) if node[0] == "n"]
+        return [node for node in _topological_order(self.edges, self.nodes) if node[0] == "n"]
 
     def quantity(self, node: str) -> Quantity:
         """How a neuron is written."""
         return Quantity(node, f"{node[0]}_{{{node[1:]}}}")
 
-    def shared_name(self, node: str) -> Quantity:
+    def delta_name(self, node: str) -> Quantity:
         """δ4 for neuron n4, as backpropagation names it."""
         return Quantity(f"δ{node[1:]}", rf"\delta_{{{node[1:]}}}")
 
@@ -136,42 +139,49 @@ class Network(Graph):
         Raises:
             InputError: a name that is not understood or not there, or a weight that is no edge.
         """
-        kind, *indices = _read(wrt)
+        kind, *indices = _parse_wrt(wrt)
         if kind == "x":
             return self._by_input(wrt, indices[0], indices[1], substitute)
         if kind != "n":
             return self._by_parameter(wrt, kind, indices, substitute)
         node = f"n{indices[0]}"
-        self._known(node, wrt)
+        self._require_node(node, wrt)
         return Derivative(self, wrt, self.quantity(node), ((node, None),), False, substitute)
 
     def check(self, derivative: Derivative, seed: int) -> float:
         """Compare a derivative's expression with autograd; see `Derivative.check`."""
-        from .numbers import largest_difference
-
-        return largest_difference(self, derivative, seed)
+        autograd = capability("torch", "inspect.derivatives")
+        component = re.search(r"\[(\d+)\]$", derivative.wrt.text) if derivative.wrt.text[0] in "xv" else None
+        width = max(2, int(component[1])) if component else 2
+        differences = []
+        for activation in ACTIVATIONS:
+            values = random_values(self.order, self.sources, self.nodes, activation, seed, width)
+            theirs = Values(autograd.gradients(self.order, self.edges, values, activation))
+            differences.append(difference(derivative, derivative.expression, with_partials(self, values), theirs))
+        return max(differences)
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the network with the way of a derivative; see `Derivative.plot`."""
-        from ..show.graph import neurons
-
-        kind, *indices = _read(derivative.name)
+        kind, *indices = _parse_wrt(derivative.name)
         node = f"{kind}{indices[0]}" if kind in "nx" else f"n{indices[0]}"
-        own = {(node, target) for target, _ in derivative.ends} if kind == "x" else set()
+        own_edges = {(node, target) for target, _ in derivative.ends} if kind == "x" else set()
         if kind in "wv":
-            own = {(f"{'n' if kind == 'w' else 'x'}{indices[0]}", f"n{indices[1]}")}
+            own_edges = {(f"{'n' if kind == 'w' else 'x'}{indices[0]}", f"n{indices[1]}")}
         edges = [*self.edges, *((output, END) for output in self.outputs)]
         partials = {edge: self.partial(edge[1], edge[0]).symbol.latex for edge in derivative.carrying}
-        lasts = {target: last.symbol.latex for target, last in derivative.ends if last is not None}
-        partials |= {edge: lasts[edge[1]] for edge in own}
+        last_partials = {target: last.symbol.latex for target, last in derivative.ends if last is not None}
+        partials |= {edge: last_partials[edge[1]] for edge in own_edges}
         labels = {END: END, **{n: self.quantity(n).latex for n in self.nodes}}
-        marked = {node} if kind in "nbx" else set()
+        own_nodes = {node} if kind in "nbx" else set()
         heading = title or f"${Partial(Quantity('E', 'E'), derivative.wrt).symbol.latex}$"
-        return neurons(edges, derivative.carrying, own, marked, labels, partials, path, heading)
+        return draw_network(
+            edges, derivative.carrying, path, heading,
+            own_edges=own_edges, own_nodes=own_nodes, labels=labels, partials=partials,
+        )  # fmt: skip
 
     def _by_input(self, wrt: str, number: str, component: str | None, substitute: bool) -> Derivative:
         name = f"x{number}"
-        self._known(name, wrt)
+        self._require_node(name, wrt)
         x = _component(self.quantity(name), component)
         ends = []
         for source, target in self.edges:
@@ -183,34 +193,34 @@ class Network(Graph):
     def _by_parameter(self, wrt: str, kind: str, indices: Sequence[Any], substitute: bool) -> Derivative:
         if kind == "b":
             target, quantity = f"n{indices[0]}", _indexed("b", *indices)
-            self._known(target, wrt)
-            means: tuple[Quantity, ...] = (_slope(target),)
+            self._require_node(target, wrt)
+            closed_form: tuple[Quantity, ...] = (_slope(target),)
         else:
             k, i, component = (*indices, None)[:3]
             source, target = f"{'n' if kind == 'w' else 'x'}{k}", f"n{i}"
-            self._joined(source, target, wrt)
+            self._require_edge(source, target, wrt)
             quantity = _component(_indexed(kind, k, i), component)
-            means = (_slope(target), _component(self.quantity(source), component))
-        ends = ((target, Partial(self.quantity(target), quantity, means)),)
+            closed_form = (_slope(target), _component(self.quantity(source), component))
+        ends = ((target, Partial(self.quantity(target), quantity, closed_form)),)
         return Derivative(self, wrt, quantity, ends, True, substitute)
 
-    def _known(self, node: str, wrt: str) -> None:
+    def _require_node(self, node: str, wrt: str) -> None:
         if node not in self.nodes:
-            hint = near(node, self.nodes) or f"; there are {', '.join(self.nodes[:12])}"
+            hint = did_you_mean(node, self.nodes) or f"; there are {', '.join(self.nodes[:12])}"
             raise InputError(f"{wrt!r}: there is no {node} in the network{hint}")
 
-    def _joined(self, source: str, target: str, wrt: str) -> None:
-        self._known(source, wrt)
-        self._known(target, wrt)
+    def _require_edge(self, source: str, target: str, wrt: str) -> None:
+        self._require_node(source, wrt)
+        self._require_node(target, wrt)
         if (source, target) not in self.edges:
-            fed = [b for a, b in self.edges if a == source]
+            targets = [b for a, b in self.edges if a == source]
             raise InputError(
                 f"{wrt!r}: there is no edge {source}>{target}, so no such weight; "
-                f"{source} feeds {', '.join(fed) or 'no neuron'}"
+                f"{source} feeds {', '.join(targets) or 'no neuron'}"
             )
 
 
-def _read(wrt: str) -> tuple[Any, ...]:
+def _parse_wrt(wrt: str) -> tuple[Any, ...]:
     """Return a quantity's letter, its indices, and for v and x the component or None."""
     for kind, pattern in _WRT.items():
         match = pattern.fullmatch(re.sub(r"\s", "", wrt))
@@ -219,7 +229,7 @@ def _read(wrt: str) -> tuple[Any, ...]:
     raise InputError(f"{wrt!r} is not understood; write {FORMS}")
 
 
-def _edge(word: str, column: int) -> tuple[str, str]:
+def _parse_edge(word: str, column: int) -> tuple[str, str]:
     match = _EDGE.fullmatch(word)
     if match is None:
         raise InputError(f"{word!r} at column {column} is no edge; write one as x1>n1 or n1>n3")
@@ -234,7 +244,7 @@ def _edge(word: str, column: int) -> tuple[str, str]:
     return match["source"], match["target"]
 
 
-def _refuse_cycle(columns: Mapping[tuple[str, str], int]) -> None:
+def _raise_on_cycle(columns: Mapping[tuple[str, str], int]) -> None:
     networkx = need("networkx")
     try:
         cycle = networkx.find_cycle(networkx.DiGraph(list(columns)))
@@ -247,14 +257,14 @@ def _refuse_cycle(columns: Mapping[tuple[str, str], int]) -> None:
     )
 
 
-def _digraph(edges: Sequence[tuple[str, str]], nodes: Sequence[str]) -> list[str]:
+def _topological_order(edges: Sequence[tuple[str, str]], nodes: Sequence[str]) -> list[str]:
     """Return nodes in topological order, ties as given."""
     networkx = need("networkx")
     graph = networkx.DiGraph()
     graph.add_nodes_from(nodes)
     graph.add_edges_from(edges)
-    place = {node: i for i, node in enumerate(nodes)}
-    return list(networkx.lexicographical_topological_sort(graph, key=place.__getitem__))
+    position = {node: i for i, node in enumerate(nodes)}
+    return list(networkx.lexicographical_topological_sort(graph, key=position.__getitem__))
 
 
 def _indexed(letter: str, *indices: str) -> Quantity:

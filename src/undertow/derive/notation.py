@@ -44,12 +44,12 @@ class ErrorSlope(Quantity):
     """2(n_j − y_j): the slope of the quadratic error at an output."""
 
     output: str = ""
-    wanted: str = ""
+    target: str = ""
 
     def symbol(self) -> Any:
         """Return it in SymPy."""
         sympy = need("sympy")
-        return sympy.Mul(2, sympy.Symbol(self.output) - sympy.Symbol(self.wanted), evaluate=False)
+        return sympy.Mul(2, sympy.Symbol(self.output) - sympy.Symbol(self.target), evaluate=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Partial:
 
     of: Quantity
     by: Quantity
-    means: tuple[Quantity, ...] = ()
+    closed_form: tuple[Quantity, ...] = ()
     direct: bool = False
 
     @property
@@ -78,14 +78,14 @@ class Partial:
 
     def factors(self, substituted: bool) -> tuple[Quantity, ...]:
         """Return what to write: the symbol, or what it means."""
-        return self.means if substituted and self.means else (self.symbol,)
+        return self.closed_form if substituted and self.closed_form else (self.symbol,)
 
 
 @dataclass(frozen=True)
-class Phrase:
+class Fragment:
     """A piece of a formula, and whether it is a sum, which needs brackets inside a product."""
 
-    words: str
+    text: str
     is_sum: bool = False
 
 
@@ -99,22 +99,22 @@ class Style:
         """Return a quantity's name."""
         return quantity.latex if self.latex else quantity.text
 
-    def product(self, head: Phrase | None, factors: tuple[Quantity, ...]) -> Phrase:
+    def product(self, head: Fragment | None, factors: tuple[Quantity, ...]) -> Fragment:
         """Multiply a phrase by quantities on its right."""
-        words = [self.write(factor) for factor in factors]
+        parts = [self.write(factor) for factor in factors]
         if head is not None:
-            words.insert(0, self.bracketed(head))
-        return Phrase((" " if self.latex else " · ").join(words))
+            parts.insert(0, self.bracketed(head))
+        return Fragment((" " if self.latex else " · ").join(parts))
 
-    def bracketed(self, phrase: Phrase) -> str:
+    def bracketed(self, fragment: Fragment) -> str:
         """Put brackets around a sum."""
-        if not phrase.is_sum:
-            return phrase.words
-        return rf"\left({phrase.words}\right)" if self.latex else f"({phrase.words})"
+        if not fragment.is_sum:
+            return fragment.text
+        return rf"\left({fragment.text}\right)" if self.latex else f"({fragment.text})"
 
-    def sum(self, phrases: list[Phrase]) -> Phrase:
+    def sum(self, fragments: list[Fragment]) -> Fragment:
         """Add phrases."""
-        return phrases[0] if len(phrases) == 1 else Phrase(" + ".join(phrase.words for phrase in phrases), True)
+        return fragments[0] if len(fragments) == 1 else Fragment(" + ".join(f.text for f in fragments), True)
 
 
 TEXT, LATEX = Style(latex=False), Style(latex=True)

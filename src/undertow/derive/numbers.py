@@ -1,19 +1,14 @@
 """A derivative with numbers in it: a network's values at a random point, and an expression evaluated there."""
 
-import importlib
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..frameworks.base import load
-from .graph import END
-
-if TYPE_CHECKING:
-    from .chain import Derivative
-    from .network import Network
+from .chain import Derivative
+from .graph import END, Graph
 
 Array = npt.NDArray[np.float64]
 POINTS = 5
@@ -47,10 +42,20 @@ class Values(dict[str, Array]):
         return vector if match[2].isalpha() else vector[..., int(match[2]) - 1 : int(match[2])]
 
 
-def draw(network: "Network", activation: str, seed: int = 0, width: int = 2) -> Values:
-    """Return random weights, biases, targets and five data points, and what the network makes of them.
+def random_values(
+    order: Sequence[str],
+    sources: Mapping[str, Sequence[str]],
+    nodes: Sequence[str],
+    activation: str,
+    seed: int = 0,
+    width: int = 2,
+) -> Values:
+    """Return random weights, biases, targets and five data points, and the values of all neurons there.
 
     Args:
+        order: the neurons, each after those that it reads.
+        sources: for each neuron the inputs and neurons that it reads.
+        nodes: inputs and neurons; random numbers are drawn for inputs and targets in this order.
         activation: "sigmoid", "tanh", "relu" or "softplus".
         width: the least number of components of an input; each has up to two more.
 
@@ -60,36 +65,38 @@ def draw(network: "Network", activation: str, seed: int = 0, width: int = 2) -> 
     rng = np.random.default_rng([seed, list(ACTIVATIONS).index(activation)])
     g, slope = ACTIVATIONS[activation]
     values = Values()
-    for node in network.nodes:
+    for node in nodes:
         if node[0] == "x":
             values[node] = rng.standard_normal((POINTS, rng.integers(width, width + 3)))
-    for neuron in network.order:
-        i, sources = neuron[1:], network.sources[neuron]
+    for neuron in order:
+        i = neuron[1:]
         values[f"b[{i}]"] = rng.standard_normal(1) * 0.5
         summed = np.broadcast_to(values[f"b[{i}]"], (POINTS, 1))
-        for source in sources:
+        for source in sources[neuron]:
             letter = "w" if source[0] == "n" else "v"
             size = values[source].shape[1]
-            weight = rng.standard_normal(size) * np.sqrt(2 / (len(sources) * size))
+            weight = rng.standard_normal(size) * np.sqrt(2 / (len(sources[neuron]) * size))
             values[f"{letter}[{source[1:]},{i}]"] = weight
             summed = summed + (values[source] * weight).sum(1, keepdims=True)
         values[neuron], values[f"g'(a{i})"] = g(summed), slope(summed)
-    for output in network.outputs:
-        values[f"y{output[1:]}"] = rng.standard_normal((POINTS, 1))
+    read = {source for names in sources.values() for source in names}
+    for node in nodes:
+        if node not in read:
+            values[f"y{node[1:]}"] = rng.standard_normal((POINTS, 1))
     return values
 
 
-def with_partials(network: "Network", values: Values) -> Values:
+def with_partials(graph: Graph, values: Values) -> Values:
     """Add the value of every ∂n_k/∂n_i and every ∂E/∂n_j."""
-    found = Values(values)
-    for node, readers in network.readers.items():
+    extended = Values(values)
+    for node, readers in graph.readers.items():
         for reader in readers:
-            partial = network.partial(reader, node)
+            partial = graph.partial(reader, node)
             if reader == END:
-                found[partial.symbol.text] = 2 * (values[node] - values[f"y{node[1:]}"])
+                extended[partial.symbol.text] = 2 * (values[node] - values[f"y{node[1:]}"])
             else:
-                found[partial.symbol.text] = values[f"g'(a{reader[1:]})"] * values[f"w[{node[1:]},{reader[1:]}]"]
-    return found
+                extended[partial.symbol.text] = values[f"g'(a{reader[1:]})"] * values[f"w[{node[1:]},{reader[1:]}]"]
+    return extended
 
 
 def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
@@ -100,59 +107,46 @@ def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
     >>> evaluate(a * (a + 2 * b), {"a": np.array([3.0]), "b": np.array([0.5])})
     array([12.])
     """
-    known: dict[int, Any] = {}
+    computed: dict[int, Any] = {}
     stack = [expression]
     while stack:
         node = stack[-1]
-        waiting = [] if node.is_Atom or node.is_Function else [arg for arg in node.args if id(arg) not in known]
+        waiting = [] if node.is_Atom or node.is_Function else [arg for arg in node.args if id(arg) not in computed]
         if waiting:
             stack.extend(waiting)
             continue
-        known[id(stack.pop())] = _value(node, values, known)
-    return known[id(expression)]  # type: ignore[no-any-return]
+        computed[id(stack.pop())] = _value(node, values, computed)
+    return computed[id(expression)]  # type: ignore[no-any-return]
 
 
-def _value(node: Any, values: Mapping[str, Array], known: dict[int, Any]) -> Any:
+def _value(node: Any, values: Mapping[str, Array], computed: dict[int, Any]) -> Any:
     if node.is_Number:
         return float(node)
     if node.is_Symbol or node.is_Function:
         return values[node.name if node.is_Symbol else str(node)]
-    parts = [known[id(arg)] for arg in node.args]
-    result = parts[0]
-    for part in parts[1:]:
-        result = result * part if node.is_Mul else result + part if node.is_Add else result**part
+    operands = [computed[id(arg)] for arg in node.args]
+    result = operands[0]
+    for operand in operands[1:]:
+        result = result * operand if node.is_Mul else result + operand if node.is_Add else result**operand
     return result
 
 
-def difference(derivative: "Derivative", expression: Any, values: Values, autograd: Values) -> float:
+def difference(derivative: Derivative, expression: Any, values: Values, autograd: Values) -> float:
     """Return how far an expression for a derivative lies from autograd, relative to its largest absolute value."""
     values = Values(values)
     for _, last in derivative.ends:
         if last is not None:
             product: Any = 1.0
-            for factor in last.means:
+            for factor in last.closed_form:
                 product = product * values[factor.text]
             values[last.symbol.text] = product
     ours = np.broadcast_to(evaluate(expression, values), (POINTS, autograd[derivative.wrt.text].shape[-1]))
     if derivative.summed:
         ours = ours.sum(0)
-    return relative(ours, autograd[derivative.wrt.text])
+    return relative_difference(ours, autograd[derivative.wrt.text])
 
 
-def relative(ours: Array, theirs: Array) -> float:
+def relative_difference(ours: Array, theirs: Array) -> float:
     """Return the largest absolute difference over the largest absolute value of `theirs`; 0 where both are zero."""
-    apart = float(np.abs(ours - theirs).max())
-    return apart / float(np.abs(theirs).max() or 1.0)
-
-
-def largest_difference(network: "Network", derivative: "Derivative", seed: int) -> float:
-    """Compare with autograd at a random point for each activation; see `Derivative.check`."""
-    autograd = importlib.import_module(".neurons", load("torch").__name__)  # type: ignore[attr-defined]
-    component = re.search(r"\[(\d+)\]$", derivative.wrt.text) if derivative.wrt.text[0] in "xv" else None
-    width = max(2, int(component[1])) if component else 2
-    worst = []
-    for activation in ACTIVATIONS:
-        values = draw(network, activation, seed, width)
-        theirs = Values(autograd.gradients(network.order, network.edges, values, activation))
-        worst.append(difference(derivative, derivative.expression, with_partials(network, values), theirs))
-    return max(worst)
+    largest = float(np.abs(ours - theirs).max())
+    return largest / float(np.abs(theirs).max() or 1.0)

@@ -17,19 +17,19 @@ from fractions import Fraction
 from functools import reduce
 from typing import final
 
-from ..errors import InputError, near
+from ..errors import InputError, did_you_mean
 from . import matrices as m
-from .differential import SLOPES
-from .matrices import Shape, Term
+from .differential import DIFFERENTIALS
+from .matrices import MatrixExpr, Shape
 
-DEEPEST = 60
-HIGHEST = 20
+MAX_DEPTH = 60
+MAX_EXPONENT = 20
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>[A-Za-zα-ω][A-Za-z0-9_α-ω]*)"
-    r"|(?P<sign>\*\*|\.\*|\./|\.T\b|⁻¹|[-+*/@^()\[\],ᵀ∘⊘·−]))"
+    r"|(?P<operator>\*\*|\.\*|\./|\.T\b|⁻¹|[-+*/@^()\[\],ᵀ∘⊘·−]))"
 )
-_SAME = {"@": "*", "·": "*", ".*": "∘", "./": "⊘", "^": "**", "−": "-", ".T": "ᵀ"}
-_NUMBERS = ("number", "trace", "det", "norm", "entry")
+_CANONICAL = {"@": "*", "·": "*", ".*": "∘", "./": "⊘", "^": "**", "−": "-", ".T": "ᵀ"}
+_SCALAR_KINDS = ("number", "trace", "det", "norm", "entry")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class _Token:
 class _Piece:
     """A term, and where in the text it stands."""
 
-    term: Term
+    expr: MatrixExpr
     start: int
     end: int
 
 
-def parse(text: str, shapes: Mapping[str, Shape], vector: str = "") -> Term:
+def parse(text: str, shapes: Mapping[str, Shape], vector: str = "") -> MatrixExpr:
     """Read a matrix expression.
 
     Args:
@@ -65,158 +65,160 @@ def parse(text: str, shapes: Mapping[str, Shape], vector: str = "") -> Term:
     Traceback (most recent call last):
     undertow.errors.InputError: column 3: 'a' is d×1 and cannot stand to the right of 'X', d×k (k ≠ d)
     """
-    return _Reader(text, shapes, vector).read()
+    return _Parser(text, shapes, vector).parse()
 
 
 @final
-class _Reader:
+class _Parser:
     def __init__(self, text: str, shapes: Mapping[str, Shape], vector: str) -> None:
         self._text = text
         self._shapes = shapes
         self._vector = vector
         self._tokens = _tokens(text)
-        self._at = 0
+        self._position = 0
         self._depth = 0
 
-    def read(self) -> Term:
+    def parse(self) -> MatrixExpr:
         piece = self._sum()
         if self._next.kind != "end":
-            raise _wrong(self._next, "was not expected; is a * missing before it?")
-        return piece.term
+            raise _token_error(self._next, "was not expected; is a * missing before it?")
+        return piece.expr
 
     @property
     def _next(self) -> _Token:
-        return self._tokens[self._at]
+        return self._tokens[self._position]
 
-    def _sees(self, *words: str) -> bool:
-        return self._next.kind == "sign" and self._next.text in words
+    def _next_is(self, *words: str) -> bool:
+        return self._next.kind == "operator" and self._next.text in words
 
-    def _take(self) -> _Token:
-        self._at += 1
-        return self._tokens[self._at - 1]
+    def _advance(self) -> _Token:
+        self._position += 1
+        return self._tokens[self._position - 1]
 
     def _expect(self, word: str) -> _Token:
-        if not self._sees(word):
-            raise _wrong(self._next, f"was not expected; {word!r} was")
-        return self._take()
+        if not self._next_is(word):
+            raise _token_error(self._next, f"was not expected; {word!r} was")
+        return self._advance()
 
     def _sum(self) -> _Piece:
         self._depth += 1
-        if self._depth > DEEPEST:
-            raise InputError(f"column {self._next.start + 1}: nested more than {DEEPEST} deep; write it flatter")
+        if self._depth > MAX_DEPTH:
+            raise InputError(f"column {self._next.start + 1}: nested more than {MAX_DEPTH} deep; write it flatter")
         pieces = [self._product()]
-        while self._sees("+", "-"):
-            is_minus = self._take().text == "-"
+        while self._next_is("+", "-"):
+            is_minus = self._advance().text == "-"
             right = self._product()
-            self._same(right, pieces[0], "be added to")
-            pieces.append(_Piece(m.negative(right.term), right.start, right.end) if is_minus else right)
+            self._require_same_shape(right, pieces[0], "be added to")
+            pieces.append(_Piece(m.negative(right.expr), right.start, right.end) if is_minus else right)
         self._depth -= 1
-        return _Piece(m.add(*(piece.term for piece in pieces)), pieces[0].start, pieces[-1].end)
+        return _Piece(m.add(*(piece.expr for piece in pieces)), pieces[0].start, pieces[-1].end)
 
     def _product(self) -> _Piece:
-        left = self._sign()
-        while self._sees("*", "/", "∘", "⊘"):
-            sign = self._take()
-            right = self._sign()
-            left = _Piece(self._joined(sign.text, left, right), left.start, right.end)
+        left = self._unary()
+        while self._next_is("*", "/", "∘", "⊘"):
+            operator = self._advance()
+            right = self._unary()
+            left = _Piece(self._binary(operator.text, left, right), left.start, right.end)
         return left
 
-    def _joined(self, sign: str, left: _Piece, right: _Piece) -> Term:
-        if sign in "∘⊘":
-            self._same(right, left, "be multiplied entry by entry with" if sign == "∘" else "divide")
-            return (m.hadamard if sign == "∘" else m.over)(left.term, right.term)
-        if sign == "/":
-            if not right.term.is_scalar:
-                raise self._misfit(right, "cannot divide; only a scalar can, or write ./ for entry by entry")
-            if m.is_zero(right.term):
+    def _binary(self, operator: str, left: _Piece, right: _Piece) -> MatrixExpr:
+        if operator in "∘⊘":
+            self._require_same_shape(right, left, "be multiplied entry by entry with" if operator == "∘" else "divide")
+            return (m.hadamard if operator == "∘" else m.divide)(left.expr, right.expr)
+        if operator == "/":
+            if not right.expr.is_scalar:
+                raise self._shape_error(right, "cannot divide; only a scalar can, or write ./ for entry by entry")
+            if m.is_zero(right.expr):
                 raise InputError(f"column {right.start + 1}: division by zero")
-            return m.over(left.term, right.term)
-        a, b = left.term.shape, right.term.shape
+            return m.divide(left.expr, right.expr)
+        a, b = left.expr.shape, right.expr.shape
         if m.SCALAR not in (a, b) and a[1] != b[0]:
-            to = f"stand to the right of {self._words(left)}, {m.shown(a)} ({a[1]} ≠ {b[0]})"
-            raise self._misfit(right, f"cannot {to}")
-        return m.multiply(left.term, right.term)
+            to = f"stand to the right of {self._source(left)}, {m.format_shape(a)} ({a[1]} ≠ {b[0]})"
+            raise self._shape_error(right, f"cannot {to}")
+        return m.multiply(left.expr, right.expr)
 
-    def _sign(self) -> _Piece:
-        signs = []
-        while self._sees("-"):
-            signs.append(self._take())
+    def _unary(self) -> _Piece:
+        minuses = []
+        while self._next_is("-"):
+            minuses.append(self._advance())
         piece = self._power()
-        if not signs:
+        if not minuses:
             return piece
-        return _Piece(m.times((-1) ** len(signs), piece.term), signs[0].start, piece.end)
+        return _Piece(m.times((-1) ** len(minuses), piece.expr), minuses[0].start, piece.end)
 
     def _power(self) -> _Piece:
         base = self._postfix()
-        if not self._sees("**"):
+        if not self._next_is("**"):
             return base
-        self._take()
-        bracketed = self._sees("(") and bool(self._take())
-        is_negative = self._sees("-") and bool(self._take())
-        token = self._take()
+        self._advance()
+        bracketed = self._next_is("(") and bool(self._advance())
+        is_negative = self._next_is("-") and bool(self._advance())
+        token = self._advance()
         if token.kind != "number":
-            raise _wrong(token, "cannot be an exponent; only a number can")
+            raise _token_error(token, "cannot be an exponent; only a number can")
         if bracketed:
             self._expect(")")
         exponent = -Fraction(token.text) if is_negative else Fraction(token.text)
-        return _Piece(self._raised(base, exponent, token), base.start, token.end)
+        return _Piece(self._raise_to(base, exponent, token), base.start, token.end)
 
-    def _raised(self, base: _Piece, exponent: Fraction, token: _Token) -> Term:
-        if base.term.is_scalar:
-            if m.is_zero(base.term) and exponent < 0:
+    def _raise_to(self, base: _Piece, exponent: Fraction, token: _Token) -> MatrixExpr:
+        if base.expr.is_scalar:
+            if m.is_zero(base.expr) and exponent < 0:
                 raise InputError(f"column {base.start + 1}: division by zero")
-            return m.power(base.term, exponent)
-        self._square(base, "a power")
-        if exponent.denominator != 1 or not 1 <= abs(exponent) <= HIGHEST:
-            raise _wrong(token, f"cannot be an exponent of a matrix; whole numbers to {HIGHEST} can, 0 cannot")
-        term = base.term if exponent > 0 else m.inverse(base.term)
-        return reduce(m.multiply, [term] * abs(int(exponent)))
+            return m.power(base.expr, exponent)
+        self.square(base, "a power")
+        if exponent.denominator != 1 or not 1 <= abs(exponent) <= MAX_EXPONENT:
+            raise _token_error(
+                token, f"cannot be an exponent of a matrix; whole numbers to {MAX_EXPONENT} can, 0 cannot"
+            )
+        expr = base.expr if exponent > 0 else m.inverse(base.expr)
+        return reduce(m.multiply, [expr] * abs(int(exponent)))
 
     def _postfix(self) -> _Piece:
         piece = self._atom()
-        while self._sees("ᵀ", "⁻¹"):
-            token = self._take()
+        while self._next_is("ᵀ", "⁻¹"):
+            token = self._advance()
             if token.text == "⁻¹":
-                self._square(piece, "an inverse")
-            make = m.transpose if token.text == "ᵀ" else m.inverse
-            piece = _Piece(make(piece.term), piece.start, token.end)
+                self.square(piece, "an inverse")
+            operation = m.transpose if token.text == "ᵀ" else m.inverse
+            piece = _Piece(operation(piece.expr), piece.start, token.end)
         return piece
 
     def _atom(self) -> _Piece:
-        token = self._take()
+        token = self._advance()
         if token.kind == "number":
             return _Piece(m.number(Fraction(token.text)), token.start, token.end)
         if token.kind == "name":
-            return self._call(token) if self._sees("(") else _Piece(self._named(token), token.start, token.end)
-        if token.text == "(" and token.kind == "sign":
+            return self._call(token) if self._next_is("(") else _Piece(self._named(token), token.start, token.end)
+        if token.text == "(" and token.kind == "operator":
             piece = self._sum()
-            return _Piece(piece.term, token.start, self._expect(")").end)
-        raise _wrong(token, "was not expected; a name, a number or a bracket was")
+            return _Piece(piece.expr, token.start, self._expect(")").end)
+        raise _token_error(token, "was not expected; a name, a number or a bracket was")
 
-    def _named(self, token: _Token) -> Term:
+    def _named(self, token: _Token) -> MatrixExpr:
         name = token.text
         if name in self._shapes:
             return m.symbol(name, self._shapes[name])
         index = name.removeprefix(self._vector) if self._vector and name.startswith(self._vector) else ""
         if index.isdecimal():
             shape = self._shapes[self._vector]
-            length = max((side for side in shape if isinstance(side, int)), default=0)
-            if 1 in shape and all(isinstance(side, int) for side in shape) and 1 <= int(index) <= length:
+            length = max((dimension for dimension in shape if isinstance(dimension, int)), default=0)
+            if 1 in shape and all(isinstance(dimension, int) for dimension in shape) and 1 <= int(index) <= length:
                 return m.entry(m.symbol(self._vector, shape), int(index))
-            raise _wrong(token, f"is no entry of {self._vector}, {m.shown(shape)}")
+            raise _token_error(token, f"is no entry of {self._vector}, {m.format_shape(shape)}")
         if name in _FUNCTIONS or name == "Matrix":
-            raise _wrong(token, "is a function; brackets must follow it")
-        hint = near(name, self._shapes) or f"; give it one, as in --shape {name}=d,d"
-        raise _wrong(token, f"has no shape{hint}")
+            raise _token_error(token, "is a function; brackets must follow it")
+        hint = did_you_mean(name, self._shapes) or f"; give it one, as in --shape {name}=d,d"
+        raise _token_error(token, f"has no shape{hint}")
 
     def _call(self, name: _Token) -> _Piece:
         if name.text in self._shapes:
-            raise _wrong(name, "is a matrix, not a function; write * before the bracket")
+            raise _token_error(name, "is a matrix, not a function; write * before the bracket")
         if name.text == "Matrix":
             return self._matrix(name)
         if name.text not in _FUNCTIONS:
-            known = near(name.text, _FUNCTIONS) or f" (known: {', '.join(_FUNCTIONS)}, Matrix)"
-            raise _wrong(name, f"is no function here{known}")
+            hint = did_you_mean(name.text, _FUNCTIONS) or f" (known: {', '.join(_FUNCTIONS)}, Matrix)"
+            raise _token_error(name, f"is no function here{hint}")
         self._expect("(")
         piece = self._sum()
         end = self._expect(")").end
@@ -226,99 +228,91 @@ class _Reader:
         self._expect("(")
         self._expect("[")
         rows = [self._row()]
-        while self._sees(","):
-            self._take()
+        while self._next_is(","):
+            self._advance()
             start = self._next
             rows.append(self._row())
             if len(rows[-1]) != len(rows[0]):
-                raise _wrong(start, f"begins a row of {len(rows[-1])} where the first has {len(rows[0])}")
+                raise _token_error(start, f"begins a row of {len(rows[-1])} where the first has {len(rows[0])}")
         self._expect("]")
         return _Piece(m.explicit(rows), name.start, self._expect(")").end)
 
-    def _row(self) -> list[Term]:
+    def _row(self) -> list[MatrixExpr]:
         self._expect("[")
         cells = [self._cell()]
-        while self._sees(","):
-            self._take()
+        while self._next_is(","):
+            self._advance()
             cells.append(self._cell())
         self._expect("]")
         return cells
 
-    def _cell(self) -> Term:
+    def _cell(self) -> MatrixExpr:
         piece = self._sum()
-        if not piece.term.is_scalar:
-            raise self._misfit(piece, "cannot be an entry of a matrix; only a scalar can")
-        return piece.term
+        if not piece.expr.is_scalar:
+            raise self._shape_error(piece, "cannot be an entry of a matrix; only a scalar can")
+        return piece.expr
 
-    def square(self, name: _Token, piece: _Piece) -> Term:
-        """Return a term that has a trace, a determinant and an inverse."""
-        self._square(piece, name.text)
-        return piece.term
+    def matrix(self, piece: _Piece, operation: str) -> MatrixExpr:
+        """Return an expression that is not a plain number, or raise InputError."""
+        if m.coefficient(piece.expr)[1].kind in _SCALAR_KINDS:
+            raise InputError(f"column {piece.start + 1}: {self._source(piece)} is a scalar; {operation} needs a matrix")
+        return piece.expr
 
-    def vector(self, name: _Token, piece: _Piece) -> Term:
-        """Return a term that has a 2-norm here."""
-        self._matrix_only(piece, name.text)
-        if 1 not in piece.term.shape:
-            raise self._misfit(piece, "no vector, which norm() needs; for the Frobenius norm write normF()")
-        return piece.term
+    def square(self, piece: _Piece, operation: str) -> MatrixExpr:
+        """Return a square matrix, which has a trace, a determinant and an inverse, or raise InputError."""
+        if self.matrix(piece, operation).shape[0] != piece.expr.shape[1]:
+            raise self._shape_error(piece, f"not square, which {operation} needs")
+        return piece.expr
 
-    def matrix(self, name: _Token, piece: _Piece) -> Term:
-        """Return a term that is no plain number."""
-        self._matrix_only(piece, name.text)
-        return piece.term
+    def vector(self, piece: _Piece, operation: str) -> MatrixExpr:
+        """Return a row or a column, or raise InputError."""
+        if 1 not in self.matrix(piece, operation).shape:
+            raise self._shape_error(piece, "no vector, which norm() needs; for the Frobenius norm write normF()")
+        return piece.expr
 
-    def _square(self, piece: _Piece, what: str) -> None:
-        self._matrix_only(piece, what)
-        if piece.term.shape[0] != piece.term.shape[1]:
-            raise self._misfit(piece, f"not square, which {what} needs")
+    def _require_same_shape(self, right: _Piece, left: _Piece, verb: str) -> None:
+        if right.expr.shape != left.expr.shape:
+            of = "a scalar" if left.expr.is_scalar else m.format_shape(left.expr.shape)
+            raise self._shape_error(right, f"cannot {verb} {self._source(left)}, {of}")
 
-    def _matrix_only(self, piece: _Piece, what: str) -> None:
-        if m.coefficient(piece.term)[1].kind in _NUMBERS:
-            raise InputError(f"column {piece.start + 1}: {self._words(piece)} is a scalar; {what} needs a matrix")
+    def _shape_error(self, piece: _Piece, why: str) -> InputError:
+        shape = "a scalar" if piece.expr.is_scalar else m.format_shape(piece.expr.shape)
+        return InputError(f"column {piece.start + 1}: {self._source(piece)} is {shape} and {why}")
 
-    def _same(self, right: _Piece, left: _Piece, verb: str) -> None:
-        if right.term.shape != left.term.shape:
-            of = "a scalar" if left.term.is_scalar else m.shown(left.term.shape)
-            raise self._misfit(right, f"cannot {verb} {self._words(left)}, {of}")
-
-    def _misfit(self, piece: _Piece, why: str) -> InputError:
-        what = "a scalar" if piece.term.is_scalar else m.shown(piece.term.shape)
-        return InputError(f"column {piece.start + 1}: {self._words(piece)} is {what} and {why}")
-
-    def _words(self, piece: _Piece) -> str:
+    def _source(self, piece: _Piece) -> str:
         return repr(self._text[piece.start : piece.end])
 
 
-def _elementwise(name: str) -> Callable[[_Reader, _Token, _Piece], Term]:
-    return lambda reader, token, piece: m.apply(name, piece.term)
+def _elementwise(name: str) -> Callable[[_Parser, _Token, _Piece], MatrixExpr]:
+    return lambda parser, token, piece: m.apply(name, piece.expr)
 
 
-_FUNCTIONS: dict[str, Callable[[_Reader, _Token, _Piece], Term]] = {
-    **{name: _elementwise(name) for name in SLOPES},
-    "tr": lambda reader, token, piece: m.trace(reader.square(token, piece)),
-    "det": lambda reader, token, piece: m.det(reader.square(token, piece)),
-    "inv": lambda reader, token, piece: m.inverse(reader.square(token, piece)),
-    "norm": lambda reader, token, piece: m.norm(reader.vector(token, piece), "2"),
-    "normF": lambda reader, token, piece: m.norm(reader.matrix(token, piece), "F"),
+_FUNCTIONS: dict[str, Callable[[_Parser, _Token, _Piece], MatrixExpr]] = {
+    **{name: _elementwise(name) for name in DIFFERENTIALS},
+    "tr": lambda parser, token, piece: m.trace(parser.square(piece, token.text)),
+    "det": lambda parser, token, piece: m.det(parser.square(piece, token.text)),
+    "inv": lambda parser, token, piece: m.inverse(parser.square(piece, token.text)),
+    "norm": lambda parser, token, piece: m.norm(parser.vector(piece, token.text), "2"),
+    "normF": lambda parser, token, piece: m.norm(parser.matrix(piece, token.text), "F"),
 }
 
 
 def _tokens(text: str) -> list[_Token]:
-    found = []
-    at = 0
+    tokens = []
+    position = 0
     stop = len(text.rstrip())
-    while at < stop:
-        match = _TOKEN.match(text, at)
+    while position < stop:
+        match = _TOKEN.match(text, position)
         if match is None:
-            at += len(text[at:]) - len(text[at:].lstrip())
-            raise InputError(f"column {at + 1}: {text[at]!r} is not understood in {text!r}")
+            position += len(text[position:]) - len(text[position:].lstrip())
+            raise InputError(f"column {position + 1}: {text[position]!r} is not understood in {text!r}")
         kind = str(match.lastgroup)
         word = match[kind]
-        found.append(_Token(kind, _SAME.get(word, word), match.start(kind), match.end(kind)))
-        at = match.end()
-    return [*found, _Token("end", "the end", len(text), len(text))]
+        tokens.append(_Token(kind, _CANONICAL.get(word, word), match.start(kind), match.end(kind)))
+        position = match.end()
+    return [*tokens, _Token("end", "the end", len(text), len(text))]
 
 
-def _wrong(token: _Token, why: str) -> InputError:
+def _token_error(token: _Token, why: str) -> InputError:
     word = token.text if token.kind == "end" else repr(token.text)
     return InputError(f"column {token.start + 1}: {word} {why}")

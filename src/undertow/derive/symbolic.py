@@ -5,53 +5,53 @@ from functools import reduce
 from operator import add, mul
 from typing import Any
 
-from .matrices import Dimension, Term
+from .matrices import Dimension, MatrixExpr
 from .packages import need
 
 
-def sympy_of(term: Term) -> Any:
+def to_sympy(expr: MatrixExpr) -> Any:
     """Return a term as a SymPy matrix expression; a scalar as a scalar, an explicit matrix as one.
 
     Raises:
         FrameworkError: SymPy is missing.
 
     >>> from .parser import parse
-    >>> sympy_of(parse("X*X.T", {"X": ("d", "d")}))
+    >>> to_sympy(parse("X*X.T", {"X": ("d", "d")}))
     X*X.T
     """
     sympy = need("sympy")
-    if term.kind in ("number", "symbol", "entry", "zero", "ones"):
-        return _leaf(term, sympy)
-    parts = [sympy_of(part) for part in term.parts]
-    if term.kind == "explicit":
-        return sympy.ImmutableMatrix(*term.shape, [_scalar(part, sympy) for part in parts])
-    return _KINDS[term.kind](sympy, term, parts)
+    if expr.kind in ("number", "symbol", "entry", "zero", "ones"):
+        return _leaf(expr, sympy)
+    operands = [to_sympy(operand) for operand in expr.operands]
+    if expr.kind == "explicit":
+        return sympy.ImmutableMatrix(*expr.shape, [_scalar(operand, sympy) for operand in operands])
+    return _CONVERTERS[expr.kind](sympy, expr, operands)
 
 
-def is_explicit(term: Term) -> bool:
+def is_explicit(expr: MatrixExpr) -> bool:
     """Whether it is made of numbers, entries and explicit matrices alone, one matrix at least."""
     kinds = set()
-    stack = [term]
+    stack = [expr]
     while stack:
-        one = stack.pop()
-        kinds.add(one.kind)
-        stack.extend(() if one.kind == "entry" else one.parts)
+        node = stack.pop()
+        kinds.add(node.kind)
+        stack.extend(() if node.kind == "entry" else node.operands)
     return "explicit" in kinds and "symbol" not in kinds
 
 
-def _leaf(term: Term, sympy: Any) -> Any:
-    if term.kind == "number":
-        return sympy.Rational(term.datum.numerator, term.datum.denominator)
-    if term.kind == "entry":
-        return sympy.Symbol(f"{term.parts[0].datum}{term.datum}", real=True)
-    shape = [_side(side, sympy) for side in term.shape]
-    if term.kind == "symbol":
-        return sympy.Symbol(term.datum, real=True) if term.is_scalar else sympy.MatrixSymbol(term.datum, *shape)
-    return (sympy.ZeroMatrix if term.kind == "zero" else sympy.OneMatrix)(*shape)
+def _leaf(expr: MatrixExpr, sympy: Any) -> Any:
+    if expr.kind == "number":
+        return sympy.Rational(expr.payload.numerator, expr.payload.denominator)
+    if expr.kind == "entry":
+        return sympy.Symbol(f"{expr.operands[0].payload}{expr.payload}", real=True)
+    shape = [_dimension(dimension, sympy) for dimension in expr.shape]
+    if expr.kind == "symbol":
+        return sympy.Symbol(expr.payload, real=True) if expr.is_scalar else sympy.MatrixSymbol(expr.payload, *shape)
+    return (sympy.ZeroMatrix if expr.kind == "zero" else sympy.OneMatrix)(*shape)
 
 
-def _side(side: Dimension, sympy: Any) -> Any:
-    return sympy.Symbol(side, integer=True, positive=True) if isinstance(side, str) else side
+def _dimension(dimension: Dimension, sympy: Any) -> Any:
+    return sympy.Symbol(dimension, integer=True, positive=True) if isinstance(dimension, str) else dimension
 
 
 def _scalar(value: Any, sympy: Any) -> Any:
@@ -62,37 +62,37 @@ def _scalar(value: Any, sympy: Any) -> Any:
 
 
 def _function(name: str, sympy: Any) -> Any:
-    known = {
+    formulas = {
         "sigmoid": lambda a: 1 / (1 + sympy.exp(-a)),
         "relu": lambda a: sympy.Max(a, 0),
         "step": lambda a: sympy.Heaviside(a, 0),
     }
-    return known.get(name) or getattr(sympy, name)
+    return formulas.get(name) or getattr(sympy, name)
 
 
-def _apply(sympy: Any, term: Term, parts: list[Any]) -> Any:
-    function = _function(term.datum, sympy)
-    if term.is_scalar:
-        return function(_scalar(parts[0], sympy))
+def _apply(sympy: Any, expr: MatrixExpr, operands: list[Any]) -> Any:
+    function = _function(expr.payload, sympy)
+    if expr.is_scalar:
+        return function(_scalar(operands[0], sympy))
     dummy = sympy.Dummy("a", real=True)
-    return parts[0].applyfunc(sympy.Lambda(dummy, function(dummy)))
+    return operands[0].applyfunc(sympy.Lambda(dummy, function(dummy)))
 
 
-def _entrywise(sympy: Any, parts: list[Any]) -> Any:
-    if all(isinstance(part, sympy.MatrixBase) for part in parts):
-        return reduce(sympy.matrices.dense.matrix_multiply_elementwise, parts).as_immutable()
-    return sympy.HadamardProduct(*parts)
+def _entrywise(sympy: Any, operands: list[Any]) -> Any:
+    if all(isinstance(operand, sympy.MatrixBase) for operand in operands):
+        return reduce(sympy.matrices.dense.matrix_multiply_elementwise, operands).as_immutable()
+    return sympy.HadamardProduct(*operands)
 
 
-def _over(sympy: Any, term: Term, parts: list[Any]) -> Any:
-    top, bottom = parts
-    if isinstance(bottom, sympy.MatrixBase):
-        return _entrywise(sympy, [top, bottom.applyfunc(lambda a: 1 / a)])
-    return sympy.HadamardProduct(top, sympy.HadamardPower(bottom, -1))
+def _quotient(sympy: Any, expr: MatrixExpr, operands: list[Any]) -> Any:
+    numerator, denominator = operands
+    if isinstance(denominator, sympy.MatrixBase):
+        return _entrywise(sympy, [numerator, denominator.applyfunc(lambda a: 1 / a)])
+    return sympy.HadamardProduct(numerator, sympy.HadamardPower(denominator, -1))
 
 
-def _norm(sympy: Any, term: Term, parts: list[Any]) -> Any:
-    a = parts[0]
+def _norm(sympy: Any, expr: MatrixExpr, operands: list[Any]) -> Any:
+    a = operands[0]
     if not getattr(a, "is_Matrix", False):
         return sympy.Abs(a)
     return sympy.sqrt(_trace(sympy, a.T * a))
@@ -102,21 +102,21 @@ def _trace(sympy: Any, matrix: Any) -> Any:
     return matrix.trace() if isinstance(matrix, sympy.MatrixBase) else sympy.Trace(matrix)
 
 
-_KINDS: dict[str, Callable[[Any, Term, list[Any]], Any]] = {
-    "sum": lambda sympy, term, parts: reduce(
-        add, [_scalar(part, sympy) for part in parts] if term.is_scalar else parts
+_CONVERTERS: dict[str, Callable[[Any, MatrixExpr, list[Any]], Any]] = {
+    "sum": lambda sympy, expr, operands: reduce(
+        add, [_scalar(operand, sympy) for operand in operands] if expr.is_scalar else operands
     ),
-    "product": lambda sympy, term, parts: reduce(mul, parts),
-    "scaled": lambda sympy, term, parts: _scalar(parts[0], sympy) * parts[1],
-    "hadamard": lambda sympy, term, parts: _entrywise(sympy, parts),
-    "over": _over,
-    "transpose": lambda sympy, term, parts: parts[0].T,
-    "inverse": lambda sympy, term, parts: parts[0].inv(),
-    "power": lambda sympy, term, parts: (
-        _scalar(parts[0], sympy) ** sympy.Rational(term.datum.numerator, term.datum.denominator)
+    "product": lambda sympy, expr, operands: reduce(mul, operands),
+    "scaled": lambda sympy, expr, operands: _scalar(operands[0], sympy) * operands[1],
+    "hadamard": lambda sympy, expr, operands: _entrywise(sympy, operands),
+    "quotient": _quotient,
+    "transpose": lambda sympy, expr, operands: operands[0].T,
+    "inverse": lambda sympy, expr, operands: operands[0].inv(),
+    "power": lambda sympy, expr, operands: (
+        _scalar(operands[0], sympy) ** sympy.Rational(expr.payload.numerator, expr.payload.denominator)
     ),
     "apply": _apply,
-    "trace": lambda sympy, term, parts: _trace(sympy, parts[0]),
-    "det": lambda sympy, term, parts: sympy.Determinant(parts[0]).doit(),
+    "trace": lambda sympy, expr, operands: _trace(sympy, operands[0]),
+    "det": lambda sympy, expr, operands: sympy.Determinant(operands[0]).doit(),
     "norm": _norm,
 }

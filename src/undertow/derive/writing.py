@@ -6,159 +6,161 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
 
-from .matrices import Term, coefficient, power, symbols, times
+from .matrices import MatrixExpr, coefficient, power, symbols, times
 
 SUM, PRODUCT, ATOM = range(3)
-_RAISED = str.maketrans("0123456789-/.", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᐟ·")
+_SUPERSCRIPTS = str.maketrans("0123456789-/.", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᐟ·")
 
 
 @dataclass(frozen=True)
-class _Written:
-    words: str
-    rank: int
+class _Printed:
+    text: str
+    precedence: int
 
-    def inside(self, least: int, latex: bool = False) -> str:
+    def bracketed_below(self, min_precedence: int, latex: bool = False) -> str:
         """Return the words, in brackets where they bind less than needed."""
-        if self.rank >= least:
-            return self.words
-        return rf"\left({self.words}\right)" if latex else f"({self.words})"
+        if self.precedence >= min_precedence:
+            return self.text
+        return rf"\left({self.text}\right)" if latex else f"({self.text})"
 
 
-def text(term: Term) -> str:
+def to_text(expr: MatrixExpr) -> str:
     """Write a term as plain text.
 
     >>> from .parser import parse
-    >>> text(parse("X*X.T - 2*inv(X)", {"X": ("d", "d")}))
+    >>> to_text(parse("X*X.T - 2*inv(X)", {"X": ("d", "d")}))
     'XXᵀ − 2X⁻¹'
     """
-    return _Writer(all(len(name.rstrip("0123456789'")) == 1 for name in symbols(term)), False).write(term).words
+    return _Printer(all(len(name.rstrip("0123456789'")) == 1 for name in symbols(expr)), False).write(expr).text
 
 
-def latex(term: Term) -> str:
+def to_latex(expr: MatrixExpr) -> str:
     r"""Write a term in LaTeX.
 
     >>> from .parser import parse
-    >>> latex(parse("X*X.T", {"X": ("d", "d")}))
+    >>> to_latex(parse("X*X.T", {"X": ("d", "d")}))
     'X X^{\\top}'
     """
-    return _Writer(True, True).write(term).words
+    return _Printer(True, True).write(expr).text
 
 
 @dataclass(frozen=True)
-class _Writer:
+class _Printer:
     juxtaposes: bool
     latex: bool
 
-    def write(self, term: Term) -> _Written:
+    def write(self, expr: MatrixExpr) -> _Printed:
         """Write a term of any kind."""
-        return _KINDS[term.kind](self, term)
+        return _PRINTERS[expr.kind](self, expr)
 
     def _pick(self, plain: str, tex: str) -> str:
         return tex if self.latex else plain
 
-    def number(self, term: Term) -> _Written:
-        value: Fraction = term.datum
+    def _number(self, expr: MatrixExpr) -> _Printed:
+        value: Fraction = expr.payload
         if value < 0:
-            return _Written(self._pick(f"−{-value}", str(value)), SUM)
-        return _Written(str(value), ATOM if value.denominator == 1 else PRODUCT)
+            return _Printed(self._pick(f"−{-value}", str(value)), SUM)
+        return _Printed(str(value), ATOM if value.denominator == 1 else PRODUCT)
 
-    def named(self, term: Term) -> _Written:
-        return _Written(self._pick(term.datum, _latex_name(term.datum)), ATOM)
+    def _symbol(self, expr: MatrixExpr) -> _Printed:
+        return _Printed(self._pick(expr.payload, _latex_name(expr.payload)), ATOM)
 
-    def entry(self, term: Term) -> _Written:
-        name = f"{term.parts[0].datum}{term.datum}"
-        return _Written(self._pick(name, _latex_name(name)), ATOM)
+    def _entry(self, expr: MatrixExpr) -> _Printed:
+        name = f"{expr.operands[0].payload}{expr.payload}"
+        return _Printed(self._pick(name, _latex_name(name)), ATOM)
 
-    def constant(self, term: Term) -> _Written:
-        return _Written("0" if term.kind == "zero" else self._pick("𝟏", r"\mathbf{1}"), ATOM)
+    def _constant(self, expr: MatrixExpr) -> _Printed:
+        return _Printed("0" if expr.kind == "zero" else self._pick("𝟏", r"\mathbf{1}"), ATOM)
 
-    def explicit(self, term: Term) -> _Written:
-        columns = int(term.shape[1])
-        cells = [self.write(part).words for part in term.parts]
+    def _explicit(self, expr: MatrixExpr) -> _Printed:
+        columns = int(expr.shape[1])
+        cells = [self.write(operand).text for operand in expr.operands]
         rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
         if self.latex:
             body = r" \\ ".join(" & ".join(row) for row in rows)
-            return _Written(rf"\begin{{pmatrix}} {body} \end{{pmatrix}}", ATOM)
-        return _Written("Matrix([" + ", ".join(f"[{', '.join(row)}]" for row in rows) + "])", ATOM)
+            return _Printed(rf"\begin{{pmatrix}} {body} \end{{pmatrix}}", ATOM)
+        return _Printed("Matrix([" + ", ".join(f"[{', '.join(row)}]" for row in rows) + "])", ATOM)
 
-    def sum(self, term: Term) -> _Written:
-        words = self.write(term.parts[0]).words
-        for part in term.parts[1:]:
-            value, core = coefficient(part)
+    def _sum(self, expr: MatrixExpr) -> _Printed:
+        text = self.write(expr.operands[0]).text
+        for operand in expr.operands[1:]:
+            value, core = coefficient(operand)
             if value < 0:
-                words += f" {self._pick('−', '-')} {self.write(times(-value, core)).words}"
+                text += f" {self._pick('−', '-')} {self.write(times(-value, core)).text}"
             else:
-                words += f" + {self.write(part).words}"
-        return _Written(words, SUM)
+                text += f" + {self.write(operand).text}"
+        return _Printed(text, SUM)
 
-    def product(self, term: Term) -> _Written:
-        runs = [(factor, len(list(same))) for factor, same in groupby(term.parts)]
-        words = [self._repeated(factor, count) for factor, count in runs]
-        plain = self.juxtaposes and not any(factor.kind in ("apply", "explicit") for factor in term.parts)
-        return _Written((" " if self.latex else "" if plain else " · ").join(words), PRODUCT)
+    def _product(self, expr: MatrixExpr) -> _Printed:
+        runs = [(factor, len(list(same))) for factor, same in groupby(expr.operands)]
+        factors = [self._repeat(factor, count) for factor, count in runs]
+        plain = self.juxtaposes and not any(factor.kind in ("apply", "explicit") for factor in expr.operands)
+        return _Printed((" " if self.latex else "" if plain else " · ").join(factors), PRODUCT)
 
-    def _repeated(self, factor: Term, count: int) -> str:
-        inner = self.write(factor).inside(ATOM, self.latex)
+    def _repeat(self, factor: MatrixExpr, count: int) -> str:
+        inner = self.write(factor).bracketed_below(ATOM, self.latex)
         if count == 1:
             return inner
         if factor.kind not in ("symbol", "sum"):
             return (" " if self.latex else "").join([inner] * count)
-        return self._pick(f"{inner}{str(count).translate(_RAISED)}", f"{inner}^{{{count}}}")
+        return self._pick(f"{inner}{str(count).translate(_SUPERSCRIPTS)}", f"{inner}^{{{count}}}")
 
-    def scaled(self, term: Term) -> _Written:
-        scalar, body = term.parts
-        words = self.write(body).inside(PRODUCT, self.latex)
+    def _scaled(self, expr: MatrixExpr) -> _Printed:
+        scalar, body = expr.operands
+        text = self.write(body).bracketed_below(PRODUCT, self.latex)
         if scalar.kind == "number":
-            return self._numbered(scalar.datum, words)
-        if scalar.kind == "power" and scalar.datum < 0:
-            below = self.write(power(scalar.parts[0], -scalar.datum))
+            return self._with_number(scalar.payload, text)
+        if scalar.kind == "power" and scalar.payload < 0:
+            below = self.write(power(scalar.operands[0], -scalar.payload))
             if self.latex:
-                return _Written(rf"\frac{{{self.write(body).words}}}{{{below.words}}}", PRODUCT)
-            return _Written(f"{words}/{below.inside(ATOM)}", PRODUCT)
-        front = self.write(scalar).inside(ATOM, self.latex)
-        return _Written(f"{front}{self._pick(' · ', ' ')}{words}", PRODUCT)
+                return _Printed(rf"\frac{{{self.write(body).text}}}{{{below.text}}}", PRODUCT)
+            return _Printed(f"{text}/{below.bracketed_below(ATOM)}", PRODUCT)
+        front = self.write(scalar).bracketed_below(ATOM, self.latex)
+        return _Printed(f"{front}{self._pick(' · ', ' ')}{text}", PRODUCT)
 
-    def _numbered(self, value: Fraction, words: str) -> _Written:
+    def _with_number(self, value: Fraction, text: str) -> _Printed:
         minus = self._pick("−", "-") if value < 0 else ""
         size = abs(value)
         if size == 1:
             front = ""
         elif size.denominator == 1:
-            front = str(size) + (" · " if words[0].isdigit() and not self.latex else "")
+            front = str(size) + (" · " if text[0].isdigit() and not self.latex else "")
         else:
             front = self._pick(f"({size})", rf"\frac{{{size.numerator}}}{{{size.denominator}}} ")
-        return _Written(f"{minus}{front}{words}", SUM if minus else PRODUCT)
+        return _Printed(f"{minus}{front}{text}", SUM if minus else PRODUCT)
 
-    def entrywise(self, term: Term) -> _Written:
-        signs = {"hadamard": ("∘", r"\circ"), "over": ("⊘", r"\oslash")}
-        sign = self._pick(*signs[term.kind])
-        return _Written(f" {sign} ".join(self.write(p).inside(ATOM, self.latex) for p in term.parts), PRODUCT)
+    def _entrywise(self, expr: MatrixExpr) -> _Printed:
+        signs = {"hadamard": ("∘", r"\circ"), "quotient": ("⊘", r"\oslash")}
+        sign = self._pick(*signs[expr.kind])
+        return _Printed(
+            f" {sign} ".join(self.write(p).bracketed_below(ATOM, self.latex) for p in expr.operands), PRODUCT
+        )
 
-    def postfix(self, term: Term) -> _Written:
+    def _postfix(self, expr: MatrixExpr) -> _Printed:
         marks = {"transpose": ("ᵀ", r"\top"), "inverse": ("⁻¹", "-1")}
-        plain, tex = marks[term.kind]
-        written = self.write(term.parts[0])
-        if term.parts[0].kind in marks:
-            written = _Written(written.words, PRODUCT)
-        inner = written.inside(ATOM, self.latex)
-        return _Written(self._pick(f"{inner}{plain}", f"{inner}^{{{tex}}}"), ATOM)
+        plain, tex = marks[expr.kind]
+        inside = self.write(expr.operands[0])
+        if expr.operands[0].kind in marks:
+            inside = _Printed(inside.text, PRODUCT)
+        inner = inside.bracketed_below(ATOM, self.latex)
+        return _Printed(self._pick(f"{inner}{plain}", f"{inner}^{{{tex}}}"), ATOM)
 
-    def power(self, term: Term) -> _Written:
-        inner = self.write(term.parts[0]).inside(ATOM, self.latex)
-        if term.datum == -1 and not self.latex:
-            return _Written(f"1/{inner}", PRODUCT)
-        raised = str(term.datum).translate(_RAISED) if term.datum.denominator == 1 else f"^({term.datum})"
-        return _Written(self._pick(f"{inner}{raised}", f"{{{inner}}}^{{{term.datum}}}"), ATOM)
+    def _power(self, expr: MatrixExpr) -> _Printed:
+        inner = self.write(expr.operands[0]).bracketed_below(ATOM, self.latex)
+        if expr.payload == -1 and not self.latex:
+            return _Printed(f"1/{inner}", PRODUCT)
+        exponent = str(expr.payload).translate(_SUPERSCRIPTS) if expr.payload.denominator == 1 else f"^({expr.payload})"
+        return _Printed(self._pick(f"{inner}{exponent}", f"{{{inner}}}^{{{expr.payload}}}"), ATOM)
 
-    def function(self, term: Term) -> _Written:
-        name = term.datum if term.kind == "apply" else {"trace": "tr", "det": "det"}[term.kind]
-        inner = self.write(term.parts[0]).words
-        return _Written(self._pick(f"{name}({inner})", rf"\operatorname{{{name}}}\left({inner}\right)"), ATOM)
+    def _function(self, expr: MatrixExpr) -> _Printed:
+        name = expr.payload if expr.kind == "apply" else {"trace": "tr", "det": "det"}[expr.kind]
+        inner = self.write(expr.operands[0]).text
+        return _Printed(self._pick(f"{name}({inner})", rf"\operatorname{{{name}}}\left({inner}\right)"), ATOM)
 
-    def norm(self, term: Term) -> _Written:
-        inner = self.write(term.parts[0]).words
-        plain = f"‖{inner}‖{'₂' if term.datum == '2' else '_F'}"
-        return _Written(self._pick(plain, rf"\left\Vert {inner} \right\Vert_{{{term.datum}}}"), ATOM)
+    def _norm(self, expr: MatrixExpr) -> _Printed:
+        inner = self.write(expr.operands[0]).text
+        plain = f"‖{inner}‖{'₂' if expr.payload == '2' else '_F'}"
+        return _Printed(self._pick(plain, rf"\left\Vert {inner} \right\Vert_{{{expr.payload}}}"), ATOM)
 
 
 def _latex_name(name: str) -> str:
@@ -170,23 +172,23 @@ def _latex_name(name: str) -> str:
     return f"{stem}_{{{index}}}" if index else stem
 
 
-_KINDS: dict[str, Callable[[_Writer, Term], _Written]] = {
-    "number": _Writer.number,
-    "symbol": _Writer.named,
-    "entry": _Writer.entry,
-    "zero": _Writer.constant,
-    "ones": _Writer.constant,
-    "explicit": _Writer.explicit,
-    "sum": _Writer.sum,
-    "product": _Writer.product,
-    "scaled": _Writer.scaled,
-    "hadamard": _Writer.entrywise,
-    "over": _Writer.entrywise,
-    "transpose": _Writer.postfix,
-    "inverse": _Writer.postfix,
-    "power": _Writer.power,
-    "apply": _Writer.function,
-    "trace": _Writer.function,
-    "det": _Writer.function,
-    "norm": _Writer.norm,
+_PRINTERS: dict[str, Callable[[_Printer, MatrixExpr], _Printed]] = {
+    "number": _Printer._number,
+    "symbol": _Printer._symbol,
+    "entry": _Printer._entry,
+    "zero": _Printer._constant,
+    "ones": _Printer._constant,
+    "explicit": _Printer._explicit,
+    "sum": _Printer._sum,
+    "product": _Printer._product,
+    "scaled": _Printer._scaled,
+    "hadamard": _Printer._entrywise,
+    "quotient": _Printer._entrywise,
+    "transpose": _Printer._postfix,
+    "inverse": _Printer._postfix,
+    "power": _Printer._power,
+    "apply": _Printer._function,
+    "trace": _Printer._function,
+    "det": _Printer._function,
+    "norm": _Printer._norm,
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from ..run import Run
+from ..runs import Run
 from .arrival import arrival
 from .channels import batch_norm
 from .contrast import contrast as contrast

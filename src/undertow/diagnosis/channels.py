@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.quantiles import weighted
+from ..runs.quantiles import weighted
 from .evidence import WATCH, Evidence
 from .finding import Finding, NotRecorded, called, listed, percent
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..analysis.quantiles import weighted
-from ..run import Run
+from ..runs.quantiles import weighted
+from ..runs import Run
 from .channels import agreements
 from .evidence import Evidence, Kind, OpChain, Step
 from .finding import NotRecorded, called, percent

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..analysis.quantiles import weighted
-from ..measures import CODES, edges, finite
-from ..run import Run
+from ..runs.quantiles import weighted
+from ..measures import CODES, code_values, finite
+from ..runs import Run
 from .finding import NotRecorded, called
 
 Floats = npt.NDArray[np.float64]
@@ -204,7 +204,7 @@ class Evidence:
         values = {}
         for site in (site for site in self.sites if site in counts):
             codes = np.flatnonzero(is_finite & (counts[site] > 0))
-            values[site] = (edges(site in bfloat16)[codes], counts[site][codes])
+            values[site] = (code_values(site in bfloat16)[codes], counts[site][codes])
         return values
 
     @cached_property
@@ -268,7 +268,7 @@ def _series(batches: dict[Any, list[tuple[float, int]]]) -> Floats:
 def _squares(row: dict[str, Any]) -> tuple[float, int]:
     codes, counts = np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64)
     with np.errstate(invalid="ignore", over="ignore"):
-        return float((np.square(edges()[codes]) * counts).sum()), int(counts.sum())
+        return float((np.square(code_values()[codes]) * counts).sum()), int(counts.sum())
 
 
 def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:

@@ -33,6 +33,7 @@ CAPABILITIES = {
     "inspect.trace": "trace",
     "inspect.redirect": "redirect",
     "inspect.blocks": "derive.from_model",
+    "inspect.derivatives": "a check of derivatives by autograd",
     "record": "record",
     "zoo": "loading models by name",
 }
@@ -138,6 +139,28 @@ class BlockReader(Protocol):
 
     def block_graph(self, model: Any, inputs: tuple[Any, ...], depth: int, target: Any) -> BlockGraph:
         """Return the blocks that a pass goes through, and the gradient that each edge carries."""
+
+
+class Differentiator(Protocol):
+    """Derivatives by autograd, which those of `undertow.derive` are checked against."""
+
+    def gradients(
+        self,
+        order: Sequence[str],
+        edges: Sequence[tuple[str, str]],
+        values: Mapping[str, npt.NDArray[Any]],
+        activation: str,
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """Return the derivatives of a network of neurons by every weight, bias, input and neuron."""
+
+    def jvp(
+        self,
+        function: Callable[[Mapping[str, Any], Any], Any],
+        values: Mapping[str, npt.NDArray[Any]],
+        wrt: str,
+        direction: npt.NDArray[Any],
+    ) -> npt.NDArray[np.float64]:
+        """Return the derivative of a function of matrices along a direction."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +272,8 @@ def capability(framework: str, name: Literal["inspect.trace"]) -> Tracer: ...
 def capability(framework: str, name: Literal["inspect.redirect"]) -> Redirector: ...
 @overload
 def capability(framework: str, name: Literal["inspect.blocks"]) -> BlockReader: ...
+@overload
+def capability(framework: str, name: Literal["inspect.derivatives"]) -> Differentiator: ...
 @overload
 def capability(framework: str, name: Literal["record"]) -> Recorder: ...
 @overload

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .torch import record as torch_record
     from .torch import zoo as torch_zoo
     from .torch.inspect import blocks as torch_blocks
+    from .torch.inspect import derivatives as torch_derivatives
     from .torch.inspect import layers as torch_layers
     from .torch.inspect import redirect as torch_redirect
     from .torch.inspect import trace as torch_trace
@@ -26,5 +27,6 @@ if TYPE_CHECKING:
     TRACERS: tuple[base.Tracer, ...] = (torch_trace,)
     REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect,)
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
+    DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)
     ZOOS: tuple[base.Zoo, ...] = (torch_zoo, keras_zoo)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, near
+from ..errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,5 +95,5 @@ def draw(values: Map, style: str) -> "Image":
     from PIL import Image
 
     if style not in STYLES:
-        raise InputError(f"unknown style {style!r}{near(style, STYLES)} (known: {', '.join(STYLES)})")
+        raise InputError(f"unknown style {style!r}{did_you_mean(style, STYLES)} (known: {', '.join(STYLES)})")
     return Image.fromarray(STYLES[style](values))

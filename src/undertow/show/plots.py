@@ -1,4 +1,4 @@
-"""Charts of the quantiles that `undertow.analysis` returns; nothing here sees a model or a run."""
+"""Charts of the quantiles that `undertow.runs` returns; nothing here sees a model or a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from ..errors import FrameworkError, InputError
 from ..files import published
 
 if TYPE_CHECKING:
-    from ..analysis import SiteQuantiles
+    from ..runs import SiteQuantiles
 
 Groups = Mapping[str, "Sequence[SiteQuantiles]"]
 

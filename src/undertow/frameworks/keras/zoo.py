@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from ...classifier import RANDOM, Classifier, Reference, imagenet_names
-from ...errors import ModelError, near
+from ...errors import ModelError, did_you_mean
 from ...images import Preprocessing, one_line, printable
 from ..downloading import downloaded
 from .calls import refuse_other_backends
@@ -58,7 +58,7 @@ def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
     """A classifier of keras.applications, its scores before the softmax, with that network's own preprocessing."""
     refuse_other_backends()
     if name not in names():
-        hint = near(name, names()) or "; `undertow models keras:` lists them"
+        hint = did_you_mean(name, names()) or "; `undertow models keras:` lists them"
         raise ModelError(f"keras has no classifier '{printable(name)}'{hint}")
     if choice not in ("", "none", "imagenet"):
         raise ModelError(f"keras:{name} has no weights '{printable(choice)}'; it has imagenet and none (random)")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ....errors import InputError, ModelError, near
+from ....errors import InputError, ModelError, did_you_mean
 from ....rules import gradient
 from ...base import Request
 from ...results import Explanation, LayerGradients, RewiringStats
@@ -170,7 +170,7 @@ def _kept_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[st
     for name in names:
         if name not in known or not name:
             some = ", ".join(each for each, _ in root.named_children())
-            raise InputError(f"no layer {name!r}{near(name, known) or f'; at the top there are {some}'}")
+            raise InputError(f"no layer {name!r}{did_you_mean(name, known) or f'; at the top there are {some}'}")
 
         def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
             if threading.get_ident() != here or not isinstance(output, torch.Tensor) or not output.requires_grad:

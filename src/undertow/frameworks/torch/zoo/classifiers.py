@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ....classifier import RANDOM, Classifier, imagenet_names
-from ....errors import ModelError, near
+from ....errors import ModelError, did_you_mean
 from ....images import Preprocessing, one_line, printable
 from ...downloading import downloaded
 from ..weights import fit, read_state, weights_sha256
@@ -60,7 +60,7 @@ def _from_torchvision(name: str, choice: str, file: Path | None) -> Classifier:
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
-        hint = near(name, known) or "; `undertow models torchvision` lists them"
+        hint = did_you_mean(name, known) or "; `undertow models torchvision` lists them"
         raise ModelError(f"torchvision has no classifier '{printable(name)}'{hint}")
     entry = _entry(models, name, choice)
     with seeded():
@@ -128,7 +128,7 @@ def _from_timm(name: str, choice: str, file: Path | None) -> Classifier:
 def _refuse_unknown(timm: Any, name: str, trained: bool) -> None:
     base, _, tag = name.partition(".")
     if base not in timm.list_models():
-        hint = near(base, timm.list_models()) or "; `undertow models timm:` lists them"
+        hint = did_you_mean(base, timm.list_models()) or "; `undertow models timm:` lists them"
         raise ModelError(f"timm has no model '{printable(base)}'{hint}")
     tagged = timm.list_models(f"{base}.*", pretrained=True)
     if tag and name not in tagged:

@@ -36,7 +36,7 @@ def test_the_way_of_a_weight_is_highlighted(tmp_path, figures, ending):
         (a, b): found[places[f"{a[0]}_{{{a[1]}}}"], places[f"{b[0]}_{{{b[1]}}}" if b != "E" else "E"]]
         for a, b in (*(edge.split(">") for edge in EXERCISE.split()), ("n6", "E"), ("n7", "E"))
     }
-    assert {edge for edge, shown in colour.items() if shown == graph.WAY} == {("n5", "n7"), ("n7", "E")}
+    assert {edge for edge, shown in colour.items() if shown == graph.CARRYING} == {("n5", "n7"), ("n7", "E")}
     assert {edge for edge, shown in colour.items() if shown == graph.OWN} == {("n2", "n5")}
     partials = {text.get_text() for text in axis.texts if "partial" in text.get_text()}
     assert len(partials) == 3
@@ -66,15 +66,15 @@ def test_line_width_is_the_gradient_that_an_edge_carries(tmp_path, figures):
     for edge in blocks.edges:
         assert widths[-blocks.order.index(edge.source)] == pytest.approx(0.5 + 6 * edge.norm / max(norms))
     colours = {round(p.get_path().vertices[0][1]): to_hex(p.get_edgecolor()).upper() for p in axis.patches}
-    assert [colours[-i] == graph.WAY for i in range(4)] == [False, False, True, True]
+    assert [colours[-i] == graph.CARRYING for i in range(4)] == [False, False, True, True]
     assert axis.get_title() == "a title"
 
 
 def test_norms_that_span_decades_are_drawn_by_their_logarithm(tmp_path, figures):
     carried = {("a", "b"): 1e-6, ("b", "E"): 1.0, ("a", "E"): 1e-3, ("x", "a"): 0.0}
-    graph.blocks(["x", "a", "b", "E"], carried, [], tmp_path / "a.png")
+    graph.draw_blocks(["x", "a", "b", "E"], carried, [], tmp_path / "a.png")
     axis = figures[0].axes[0]
     assert sorted(p.get_linewidth() for p in axis.patches) == pytest.approx([0.5, 0.5, 3.5, 6.5])
     assert any("logarithm" in text.get_text() for text in axis.texts)
-    graph.blocks(["x", "E"], {("x", "E"): 0.0}, [], tmp_path / "b.png")
+    graph.draw_blocks(["x", "E"], {("x", "E"): 0.0}, [], tmp_path / "b.png")
     assert any("all are 0" in text.get_text() for text in figures[1].axes[0].texts)

@@ -154,7 +154,7 @@ def test_terms_that_cancel_leave_rounding_and_no_alarm():
 
 
 def values_for(d, seed: int) -> tuple[dict, np.ndarray, dict]:
-    values, sizes, ours = d._at_a_point(seed)
+    values, sizes, ours = d._at_random_point(seed)
     return values, ours, sizes
 
 

@@ -1,6 +1,6 @@
 """`undertow derive` as a person meets it, and the page of exercises, whose answers the tool writes.
 
-`python tests/test_derive_cli.py` writes docs/derive.md anew.
+`python tests/derive/test_cli.py` writes docs/derive.md anew.
 """
 
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 from undertow.cli import main
 from undertow.cli.derive import derive
 
-PAGE = Path(__file__).parent.parent / "docs" / "derive.md"
+PAGE = Path(__file__).parents[2] / "docs" / "derive.md"
 ANSWER = re.compile(r"(?<=```sh\n)(undertow derive [^`]*?)\n```\n```text\n(.*?)(?=```)", re.S)
 EXERCISE = "x1>n1 x2>n2 n1>n3 n1>n4 n2>n4 n2>n5 n3>n6 n4>n6 n4>n7 n5>n7"
 
