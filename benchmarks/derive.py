@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from undertow.derive import Network, from_model
-from undertow.frameworks.torch.importing import import_torchvision
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 ROUNDS = 5
 

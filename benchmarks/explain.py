@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import undertow as ut
-from undertow.frameworks.torch.vision import import_torchvision
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from references import reference

@@ -47,7 +47,7 @@ from torch.nn import functional as F
 import undertow as ut
 from undertow.frameworks.torch import kernels
 from undertow.frameworks.torch.probe import Probe
-from undertow.frameworks.torch.vision import import_torchvision
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 GROUP = 256  # batches that undertow publishes together at most
 PAUSE = 0.1  # seconds between turns, for what another process still has to write

@@ -317,7 +317,7 @@ def judge_photograph(classifier: models.Classifier, path: Path, rule: str, estim
     verdict = ut.trust(classifier.module, x, rule=rule, estimator=estimator, names=classifier.classes)
     view = classifier.preprocessing.view(photograph)
     write(Judged(path, view, {f"{rule} {estimator}": verdict}), classifier, out / path.stem)
-    target.write_text(json.dumps(verdict.facts(), indent=1), encoding="utf-8")
+    target.write_text(json.dumps(verdict.to_dict(), indent=1), encoding="utf-8")
 
 
 def draw(study: str, found: dict[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import undertow as ut
 from undertow.attribution import estimators
 from undertow.frameworks import base
-from undertow.frameworks.torch import importing
+from undertow.frameworks.torch.zoo import importing
 
 RULES = ("gradient", "deconvnet", "guided")
 

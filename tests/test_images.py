@@ -14,7 +14,7 @@ from PIL import Image
 
 from undertow import images
 from undertow.errors import FrameworkError, InputError, ModelError, PhotographError
-from undertow.frameworks.torch import vision
+from undertow.frameworks.torch.zoo import importing
 from undertow.images import Preprocessing, demo_photographs, find, read
 
 PHOTOGRAPHS = demo_photographs()

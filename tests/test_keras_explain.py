@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras import layers
 
 import undertow as ut
-from undertow.frameworks.keras import tracing
+from undertow.frameworks.keras.explain import tracing
 
 KNOWN = json.loads(Path(__file__).with_name("vectors").joinpath("known_answers.json").read_text())
 

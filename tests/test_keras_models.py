@@ -58,7 +58,7 @@ def test_applications_are_whole_and_the_same_every_time(named):
 
 @pytest.mark.parametrize("name", ["VGG16", "MobileNetV2", "DenseNet121", "EfficientNetB0"])  # one of each convention
 def test_preprocessing_is_the_networks_own(name):
-    from undertow.frameworks.keras.vision import _preprocessing
+    from undertow.frameworks.keras.zoo import _preprocessing
 
     class Shaped:
         input_shape = (None, 224, 224, 3)
@@ -69,7 +69,7 @@ def test_preprocessing_is_the_networks_own(name):
     pixels = ours.view(photograph)
     theirs = sys.modules[build.__module__].preprocess_input(pixels.astype(np.float32)[None])[0]
     assert np.allclose(ours.array(photograph).transpose(1, 2, 0), theirs, atol=2e-5 * np.abs(theirs).max())
-    assert Preprocessing(**ours.as_dict()) == ours
+    assert Preprocessing(**ours.to_dict()) == ours
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 import undertow as ut
-from undertow.frameworks.base import backend_of_model
+from undertow.frameworks.base import capability
 
 
 def backbone() -> keras.Model:

@@ -20,9 +20,11 @@ import torch
 from undertow import models
 from undertow.errors import FrameworkError, ModelError, TargetError
 from undertow.frameworks import downloading
-from undertow.frameworks.torch import vision, weights
+from undertow.frameworks.torch import weights
+from undertow.frameworks.torch.zoo import classifiers, importing
 from undertow.images import Preprocessing, demo_photographs, read
-from undertow.models import Classifier, find_class, listing, load
+from undertow.classifier import Classifier, find_class
+from undertow.models import listing, load
 
 SMALL = "torchvision:squeezenet1_1@none"
 
@@ -550,7 +552,7 @@ def test_the_missing_operators_are_declared_before_the_import(fake: Callable[[st
 
 def test_torchvision_imports_in_threads_and_once() -> None:
     code = (
-        "import threading, sys\nfrom undertow.frameworks.torch import importing, vision\nfound = []\n"
+        "import threading, sys\nfrom undertow.frameworks.torch.zoo import importing, vision\nfound = []\n"
         "threads = [threading.Thread(target=lambda: found.append(vision.import_torchvision())) for _ in range(8)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
         "assert len(found) == 8 and set(map(id, found)) == {id(sys.modules['torchvision'])}\n"

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from undertow.runs import compare, quantiles
+from undertow.runs.quantiles import STEPS, weighted
+from undertow.runs import Run
 
-from undertow.analysis import compare, quantiles
-from undertow.analysis.quantiles import STEPS, weighted
 from undertow.errors import InputError
 from undertow.recording import record
-from undertow.run import Run
 
 Q = [0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0]
 
@@ -147,7 +147,7 @@ def test_weighted_quantiles_against_numpy(pairs, q):
 
 
 def test_as_plain_rows(run):
-    row = quantiles(run, [0.05, 0.5, 0.975])[0].as_dict()
+    row = quantiles(run, [0.05, 0.5, 0.975])[0].to_dict()
     assert list(row) == ["site", "phase", "of", "count", "zeros", "nonfinite", "p5", "p50", "p97.5"]
     assert len(quantiles(run)[0].values) == len(STEPS) == 19
 

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from undertow.frameworks.torch.record.probe import Probe
+from undertow.frameworks.torch.zoo.importing import import_torchvision
+from undertow.runs import Run
 
 from undertow.errors import InputError, ModelError, RunError
-from undertow.frameworks.torch.probe import Landing, Probe
-from undertow.frameworks.torch.vision import import_torchvision
 from undertow.measures import ChannelNorm, Histogram, Keep, Measure, ZeroFraction
 from undertow.recording import Schedule, record, writer
-from undertow.run import Run
 
 
 @pytest.fixture(autouse=True)

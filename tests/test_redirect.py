@@ -324,7 +324,7 @@ def test_an_exception_inside_a_forward_does_not_disturb_the_next():
 
 
 def test_vgg_in_place():
-    torchvision = __import__("undertow.frameworks.torch.vision", fromlist=["x"]).import_torchvision()
+    torchvision = __import__("undertow.frameworks.torch.zoo.importing", fromlist=["x"]).import_torchvision()
     net = torchvision.models.vgg11(weights=None, num_classes=5, init_weights=False).eval()
     x = torch.randn(1, 3, 32, 32)
     plain = gradients(net, x)

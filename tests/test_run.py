@@ -19,10 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from undertow.runs import Run
+from undertow.runs.format import appearing, read_tensor, write_tensor
 
 from undertow.errors import InputError, RunError, UndertowError
 from undertow.recording import Schedule, record
-from undertow.run import Run, appearing, read_tensor, write_tensor
 
 MEASURES = ["channel-norm", "zero-fraction", "moments", "histogram"]
 
@@ -399,7 +400,7 @@ def test_reads_without_a_framework(tmp_path):
     work(tmp_path, measures=[*MEASURES, "keep"])
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from undertow.run import Run; from undertow.analysis import compare\n"
+        "from undertow.runs import Run; from undertow.runs import compare\n"
         f"run = Run({str(tmp_path)!r})\n"
         "assert run.quantiles([.5]) and run.table('moments').num_rows and next(run.tensors()) and compare([run, run])"
     )

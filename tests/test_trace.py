@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
 from networks import AWKWARD, SMOOTH, Network
-from undertow.frameworks.torch import formulas
+from undertow.frameworks.torch.inspect import formulas
 from undertow.recording.trace import trace
 
 pytestmark = pytest.mark.filterwarnings(
@@ -382,7 +382,7 @@ def test_multihead_attention_is_one_call_with_all_its_parameters():
 
 
 def test_vgg_pieces_all_agree_and_add_up():
-    torchvision = __import__("undertow.frameworks.torch.vision", fromlist=["x"]).import_torchvision()
+    torchvision = __import__("undertow.frameworks.torch.zoo.importing", fromlist=["x"]).import_torchvision()
     torch.manual_seed(0)
     net = torchvision.models.vgg11_bn(weights=None, num_classes=7, init_weights=False).eval()
     x = torch.randn(1, 3, 64, 64)
@@ -602,7 +602,7 @@ def test_an_exception_leaves_nothing():
 
 
 def test_facts_are_json():
-    facts = json.loads(json.dumps(checks(Applying(Noisy)).facts(), allow_nan=False))
+    facts = json.loads(json.dumps(checks(Applying(Noisy)).to_dict(), allow_nan=False))
     assert facts["functions"][0]["backward"] == "nan"
     assert facts["calls"][0]["parameter_gradients"].keys() == {"weight", "bias"}
 

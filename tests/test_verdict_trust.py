@@ -65,7 +65,7 @@ def test_all_six_questions_are_answered(verdict):
 
 
 def test_facts_are_json_and_hold_no_map(verdict):
-    facts = json.loads(json.dumps(verdict.facts()))
+    facts = json.loads(json.dumps(verdict.to_dict()))
     assert facts["answers"]["class"]["value"] == verdict.answers["class"].value
     assert "values" not in facts
     assert verdict.values.shape == (3, 20, 24)
@@ -246,7 +246,7 @@ def test_a_batch_or_a_misfitting_map_is_refused(x):
 
 def test_a_verdict_is_drawn_from_its_facts_alone(verdict, tmp_path):
     photograph = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
-    facts = json.loads(json.dumps(verdict.facts()))
+    facts = json.loads(json.dumps(verdict.to_dict()))
     path = show.figure(photograph, verdict.values, facts, tmp_path / "v.png")
     with Image.open(path) as drawn:
         assert drawn.width > 1000

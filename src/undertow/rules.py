@@ -87,4 +87,6 @@ def resolve(rule: str | Rule) -> tuple[str, Rule]:
     if isinstance(rule, str) and rule in RULES:
         return rule, RULES[rule]
     known = ", ".join(RULES)
-    raise InputError(f"unknown rule {rule!r}{did_you_mean(str(rule), RULES)} (known: {known}, or a function (g, local) -> g)")
+    raise InputError(
+        f"unknown rule {rule!r}{did_you_mean(str(rule), RULES)} (known: {known}, or a function (g, local) -> g)"
+    )

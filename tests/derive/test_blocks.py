@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 import undertow as ut
 from undertow.derive import from_model
-from undertow.frameworks.torch.importing import import_torchvision
 
 
 class Residual(nn.Module):
@@ -181,7 +181,7 @@ def test_a_resnets_block_prints_as_a_product():
 
 
 def test_a_lost_edge_is_seen_by_the_check(net, monkeypatch):
-    from undertow.frameworks.torch import blocks as torch_blocks
+    from undertow.frameworks.torch.inspect import blocks as torch_blocks
 
     sent = torch_blocks.Grouped.sent
 

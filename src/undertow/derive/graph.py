@@ -66,7 +66,7 @@ class Graph(ABC):
         return deltas[node, substituted]
 
     def delta_factors(self, node: str, substituted: bool) -> Sequence[Any]:
-        """Return the factors of ∂E/∂node in SymPy; a product used once is opened, so that a chain is one flat product."""
+        """Return the factors of ∂E/∂node in SymPy; a product used once is opened: a chain is one flat product."""
         delta = self.delta(node, substituted)
         return delta.args if delta.is_Mul and self.fan_in[node] <= 1 else (delta,)
 

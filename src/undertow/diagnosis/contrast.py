@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runs.quantiles import weighted
 from ..runs import Run
+from ..runs.quantiles import weighted
 from .channels import agreements
 from .evidence import Evidence, Kind, OpChain, Step
 from .finding import NotRecorded, called, percent

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..runs.quantiles import weighted
 from ..measures import CODES, code_values, finite
 from ..runs import Run
+from ..runs.quantiles import weighted
 from .finding import NotRecorded, called
 
 Floats = npt.NDArray[np.float64]

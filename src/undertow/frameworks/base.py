@@ -111,7 +111,9 @@ class Tracer(Protocol):
 class Redirected(Protocol):
     """Modules whose gradients are changed from `__enter__` to `__exit__`."""
 
-    changed: Mapping[str, int]
+    @property
+    def changed(self) -> Mapping[str, int]:
+        """How many gradients each site's function was given."""
 
     def __enter__(self) -> Self: ...
 

@@ -41,9 +41,7 @@ class BatchGroup:
         self._points: list[dict[str, Any]] = []
         self._samples: list[Sequence[str | None]] = []
         self._sites: list[tuple[Any, ...]] = []
-        self._sizes: list[
-            tuple[int, int]
-        ] = []  # of an observation; its batch, or -1 without names
+        self._sizes: list[tuple[int, int]] = []  # of an observation; its batch, or -1 without names
         self._columns: list[dict[str, list[Any]]] = [{name: [] for name in measure.columns} for measure in measures]
         self._lists = [{name for name, kind in m.columns.items() if kind.startswith("list<")} for m in measures]
         self.nbytes = 0

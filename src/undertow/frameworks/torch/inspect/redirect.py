@@ -169,7 +169,9 @@ def _chosen(network: nn.Module, sites: Mapping[str, Change]) -> dict[nn.Module, 
         names = [key] if key in modules else [n for n in modules if n and fnmatch.fnmatchcase(n, str(key))]
         if not names:
             some = ", ".join(name for name, _ in network.named_children())
-            raise InputError(f"no module matches {key!r}{did_you_mean(str(key), modules) or f'; at the top there are {some}'}")
+            raise InputError(
+                f"no module matches {key!r}{did_you_mean(str(key), modules) or f'; at the top there are {some}'}"
+            )
         for module in dict.fromkeys(modules[name] for name in names):
             name = next(name for name in names if modules[name] is module)
             found.setdefault(module, (name, []))[1].append(change)

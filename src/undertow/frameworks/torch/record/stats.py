@@ -42,7 +42,10 @@ class TorchStats(Stats):
     @cached_property
     def zeros(self) -> Any:
         """As in `Stats`."""
-        return self.size - count_true(self.x != 0) if self._on_cpu else (self.x == 0).sum()
+        if not self._on_cpu:
+            return (self.x == 0).sum()
+        dense = in_order_of_memory(self.x if self.x.dtype != torch.bfloat16 else self.x.float()).numpy()
+        return np.asarray(dense.size - np.count_nonzero(dense != 0), np.int64)
 
     @cached_property
     def moments(self) -> Any:
@@ -110,7 +113,8 @@ class TorchStats(Stats):
     @cached_property
     def _wide_norms(self) -> Tensor:
         """Norms over space in the sums' precision, `(B, C)`."""
-        return torch.linalg.vector_norm(self._rows, dim=2, dtype=self._dtype)
+        norms: Tensor = torch.linalg.vector_norm(self._rows, dim=2, dtype=self._dtype)
+        return norms
 
     @property
     def _sum_of_squares(self) -> Tensor:
