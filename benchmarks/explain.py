@@ -28,7 +28,7 @@ import undertow as ut
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from references import reference
+from frameworks.torch.references import reference
 
 TARGET = 3
 

@@ -31,7 +31,7 @@ import tensorflow as tf
 import undertow as ut
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from keras_references import reference
+from frameworks.keras.references import reference
 
 TARGET = 3
 Method = Callable[[Any, Any], Callable[[], Any]]

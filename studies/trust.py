@@ -127,8 +127,8 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 def last_layer(model: nn.Sequential, x: torch.Tensor) -> list[dict[str, Any]]:
     """Draw the last layer anew, and measure how alike each image's map stays, as a mean over images."""
-    backend = base.load("torch")
-    twin = backend.redrawn(model, [str(len(model) - 1)], seed=0)
+    inspector = base.capability("torch", "inspect.layers")
+    twin = inspector.reinitialized(model, [str(len(model) - 1)], seed=0)
     classes, rows = model(x).argmax(1), []
     for rule in RULES:
         before, after = (ut.explain(m, x, rule=rule, target=classes).numpy() for m in (model, twin))
@@ -139,13 +139,13 @@ def last_layer(model: nn.Sequential, x: torch.Tensor) -> list[dict[str, Any]]:
 
 def over_depth(model: nn.Sequential, x: torch.Tensor) -> dict[str, list[float]]:
     """Send 6 random directions back; return each rule's mean cosine at each convolution, top down, and the image."""
-    backend = base.load("torch")
+    inspector = base.capability("torch", "inspect.layers")
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     drawn = np.random.default_rng(0).standard_normal((6, model(x[:1]).shape[1])).astype(np.float32)
     curves = {}
     for rule in RULES:
         request = base.Request(model, (x[:1],), ut.rules.RULES[rule], rule, None, "graph", "relu-like", False)
-        seen = backend.inside(request, convolutions, drawn)
+        seen = inspector.layer_gradients(request, convolutions, drawn)
         at = [seen.gradients[name][0] for name in reversed(convolutions)]
         curves[rule] = [convergence.mean_cosine(g) for g in [*at, seen.at_input[0]]]
     return curves

@@ -14,7 +14,7 @@ from PIL import Image
 
 from undertow import images
 from undertow.errors import FrameworkError, InputError, ModelError, PhotographError
-from undertow.frameworks.torch.zoo import importing
+from undertow.frameworks.torch.zoo import classifiers, importing
 from undertow.images import Preprocessing, demo_photographs, find, read
 
 PHOTOGRAPHS = demo_photographs()
@@ -240,7 +240,7 @@ SIZES = [(451, 300), (300, 451), (224, 224), (256, 256), (257, 255), (33, 90), (
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_array_equals_torchvision_to_the_last_bit(name: str, interpolation: str) -> None:
-    torchvision = vision.import_torchvision()
+    torchvision = importing.import_torchvision()
     mode = torchvision.transforms.InterpolationMode(interpolation)
     for resize, crop in [(256, 224), (232, 224), (342, 299), (224, 224), (64, 97)]:  # the last one pads
         theirs = torchvision.transforms._presets.ImageClassification(
@@ -254,7 +254,7 @@ def test_array_equals_torchvision_to_the_last_bit(name: str, interpolation: str)
 
 
 def test_every_pixel_value_is_normalised_as_torch_does() -> None:
-    transforms = vision.import_torchvision().transforms
+    transforms = importing.import_torchvision().transforms
     ramp = Image.fromarray(np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8))
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])(ramp).numpy()
@@ -264,12 +264,12 @@ def test_every_pixel_value_is_normalised_as_torch_does() -> None:
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 def test_array_equals_timm_to_the_last_bit(name: str, crop_mode: str) -> None:
-    timm = vision.import_timm()
+    timm = importing.import_timm()
     for size, crop_pct, interpolation in [(224, 0.95, "bicubic"), (224, 0.875, "bilinear"), (288, 1.0, "bicubic")]:
         config = {"crop_pct": crop_pct, "interpolation": interpolation, "crop_mode": crop_mode}
         config |= {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.7)}
         theirs = timm.data.create_transform(input_size=(3, size, size), **config)
-        ours = vision._timm_preprocessing("some", {"input_size": (3, size, size), **config})
+        ours = classifiers._timm_preprocessing("some", {"input_size": (3, size, size), **config})
         photograph = read(PHOTOGRAPHS[name])
         for image in [photograph, *(photograph.resize(size) for size in SIZES)]:
             assert np.array_equal(ours.array(image), theirs(image).numpy()), (size, crop_pct, image.size)
@@ -278,9 +278,9 @@ def test_array_equals_timm_to_the_last_bit(name: str, crop_mode: str) -> None:
 def test_crop_modes_that_are_not_supported_say_so() -> None:
     config = {"crop_pct": 1, "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1), "crop_mode": "border"}
     with pytest.raises(ModelError, match=r"timm:some crops its input .* by 'border'"):
-        vision._timm_preprocessing("some", {"input_size": (3, 8, 8), **config})
+        classifiers._timm_preprocessing("some", {"input_size": (3, 8, 8), **config})
     with pytest.raises(ModelError, match="'center'"):
-        vision._timm_preprocessing("some", {"input_size": (3, 8, 9), **config, "crop_mode": "center"})
+        classifiers._timm_preprocessing("some", {"input_size": (3, 8, 9), **config, "crop_mode": "center"})
 
 
 def test_view_is_what_array_normalises(chelsea: Image.Image) -> None:

@@ -124,7 +124,7 @@ def test_timm_models() -> None:
 
 
 def test_features_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    timm = vision.import_timm()
+    timm = importing.import_timm()
     build = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name: build(name, num_classes=0))
     assert "timm:resnet18 gives features, not classes" in message(lambda: load("timm:resnet18@none"))
@@ -187,7 +187,7 @@ def test_an_address_that_swallows_packets_is_given_up(monkeypatch: pytest.Monkey
 
 
 def test_weights_in_torchs_cache_need_no_network(offline: Path) -> None:
-    entry = vision.import_torchvision().models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    entry = importing.import_torchvision().models.SqueezeNet1_1_Weights.IMAGENET1K_V1
     cached = offline / "checkpoints" / entry.url.rpartition("/")[2]
     cached.parent.mkdir()
     assert row("torchvision:squeezenet1_1").offline is False
@@ -291,7 +291,7 @@ def test_the_hash_is_the_documented_one() -> None:
     expected += b"running_var\0float32\x002\0" + np.ones(2, "<f4").tobytes()
     expected += b"weight\0float32\x002\0" + np.ones(2, "<f4").tobytes()
     assert weights.weights_sha256(module) == hashlib.sha256(expected).hexdigest()
-    assert weights.weights_sha256(module) != vision.weights_sha256(module.half())
+    assert weights.weights_sha256(module) != weights.weights_sha256(module.half())
 
 
 class Evil:
@@ -347,7 +347,7 @@ def test_weights_files_for_the_demo_and_timm(demo: Classifier, tmp_path: Path) -
 
 
 def test_published_files_of_peculiar_networks_fit(tmp_path: Path) -> None:
-    made = vision.import_torchvision().models.get_model("densenet121")
+    made = importing.import_torchvision().models.get_model("densenet121")
     published = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): value for key, value in made.state_dict().items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in published
     torch.save(published, tmp_path / "densenet121-a639ec97.pth")
@@ -516,8 +516,8 @@ def fake(tmp_path: Path) -> Callable[[str, str], str]:
         code = (
             f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
             "import torch; torch.__version__ = '2.13.0+cpu'\n"
-            "import undertow\nfrom undertow.frameworks.torch import vision\n"
-            "try: print(vision.import_torchvision().word)\n"
+            "import undertow\nfrom undertow.frameworks.torch.zoo import importing\n"
+            "try: print(importing.import_torchvision().word)\n"
             "except undertow.FrameworkError as error: print(error)"
         )
         return subprocess.run(
@@ -552,8 +552,8 @@ def test_the_missing_operators_are_declared_before_the_import(fake: Callable[[st
 
 def test_torchvision_imports_in_threads_and_once() -> None:
     code = (
-        "import threading, sys\nfrom undertow.frameworks.torch.zoo import importing, vision\nfound = []\n"
-        "threads = [threading.Thread(target=lambda: found.append(vision.import_torchvision())) for _ in range(8)]\n"
+        "import threading, sys\nfrom undertow.frameworks.torch.zoo import importing\nfound = []\n"
+        "threads = [threading.Thread(target=lambda: found.append(importing.import_torchvision())) for _ in range(8)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
         "assert len(found) == 8 and set(map(id, found)) == {id(sys.modules['torchvision'])}\n"
         "assert found[0].models.resnet18 and len(importing._declared) <= 1"

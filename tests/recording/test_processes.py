@@ -18,7 +18,7 @@ import os
 import sys
 import torch
 from torch import distributed, nn
-from test_record_processes import BATCHES, SIZES, data, network, objective
+from test_processes import BATCHES, SIZES, data, network, objective
 import undertow as ut
 
 distributed.init_process_group("gloo")

@@ -11,14 +11,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
-from networks import AWKWARD, SMOOTH, Network
+from frameworks.torch.networks import AWKWARD, SMOOTH, Network
 from undertow.frameworks.torch.inspect import formulas
 from undertow.recording.trace import trace
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel"
 )  # torch's remark on its own copy
-VECTORS = json.loads((Path(__file__).parent / "vectors" / "known_answers.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "known_answers.json").read_text())
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from keras import layers
 import undertow as ut
 from undertow.frameworks.keras.explain import tracing
 
-KNOWN = json.loads(Path(__file__).with_name("vectors").joinpath("known_answers.json").read_text())
+KNOWN = json.loads(Path(__file__).parents[2].joinpath("vectors", "known_answers.json").read_text())
 
 
 def small(seed: int = 0) -> keras.Sequential:

@@ -148,7 +148,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     measures = [*MEASURES, "keep:sample"]
     work(tmp_path / "whole", range(40), measures=measures)
     folder, draw, kills = tmp_path / "run", random.Random(0), 0
-    call = f"test_run.work({str(folder)!r}, range(40), pause=0.004, measures={measures!r})"
+    call = f"test_reader.work({str(folder)!r}, range(40), pause=0.004, measures={measures!r})"
     with ForkServer(call) as server:
         while kills < 20:
             if (folder / "manifest.json").exists() and Run(folder).finished:
@@ -202,7 +202,7 @@ class ForkServer:
 SERVER = """
 import os, sys
 sys.path.insert(0, {tests!r})
-import test_run, torch
+import test_reader, torch
 torch.set_num_threads(1)
 for line in sys.stdin:
     if line == "start\\n":

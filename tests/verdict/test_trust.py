@@ -115,15 +115,15 @@ def test_layers_are_in_the_order_in_which_they_run(x):
         def forward(self, x):
             return self.head(self.stem(x).mean((2, 3)))
 
-    backend = base.load("torch")
-    assert backend.layers(Backwards().eval(), x) == ["stem", "head"]
-    assert backend.layers(net(), x) == ["stem", "norm", "mid", "head"]
-    assert backend.layers(lambda v: v, x) == []
+    inspector = base.capability("torch", "inspect.layers")
+    assert inspector.layers(Backwards().eval(), x) == ["stem", "head"]
+    assert inspector.layers(net(), x) == ["stem", "norm", "mid", "head"]
+    assert inspector.layers(lambda v: v, x) == []
 
 
 def test_redrawn_layers_are_new_and_the_rest_is_the_same_weights(x):
-    backend, model = base.load("torch"), net()
-    twin = backend.redrawn(model, ["norm", "head"], seed=3)
+    inspector, model = base.capability("torch", "inspect.layers"), net()
+    twin = inspector.reinitialized(model, ["norm", "head"], seed=3)
     assert twin.stem.weight is model.stem.weight
     assert not torch.equal(twin.head.weight, model.head.weight)
     assert twin.head.weight.std().item() == pytest.approx(
@@ -131,9 +131,9 @@ def test_redrawn_layers_are_new_and_the_rest_is_the_same_weights(x):
     )  # uniform within 1/sqrt(fan in)
     assert not twin.norm.running_mean.any()
     assert model.norm.running_mean.abs().max() > 0.3
-    alone = backend.redrawn(model, ["head"], seed=3)
+    alone = inspector.reinitialized(model, ["head"], seed=3)
     assert torch.equal(alone.head.weight, twin.head.weight)  # each from a seed of its own
-    assert not torch.equal(backend.redrawn(model, ["head"], seed=4).head.weight, twin.head.weight)
+    assert not torch.equal(inspector.reinitialized(model, ["head"], seed=4).head.weight, twin.head.weight)
 
 
 def test_weights_that_no_module_knows_how_to_draw_are_shuffled():
@@ -146,21 +146,21 @@ def test_weights_that_no_module_knows_how_to_draw_are_shuffled():
             raise AssertionError("it would reach the shared convolution")
 
     model = Scaled().eval()
-    twin = base.load("torch").redrawn(model, [""], seed=0)
+    twin = base.capability("torch", "inspect.layers").reinitialized(model, [""], seed=0)
     assert sorted(twin.scale.tolist()) == list(range(8))
     assert twin.scale.tolist() != list(range(8))
     assert twin.conv.weight is model.conv.weight
     attention = nn.MultiheadAttention(8, 2).eval()
-    drawn = base.load("torch").redrawn(attention, [""], seed=0)
+    drawn = base.capability("torch", "inspect.layers").reinitialized(attention, [""], seed=0)
     assert not torch.equal(drawn.in_proj_weight, attention.in_proj_weight)
     assert drawn.out_proj.weight is not attention.out_proj.weight
 
 
 def test_inside_gives_gradients_of_directions(x):
-    backend, model = base.load("torch"), net()
+    inspector, model = base.capability("torch", "inspect.layers"), net()
     directions = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
     request = base.Request(model, (x,), ut.rules.gradient, "gradient", None, "graph", "relu-like", False)
-    seen = backend.inside(request, ["norm"], directions)
+    seen = inspector.layer_gradients(request, ["norm"], directions)
     for k in range(2):
         leaf = model.norm(model.stem(x)).detach().requires_grad_()
         h = model.mid(model.mid(F.relu(leaf)).relu()).relu()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import undertow as ut
-from networks import AWKWARD, SMOOTH, Network
-from references import reference
+from frameworks.torch.networks import AWKWARD, SMOOTH, Network
+from frameworks.torch.references import reference
 
 RULES = ("gradient", "deconvnet", "guided")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 import trust
 

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import undertow as ut
-from keras_networks import AWKWARD, SMOOTH, Network
-from keras_references import reference
+from frameworks.keras.networks import AWKWARD, SMOOTH, Network
+from frameworks.keras.references import reference
 
 
 def own_mixture(g, local):

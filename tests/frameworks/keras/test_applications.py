@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import undertow as ut
-from keras_references import reference
+from frameworks.keras.references import reference
 
 NETWORKS = {"DenseNet201": 201, "ResNet50": 49, "VGG16": 15, "MobileNetV2": 35}  # with their ReLU calls
 

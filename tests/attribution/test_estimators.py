@@ -45,7 +45,7 @@ def x():
 
 def answer(model, x, rule="gradient", estimator="smoothgrad:3", seed=0, **more):
     request = base.Request(model, (x,), ut.rules.RULES[rule], rule, None, "graph", "relu-like", False)
-    return estimators.estimate(base.load("torch"), request, estimators.resolve(estimator), seed, **more)
+    return estimators.estimate("torch", request, estimators.resolve(estimator), seed, **more)
 
 
 @pytest.mark.parametrize("rule", RULES)

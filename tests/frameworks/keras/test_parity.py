@@ -2,7 +2,7 @@
 
 import pytest
 
-from keras_parity import NETWORKS, difference
+from frameworks.keras.parity import NETWORKS, difference
 
 
 @pytest.mark.parametrize("rule", ["gradient", "deconvnet", "guided"])

@@ -8,7 +8,7 @@ import torch
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 import undertow as ut
-from references import reference
+from frameworks.torch.references import reference
 
 # name: (activation calls, side of the input, whether modules show all of them)
 NETWORKS = {

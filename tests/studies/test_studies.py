@@ -14,11 +14,11 @@ from torch import nn
 
 import undertow as ut
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 import vgg_batchnorm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def study(script: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
