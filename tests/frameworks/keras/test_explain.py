@@ -477,12 +477,19 @@ def test_estimators_average_what_keras_answers(net, x):
     np.testing.assert_allclose(smooth.numpy(), total / 3, rtol=1e-5, atol=1e-6)
 
 
-def test_what_looks_inside_is_refused_in_one_line(net, x):
+def test_looking_into_layers_is_refused_in_one_line(net, x):
     image = np.zeros((1, 8, 8, 3), np.float32)
-    for ask in (
-        lambda: ut.explain(net, x, estimator="grad-cam:dense"),
-        lambda: ut.trust(net, image),
-        lambda: ut.derive.from_model(net, x),
-    ):
-        with pytest.raises(ut.ModelError, match="PyTorch networks alone"):
-            ask()
+    refused = {
+        "a look at layers, which verdicts and Grad-CAM need,": (
+            lambda: ut.explain(net, x, estimator="grad-cam:dense"),
+            lambda: ut.trust(net, image),
+            lambda: ut.trust(net, tf.constant(image)),
+            lambda: ut.trust.of_map(net, image, image),
+            lambda: ut.trust.cost(net, image),
+        ),
+        "derive.from_model": (lambda: ut.derive.from_model(net, x),),
+    }
+    for capability, calls in refused.items():
+        for call in calls:
+            with pytest.raises(ut.ModelError, match=f"^{capability} is not there for Keras yet$"):
+                call()
