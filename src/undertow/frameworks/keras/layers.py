@@ -10,6 +10,7 @@ import numpy as np
 from ...errors import ModelError
 from ..base import NamedModule
 from .calls import refuse_other_backends
+from .internals import children
 
 _POOLS = tuple(
     getattr(keras.layers, f"{kind}Pooling{n}D")
@@ -51,9 +52,8 @@ def named_modules(model: Any) -> list[NamedModule]:
 
 
 def _within(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
-    inner = layer.layers if isinstance(layer, keras.Model) else layer._layers
     taken: dict[str, int] = {}
-    for child in inner:
+    for child in children(layer):
         if isinstance(child, keras.layers.InputLayer):
             continue
         count = taken.get(child.name, 0)

@@ -17,6 +17,7 @@ from ...errors import ModelError, did_you_mean
 from ...images import Preprocessing, one_line, printable
 from ..downloading import downloaded
 from .calls import refuse_other_backends
+from .internals import all_layers
 from .layers import weights_sha256
 
 _HUB = "https://storage.googleapis.com/tensorflow/keras-applications/"
@@ -190,7 +191,7 @@ def _guessed(reference: str, module: Any, given: Any) -> Preprocessing:
         )
     if given is not None:
         return Preprocessing(**dict(given))
-    inside = any(isinstance(layer, keras.layers.Rescaling) for layer in module._flatten_layers())
+    inside = any(isinstance(layer, keras.layers.Rescaling) for layer in all_layers(module))
     one = (1 / 255,) * 3 if inside else (1.0,) * 3
     return _squares(module, mean=(0.0,) * 3, std=one)
 

@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import ops as framework_ops
-from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
 from ....errors import RuleError
 from ....rules import Rule, relu
 from ...base import Request
 from ...results import RewiringStats
+from ..internals import (
+    called_graph,
+    forget_colocation,
+    gradient_function,
+    recomputes,
+    set_gradient_function,
+)
 from .patterns import SMOOTH, Activation, OpKind, activations
 
 relu.register(tf.Tensor, tf.nn.relu)
@@ -76,7 +81,7 @@ class Rewiring:
             RuleError: an activation was missed, or there was nothing to rewire.
         """
         for op in self._given:
-            op._gradient_function = None
+            set_gradient_function(op, None)
         if self.missed:
             listed = ", ".join(self.missed[:5]) + (", ..." if len(self.missed) > 5 else "")
             raise RuleError(
@@ -87,11 +92,11 @@ class Rewiring:
             raise RuleError(self._nothing_rewired())
 
     def _meet(self, activation: Activation) -> None:
-        root, own = activation.root, {op: _own_gradient(op) for op in activation.ops}
+        root, own = activation.root, {op: gradient_function(op) for op in activation.ops}
         if self._mark is not None and self._mark in root.name:
             if activation.kind is OpKind.OPAQUE:
                 self._give(root, self._noted(own[root], self._count_rewired))
-        elif activation.kind is OpKind.OPAQUE and _recomputes(root):
+        elif activation.kind is OpKind.OPAQUE and recomputes(root):
             self._give(root, self._refuse(root.name, HIDDEN["recompute_grad"]))
         elif activation.kind not in WANTED[self.request.activations]:
             self._give(root, self._noted(own[root], lambda: self._count_left_alone(activation)))
@@ -101,7 +106,7 @@ class Rewiring:
             self._rewire(activation, own)
 
     def _give(self, op: Any, gradient: Any) -> None:
-        op._gradient_function = gradient
+        set_gradient_function(op, gradient)
         self._given.append(op)
 
     def _rewire(self, activation: Activation, own: dict[Any, Any]) -> None:
@@ -228,20 +233,17 @@ def _checked(rule: Rule, did: str, new: Any, g: Any) -> Any:
     raise RuleError(f"rule {name!r} {did} {what} where the gradient is {tuple(g.shape)} {g.dtype.name}")
 
 
-def _own_gradient(op: Any) -> Any:
-    """Return the gradient function that TensorFlow has for an operation."""
-    return framework_ops.get_gradient_function(op)
-
-
 def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Lay a called function's body out in the graph at hand; return its inputs, its outputs and its operations."""
-    body = _body(call)
+    body = called_graph(call)
+    if body is None:
+        name = call.get_attr("f").name
+        raise RuleError(f"cannot see into the call {call.name!r}: its function {name!r} is not at hand; call its body")
     entries = [tf.identity(x) if x.dtype.is_floating else x for x in call.inputs]
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
     definition = body.as_graph_def()
-    for node in definition.node:
-        node.attr.pop("_class", None)  # colocated with operations of the graph that the body was called from
+    forget_colocation(definition)
     outputs = tf.graph_util.import_graph_def(
         definition,
         input_map={inside.name: entry for inside, entry in zip(body.inputs, entries, strict=True)},
@@ -249,20 +251,3 @@ def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
         name="opened",
     )
     return entries, list(outputs), graph.get_operations()[before:]
-
-
-def _body(call: Any) -> Any:
-    """Return the graph of the function that an operation calls, from the graph it is in or one around that."""
-    name, graph = call.get_attr("f").name, call.graph
-    while graph is not None:
-        function = graph._get_function(name)
-        if function is not None:
-            return function.graph if hasattr(function, "graph") else function_def_to_graph(function.definition)
-        graph = getattr(graph, "outer_graph", None)
-    raise RuleError(f"cannot see into the call {call.name!r}: its function {name!r} is not at hand; call its body")
-
-
-def _recomputes(op: Any) -> bool:
-    """Whether an operation's custom gradient is that of `tf.recompute_grad`: whose code made what it hands on."""
-    frames = op.inputs[0].op.traceback or ()
-    return any(frame.name == "inner" and frame.filename.endswith("custom_gradient.py") for frame in frames)

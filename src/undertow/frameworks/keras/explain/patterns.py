@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from ..internals import has_custom_gradient
+
 
 class OpKind(enum.Enum):
     """What an operation did in the forward pass, as far as a rule is concerned."""
@@ -127,7 +129,7 @@ def _activation(op: Any, dependent: set[Any]) -> Activation | None:
         for x, matched in _matches(op.outputs[0], pattern, None, dependent):
             if x is not None and _is_closed(matched, x):
                 return Activation(name, kind, x, matched)
-    if op.type == "IdentityN" and "_gradient_op_type" in op.node_def.attr:
+    if has_custom_gradient(op):
         return Activation("CustomGradient", OpKind.OPAQUE, op.inputs[0], (op,))
     return None
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from ....errors import RuleError
 from ....rules import Rule
 from ...base import Request
+from ..internals import all_layers
 from .gradients import apply_rule
 
 MARK = "undertow_ruled"  # in the names of the operations that a swapped activation makes
@@ -34,7 +35,7 @@ def swapped(request: Request) -> Any:
     layers = _RELU_LIKE + (_SMOOTH if both else ())
     names = _RELU_FUNCTIONS + (_SMOOTH_FUNCTIONS if both else ())
     functions = {getattr(keras.activations, name) for name in names}
-    for layer in clone._flatten_layers():
+    for layer in all_layers(clone):
         if isinstance(layer, layers):
             _set(layer, "call", ruled_activation(layer.call, request.rule))
         elif vars(layer).get("activation") in functions:  # recurrent layers hand on that of their cell

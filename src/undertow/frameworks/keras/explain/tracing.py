@@ -22,6 +22,7 @@ from ....rules import gradient
 from ...base import Request
 from ...results import RewiringStats
 from ..calls import chosen, output_of, refuse_other_shapes
+from ..internals import all_layers
 from .gradients import Rewiring
 from .swap import MARK, swapped
 
@@ -97,7 +98,7 @@ def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
 def _attributes(model: Any) -> tuple[Hashable, ...]:
     """Return the layers and their plain attributes, functions among them: `layer.activation = ...` is another graph."""
     found: list[Hashable] = []
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         found.append(weakref.ref(layer))
         for name, value in vars(layer).items():
             kind = type(value)

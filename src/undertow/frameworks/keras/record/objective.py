@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from ..calls import output_of
+from ..internals import all_layers, set_trainable
 
 
 @contextmanager
@@ -31,13 +32,13 @@ def objective(model: Any, name: str) -> Iterator[Callable[[Any, Sequence[int] | 
                 value = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(list(labels), scores))
         tape.gradient(value, x)
 
-    flags = [(layer, layer.trainable) for layer in model._flatten_layers()]
+    flags = [(layer, layer.trainable) for layer in all_layers(model)]
     of_variables = [(variable, variable.trainable) for variable in model.variables]
     model.trainable = False
     try:
         yield run
     finally:
         for layer, was in flags:
-            layer._trainable = was  # the property would set it for all layers within
+            set_trainable(layer, was)
         for variable, was in of_variables:
             variable.trainable = was

@@ -19,6 +19,7 @@ from ....errors import InputError
 from ....measures import Measure, reduce_all
 from ...results import Observation, TensorKey
 from ..calls import output_of
+from ..internals import copy_logits
 from ..layers import named_modules
 
 After = Callable[[str, Any, Any], Any]
@@ -173,8 +174,7 @@ class LayerProbe:
             return tensor
         self.unscaled |= tensor.dtype == tf.float16 and self.scaler is None
         passed = _passed_on(tensor, partial(self._arrived, TensorKey(name, call, position, "backward"), layer))
-        if hasattr(tensor, "_keras_logits"):  # Keras's losses go on from these, past the softmax
-            passed._keras_logits = tensor._keras_logits
+        copy_logits(tensor, passed)
         return passed
 
     def _arrived(self, key: TensorKey, layer: Any, gradient: Any) -> None:

@@ -1,0 +1,70 @@
+"""Every private name of Keras and TensorFlow that undertow uses, once, with its reason.
+
+`tests/frameworks/keras/test_internals.py` asks the installed packages for each of them, so that an upgrade which takes
+one away fails there.
+"""
+
+from typing import Any
+
+import keras
+from tensorflow.python.framework import ops
+from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
+
+
+def all_layers(model: Any) -> list[Any]:
+    """Return a model or layer and every layer within it, once each; in public a model lists its children alone."""
+    return list(model._flatten_layers())
+
+
+def children(layer: Any) -> list[Any]:
+    """Return the layers directly within one; of those that are no model, Keras has no public list."""
+    return list(layer.layers if isinstance(layer, keras.Model) else layer._layers)
+
+
+def set_trainable(layer: Any, trainable: bool) -> None:
+    """Set a layer's own flag; the public property sets it for all layers and variables within as well."""
+    layer._trainable = trainable
+
+
+def copy_logits(source: Any, target: Any) -> None:
+    """Let a tensor stand for another before Keras's losses, which go on from the logits that a softmax's output has."""
+    if hasattr(source, "_keras_logits"):
+        target._keras_logits = source._keras_logits
+
+
+def gradient_function(op: Any) -> Any:
+    """Return the gradient function that TensorFlow has for an operation."""
+    return ops.get_gradient_function(op)
+
+
+def set_gradient_function(op: Any, gradient: Any) -> None:
+    """Give one operation a gradient function of its own, or with None take it off; in public only a type has one."""
+    op._gradient_function = gradient
+
+
+def has_custom_gradient(op: Any) -> bool:
+    """Whether an operation is the mark that a `tf.custom_gradient` leaves in a graph."""
+    return op.type == "IdentityN" and "_gradient_op_type" in op.node_def.attr
+
+
+def recomputes(op: Any) -> bool:
+    """Whether a custom gradient is that of `tf.recompute_grad`: the stack tells whose code made what it hands on."""
+    frames = op.inputs[0].op.traceback or ()
+    return any(frame.name == "inner" and frame.filename.endswith("custom_gradient.py") for frame in frames)
+
+
+def called_graph(call: Any) -> Any:
+    """Return the graph of the function that an operation calls; None where its graph and those around it lack it."""
+    name, graph = call.get_attr("f").name, call.graph
+    while graph is not None:
+        function = graph._get_function(name)
+        if function is not None:
+            return function.graph if hasattr(function, "graph") else function_def_to_graph(function.definition)
+        graph = getattr(graph, "outer_graph", None)
+    return None
+
+
+def forget_colocation(definition: Any) -> None:
+    """Take from a graph's definition what ties nodes to operations of the graph that it was called from."""
+    for node in definition.node:
+        node.attr.pop("_class", None)
