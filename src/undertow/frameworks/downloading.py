@@ -38,7 +38,7 @@ def _unreachable(url: str, seconds: float = 10) -> str:
             reason = getattr(error, "reason", error)
             outcome[0] = "" if isinstance(reason, ssl.SSLError) else one_line(reason)
 
-    asking = threading.Thread(target=ask, daemon=True)  # an address that swallows packets outlasts any timeout
-    asking.start()
-    asking.join(seconds)
+    thread = threading.Thread(target=ask, daemon=True)  # an address that swallows packets outlasts any timeout
+    thread.start()
+    thread.join(seconds)
     return outcome[0]

@@ -42,8 +42,8 @@ def x():
 @pytest.fixture
 def traces(monkeypatch):
     """How often a graph was traced."""
-    made, trace = [], tracing._trace
-    monkeypatch.setattr(tracing, "_trace", lambda *args: made.append(1) or trace(*args))
+    made, trace = [], tracing.trace
+    monkeypatch.setattr(tracing, "trace", lambda *args: made.append(1) or trace(*args))
     return made
 
 
@@ -368,27 +368,27 @@ def test_a_thousand_calls_keep_nothing(x):
     for _ in range(3):
         ut.explain(net, x)
     gc.collect()
-    before, kept = len(gc.get_objects()), len(tracing._kept)
+    before, kept = len(gc.get_objects()), len(tracing.cache)
     for _ in range(1000):
         ut.explain(net, x)
     gc.collect()
     assert len(gc.get_objects()) - before < 100
-    assert len(tracing._kept) == kept
+    assert len(tracing.cache) == kept
 
 
 def test_few_graphs_are_kept_and_none_keeps_its_model(net, monkeypatch):
-    monkeypatch.setattr(tracing, "_MOST", 5)
-    for batch in range(1, tracing._MOST + 4):
+    monkeypatch.setattr(tracing, "MAX_GRAPHS", 5)
+    for batch in range(1, tracing.MAX_GRAPHS + 4):
         ut.explain(net, np.ones((batch, 4), np.float32), rule="gradient")
-    assert len(tracing._kept) == tracing._MOST
+    assert len(tracing.cache) == tracing.MAX_GRAPHS
     mine = small()
     ut.explain(mine, np.ones((1, 4), np.float32))
     gone = weakref.ref(mine)
-    kept = len(tracing._kept)
+    kept = len(tracing.cache)
     del mine
     gc.collect()
     assert gone() is None
-    assert len(tracing._kept) == kept - 1
+    assert len(tracing.cache) == kept - 1
 
 
 # untouched
@@ -446,7 +446,7 @@ def test_threads_do_not_meet(x):
 
     def work(place):
         for _ in range(3):
-            tracing._kept.clear()
+            tracing.cache.clear()
             rule = ("guided", "deconvnet")[place % 2]
             found[place] = ut.explain(nets[place // 2], x, target=1, rule=rule).values
 

@@ -58,13 +58,13 @@ def test_applications_are_whole_and_the_same_every_time(named):
 
 @pytest.mark.parametrize("name", ["VGG16", "MobileNetV2", "DenseNet121", "EfficientNetB0"])  # one of each convention
 def test_preprocessing_is_the_networks_own(name):
-    from undertow.frameworks.keras.zoo import _preprocessing
+    from undertow.frameworks.keras.zoo import own_preprocessing
 
     class Shaped:
         input_shape = (None, 224, 224, 3)
 
     build = getattr(keras.applications, name)
-    ours = _preprocessing(build, Shaped)
+    ours = own_preprocessing(build, Shaped)
     photograph = read(demo_photographs()["chelsea"])
     pixels = ours.view(photograph)
     theirs = sys.modules[build.__module__].preprocess_input(pixels.astype(np.float32)[None])[0]

@@ -40,14 +40,14 @@ def device(name: str) -> str:
     Raises:
         InputError: there is no such device here.
     """
-    there = {entry.name.removeprefix("/physical_device:").lower() for entry in tf.config.list_physical_devices()}
+    available = {entry.name.removeprefix("/physical_device:").lower() for entry in tf.config.list_physical_devices()}
     if name == "auto":
-        return "gpu:0" if "gpu:0" in there else "cpu:0"
+        return "gpu:0" if "gpu:0" in available else "cpu:0"
     kind, _, number = name.lower().replace("cuda", "gpu").partition(":")
-    full = f"{kind}:{number or 0}"
-    if full not in there:
+    full_name = f"{kind}:{number or 0}"
+    if full_name not in available:
         raise InputError(f"device {name!r} cannot be used here; use --device auto or cpu")
-    return full
+    return full_name
 
 
 def move(model: Any, device: str) -> None:

@@ -34,28 +34,28 @@ def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     Raises:
         InputError: one is no array, is complex or not batched alike, or none is of floating point.
     """
-    found = tuple(_tensor(place, x) for place, x in enumerate(inputs))
-    for place, x in enumerate(found):
-        if x.shape.rank == 0 or x.shape[0] != found[0].shape[0]:
-            raise InputError(f"input {place} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
+    converted = tuple(_tensor(index, x) for index, x in enumerate(inputs))
+    for index, x in enumerate(converted):
+        if x.shape.rank == 0 or x.shape[0] != converted[0].shape[0]:
+            raise InputError(f"input {index} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
         if x.dtype.is_complex:
-            raise InputError(f"input {place} is complex ({x.dtype.name}); pass its parts, tf.math.real(x) and imag(x)")
-    if not any(x.dtype.is_floating for x in found):
-        kind = found[0].dtype.name
+            raise InputError(f"input {index} is complex ({x.dtype.name}); pass its parts, tf.math.real(x) and imag(x)")
+    if not any(x.dtype.is_floating for x in converted):
+        kind = converted[0].dtype.name
         raise InputError(f"x is {kind}; a map needs floating point, as in tf.cast(x, 'float32') or embeddings")
-    return found
+    return converted
 
 
-def _tensor(place: int, x: Any) -> Any:
+def _tensor(index: int, x: Any) -> Any:
     if isinstance(x, np.ndarray | tf.Variable) or (isinstance(x, tf.Tensor) and tf.is_tensor(x)):
         try:
-            given = tf.convert_to_tensor(x)
+            tensor = tf.convert_to_tensor(x)
         except (ValueError, TypeError) as error:
-            raise InputError(f"input {place} is an array of {x.dtype}, which TensorFlow lacks; pass float32") from error
-        if hasattr(given, "numpy"):
-            return given
-        raise InputError(f"input {place} is a symbolic tensor; pass numbers, outside tf.function")
-    raise InputError(f"input {place} is a {type(x).__name__}, not a TensorFlow tensor or NumPy array")
+            raise InputError(f"input {index} is an array of {x.dtype}, which TensorFlow lacks; pass float32") from error
+        if hasattr(tensor, "numpy"):
+            return tensor
+        raise InputError(f"input {index} is a symbolic tensor; pass numbers, outside tf.function")
+    raise InputError(f"input {index} is a {type(x).__name__}, not a TensorFlow tensor or NumPy array")
 
 
 def output_of(model: Callable[..., Any], inputs: Sequence[Any], training: bool = False) -> Any:
@@ -74,8 +74,10 @@ def output_of(model: Callable[..., Any], inputs: Sequence[Any], training: bool =
     if isinstance(scores, tuple | list) and scores:
         scores = scores[0]
     if not isinstance(scores, tf.Tensor) or not scores.dtype.is_floating:
-        what = f"{scores.dtype.name} scores" if isinstance(scores, tf.Tensor) else f"a {type(out).__name__}"
-        raise ModelError(f"the model returned {what}; it must be a float tensor, a tuple of them, or have logits")
+        description = f"{scores.dtype.name} scores" if isinstance(scores, tf.Tensor) else f"a {type(out).__name__}"
+        raise ModelError(
+            f"the model returned {description}; it must be a float tensor, a tuple of them, or have logits"
+        )
     return scores
 
 
@@ -87,7 +89,7 @@ def _run(model: Callable[..., Any], inputs: Sequence[Any], training: bool) -> An
     return model(*inputs, training=training)
 
 
-def chosen(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
+def scores_to_explain(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
     """Return the scores to explain, `(B, K)`, the class ids, `(B, K)` or None, and for each column what to
     differentiate: a tensor and the gradient to begin with.
 
@@ -100,7 +102,7 @@ def chosen(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
     """
     batch = output.shape[0]
     if callable(target):
-        scores = _scored(target(output), batch)
+        scores = _checked_scores(target(output), batch)
         return scores[:, None], None, [(scores, tf.ones_like(scores))]
     if ids is None:
         k = 1 if target is None else top(target, output.shape[1])
@@ -111,7 +113,7 @@ def chosen(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
     return scores, ids, columns
 
 
-def refuse_other_shapes(output: Any, batch: int) -> None:
+def refuse_non_class_scores(output: Any, batch: int) -> None:
     """Refuse scores that are not one row of classes for each sample.
 
     Raises:
@@ -125,14 +127,16 @@ def refuse_other_shapes(output: Any, batch: int) -> None:
         )
 
 
-def _scored(scores: Any, batch: int) -> Any:
+def _checked_scores(scores: Any, batch: int) -> Any:
     if isinstance(scores, tf.Tensor) and tuple(scores.shape) == (batch,):
         return scores
-    what = f"shape {tuple(scores.shape)}" if isinstance(scores, tf.Tensor) else f"a {type(scores).__name__}"
-    raise TargetError(f"the target function returned {what}; it must return one score for each sample, ({batch},)")
+    description = f"shape {tuple(scores.shape)}" if isinstance(scores, tf.Tensor) else f"a {type(scores).__name__}"
+    raise TargetError(
+        f"the target function returned {description}; it must return one score for each sample, ({batch},)"
+    )
 
 
-def refuse_unfinite(scores: Any) -> None:
+def refuse_non_finite(scores: Any) -> None:
     """Refuse scores `(B, K)` that are no numbers.
 
     Raises:
@@ -140,17 +144,17 @@ def refuse_unfinite(scores: Any) -> None:
     """
     values = scores.numpy().astype(np.float64)
     if not np.isfinite(values).all():
-        sample, place = np.argwhere(~np.isfinite(values))[0]
-        value = values[sample, place]
+        sample, index = np.argwhere(~np.isfinite(values))[0]
+        value = values[sample, index]
         raise ModelError(f"the score of sample {sample} is {value}; check its pixels and the model's weights for NaN")
 
 
 @contextmanager
 def restored(variables: Sequence[Any]) -> Iterator[None]:
     """Put back the values of variables that a call may write: batch statistics, states of random generators."""
-    kept = [(variable, tf.identity(variable)) for variable in variables]
+    values = [(variable, tf.identity(variable)) for variable in variables]
     try:
         yield
     finally:
-        for variable, value in kept:
+        for variable, value in values:
             variable.assign(value)

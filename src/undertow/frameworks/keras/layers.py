@@ -45,22 +45,22 @@ def named_modules(model: Any) -> list[NamedModule]:
     if not isinstance(model, keras.Layer):
         raise ModelError(f"model is a {type(model).__name__}, not a keras.Model or keras.Layer")
     names: dict[int, tuple[Any, list[str]]] = {}
-    for name, layer in _within(model, ""):
+    for name, layer in _layers_within(model, ""):
         names.setdefault(id(layer), (layer, []))[1].append(name)
     named = [NamedModule(tuple(own), _kind(layer), _types(layer), layer) for layer, own in names.values()]
     return named or [NamedModule(("",), _kind(model), _types(model), model)]
 
 
-def _within(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
-    taken: dict[str, int] = {}
+def _layers_within(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
+    name_counts: dict[str, int] = {}
     for child in children(layer):
         if isinstance(child, keras.layers.InputLayer):
             continue
-        count = taken.get(child.name, 0)
-        taken[child.name] = count + 1
+        count = name_counts.get(child.name, 0)
+        name_counts[child.name] = count + 1
         name = path + child.name + (f"_again{count}" if count else "")  # of siblings with one name
         yield name, child
-        yield from _within(child, f"{name}.")
+        yield from _layers_within(child, f"{name}.")
 
 
 def _kind(layer: Any) -> str:

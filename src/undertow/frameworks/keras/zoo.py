@@ -30,13 +30,13 @@ def names() -> list[str]:
 
 def rows(source: str, word: str | None) -> list[Reference]:
     """The rows of `undertow.models.listing`."""
-    found = []
+    references = []
     for name in names():
-        there = _is_cached(name)
-        why = "downloaded already" if there else "needs a download"
-        found.append(Reference(f"{source}:{name}", source, "ImageNet", there, why))
-        found.append(Reference(f"{source}:{name}@none", source, RANDOM, True, "nothing to download"))
-    return [row for row in found if not word or word.lower() in row.reference.lower()]
+        cached = _is_cached(name)
+        why = "downloaded already" if cached else "needs a download"
+        references.append(Reference(f"{source}:{name}", source, "ImageNet", cached, why))
+        references.append(Reference(f"{source}:{name}@none", source, RANDOM, True, "nothing to download"))
+    return [row for row in references if not word or word.lower() in row.reference.lower()]
 
 
 def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
@@ -66,14 +66,14 @@ def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
     build = getattr(keras.applications, name)
     reference = f"keras:{name}" + ("@none" if choice == "none" else "")
     trained = not file and choice != "none"
-    module = _trained(build, reference) if trained else _random(build)
+    module = _build_trained(build, reference) if trained else _build_untrained(build)
     if file:
         _load_weights(module, file, reference)
     weights = file.name if file else "ImageNet" if trained else RANDOM
-    return _classifier(reference, module, _preprocessing(build, module), imagenet_names(), weights)
+    return _classifier(reference, module, own_preprocessing(build, module), imagenet_names(), weights)
 
 
-def _trained(build: Callable[..., Any], reference: str) -> Any:
+def _build_trained(build: Callable[..., Any], reference: str) -> Any:
     url = None if _is_cached(build.__name__) else _HUB
     return downloaded(reference, url, lambda: build(weights="imagenet", classifier_activation=None))
 
@@ -96,16 +96,16 @@ def seeded() -> Iterator[None]:
         random.setstate(state)
 
 
-def _random(build: Callable[..., Any]) -> Any:
+def _build_untrained(build: Callable[..., Any]) -> Any:
     with seeded():
         return build(weights=None, classifier_activation=None)
 
 
-def _preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
+def own_preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
     """Learn what the network's own `preprocess_input` does, which is affine in each channel, by asking it."""
-    ask = sys.modules[build.__module__].preprocess_input
+    preprocess_input = sys.modules[build.__module__].preprocess_input
     black, red, white = (
-        ask(np.array(pixel, np.float32).reshape(1, 1, 1, 3)).reshape(3).astype(np.float64)
+        preprocess_input(np.array(pixel, np.float32).reshape(1, 1, 1, 3)).reshape(3).astype(np.float64)
         for pixel in ((0, 0, 0), (255, 0, 0), (255, 255, 255))
     )
     scale = white - black
@@ -113,10 +113,10 @@ def _preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
     order = "RGB" if red[0] != black[0] else "BGR"
     if order == "BGR":
         mean, std = mean[::-1], std[::-1]
-    return _squares(module, mean=mean, std=std, order=order)
+    return _square_crop(module, mean=mean, std=std, order=order)
 
 
-def _squares(module: Any, **options: Any) -> Preprocessing:
+def _square_crop(module: Any, **options: Any) -> Preprocessing:
     """A centred square of the size that the network takes, its shorter side fitted: Keras's `keep_aspect_ratio`."""
     shape = module.input_shape[1:3] if keras.config.image_data_format() == "channels_last" else module.input_shape[2:4]
     height, width = (224 if side is None else int(side) for side in shape)
@@ -142,7 +142,7 @@ def _from_saved(reference: str, file: Path | None) -> Classifier:
         raise ModelError(f"{name} {_unreadable(error)}") from error
     if file:
         _load_weights(module, file, reference)
-    return _completed(reference, module, None, file.name if file else path.name)
+    return _complete(reference, module, None, file.name if file else path.name)
 
 
 def _unreadable(error: Exception) -> str:
@@ -160,14 +160,18 @@ def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
     Raises:
         ModelError: the network is no classifier of images, or the parts or weights do not fit.
     """
-    return _completed(reference, network, file, file.name if file else f"made by {reference}")
+    return _complete(reference, network, file, file.name if file else f"made by {reference}")
 
 
-def _completed(reference: str, made: Any, file: Path | None, weights: str) -> Classifier:
-    if isinstance(made, Classifier):
-        made = {"module": made.module, "preprocessing": made.preprocessing, "classes": made.classes}
-    parts = dict(made) if isinstance(made, Mapping) else {"module": made}
-    module, given, classes = parts.pop("module"), parts.pop("preprocessing", None), parts.pop("classes", None)
+def _complete(reference: str, network: Any, file: Path | None, weights: str) -> Classifier:
+    if isinstance(network, Classifier):
+        network = {"module": network.module, "preprocessing": network.preprocessing, "classes": network.classes}
+    parts = dict(network) if isinstance(network, Mapping) else {"module": network}
+    module, preprocessing_options, classes = (
+        parts.pop("module"),
+        parts.pop("preprocessing", None),
+        parts.pop("classes", None),
+    )
     if parts or not isinstance(module, keras.Model):
         wrong = f"unknown {', '.join(map(str, parts))}" if parts else type(module).__name__
         raise ModelError(f"{reference} must return a keras.Model, or a dict with module, preprocessing, classes, not "
@@ -175,25 +179,29 @@ def _completed(reference: str, made: Any, file: Path | None, weights: str) -> Cl
     if file:
         _load_weights(module, file, reference)
     _without_softmax(module)
-    preprocessing = given if isinstance(given, Preprocessing) else _guessed(reference, module, given)
+    preprocessing = (
+        preprocessing_options
+        if isinstance(preprocessing_options, Preprocessing)
+        else _default_preprocessing(reference, module, preprocessing_options)
+    )
     count = _count_classes(reference, module)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
-    every = [f"class {index}" for index in range(count)] if classes is None else classes
-    rows = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in every)
+    class_names = [f"class {index}" for index in range(count)] if classes is None else classes
+    rows = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in class_names)
     return _classifier(reference, module, preprocessing, rows, weights)
 
 
-def _guessed(reference: str, module: Any, given: Any) -> Preprocessing:
+def _default_preprocessing(reference: str, module: Any, preprocessing_options: Any) -> Preprocessing:
     if len(getattr(module, "input_shape", None) or ()) != 4:
         raise ModelError(
             f"{reference} does not take one batch of images; undertow.explain takes any input, from Python"
         )
-    if given is not None:
-        return Preprocessing(**dict(given))
-    inside = any(isinstance(layer, keras.layers.Rescaling) for layer in all_layers(module))
-    one = (1 / 255,) * 3 if inside else (1.0,) * 3
-    return _squares(module, mean=(0.0,) * 3, std=one)
+    if preprocessing_options is not None:
+        return Preprocessing(**dict(preprocessing_options))
+    rescales = any(isinstance(layer, keras.layers.Rescaling) for layer in all_layers(module))
+    std = (1 / 255,) * 3 if rescales else (1.0,) * 3
+    return _square_crop(module, mean=(0.0,) * 3, std=std)
 
 
 def _without_softmax(module: Any) -> None:

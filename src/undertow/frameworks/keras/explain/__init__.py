@@ -14,8 +14,8 @@ from ...base import Request
 from ...results import Explanation
 from ...targets import class_ids, refuse_missing
 from ..arrays import to_numpy
-from ..calls import output_of, refuse_other_backends, refuse_other_shapes, refuse_unfinite, restored, tensors
-from .tracing import traced
+from ..calls import output_of, refuse_non_class_scores, refuse_non_finite, refuse_other_backends, restored, tensors
+from .tracing import traced_graph
 
 
 def explain(request: Request) -> Explanation:
@@ -31,13 +31,13 @@ def explain(request: Request) -> Explanation:
     target, ids, single = request.target, None, not isinstance(request.target, str)
     if target is not None and single and not callable(target):
         ids, single = class_ids(target, len(inputs[0]))
-    graph = traced(request, inputs, 0 if ids is None else ids.shape[1])
+    graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
     if ids is not None and graph.classes is not None:
         refuse_missing(ids, graph.classes)
     with restored(graph.written):
-        scores, found_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
-    refuse_unfinite(scores)
-    targets = None if callable(target) else found_ids
+        scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
+    refuse_non_finite(scores)
+    targets = None if callable(target) else explained_ids
     return _explanation(request, inputs, maps, targets, scores, single, deepcopy(graph.stats))
 
 
@@ -46,18 +46,20 @@ def _explanation(
 ) -> Explanation:
     """Complete the maps with None for integer inputs; what was asked for with NumPy arrays is answered with them."""
     remaining = iter(maps)
-    by_input = [next(remaining) if x.dtype.is_floating else None for x in inputs]
+    maps_by_input = [next(remaining) if x.dtype.is_floating else None for x in inputs]
     if single:
-        by_input = [None if values is None else values[:, 0] for values in by_input]
+        maps_by_input = [None if values is None else values[:, 0] for values in maps_by_input]
         scores, targets = scores[:, 0], None if targets is None else targets[:, 0]
-    completed = tuple(_like(x, values) for x, values in zip(request.inputs, by_input, strict=True))
+    completed = tuple(_as_passed(x, values) for x, values in zip(request.inputs, maps_by_input, strict=True))
     first = request.inputs[0]
-    last = keras.config.image_data_format() == "channels_last"
-    return Explanation(completed, _like(first, targets), _like(first, scores), stats, channels_last=last)
+    channels_last = keras.config.image_data_format() == "channels_last"
+    return Explanation(
+        completed, _as_passed(first, targets), _as_passed(first, scores), stats, channels_last=channels_last
+    )
 
 
-def _like(given: Any, value: Any) -> Any:
-    return value.numpy() if isinstance(given, np.ndarray) and value is not None else value
+def _as_passed(passed: Any, value: Any) -> Any:
+    return value.numpy() if isinstance(passed, np.ndarray) and value is not None else value
 
 
 def probabilities(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
@@ -67,5 +69,5 @@ def probabilities(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
         ModelError: the output is not `(B, classes)`.
     """
     scores = output_of(model, [x])
-    refuse_other_shapes(scores, len(x))
+    refuse_non_class_scores(scores, len(x))
     return to_numpy(tf.nn.softmax(tf.cast(scores, tf.float64)))

@@ -28,7 +28,7 @@ from .patterns import SMOOTH, Activation, OpKind, activations
 relu.register(tf.Tensor, tf.nn.relu)
 
 WANTED = {"relu-like": frozenset((OpKind.RELU,)), "all": frozenset((OpKind.RELU, OpKind.SMOOTH))}
-CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+FUNCTION_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 HIDDEN = {
     **dict.fromkeys(
         ("While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase"),
@@ -57,7 +57,7 @@ class Rewiring:
         self.missed: list[str] = []
         self._mark = mark
         self._counted: set[Any] = set()
-        self._given: list[Any] = []
+        self._changed_ops: list[Any] = []
 
     def attach(self, ops: Sequence[Any], inputs: Sequence[Any]) -> None:
         """Give every operation that a rule cares about its own gradient function.
@@ -68,19 +68,19 @@ class Rewiring:
         """
         for op in ops:
             if op.type in HIDDEN:
-                self._give(op, self._refuse(op.type, HIDDEN[op.type]))
-            elif op.type in CALLS:
-                self._give(op, self._see_into)
+                self._set_gradient(op, self._refuse(op.type, HIDDEN[op.type]))
+            elif op.type in FUNCTION_CALLS:
+                self._set_gradient(op, self._differentiate_call)
         for activation in activations(ops, inputs):
-            self._meet(activation)
+            self._attach_to(activation)
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Look back when the backward pass is built, and take the gradient functions off: they know rule and model.
 
         Raises:
             RuleError: an activation was missed, or there was nothing to rewire.
         """
-        for op in self._given:
+        for op in self._changed_ops:
             set_gradient_function(op, None)
         if self.missed:
             listed = ", ".join(self.missed[:5]) + (", ..." if len(self.missed) > 5 else "")
@@ -91,46 +91,47 @@ class Rewiring:
         if not self.stats.rewired:
             raise RuleError(self._nothing_rewired())
 
-    def _meet(self, activation: Activation) -> None:
+    def _attach_to(self, activation: Activation) -> None:
         root, own = activation.root, {op: gradient_function(op) for op in activation.ops}
         if self._mark is not None and self._mark in root.name:
             if activation.kind is OpKind.OPAQUE:
-                self._give(root, self._noted(own[root], self._count_rewired))
+                self._set_gradient(root, self._counting(own[root], self._count_rewired))
         elif activation.kind is OpKind.OPAQUE and recomputes(root):
-            self._give(root, self._refuse(root.name, HIDDEN["recompute_grad"]))
+            self._set_gradient(root, self._refuse(root.name, HIDDEN["recompute_grad"]))
         elif activation.kind not in WANTED[self.request.activations]:
-            self._give(root, self._noted(own[root], lambda: self._count_left_alone(activation)))
+            self._set_gradient(root, self._counting(own[root], lambda: self._count_left_alone(activation)))
         elif self._mark is not None:
-            self._give(root, self._noted(own[root], lambda: self.missed.append(root.name)))
+            self._set_gradient(root, self._counting(own[root], lambda: self.missed.append(root.name)))
         else:
             self._rewire(activation, own)
 
-    def _give(self, op: Any, gradient: Any) -> None:
+    def _set_gradient(self, op: Any, gradient: Any) -> None:
         set_gradient_function(op, gradient)
-        self._given.append(op)
+        self._changed_ops.append(op)
 
     def _rewire(self, activation: Activation, own: dict[Any, Any]) -> None:
         """Let the last operation's gradient be the rule's, and hand that through to the activation's input."""
-        path = _path(activation)
-        root, place = path[0]
+        path = _path_to_input(activation)
+        root, root_index = path[0]
 
         def gradient(op: Any, g: Any, *others: Any) -> Any:
-            self._once(op, self._count_rewired)
-            return _only(op, place, apply_rule(self.request.rule, g, lambda h: _local(activation, own, h, others)))
+            self._count_once(op, self._count_rewired)
+            ruled = apply_rule(self.request.rule, g, lambda h: _local(activation, own, h, others))
+            return _for_one_input(op, root_index, ruled)
 
-        self._give(root, gradient)
+        self._set_gradient(root, gradient)
         for op, index in path[1:]:
-            self._give(op, _handed_through(index))
+            self._set_gradient(op, _pass_through(index))
 
-    def _once(self, op: Any, count: Callable[[], None]) -> None:
+    def _count_once(self, op: Any, count: Callable[[], None]) -> None:
         """Count an operation once, however many targets there are."""
         if op not in self._counted:
             self._counted.add(op)
             count()
 
-    def _noted(self, own: Any, count: Callable[[], None]) -> Any:
+    def _counting(self, own: Any, count: Callable[[], None]) -> Any:
         def gradient(op: Any, *gs: Any) -> Any:
-            self._once(op, count)
+            self._count_once(op, count)
             return own(op, *gs)
 
         return gradient
@@ -142,28 +143,28 @@ class Rewiring:
         if activation.kind is OpKind.SWITCH:
             self.stats.switches += 1
             return
-        seen = self.stats.opaque if activation.kind is OpKind.OPAQUE else self.stats.skipped
-        seen[activation.name] = seen.get(activation.name, 0) + 1
+        counts = self.stats.opaque if activation.kind is OpKind.OPAQUE else self.stats.skipped
+        counts[activation.name] = counts.get(activation.name, 0) + 1
 
-    def _refuse(self, what: str, reason: str) -> Any:
+    def _refuse(self, name: str, reason: str) -> Any:
         def gradient(op: Any, *gs: Any) -> Any:
-            raise RuleError(f"rule {self.request.rule_name!r} cannot see into {what}: {reason}")
+            raise RuleError(f"rule {self.request.rule_name!r} cannot see into {name}: {reason}")
 
         return gradient
 
-    def _see_into(self, call: Any, *gs: Any) -> Any:
+    def _differentiate_call(self, call: Any, *gs: Any) -> Any:
         """Differentiate a call of a nested `tf.function` or a SavedModel: its body, once more and in sight."""
-        inputs, outputs, ops = _opened(call)
+        inputs, outputs, ops = _inlined(call)
         self.attach(ops, inputs)
         pairs = [(y, g) for y, g in zip(outputs, gs, strict=True) if g is not None and y.dtype.is_floating]
         wanted = [x for x in inputs if x.dtype.is_floating]
-        found = iter(tf.gradients([y for y, _ in pairs], wanted, [g for _, g in pairs]) if pairs and wanted else ())
-        return [next(found, None) if x.dtype.is_floating else None for x in inputs]
+        gradients = iter(tf.gradients([y for y, _ in pairs], wanted, [g for _, g in pairs]) if pairs and wanted else ())
+        return [next(gradients, None) if x.dtype.is_floating else None for x in inputs]
 
     def _nothing_rewired(self) -> str:
-        met = {**self.stats.skipped, **self.stats.opaque}
-        listed = ", ".join(f"{name} x{count}" for name, count in sorted(met.items())) or "none"
-        smooth = self.request.activations != "all" and any(name in SMOOTH for name in met)
+        left_alone = {**self.stats.skipped, **self.stats.opaque}
+        listed = ", ".join(f"{name} x{count}" for name, count in sorted(left_alone.items())) or "none"
+        smooth = self.request.activations != "all" and any(name in SMOOTH for name in left_alone)
         remedies = ["activations='all' takes the smooth ones too"] if smooth else []
         remedies += ["no rule reaches into a tf.custom_gradient"] if self.stats.opaque else []
         remedies += ["rule='gradient' needs none"]
@@ -173,43 +174,44 @@ class Rewiring:
         )
 
 
-def _handed_through(index: int) -> Any:
-    return lambda op, g, *_: _only(op, index, g)
+def _pass_through(index: int) -> Any:
+    return lambda op, g, *_: _for_one_input(op, index, g)
 
 
-def _only(op: Any, place: int, g: Any) -> Any:
+def _for_one_input(op: Any, index: int, g: Any) -> Any:
     """Return a gradient for one of an operation's inputs and none for the others."""
-    return [g if i == place else None for i in range(len(op.inputs))] if len(op.inputs) > 1 else g
+    return [g if i == index else None for i in range(len(op.inputs))] if len(op.inputs) > 1 else g
 
 
-def _path(activation: Activation) -> list[tuple[Any, int]]:
-    """Return operations from the activation's output to its input, each with the place of the next one's tensor."""
+def _path_to_input(activation: Activation) -> list[tuple[Any, int]]:
+    """Return operations from the activation's output to its input, each with the index of the next one's tensor."""
 
-    def down(op: Any) -> Iterator[list[tuple[Any, int]]]:
-        for place, tensor in enumerate(op.inputs):
+    def paths_from(op: Any) -> Iterator[list[tuple[Any, int]]]:
+        for index, tensor in enumerate(op.inputs):
             if tensor is activation.x:
-                yield [(op, place)]
-        for place, tensor in enumerate(op.inputs):
+                yield [(op, index)]
+        for index, tensor in enumerate(op.inputs):
             if tensor.op in activation.ops:
-                for rest in down(tensor.op):
-                    yield [(op, place), *rest]
+                for rest in paths_from(tensor.op):
+                    yield [(op, index), *rest]
 
-    return next(down(activation.root))
+    return next(paths_from(activation.root))
 
 
 def _local(activation: Activation, own: dict[Any, Any], h: Any, others: Sequence[Any]) -> Any:
     """Return the activation's own backward, `f'(x) * h`, by the chain rule over its operations."""
-    arrived: dict[Any, Any] = {activation.root.outputs[0].ref(): h}
+    gradients_at: dict[Any, Any] = {activation.root.outputs[0].ref(): h}
     for op in reversed(activation.ops):
-        g = arrived.get(op.outputs[0].ref())
+        g = gradients_at.get(op.outputs[0].ref())
         if g is None:
             continue
-        given = own[op](op, g, *(others if op is activation.root else ()))
-        for tensor, part in zip(op.inputs, given if isinstance(given, tuple | list) else [given], strict=True):
-            if part is not None:
+        gradients = own[op](op, g, *(others if op is activation.root else ()))
+        gradients = gradients if isinstance(gradients, tuple | list) else [gradients]
+        for tensor, gradient in zip(op.inputs, gradients, strict=True):
+            if gradient is not None:
                 ref = tensor.ref()
-                arrived[ref] = arrived[ref] + part if ref in arrived else part
-    return arrived[activation.x.ref()]
+                gradients_at[ref] = gradients_at[ref] + gradient if ref in gradients_at else gradient
+    return gradients_at[activation.x.ref()]
 
 
 def apply_rule(rule: Rule, g: Any, local: Callable[[Any], Any]) -> Any:
@@ -219,21 +221,21 @@ def apply_rule(rule: Rule, g: Any, local: Callable[[Any], Any]) -> Any:
         RuleError: the rule gave no tensor of the shape and dtype of `g`, or gave `local` none.
     """
 
-    def asked(h: Any) -> Any:
-        return local(_checked(rule, "gave local", h, g))
+    def checked_local(h: Any) -> Any:
+        return local(_checked_gradient(rule, "gave local", h, g))
 
-    return _checked(rule, "returned", rule(g, asked), g)
+    return _checked_gradient(rule, "returned", rule(g, checked_local), g)
 
 
-def _checked(rule: Rule, did: str, new: Any, g: Any) -> Any:
+def _checked_gradient(rule: Rule, did: str, new: Any, g: Any) -> Any:
     if isinstance(new, tf.Tensor) and new.shape == g.shape and new.dtype == g.dtype:
         return new
-    what = f"{tuple(new.shape)} {new.dtype.name}" if isinstance(new, tf.Tensor) else f"a {type(new).__name__}"
+    description = f"{tuple(new.shape)} {new.dtype.name}" if isinstance(new, tf.Tensor) else f"a {type(new).__name__}"
     name = getattr(rule, "__name__", type(rule).__name__)
-    raise RuleError(f"rule {name!r} {did} {what} where the gradient is {tuple(g.shape)} {g.dtype.name}")
+    raise RuleError(f"rule {name!r} {did} {description} where the gradient is {tuple(g.shape)} {g.dtype.name}")
 
 
-def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def _inlined(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Lay a called function's body out in the graph at hand; return its inputs, its outputs and its operations."""
     body = called_graph(call)
     if body is None:
@@ -246,8 +248,8 @@ def _opened(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
     forget_colocation(definition)
     outputs = tf.graph_util.import_graph_def(
         definition,
-        input_map={inside.name: entry for inside, entry in zip(body.inputs, entries, strict=True)},
+        input_map={x.name: entry for x, entry in zip(body.inputs, entries, strict=True)},
         return_elements=[y.name for y in body.outputs],
-        name="opened",
+        name="inlined",
     )
     return entries, list(outputs), graph.get_operations()[before:]

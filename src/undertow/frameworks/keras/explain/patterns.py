@@ -73,8 +73,8 @@ ACTIVATIONS: list[tuple[str, OpKind, Pattern]] = [
 ]
 SMOOTH = frozenset(name for name, kind, _ in ACTIVATIONS if kind is OpKind.SMOOTH)
 _BY_ROOT: dict[str, list[tuple[str, OpKind, Pattern]]] = {}
-for _row in ACTIVATIONS:
-    _BY_ROOT.setdefault(_row[2][0], []).append(_row)
+for _entry in ACTIVATIONS:
+    _BY_ROOT.setdefault(_entry[2][0], []).append(_entry)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +104,19 @@ def activations(ops: Sequence[Any], inputs: Sequence[Any]) -> list[Activation]:
     Args:
         inputs: the tensors that the network is a function of; what does not depend on them is a constant.
     """
-    dependent = _dependent(ops, inputs)
+    dependent = _dependent_ops(ops, inputs)
     claimed: set[Any] = set()
-    found = []
+    matches = []
     for op in reversed(ops):  # an activation of several operations is met at its last one, and claims the others
         if op not in claimed and op in dependent:
             activation = _activation(op, dependent)
             if activation is not None:
                 claimed.update(activation.ops)
-                found.append(activation)
-    return found[::-1]
+                matches.append(activation)
+    return matches[::-1]
 
 
-def _dependent(ops: Sequence[Any], inputs: Sequence[Any]) -> set[Any]:
+def _dependent_ops(ops: Sequence[Any], inputs: Sequence[Any]) -> set[Any]:
     reached = {x.op for x in inputs}
     for op in ops:
         if any(x.op in reached for x in op.inputs):
@@ -160,17 +160,19 @@ def _all_match(
         yield x, ()
         return
     for bound, ops in _matches(tensors[0], patterns[0], x, dependent):
-        for whole, others in _all_match(tensors[1:], patterns[1:], bound, dependent):
-            yield whole, tuple(dict.fromkeys((*ops, *others)))
+        for rebound, others in _all_match(tensors[1:], patterns[1:], bound, dependent):
+            yield rebound, tuple(dict.fromkeys((*ops, *others)))
 
 
 def _is_closed(ops: Sequence[Any], x: Any) -> bool:
     """Whether nobody else reads what lies between an activation's input and its output."""
     if len(ops) == 1:
         return True
-    inside = set(ops)
+    own_ops = set(ops)
     readers = [reader for op in ops[:-1] for out in op.outputs for reader in out.consumers()]
-    strangers = [reader for reader in readers if reader not in inside]
+    other_readers = [reader for reader in readers if reader not in own_ops]
     if ops[-1].type == "IdentityN":  # tf.custom_gradient leaves an Identity behind that nobody reads
-        strangers = [reader for reader in strangers if reader.type != "Identity" or reader.outputs[0].consumers()]
-    return ops[-1].outputs[0].shape == x.shape and not strangers
+        other_readers = [
+            reader for reader in other_readers if reader.type != "Identity" or reader.outputs[0].consumers()
+        ]
+    return ops[-1].outputs[0].shape == x.shape and not other_readers

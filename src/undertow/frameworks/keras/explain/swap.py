@@ -31,9 +31,9 @@ def swapped(request: Request) -> Any:
         RuleError: the model is none that Keras can clone.
     """
     clone = _clone(request.model)
-    both = request.activations == "all"
-    layers = _RELU_LIKE + (_SMOOTH if both else ())
-    names = _RELU_FUNCTIONS + (_SMOOTH_FUNCTIONS if both else ())
+    smooth_too = request.activations == "all"
+    layers = _RELU_LIKE + (_SMOOTH if smooth_too else ())
+    names = _RELU_FUNCTIONS + (_SMOOTH_FUNCTIONS if smooth_too else ())
     functions = {getattr(keras.activations, name) for name in names}
     for layer in all_layers(clone):
         if isinstance(layer, layers):

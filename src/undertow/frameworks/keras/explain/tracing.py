@@ -21,18 +21,18 @@ from ....errors import InputError
 from ....rules import gradient
 from ...base import Request
 from ...results import RewiringStats
-from ..calls import chosen, output_of, refuse_other_shapes
+from ..calls import output_of, refuse_non_class_scores, scores_to_explain
 from ..internals import all_layers
 from .gradients import Rewiring
 from .swap import MARK, swapped
 
-_MOST = 32
-_WRITES = ("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp", "ResourceScatterUpdate")
-_PLAIN = frozenset((bool, int, float, str, bytes, type(None)))
+MAX_GRAPHS = 32
+_WRITING_OPS = ("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp", "ResourceScatterUpdate")
+_PLAIN_TYPES = frozenset((bool, int, float, str, bytes, type(None)))
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class TracedGraph:
     """One explanation as a graph.
 
     Attributes:
@@ -49,11 +49,11 @@ class Traced:
     written: tuple[Any, ...]
 
 
-_kept: OrderedDict[Hashable, tuple[Any, Traced]] = OrderedDict()
+cache: OrderedDict[Hashable, tuple[Any, TracedGraph]] = OrderedDict()
 _lock = threading.RLock()  # a model may be collected, and its graphs forgotten, while this thread holds it
 
 
-def traced(request: Request, inputs: Sequence[Any], k: int) -> Traced:
+def traced_graph(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
     """Return the graph of one explanation, from those that are kept where it is among them.
 
     Args:
@@ -65,22 +65,22 @@ def traced(request: Request, inputs: Sequence[Any], k: int) -> Traced:
     """
     key = _key(request, inputs, k)
     if key is None:
-        return _trace(request, inputs, k)
+        return trace(request, inputs, k)
     with _lock:
-        if key in _kept:
-            _kept.move_to_end(key)
-            return _kept[key][1]
-    made = _trace(request, inputs, k)
+        if key in cache:
+            cache.move_to_end(key)
+            return cache[key][1]
+    graph = trace(request, inputs, k)
     with _lock:
-        _kept[key] = weakref.ref(request.model, lambda _: _forget(key)), made
-        while len(_kept) > _MOST:
-            _kept.popitem(last=False)
-    return made
+        cache[key] = weakref.ref(request.model, lambda _: _forget(key)), graph
+        while len(cache) > MAX_GRAPHS:
+            cache.popitem(last=False)
+    return graph
 
 
 def _forget(key: Hashable) -> None:
     with _lock:
-        _kept.pop(key, None)
+        cache.pop(key, None)
 
 
 def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
@@ -91,37 +91,37 @@ def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
         return None
     shapes = tuple((tuple(x.shape), x.dtype.name) for x in inputs)
     target = k or request.target
-    asked = (request.rule, request.through, request.activations, request.training)
-    return (id(model), _attributes(model) if not is_function else (), shapes, target, *asked)
+    options = (request.rule, request.through, request.activations, request.training)
+    return (id(model), _attributes(model) if not is_function else (), shapes, target, *options)
 
 
 def _attributes(model: Any) -> tuple[Hashable, ...]:
     """Return the layers and their plain attributes, functions among them: `layer.activation = ...` is another graph."""
-    found: list[Hashable] = []
+    attributes: list[Hashable] = []
     for layer in all_layers(model):
-        found.append(weakref.ref(layer))
+        attributes.append(weakref.ref(layer))
         for name, value in vars(layer).items():
             kind = type(value)
-            if kind in _PLAIN:
+            if kind in _PLAIN_TYPES:
                 if name[0] != "_":
-                    found += name, value
+                    attributes += name, value
             elif kind is types.FunctionType:
-                found += name, weakref.ref(value)
-    return tuple(found)
+                attributes += name, weakref.ref(value)
+    return tuple(attributes)
 
 
-def _trace(request: Request, inputs: Sequence[Any], k: int) -> Traced:
-    facts: dict[str, Any] = {"stats": RewiringStats()}
+def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
+    properties: dict[str, Any] = {"stats": RewiringStats()}
     swap = request.through == "swap" and request.rule is not gradient
     network = swapped(request) if swap else request.model
 
-    def explained(*given: Any) -> tuple[Any, ...]:
-        sources, ids = given[: len(inputs)], given[len(inputs)] if k else None
+    def explain_batch(*arguments: Any) -> tuple[Any, ...]:
+        sources, ids = arguments[: len(inputs)], arguments[len(inputs)] if k else None
         output = output_of(network, sources, request.training)
         if not callable(request.target):
-            refuse_other_shapes(output, inputs[0].shape[0])
-            facts["classes"] = output.shape[1]
-        scores, ids, columns = chosen(output, request.target, ids)
+            refuse_non_class_scores(output, inputs[0].shape[0])
+            properties["classes"] = output.shape[1]
+        scores, ids, columns = scores_to_explain(output, request.target, ids)
         rewiring = None
         operations = tf.compat.v1.get_default_graph().get_operations()
         if request.rule is not gradient:
@@ -129,25 +129,25 @@ def _trace(request: Request, inputs: Sequence[Any], k: int) -> Traced:
             rewiring.attach(operations, sources)
         maps = _maps(columns, sources)
         if rewiring is not None:
-            rewiring.settle()
-            facts["stats"] = rewiring.stats
-        facts["writes"] = any(op.type in _WRITES for op in operations)
+            rewiring.finish()
+            properties["stats"] = rewiring.stats
+        properties["writes"] = any(op.type in _WRITING_OPS for op in operations)
         return scores, tf.zeros((), tf.int64) if ids is None else ids, *maps
 
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
     specs += [tf.TensorSpec((inputs[0].shape[0], k), tf.int64)] if k else []
-    run = tf.function(explained, autograph=False).get_concrete_function(*specs)
-    written = tuple(run.graph.variables) if facts["writes"] else ()
-    return Traced(run, facts.get("classes"), facts["stats"], written)
+    run = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
+    written = tuple(run.graph.variables) if properties["writes"] else ()
+    return TracedGraph(run, properties.get("classes"), properties["stats"], written)
 
 
 def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:
     """Return, for each input of floating point, a map for each target: `(B, K, ...)`."""
     wanted = [source for source in sources if source.dtype.is_floating]
     rows = [tf.gradients(scores, wanted, grad_ys=begin) for scores, begin in columns]
-    if all(found is None for found in rows[0]) and len(sources) == 1:
+    if all(values is None for values in rows[0]) and len(sources) == 1:
         raise InputError("the scores do not depend on x by any gradient (tf.stop_gradient, or rounding, on the way)")
-    for place, source in enumerate(sources):
+    for index, source in enumerate(sources):
         if source.dtype.is_floating and rows[0][[s is source for s in wanted].index(True)] is None:
-            raise InputError(f"input {place} does not influence the scores; bind it, as with functools.partial")
-    return [tf.stack([tf.convert_to_tensor(found) for found in maps], 1) for maps in zip(*rows, strict=True)]
+            raise InputError(f"input {index} does not influence the scores; bind it, as with functools.partial")
+    return [tf.stack([tf.convert_to_tensor(values) for values in maps], 1) for maps in zip(*rows, strict=True)]

@@ -32,13 +32,13 @@ def objective(model: Any, name: str) -> Iterator[Callable[[Any, Sequence[int] | 
                 value = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(list(labels), scores))
         tape.gradient(value, x)
 
-    flags = [(layer, layer.trainable) for layer in all_layers(model)]
-    of_variables = [(variable, variable.trainable) for variable in model.variables]
+    layer_flags = [(layer, layer.trainable) for layer in all_layers(model)]
+    variable_flags = [(variable, variable.trainable) for variable in model.variables]
     model.trainable = False
     try:
         yield run
     finally:
-        for layer, was in flags:
-            set_trainable(layer, was)
-        for variable, was in of_variables:
-            variable.trainable = was
+        for layer, trainable in layer_flags:
+            set_trainable(layer, trainable)
+        for variable, trainable in variable_flags:
+            variable.trainable = trainable

@@ -22,7 +22,7 @@ from ..calls import output_of
 from ..internals import copy_logits
 from ..layers import named_modules
 
-After = Callable[[str, Any, Any], Any]
+OutputHook = Callable[[str, Any, Any], Any]
 
 
 def visits(model: Any, example: Any) -> dict[str, list[Any]]:
@@ -36,7 +36,7 @@ def visits(model: Any, example: Any) -> dict[str, list[Any]]:
             shapes.append(tuple(tensor.shape))
             return tensor
 
-        _each(output, "", add_shape)
+        map_tensors(output, "", add_shape)
         visited.setdefault(name, []).append(shapes[0] if len(shapes) == 1 else tuple(shapes))
         return output
 
@@ -52,20 +52,20 @@ def world() -> tuple[int, int]:
 
 
 @contextmanager
-def wrapped(layers: Mapping[str, Any], after: After) -> Iterator[None]:
+def wrapped(layers: Mapping[str, Any], after: OutputHook) -> Iterator[None]:
     """Let `after(name, layer, output)` see, and replace, what each layer's calls return, inside the context alone."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(_put, layer, vars(layer).get("call"))
-            _put(layer, partial(_called, name, layer, layer.call, after))
+            stack.callback(_set_call, layer, vars(layer).get("call"))
+            _set_call(layer, partial(_call_then, name, layer, layer.call, after))
         yield
 
 
-def _called(name: str, layer: Any, call: Callable[..., Any], after: After, /, *args: Any, **kwargs: Any) -> Any:
+def _call_then(name: str, layer: Any, call: Callable[..., Any], after: OutputHook, /, *args: Any, **kwargs: Any) -> Any:
     return after(name, layer, call(*args, **kwargs))
 
 
-def _put(layer: Any, call: Any) -> None:
+def _set_call(layer: Any, call: Any) -> None:
     """Set or remove a layer's own `call`, past Keras, which would track it as state."""
     if call is None:
         vars(layer).pop("call", None)
@@ -73,20 +73,20 @@ def _put(layer: Any, call: Any) -> None:
         vars(layer)["call"] = call
 
 
-def _each(output: Any, key: str, act: Callable[[str, Any], Any]) -> Any:
+def map_tensors(output: Any, key: str, replace: Callable[[str, Any], Any]) -> Any:
     """Return an output with each tensor of floating point replaced; keys are "" for one alone, "0", "1.hidden"."""
     if isinstance(output, tf.Tensor):
-        return act(key, output) if output.dtype.is_floating else output
+        return replace(key, output) if output.dtype.is_floating else output
     if isinstance(output, Mapping):
         kind: Any = type(output)
-        return kind((name, _each(value, _joined(key, name), act)) for name, value in output.items())
+        return kind((name, map_tensors(value, _nested_key(key, name), replace)) for name, value in output.items())
     if isinstance(output, tuple | list):
-        items = [_each(value, _joined(key, i), act) for i, value in enumerate(output)]
+        items = [map_tensors(value, _nested_key(key, i), replace) for i, value in enumerate(output)]
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     return output
 
 
-def _joined(key: str, name: Any) -> str:
+def _nested_key(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
@@ -132,52 +132,55 @@ class LayerProbe:
         self._repeats: dict[TensorKey, int] = defaultdict(int)
         self._stack = ExitStack()
         self._thread = 0
-        self._traced: str | None = None
+        self._traced_layer: str | None = None
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
-        self._stack.enter_context(wrapped(self.modules, self._take))
+        self._stack.enter_context(wrapped(self.modules, self._read_output))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread = 0
         self._stack.close()
-        if self._traced is not None and kind is None:
+        if self._traced_layer is not None and kind is None:
             raise InputError(
-                f"layer {self._traced!r} ran in a traced graph (tf.function, fit, predict), where no batch can be told "
-                "from another; run it eagerly: compile(run_eagerly=True), or tf.config.run_functions_eagerly(True)"
+                f"layer {self._traced_layer!r} ran in a traced graph (tf.function, fit, predict), where no batch can "
+                "be told from another; run it eagerly: compile(run_eagerly=True), or "
+                "tf.config.run_functions_eagerly(True)"
             )
 
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
         """Return what was seen for a diagnosis: nothing, as yet."""
         return []
 
-    def transfer(self, points: Sequence[Any]) -> "OnHost":
+    def transfer(self, points: Sequence[Any]) -> "HostObservations":
         """Hand over what was observed."""
-        return OnHost(self.observations)
+        return HostObservations(self.observations)
 
-    def _take(self, name: str, layer: Any, output: Any) -> Any:
+    def _read_output(self, name: str, layer: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
             return output
         call = self._calls[name]
         self._calls[name] += 1
         self.order[name] = None
-        return _each(output, "", lambda position, tensor: self._output(name, call, position, layer, tensor))
+        return map_tensors(output, "", lambda position, tensor: self._read_tensor(name, call, position, layer, tensor))
 
-    def _output(self, name: str, call: int, position: str, layer: Any, tensor: Any) -> Any:
+    def _read_tensor(self, name: str, call: int, position: str, layer: Any, tensor: Any) -> Any:
         if not hasattr(tensor, "numpy"):  # an error raised here would come out wrapped in Keras's and TensorFlow's
-            self._traced = name if self._traced is None else self._traced
+            self._traced_layer = name if self._traced_layer is None else self._traced_layer
             return tensor
         if "forward" in self.phases:
             self._observe(TensorKey(name, call, position, "forward"), layer, tensor)
         if "backward" not in self.phases:
             return tensor
         self.unscaled |= tensor.dtype == tf.float16 and self.scaler is None
-        passed = _passed_on(tensor, partial(self._arrived, TensorKey(name, call, position, "backward"), layer))
+        passed = _with_gradient_hook(
+            tensor, partial(self._read_gradient, TensorKey(name, call, position, "backward"), layer)
+        )
         copy_logits(tensor, passed)
         return passed
 
-    def _arrived(self, key: TensorKey, layer: Any, gradient: Any) -> None:
+    def _read_gradient(self, key: TensorKey, layer: Any, gradient: Any) -> None:
         if not self._thread:  # the batch is over
             return
         self.arrived.add(key.site)
@@ -194,13 +197,13 @@ class LayerProbe:
         return wide / self.scale
 
     def _observe(self, key: TensorKey, layer: Any, tensor: Any) -> None:
-        x = arranged(layer, tensor)
+        x = channels_second(layer, tensor)
         repeat = self._repeats[key]
         self._repeats[key] += 1
         self.observations.append(Observation(key, repeat, str(x.dtype), len(x), reduce_all(self.measures, x)))
 
 
-def _passed_on(tensor: Any, arrived: Callable[[Any], None]) -> Any:
+def _with_gradient_hook(tensor: Any, arrived: Callable[[Any], None]) -> Any:
     """Return a tensor of the same values, and tell of each gradient that comes back to it."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
@@ -214,7 +217,7 @@ def _passed_on(tensor: Any, arrived: Callable[[Any], None]) -> Any:
     return passed(tensor)
 
 
-def arranged(layer: Any, tensor: Any) -> npt.NDArray[Any]:
+def channels_second(layer: Any, tensor: Any) -> npt.NDArray[Any]:
     """Return a layer's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space.
 
     bfloat16, which NumPy lacks, becomes float32.
@@ -226,7 +229,7 @@ def arranged(layer: Any, tensor: Any) -> npt.NDArray[Any]:
     return x if first == "channels_first" else np.moveaxis(x, -1, 1)
 
 
-class OnHost:
+class HostObservations:
     """Observations that are on the host already, as all of TensorFlow's are."""
 
     def __init__(self, observations: list[Observation]) -> None:
