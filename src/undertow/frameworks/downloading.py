@@ -1,4 +1,4 @@
-"""Whether what has to come from the network can come, asked before a hub's own retries take a minute."""
+"""Downloads of weights: whether a hub answers is checked first, since its own retries take a minute."""
 
 import http.client
 import ssl
@@ -14,7 +14,16 @@ from ..images import one_line
 
 
 def downloaded(reference: str, url: str | None, build: Callable[[], Any]) -> Any:
-    """Build with weights that may come from the network: asked first, since the hubs' own retries take a minute."""
+    """Build a network whose weights may be downloaded.
+
+    Args:
+        reference: of the model, for the message.
+        url: of the hub that the weights come from; None where they are on disk.
+        build: returns the network.
+
+    Raises:
+        ModelError: the hub does not answer within 10 seconds, or `build` fails.
+    """
     remedy = f"give --weights FILE or use {reference.partition('@')[0].partition('.')[0]}@none"
     if url and (reason := _unreachable(url)):
         raise ModelError(f"could not download the weights of {reference} ({reason}); {remedy}")
@@ -25,7 +34,7 @@ def downloaded(reference: str, url: str | None, build: Callable[[], Any]) -> Any
 
 
 def _unreachable(url: str, seconds: float = 10) -> str:
-    """Why nothing answers at an address, or "". An answer that refuses is an answer, and left to the hubs."""
+    """Return why an address does not answer, or "". An answer that refuses is left to the hub's own code."""
     outcome = [f"no answer from {urllib.parse.urlsplit(url).hostname} in {seconds:g} seconds"]
 
     def ask() -> None:
@@ -38,7 +47,7 @@ def _unreachable(url: str, seconds: float = 10) -> str:
             reason = getattr(error, "reason", error)
             outcome[0] = "" if isinstance(reason, ssl.SSLError) else one_line(reason)
 
-    thread = threading.Thread(target=ask, daemon=True)  # an address that swallows packets outlasts any timeout
+    thread = threading.Thread(target=ask, daemon=True)  # name resolution obeys no timeout, and each address has its own
     thread.start()
     thread.join(seconds)
     return outcome[0]

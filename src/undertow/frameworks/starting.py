@@ -1,4 +1,4 @@
-"""Start a framework without the lines that it writes past Python."""
+"""Import a framework without what its native code prints."""
 
 import os
 import sys
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Hold back what libraries write to the process's stderr while they load, where `TF_CPP_MIN_LOG_LEVEL` asks for it.
+    """Send the process's stderr to nowhere inside, where `TF_CPP_MIN_LOG_LEVEL` is 2 or more.
 
-    TensorFlow obeys that variable but for a line or two from before it has read it. The command sets it; a program
-    that does not is left alone.
+    TensorFlow obeys that variable except for a line or two that it prints before reading it. The command line sets the
+    variable; a program that does not set it sees all lines.
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") < "2":
         yield

@@ -1,4 +1,4 @@
-"""Which classes are meant, checked where no framework is needed."""
+"""Which classes a target means; no framework is needed here."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def top(target: str, classes: int) -> int:
     """Return K of "top:K".
 
     Raises:
-        TargetError: it is something else, or more than the model has classes.
+        TargetError: the target is something else, or K is larger than the number of classes.
 
     >>> top("top:3", 10)
     3
@@ -26,10 +26,10 @@ def top(target: str, classes: int) -> int:
 
 
 def class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64], bool]:
-    """Return class ids `(B, K)` from an int, `(B,)` or `(B, K)`, and whether one a sample was asked for.
+    """Return class ids `(B, K)` from an int, `(B,)` or `(B, K)`, and whether it was one class for each sample.
 
     Raises:
-        TargetError: something else.
+        TargetError: the target is something else.
 
     >>> class_ids(7, 2)
     (array([[7],
@@ -52,10 +52,10 @@ def class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64], bool]:
 
 
 def refuse_missing(ids: npt.NDArray[np.int64], classes: int) -> None:
-    """Refuse ids that are no class of the model.
+    """Refuse class ids that the model does not have.
 
     Raises:
-        TargetError: naming the first of them.
+        TargetError: naming the first such id.
     """
     wrong = ids[(ids < 0) | (ids >= classes)]
     if wrong.size:

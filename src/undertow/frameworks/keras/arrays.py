@@ -19,14 +19,14 @@ def to_numpy(tensor: Any) -> npt.NDArray[Any]:
 
 
 def like(array: npt.NDArray[Any], x: Any) -> Any:
-    """Make an array what `x` is, a tensor or an array, of its dtype."""
+    """Return an array as what `x` is, a tensor or an array, in the dtype of `x`."""
     if isinstance(x, np.ndarray):
         return array.astype(x.dtype)
     return tf.cast(tf.constant(array), x.dtype)
 
 
 def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
-    """Stack arrays `(C, H, W)` into a batch, `(B, H, W, C)` where that is how Keras has its images, on a device."""
+    """Stack arrays `(C, H, W)` into a batch on a device: `(B, H, W, C)` unless Keras is set to `channels_first`."""
     stacked = np.stack(arrays)
     if keras.config.image_data_format() == "channels_last":
         stacked = np.moveaxis(stacked, 1, -1)
@@ -35,7 +35,7 @@ def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
 
 
 def device(name: str) -> str:
-    """Return the device that a name means, as TensorFlow has it; "auto" is the fastest one there is.
+    """Return TensorFlow's name of a device, such as "gpu:0"; "auto" is the first GPU, or the CPU where there is none.
 
     Raises:
         InputError: there is no such device here.
@@ -51,4 +51,4 @@ def device(name: str) -> str:
 
 
 def move(model: Any, device: str) -> None:
-    """Leave a network where it is: TensorFlow fetches variables to the device that computes."""
+    """Do nothing: TensorFlow copies variables to the device that computes."""

@@ -1,4 +1,4 @@
-"""One call of somebody's model: what goes in, what comes out, which scores are meant, and nothing left behind."""
+"""One call of a user's model: its inputs, its output, the scores to explain, and the variables to put back."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from ..targets import top
 
 
 def refuse_other_backends() -> None:
-    """Refuse to go on where Keras does not run on TensorFlow.
+    """Refuse a Keras that does not run on TensorFlow.
 
     Raises:
-        FrameworkError: it runs on JAX, say, or on torch, whose tensors go another way.
+        FrameworkError: it runs on JAX, say, or on torch, whose tensors go to the side of PyTorch.
     """
     name = keras.backend.backend()
     if name == "torch":
@@ -32,7 +32,7 @@ def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the inputs as eager tensors.
 
     Raises:
-        InputError: one is no array, is complex or not batched alike, or none is of floating point.
+        InputError: an input is no array, is complex or has another batch size, or none is of floating point.
     """
     converted = tuple(_tensor(index, x) for index, x in enumerate(inputs))
     for index, x in enumerate(converted):
@@ -47,7 +47,7 @@ def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _tensor(index: int, x: Any) -> Any:
-    if isinstance(x, np.ndarray | tf.Variable) or (isinstance(x, tf.Tensor) and tf.is_tensor(x)):
+    if isinstance(x, np.ndarray | tf.Variable | tf.Tensor):
         try:
             tensor = tf.convert_to_tensor(x)
         except (ValueError, TypeError) as error:
@@ -59,10 +59,10 @@ def _tensor(index: int, x: Any) -> Any:
 
 
 def output_of(model: Callable[..., Any], inputs: Sequence[Any], training: bool = False) -> Any:
-    """Run the model, a Keras one with `training` as it says, and return its scores, `(B, ...)`.
+    """Run the model and return its scores, `(B, ...)`; a Keras layer is called with `training`.
 
     Raises:
-        ModelError: what comes out is neither a tensor, nor a tuple whose first is, nor has `.logits`.
+        ModelError: the output is no float tensor, no tuple that begins with one, and has no `logits`.
     """
     try:
         out = _run(model, inputs, training)
@@ -90,15 +90,19 @@ def _run(model: Callable[..., Any], inputs: Sequence[Any], training: bool) -> An
 
 
 def scores_to_explain(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
-    """Return the scores to explain, `(B, K)`, the class ids, `(B, K)` or None, and for each column what to
-    differentiate: a tensor and the gradient to begin with.
+    """Return the scores to explain, their class ids, and where each of K backward passes begins.
 
     Args:
-        ids: `(B, K)` where the target is class ids.
+        output: of the model, `(B, classes)`; of any shape where the target is a function.
+        target: as `undertow.explain` takes it.
+        ids: `(B, K)` where the target is class ids, else None.
+
+    Returns:
+        The scores, `(B, K)`; the class ids, int64 `(B, K)`, None where the target is a function; and K pairs of a
+        tensor to differentiate and the gradient there.
 
     Raises:
-        TargetError: a target function that gives no score for each sample, or K is too large.
-        ModelError: the output is not `(B, classes)`.
+        TargetError: the target function does not return one score for each sample, or K of "top:K" is too large.
     """
     batch = output.shape[0]
     if callable(target):
@@ -114,7 +118,7 @@ def scores_to_explain(output: Any, target: Any, ids: Any) -> tuple[Any, Any, lis
 
 
 def refuse_non_class_scores(output: Any, batch: int) -> None:
-    """Refuse scores that are not one row of classes for each sample.
+    """Refuse an output that is not `(B, classes)`.
 
     Raises:
         ModelError: with the shape.
@@ -137,21 +141,21 @@ def _checked_scores(scores: Any, batch: int) -> Any:
 
 
 def refuse_non_finite(scores: Any) -> None:
-    """Refuse scores `(B, K)` that are no numbers.
+    """Refuse scores `(B, K)` of which one is infinite or not a number.
 
     Raises:
-        ModelError: naming the first sample.
+        ModelError: naming the first such sample.
     """
     values = scores.numpy().astype(np.float64)
     if not np.isfinite(values).all():
-        sample, index = np.argwhere(~np.isfinite(values))[0]
-        value = values[sample, index]
-        raise ModelError(f"the score of sample {sample} is {value}; check its pixels and the model's weights for NaN")
+        sample, column = np.argwhere(~np.isfinite(values))[0]
+        score = values[sample, column]
+        raise ModelError(f"the score of sample {sample} is {score}; check its pixels and the model's weights for NaN")
 
 
 @contextmanager
 def restored(variables: Sequence[Any]) -> Iterator[None]:
-    """Put back the values of variables that a call may write: batch statistics, states of random generators."""
+    """On exit, put back the values of variables that a call may write: batch statistics, random generators' states."""
     values = [(variable, tf.identity(variable)) for variable in variables]
     try:
         yield

@@ -1,4 +1,4 @@
-"""The layers of a network: their dotted paths, their kinds, and what tells one network from another."""
+"""The layers of a network: their dotted names and kinds; and what identifies a network."""
 
 import hashlib
 from collections.abc import Iterator
@@ -35,11 +35,11 @@ _RELUS = (keras.activations.relu, keras.activations.relu6, keras.activations.lea
 def named_modules(model: Any) -> list[NamedModule]:
     """List every layer that can be a site, in the order of definition, each once with all its names.
 
-    A name is the path of layer names, with dots: "backbone.conv1". The network's own name is not part of it.
+    A name joins the names of the layers on the way with dots, without the network's own: "backbone.conv1".
 
     Raises:
-        ModelError: it is no layer.
-        FrameworkError: Keras runs on something else than TensorFlow.
+        ModelError: the model is no Keras layer.
+        FrameworkError: Keras does not run on TensorFlow.
     """
     refuse_other_backends()
     if not isinstance(model, keras.Layer):
@@ -58,7 +58,7 @@ def _layers_within(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
             continue
         count = name_counts.get(child.name, 0)
         name_counts[child.name] = count + 1
-        name = path + child.name + (f"_again{count}" if count else "")  # of siblings with one name
+        name = path + child.name + (f"_again{count}" if count else "")  # siblings may share a name
         yield name, child
         yield from _layers_within(child, f"{name}.")
 
@@ -75,9 +75,9 @@ def _types(layer: Any) -> tuple[str, ...]:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """Return what tells a network from others: its class, the shape of its structure, its weights, its precision.
+    """Return what identifies a network: its class, the hashes of its structure and its weights, its precision.
 
-    A frozen network (`trainable=False`) counts as one in evaluation: going on with its run takes the same weights.
+    The mode of a frozen network (`trainable=False`) is "evaluation": its run is only continued with the same weights.
     """
     digest = hashlib.sha256()
     for named in named_modules(model):
@@ -97,10 +97,10 @@ def identity(model: Any) -> dict[str, Any]:
 
 
 def weights_sha256(module: Any) -> str:
-    """The SHA-256 of a network's weights, the same whatever file they came from.
+    """Return the SHA-256 of a network's weights, the same from whichever file they were loaded.
 
-    For each in Keras's order: its own name ("kernel"), dtype and shape as for PyTorch, then its values. Layers' names
-    are left out, since Keras numbers them anew in each process.
+    Hashed are, in Keras's order, each variable's own name ("kernel"), dtype, shape and values; not the names of the
+    layers, which Keras numbers anew in each process.
     """
     digest = hashlib.sha256()
     for variable in module.weights:

@@ -1,4 +1,4 @@
-"""Keras networks that have a name: those of keras.applications, saved ones, and what a person's function returns."""
+"""Keras classifiers by reference: those of keras.applications, saved models, and what a user's function returns."""
 
 import os
 import random
@@ -24,12 +24,12 @@ _HUB = "https://storage.googleapis.com/tensorflow/keras-applications/"
 
 
 def names() -> list[str]:
-    """Every network of keras.applications."""
+    """List every network of keras.applications."""
     return [name for name in dir(keras.applications) if name[0].isupper()]
 
 
 def rows(source: str, word: str | None) -> list[Reference]:
-    """The rows of `undertow.models.listing`."""
+    """List the references that contain a word: each network with ImageNet weights, and with random ones."""
     references = []
     for name in names():
         cached = _is_cached(name)
@@ -48,15 +48,15 @@ def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
         file: weights to use instead.
 
     Raises:
-        ModelError: an unknown name, or weights that cannot be had or do not fit; for a saved model: the file is
-            missing, unreadable, has code in it (a lambda layer) or is no image classifier.
-        FrameworkError: Keras runs on something else than TensorFlow.
+        ModelError: an unknown name, or weights that cannot be downloaded or do not fit; a saved model that is
+            missing, unreadable, holds code (a lambda layer) or is no image classifier.
+        FrameworkError: Keras does not run on TensorFlow.
     """
     return _from_saved(name, file) if source == "file" else _from_applications(name, weights, file)
 
 
 def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
-    """A classifier of keras.applications, its scores before the softmax, with that network's own preprocessing."""
+    """Load a classifier of keras.applications without its softmax, with that network's own preprocessing."""
     refuse_other_backends()
     if name not in names():
         hint = did_you_mean(name, names()) or "; `undertow models keras:` lists them"
@@ -79,7 +79,7 @@ def _build_trained(build: Callable[..., Any], reference: str) -> Any:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether Keras has downloaded weights of a network before; its files are named nearly as the networks are."""
+    """Whether Keras has downloaded weights of a network before; their files are named like it, but for `_`."""
     home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
     files = (home / "models").glob("*")
     return any(file.name.replace("_", "").lower().startswith(name.lower()) for file in files)
@@ -87,7 +87,7 @@ def _is_cached(name: str) -> bool:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Draw random weights from seed 0; Keras draws the seeds of its initialisers from Python's own generator."""
+    """Draw random weights from seed 0 inside; Keras draws the seeds of its initialisers from Python's `random`."""
     state = random.getstate()
     random.seed(0)
     try:
@@ -102,7 +102,7 @@ def _build_untrained(build: Callable[..., Any]) -> Any:
 
 
 def own_preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
-    """Learn what the network's own `preprocess_input` does, which is affine in each channel, by asking it."""
+    """Return the network's own `preprocess_input`: it is affine in each channel, so three colours determine it."""
     preprocess_input = sys.modules[build.__module__].preprocess_input
     black, red, white = (
         preprocess_input(np.array(pixel, np.float32).reshape(1, 1, 1, 3)).reshape(3).astype(np.float64)
@@ -117,7 +117,7 @@ def own_preprocessing(build: Callable[..., Any], module: Any) -> Preprocessing:
 
 
 def _square_crop(module: Any, **options: Any) -> Preprocessing:
-    """A centred square of the size that the network takes, its shorter side fitted: Keras's `keep_aspect_ratio`."""
+    """Resize the shorter side to the network's input and crop the centre, like Keras's `keep_aspect_ratio`."""
     shape = module.input_shape[1:3] if keras.config.image_data_format() == "channels_last" else module.input_shape[2:4]
     height, width = (224 if side is None else int(side) for side in shape)
     crop = height if height == width else (height, width)
@@ -125,9 +125,9 @@ def _square_crop(module: Any, **options: Any) -> Preprocessing:
 
 
 def _from_saved(reference: str, file: Path | None) -> Classifier:
-    """A model that Keras saved, without running any code in it; a final softmax is taken off, so scores are logits.
+    """Load a model that Keras saved, without running any code in the file; a final softmax is taken off.
 
-    Its preprocessing is a plain scaling of pixels to [0, 1], unless the model's own layers rescale: then it is none.
+    Pixels are scaled to [0, 1], or left as they are in [0, 255] where a layer of the model rescales them.
     """
     path = Path(reference).expanduser()
     refuse_other_backends()
@@ -155,10 +155,10 @@ def _unreadable(error: Exception) -> str:
 
 
 def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
-    """Complete a Keras model, or a mapping or `Classifier` with one, as for PyTorch.
+    """Return the classifier of a Keras model, or of a mapping or `Classifier` with one.
 
     Raises:
-        ModelError: the network is no classifier of images, or the parts or weights do not fit.
+        ModelError: the network is no classifier of images, or its class names or weights do not fit.
     """
     return _complete(reference, network, file, file.name if file else f"made by {reference}")
 
@@ -167,11 +167,7 @@ def _complete(reference: str, network: Any, file: Path | None, weights: str) -> 
     if isinstance(network, Classifier):
         network = {"module": network.module, "preprocessing": network.preprocessing, "classes": network.classes}
     parts = dict(network) if isinstance(network, Mapping) else {"module": network}
-    module, preprocessing_options, classes = (
-        parts.pop("module"),
-        parts.pop("preprocessing", None),
-        parts.pop("classes", None),
-    )
+    module, preprocessing, classes = (parts.pop(key, None) for key in ("module", "preprocessing", "classes"))
     if parts or not isinstance(module, keras.Model):
         wrong = f"unknown {', '.join(map(str, parts))}" if parts else type(module).__name__
         raise ModelError(f"{reference} must return a keras.Model, or a dict with module, preprocessing, classes, not "
@@ -179,11 +175,8 @@ def _complete(reference: str, network: Any, file: Path | None, weights: str) -> 
     if file:
         _load_weights(module, file, reference)
     _without_softmax(module)
-    preprocessing = (
-        preprocessing_options
-        if isinstance(preprocessing_options, Preprocessing)
-        else _default_preprocessing(reference, module, preprocessing_options)
-    )
+    if not isinstance(preprocessing, Preprocessing):
+        preprocessing = _preprocessing_from(reference, module, preprocessing)
     count = _count_classes(reference, module)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
@@ -192,20 +185,21 @@ def _complete(reference: str, network: Any, file: Path | None, weights: str) -> 
     return _classifier(reference, module, preprocessing, rows, weights)
 
 
-def _default_preprocessing(reference: str, module: Any, preprocessing_options: Any) -> Preprocessing:
+def _preprocessing_from(reference: str, module: Any, options: Any) -> Preprocessing:
+    """Return the preprocessing that a user's options describe, or the default one where they are None."""
     if len(getattr(module, "input_shape", None) or ()) != 4:
         raise ModelError(
             f"{reference} does not take one batch of images; undertow.explain takes any input, from Python"
         )
-    if preprocessing_options is not None:
-        return Preprocessing(**dict(preprocessing_options))
+    if options is not None:
+        return Preprocessing(**dict(options))
     rescales = any(isinstance(layer, keras.layers.Rescaling) for layer in all_layers(module))
     std = (1 / 255,) * 3 if rescales else (1.0,) * 3
     return _square_crop(module, mean=(0.0,) * 3, std=std)
 
 
 def _without_softmax(module: Any) -> None:
-    """Take a final softmax off: under it the score of a class falls whenever another's rises."""
+    """Take a final softmax off: behind it the score of a class falls whenever another's rises."""
     last = module.layers[-1] if module.layers else None
     if last is not None and getattr(last, "activation", None) is keras.activations.softmax:
         last.activation = keras.activations.linear
@@ -220,8 +214,8 @@ def _count_classes(reference: str, module: Any) -> int:
 
 def _load_weights(module: Any, file: Path, reference: str) -> None:
     if not file.is_file() or file.stat().st_size == 0:
-        what = "it is empty" if file.is_file() else "there is no such file"
-        raise ModelError(f"no weights in {printable(file)}: {what}")
+        reason = "it is empty" if file.is_file() else "there is no such file"
+        raise ModelError(f"no weights in {printable(file)}: {reason}")
     try:
         module.load_weights(file)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Maps of Keras 3 networks on TensorFlow: rules on the traced graph of one call, or on a clone with its own ReLUs."""
+"""Maps of Keras 3 networks on TensorFlow: a rule acts in the traced graph of one call, or in a clone of the model."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -44,22 +44,22 @@ def explain(request: Request) -> Explanation:
 def _explanation(
     request: Request, inputs: Sequence[Any], maps: Sequence[Any], targets: Any, scores: Any, single: bool, stats: Any
 ) -> Explanation:
-    """Complete the maps with None for integer inputs; what was asked for with NumPy arrays is answered with them."""
+    """Complete the maps with None for integer inputs; give NumPy arrays where the inputs are."""
     remaining = iter(maps)
     maps_by_input = [next(remaining) if x.dtype.is_floating else None for x in inputs]
     if single:
         maps_by_input = [None if values is None else values[:, 0] for values in maps_by_input]
         scores, targets = scores[:, 0], None if targets is None else targets[:, 0]
-    completed = tuple(_as_passed(x, values) for x, values in zip(request.inputs, maps_by_input, strict=True))
+    completed = tuple(_like_input(x, values) for x, values in zip(request.inputs, maps_by_input, strict=True))
     first = request.inputs[0]
     channels_last = keras.config.image_data_format() == "channels_last"
     return Explanation(
-        completed, _as_passed(first, targets), _as_passed(first, scores), stats, channels_last=channels_last
+        completed, _like_input(first, targets), _like_input(first, scores), stats, channels_last=channels_last
     )
 
 
-def _as_passed(passed: Any, value: Any) -> Any:
-    return value.numpy() if isinstance(passed, np.ndarray) and value is not None else value
+def _like_input(x: Any, value: Any) -> Any:
+    return value.numpy() if isinstance(x, np.ndarray) and value is not None else value
 
 
 def probabilities(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:

@@ -1,10 +1,10 @@
-"""How a rule gets at the activations of one traced graph: each gets a gradient function of its own, before the backward
-pass is built into the same graph.
+"""How a rule acts on the activations of one traced graph: each activation gets a gradient function of its own, before
+the backward pass is built into the same graph.
 
-TensorFlow asks an operation itself for its gradient function before it looks the type up, which is what
-`tf.Graph.gradient_override_map` makes use of. The map speaks for all operations of a type, and before the forward pass
-is known; here the forward pass has been read by then. Whatever is counted is counted by those functions when TensorFlow
-calls them, so only what lies between the scores and the inputs counts, and a function that is never called is missed.
+TensorFlow asks an operation for its own gradient function before it looks up that of its type;
+`tf.Graph.gradient_override_map` relies on this too, but it covers all operations of a type and must be set before the
+forward pass. Here the forward pass is read first. The gradient functions count when TensorFlow calls them, so only
+activations between the scores and the inputs are counted, and one whose function is never called is not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,11 +44,11 @@ HIDDEN = {
 
 
 class Rewiring:
-    """A rule on the activations of one graph, and the account of what it met on the way from scores to inputs.
+    """A rule on the activations of one graph, and the counts of what it met between the scores and the inputs.
 
     Args:
-        request: whose rule, and whose choice of activations.
-        mark: what the names of operations have in them that make up an activation which follows the rule by itself.
+        request: for its rule and its choice of activations.
+        mark: a part of the names of operations whose activation follows the rule already (`swap.MARK`).
     """
 
     def __init__(self, request: Request, mark: str | None = None) -> None:
@@ -60,10 +60,10 @@ class Rewiring:
         self._changed_ops: list[Any] = []
 
     def attach(self, ops: Sequence[Any], inputs: Sequence[Any]) -> None:
-        """Give every operation that a rule cares about its own gradient function.
+        """Give each activation, called function and hidden computation its own gradient function.
 
         Args:
-            ops: of the forward pass, in the order in which they were made.
+            ops: of the forward pass, in the order of their creation.
             inputs: the tensors that the network is a function of.
         """
         for op in ops:
@@ -75,7 +75,7 @@ class Rewiring:
             self._attach_to(activation)
 
     def finish(self) -> None:
-        """Look back when the backward pass is built, and take the gradient functions off: they know rule and model.
+        """Check the counts of a finished backward pass; remove the gradient functions, which refer to rule and model.
 
         Raises:
             RuleError: an activation was missed, or there was nothing to rewire.
@@ -110,7 +110,7 @@ class Rewiring:
         self._changed_ops.append(op)
 
     def _rewire(self, activation: Activation, own: dict[Any, Any]) -> None:
-        """Let the last operation's gradient be the rule's, and hand that through to the activation's input."""
+        """Apply the rule at the last operation; the others pass its result through to the activation's input."""
         path = _path_to_input(activation)
         root, root_index = path[0]
 
@@ -153,7 +153,7 @@ class Rewiring:
         return gradient
 
     def _differentiate_call(self, call: Any, *gs: Any) -> Any:
-        """Differentiate a call of a nested `tf.function` or a SavedModel: its body, once more and in sight."""
+        """Differentiate a call of a nested `tf.function` or a SavedModel: a copy of its body in this graph."""
         inputs, outputs, ops = _inlined(call)
         self.attach(ops, inputs)
         pairs = [(y, g) for y, g in zip(outputs, gs, strict=True) if g is not None and y.dtype.is_floating]
@@ -179,12 +179,12 @@ def _pass_through(index: int) -> Any:
 
 
 def _for_one_input(op: Any, index: int, g: Any) -> Any:
-    """Return a gradient for one of an operation's inputs and none for the others."""
+    """Return the gradients of an operation's inputs: `g` for one of them and None for the others."""
     return [g if i == index else None for i in range(len(op.inputs))] if len(op.inputs) > 1 else g
 
 
 def _path_to_input(activation: Activation) -> list[tuple[Any, int]]:
-    """Return operations from the activation's output to its input, each with the index of the next one's tensor."""
+    """Return operations from the activation's output to its input, each with the index of the input that leads on."""
 
     def paths_from(op: Any) -> Iterator[list[tuple[Any, int]]]:
         for index, tensor in enumerate(op.inputs):
@@ -199,7 +199,7 @@ def _path_to_input(activation: Activation) -> list[tuple[Any, int]]:
 
 
 def _local(activation: Activation, own: dict[Any, Any], h: Any, others: Sequence[Any]) -> Any:
-    """Return the activation's own backward, `f'(x) * h`, by the chain rule over its operations."""
+    """Return the activation's own gradient, `f'(x) * h`, by the chain rule over its operations."""
     gradients_at: dict[Any, Any] = {activation.root.outputs[0].ref(): h}
     for op in reversed(activation.ops):
         g = gradients_at.get(op.outputs[0].ref())
@@ -236,7 +236,7 @@ def _checked_gradient(rule: Rule, did: str, new: Any, g: Any) -> Any:
 
 
 def _inlined(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Lay a called function's body out in the graph at hand; return its inputs, its outputs and its operations."""
+    """Copy a called function's body into the current graph; return its inputs, its outputs and its operations."""
     body = called_graph(call)
     if body is None:
         name = call.get_attr("f").name

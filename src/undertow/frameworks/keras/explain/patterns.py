@@ -1,8 +1,8 @@
-"""What an activation looks like in a traced graph: one operation, or the few that Keras spells it with.
+"""What an activation looks like in a traced graph: one operation, or the few that Keras composes it of.
 
-A pattern is a tree of operation types. `X` is the activation's input, `C` whatever does not depend on the network's
-input (a number, a learnt slope), `ZERO` the constant zero. An activation of several operations is one activation: the
-rule acts on it as a whole, and it counts once.
+A pattern is a tree of operation types. `X` is the activation's input, `C` anything that does not depend on the
+network's input (a number, a learnt slope), `ZERO` the constant zero. Several operations that match one pattern are one
+activation: the rule acts on it as a whole, and it counts once.
 """
 
 import enum
@@ -23,7 +23,7 @@ class OpKind(enum.Enum):
     RELU = "a ReLU-like activation"
     SMOOTH = "a smooth activation, rewired only with activations='all'"
     OTHER = "an elementwise activation that no rule touches"
-    OPAQUE = "somebody's own tf.custom_gradient"
+    OPAQUE = "a user's own tf.custom_gradient"
     SWITCH = "max-pooling: which of its inputs won is all that deconvnet keeps of a photograph"
 
 
@@ -43,7 +43,7 @@ def _capped(pattern: Pattern) -> Pattern:
 
 _POSITIVES = (("Relu", X), _THRESHOLDED, _capped(("Relu", X)), _capped(_THRESHOLDED), ("Relu6", X))
 
-# name, kind, pattern; of two that fit at the same operation the first is taken, so the larger stand first
+# name, kind, pattern; the first that matches an operation is taken, so larger patterns stand first
 ACTIVATIONS: list[tuple[str, OpKind, Pattern]] = [
     *(("Relu", OpKind.RELU, ("Sub", p, ("Mul", C, n))) for p in _POSITIVES for n in _NEGATIVES),
     ("PRelu", OpKind.RELU, ("AddV2", ("Relu", X), ("Mul", C, _NEGATIVES[0]))),
@@ -84,7 +84,7 @@ class Activation:
     Attributes:
         name, kind: of its pattern.
         x: its input.
-        ops: its operations, the last in order of execution last; that one's first output is the activation's.
+        ops: its operations, in order of execution; the first output of the last one is the activation's.
     """
 
     name: str
@@ -99,15 +99,15 @@ class Activation:
 
 
 def activations(ops: Sequence[Any], inputs: Sequence[Any]) -> list[Activation]:
-    """Find the activations among the operations of a graph, given in the order in which they were made.
+    """Find the activations among the operations of a graph, given in the order of their creation.
 
     Args:
-        inputs: the tensors that the network is a function of; what does not depend on them is a constant.
+        inputs: the tensors that the network is a function of; whatever does not depend on them is a constant.
     """
     dependent = _dependent_ops(ops, inputs)
     claimed: set[Any] = set()
     matches = []
-    for op in reversed(ops):  # an activation of several operations is met at its last one, and claims the others
+    for op in reversed(ops):  # a pattern is matched from its last operation, and claims the others
         if op not in claimed and op in dependent:
             activation = _activation(op, dependent)
             if activation is not None:
@@ -135,7 +135,7 @@ def _activation(op: Any, dependent: set[Any]) -> Activation | None:
 
 
 def _matches(t: Any, pattern: Pattern, x: Any, dependent: set[Any]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Yield the ways in which a tensor fits a pattern: what X then is, and the operations, in order of execution."""
+    """Yield each way in which a tensor matches a pattern: what X is, and the operations in execution order."""
     if pattern == X:
         if t.op in dependent and (x is None or t is x):
             yield t, ()
@@ -165,13 +165,13 @@ def _all_match(
 
 
 def _is_closed(ops: Sequence[Any], x: Any) -> bool:
-    """Whether nobody else reads what lies between an activation's input and its output."""
+    """Whether no other operation reads a tensor between an activation's input and its output."""
     if len(ops) == 1:
         return True
     own_ops = set(ops)
     readers = [reader for op in ops[:-1] for out in op.outputs for reader in out.consumers()]
     other_readers = [reader for reader in readers if reader not in own_ops]
-    if ops[-1].type == "IdentityN":  # tf.custom_gradient leaves an Identity behind that nobody reads
+    if ops[-1].type == "IdentityN":  # tf.custom_gradient leaves behind an Identity that nothing reads
         other_readers = [
             reader for reader in other_readers if reader.type != "Identity" or reader.outputs[0].consumers()
         ]

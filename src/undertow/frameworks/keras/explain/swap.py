@@ -1,7 +1,7 @@
 """The classical way: a clone of the model in which each activation is a `tf.custom_gradient` version of itself.
 
-The clone has the model's structure and a copy of its weights. It sees what is a layer, or an `activation=` of one; an
-activation called as a function is found in the traced graph afterwards, and is an error rather than a wrong map.
+The clone has the model's structure and a copy of its weights. Only layers and the `activation=` of layers are replaced;
+an activation that is called as a function is found in the traced graph afterwards and raises an error.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def swapped(request: Request) -> Any:
     """Return a clone of a model whose activations follow a rule.
 
     Raises:
-        RuleError: the model is none that Keras can clone.
+        RuleError: Keras cannot clone the model.
     """
     clone = _clone(request.model)
     smooth_too = request.activations == "all"
@@ -37,14 +37,11 @@ def swapped(request: Request) -> Any:
     functions = {getattr(keras.activations, name) for name in names}
     for layer in all_layers(clone):
         if isinstance(layer, layers):
-            _set(layer, "call", ruled_activation(layer.call, request.rule))
-        elif vars(layer).get("activation") in functions:  # recurrent layers hand on that of their cell
+            # past Keras, which would track an ordinary attribute as state
+            object.__setattr__(layer, "call", ruled_activation(layer.call, request.rule))
+        elif vars(layer).get("activation") in functions:  # not the property of a recurrent layer, its cell's
             layer.activation = ruled_activation(layer.activation, request.rule)
     return clone
-
-
-def _set(layer: Any, name: str, value: Any) -> None:
-    object.__setattr__(layer, name, value)  # a bound function is no state for Keras to track
 
 
 def _clone(model: Any) -> Any:
@@ -63,7 +60,7 @@ def _clone(model: Any) -> Any:
 
 
 def ruled_activation(activation: Callable[[Any], Any], rule: Rule) -> Callable[..., Any]:
-    """Return an activation whose forward is the given one's and whose backward follows a rule."""
+    """Return an activation with the same values whose backward pass follows a rule."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def apply(x: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The traced graph of one explanation, forward and backward, and the few that are kept for the next call.
+"""The traced graph of one explanation, forward and backward, and a cache of such graphs.
 
-A trace costs seconds where a call costs milliseconds, so the last 32 of Keras models and `tf.function`s are kept: each
-under its model (weakly), the shapes and dtypes of the inputs, the rule and the kind of target. Weights are read when a
-graph runs, so new values count at once. What else a graph depends on is part of the key: the plain attributes of every
-layer. A plain Python function, and a target that is one, can close over anything and are traced for each call.
+A trace takes seconds where a call takes milliseconds, so the last 32 graphs of Keras models and `tf.function`s are
+cached. The key has the model (weakly), the shapes and dtypes of the inputs, the rule, the kind of target, and the plain
+attributes of every layer, on which a graph depends too. Weights are read when a graph runs, so new values count at
+once. A plain Python function, as model or as target, can close over anything and is traced for each call.
 """
 
 import threading
@@ -40,7 +40,7 @@ class TracedGraph:
             then a map `(B, K, ...)` for each input of floating point.
         classes: how many scores the model gives; None where the target is a function.
         stats: what the rule met.
-        written: the variables that it may write, which are to be put back.
+        written: the variables that it may write, to be put back afterwards.
     """
 
     run: Any
@@ -54,11 +54,11 @@ _lock = threading.RLock()  # a model may be collected, and its graphs forgotten,
 
 
 def traced_graph(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
-    """Return the graph of one explanation, from those that are kept where it is among them.
+    """Return the graph of one explanation, from the cache where it is there.
 
     Args:
         inputs: eager tensors.
-        k: how many class ids a sample are given; 0 where the target is none, "top:K" or a function.
+        k: the number of class ids for each sample; 0 where the target is None, "top:K" or a function.
 
     Raises:
         InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
@@ -84,7 +84,7 @@ def _forget(key: Hashable) -> None:
 
 
 def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
-    """Return what tells one graph from another; None where that cannot be known."""
+    """Return the cache's key of a graph; None where the graph depends on what no key can tell."""
     model = request.model
     is_function = isinstance(model, tf.types.experimental.PolymorphicFunction)
     if callable(request.target) or not (isinstance(model, keras.Layer) or is_function):
@@ -96,7 +96,7 @@ def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
 
 
 def _attributes(model: Any) -> tuple[Hashable, ...]:
-    """Return the layers and their plain attributes, functions among them: `layer.activation = ...` is another graph."""
+    """Return all layers with their plain attributes and functions: `layer.activation = ...` makes another graph."""
     attributes: list[Hashable] = []
     for layer in all_layers(model):
         attributes.append(weakref.ref(layer))
@@ -111,6 +111,7 @@ def _attributes(model: Any) -> tuple[Hashable, ...]:
 
 
 def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
+    """Trace the graph of one explanation; arguments and errors as for `traced_graph`."""
     properties: dict[str, Any] = {"stats": RewiringStats()}
     swap = request.through == "swap" and request.rule is not gradient
     network = swapped(request) if swap else request.model

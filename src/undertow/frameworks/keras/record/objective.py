@@ -1,4 +1,4 @@
-"""What is differentiated where photographs are recorded."""
+"""The objective whose gradients are recorded where photographs are."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +12,13 @@ from ..internals import all_layers, set_trainable
 
 @contextmanager
 def objective(model: Any, name: str) -> Iterator[Callable[[Any, Sequence[int] | None], None]]:
-    """Give what runs a batch forward and backward; the objective is summed, so each sample's gradient is its own.
+    """Yield a function that runs a batch forward and backward.
 
-    Inside, the network is frozen: what is asked for are the gradients of what flows between the layers.
+    The objective is summed over the batch, so each sample's gradient is independent of the others. The network is
+    frozen meanwhile: no gradient of its weights is asked for.
 
     Args:
-        name: "predicted", "label" or "loss", as `undertow.recording.photographs` has them.
+        name: "predicted", "label" or "loss", as in `undertow.recording.photographs`.
     """
 
     def run(x: Any, labels: Sequence[int] | None) -> None:

@@ -1,5 +1,5 @@
-"""Reads a Keras network while it runs eagerly: a layer's `call` is wrapped for one batch, its output passed on through
-an identity whose backward takes the gradient that arrives.
+"""Reads a Keras network that runs eagerly. For one batch, each layer's `call` is wrapped, and its output goes through
+an identity whose backward pass reads the gradient.
 """
 
 import threading
@@ -26,7 +26,7 @@ OutputHook = Callable[[str, Any, Any], Any]
 
 
 def visits(model: Any, example: Any) -> dict[str, list[Any]]:
-    """Run the network on an example; return the shapes of the outputs of each layer that was called, in order."""
+    """Run the network on an example; return the output shapes of each layer that was called, in order."""
     visited: dict[str, list[Any]] = {}
 
     def after(name: str, layer: Any, output: Any) -> Any:
@@ -53,7 +53,7 @@ def world() -> tuple[int, int]:
 
 @contextmanager
 def wrapped(layers: Mapping[str, Any], after: OutputHook) -> Iterator[None]:
-    """Let `after(name, layer, output)` see, and replace, what each layer's calls return, inside the context alone."""
+    """Inside, let each layer's calls return `after(name, layer, output)` instead of their output."""
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(_set_call, layer, vars(layer).get("call"))
@@ -66,7 +66,7 @@ def _call_then(name: str, layer: Any, call: Callable[..., Any], after: OutputHoo
 
 
 def _set_call(layer: Any, call: Any) -> None:
-    """Set or remove a layer's own `call`, past Keras, which would track it as state."""
+    """Set a layer's own `call`, or remove it with None. Keras would track an ordinary attribute as state."""
     if call is None:
         vars(layer).pop("call", None)
     else:
@@ -74,7 +74,7 @@ def _set_call(layer: Any, call: Any) -> None:
 
 
 def map_tensors(output: Any, key: str, replace: Callable[[str, Any], Any]) -> Any:
-    """Return an output with each tensor of floating point replaced; keys are "" for one alone, "0", "1.hidden"."""
+    """Return an output with each float tensor replaced by `replace(key, tensor)`; keys are as `TensorKey.output`."""
     if isinstance(output, tf.Tensor):
         return replace(key, output) if output.dtype.is_floating else output
     if isinstance(output, Mapping):
@@ -96,7 +96,7 @@ def new_probe(
     """Return a probe of layers.
 
     Raises:
-        InputError: the batch is to be watched for a diagnosis.
+        InputError: a diagnosis is asked for.
     """
     if watched is not None:
         raise InputError("diagnose watches PyTorch networks alone; record a Keras network without it")
@@ -105,15 +105,15 @@ def new_probe(
 
 @dataclass
 class LayerProbe:
-    """Reads the sites of one batch between `with` and its end; layers are wrapped only in between.
+    """Reads the sites of one batch; layers are wrapped from `__enter__` to `__exit__`.
 
     Attributes:
         observations: in order of arrival.
         order: the sites in the order in which they first gave an output.
-        arrived: the sites at which a gradient has come.
-        views: none; TensorFlow has no in-place operations on them.
+        arrived: the sites that a gradient has reached.
+        views: always empty; TensorFlow has no in-place operations on views.
         unscaled: an output was float16, and there is no scaler.
-        scale: of the `LossScaleOptimizer` when the first gradient came; None without one.
+        scale: the scale of the `LossScaleOptimizer` at the first gradient; None without one.
     """
 
     modules: Mapping[str, Any]
@@ -150,11 +150,11 @@ class LayerProbe:
             )
 
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
-        """Return what was seen for a diagnosis: nothing, as yet."""
+        """Return nothing: diagnosis is not there for Keras yet."""
         return []
 
     def transfer(self, points: Sequence[Any]) -> "HostObservations":
-        """Hand over what was observed."""
+        """Return the observations, which are on the host already."""
         return HostObservations(self.observations)
 
     def _read_output(self, name: str, layer: Any, output: Any) -> Any:
@@ -187,7 +187,7 @@ class LayerProbe:
         self._observe(key, layer, self._unscaled(gradient))
 
     def _unscaled(self, gradient: Any) -> Any:
-        """Divide by the scale of the loss, in float32 at least."""
+        """Divide by the loss scale, in float32 or float64."""
         scale = getattr(self.scaler, "dynamic_scale", None)
         if scale is None:
             return gradient
@@ -204,17 +204,17 @@ class LayerProbe:
 
 
 def _with_gradient_hook(tensor: Any, arrived: Callable[[Any], None]) -> Any:
-    """Return a tensor of the same values, and tell of each gradient that comes back to it."""
+    """Return a tensor of the same values, and call `arrived` with each gradient that reaches it."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def passed(inside: Any) -> Any:
+    def identity(x: Any) -> Any:
         def backward(g: Any) -> Any:
             arrived(tf.convert_to_tensor(g))
             return g
 
-        return tf.identity(inside), backward
+        return tf.identity(x), backward
 
-    return passed(tensor)
+    return identity(tensor)
 
 
 def channels_second(layer: Any, tensor: Any) -> npt.NDArray[Any]:
@@ -230,7 +230,7 @@ def channels_second(layer: Any, tensor: Any) -> npt.NDArray[Any]:
 
 
 class HostObservations:
-    """Observations that are on the host already, as all of TensorFlow's are."""
+    """Observations that are on the host already."""
 
     def __init__(self, observations: list[Observation]) -> None:
         self._observations = observations
@@ -238,5 +238,5 @@ class HostObservations:
         self.nbytes = sum(getattr(array, "nbytes", 8) for state in states for array in state.values())
 
     def wait(self) -> list[Observation]:
-        """Wait for nothing."""
+        """Return the observations; there is no copy to wait for."""
         return self._observations
