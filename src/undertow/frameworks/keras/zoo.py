@@ -150,7 +150,7 @@ def _unreadable(error: Exception) -> str:
     if "unsafe" in text or "lambda" in text.lower():
         return "holds a lambda, which is code and is never run; load it yourself in FILE.py:FUNCTION if you trust it"
     if "deserialize" in text or "custom" in text.lower():
-        return "holds layers of somebody's own; load it in FILE.py:FUNCTION, where their classes are defined"
+        return "holds custom layers; load it in FILE.py:FUNCTION, where their classes are defined"
     return f"is no readable .keras file ({text[:120]}); save it with model.save"
 
 

@@ -240,7 +240,7 @@ def _inlined(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
     body = called_graph(call)
     if body is None:
         name = call.get_attr("f").name
-        raise RuleError(f"cannot see into the call {call.name!r}: its function {name!r} is not at hand; call its body")
+        raise RuleError(f"cannot see into the call {call.name!r}: no graph has its function {name!r}; call its body")
     entries = [tf.identity(x) if x.dtype.is_floating else x for x in call.inputs]
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())

@@ -99,7 +99,7 @@ def new_probe(
         InputError: a diagnosis is asked for.
     """
     if watched is not None:
-        raise InputError("diagnose watches PyTorch networks alone; record a Keras network without it")
+        raise InputError("diagnose is not there for Keras yet; record without it")
     return LayerProbe(modules, measures, phases, scaler)
 
 
@@ -144,9 +144,8 @@ class LayerProbe:
         self._stack.close()
         if self._traced_layer is not None and kind is None:
             raise InputError(
-                f"layer {self._traced_layer!r} ran in a traced graph (tf.function, fit, predict), where no batch can "
-                "be told from another; run it eagerly: compile(run_eagerly=True), or "
-                "tf.config.run_functions_eagerly(True)"
+                f"layer {self._traced_layer!r} ran in a traced graph (tf.function, fit, predict), where batches cannot "
+                "be told apart; run it eagerly: compile(run_eagerly=True), or tf.config.run_functions_eagerly(True)"
             )
 
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
