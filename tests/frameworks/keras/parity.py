@@ -2,7 +2,7 @@
 
 A network is a function of a kit and an image. `InTorch` calls torch's functions on `(B, C, H, W)`; `InKeras` builds a
 functional model on `(B, H, W, C)`. Weights are drawn in the order of the calls, in torch's layout, and transposed for
-Keras; the table that `drawn` returns is what both kits read.
+Keras; both kits draw them from the same seed.
 """
 
 import functools
@@ -129,7 +129,7 @@ class InKeras:
     def __init__(self, dtype: str, seed: int) -> None:
         self.dtype, self.numbers = dtype, np.random.default_rng(seed)
 
-    def _made(self, layer: Any, x: Any, *weights: np.ndarray) -> Any:
+    def _apply(self, layer: Any, x: Any, *weights: np.ndarray) -> Any:
         y = layer(x)
         layer.set_weights(weights)
         return y
@@ -137,23 +137,23 @@ class InKeras:
     def conv(self, x: Any, inside: int, outside: int, size: int, stride: int = 1, pad: int = 0) -> Any:
         kernel, bias = _weights(self.numbers, outside, inside, size, size), self.numbers.normal(size=outside) * 0.1
         layer = layers.Conv2D(outside, size, stride, dtype=self.dtype)
-        return self._made(layer, self._padded(x, pad), kernel.transpose(2, 3, 1, 0), bias)
+        return self._apply(layer, self._padded(x, pad), kernel.transpose(2, 3, 1, 0), bias)
 
     def depthwise(self, x: Any, width: int, size: int, stride: int = 1, pad: int = 0) -> Any:
         kernel = _weights(self.numbers, width, 1, size, size)
         layer = layers.DepthwiseConv2D(size, stride, use_bias=False, dtype=self.dtype)
-        return self._made(layer, self._padded(x, pad), kernel.transpose(2, 3, 0, 1))
+        return self._apply(layer, self._padded(x, pad), kernel.transpose(2, 3, 0, 1))
 
     def _padded(self, x: Any, pad: int) -> Any:
         return layers.ZeroPadding2D(pad, dtype=self.dtype)(x) if pad else x
 
     def norm(self, x: Any, width: int) -> Any:
         mean, variance, weight, bias = _statistics(self.numbers, width)
-        return self._made(layers.BatchNormalization(epsilon=1e-5, dtype=self.dtype), x, weight, bias, mean, variance)
+        return self._apply(layers.BatchNormalization(epsilon=1e-5, dtype=self.dtype), x, weight, bias, mean, variance)
 
     def dense(self, x: Any, inside: int, outside: int) -> Any:
         layer = layers.Dense(outside, use_bias=False, dtype=self.dtype)
-        return self._made(layer, x, _weights(self.numbers, outside, inside).T)
+        return self._apply(layer, x, _weights(self.numbers, outside, inside).T)
 
     def relu(self, x: Any) -> Any:
         return layers.ReLU(dtype=self.dtype)(x)
@@ -197,8 +197,8 @@ def difference(name: str, rule: str, dtype: str) -> tuple[float, int, int]:
     image = np.random.default_rng(7).normal(size=(2, 3, SIDE, SIDE)).astype(dtype)
     a = ut.explain(torch_model, torch.from_numpy(image), rule=rule, target=2)
     b = ut.explain(keras_model, np.ascontiguousarray(image.transpose(0, 2, 3, 1)), rule=rule, target=2)
-    wanted, found = a.numpy(), b.numpy().transpose(0, 3, 1, 2)
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max()), a.rewired, b.rewired
+    in_torch, in_keras = a.numpy(), b.numpy().transpose(0, 3, 1, 2)
+    return float(np.abs(in_keras - in_torch).max() / np.abs(in_torch).max()), a.rewired, b.rewired
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ RULES: dict[str, Callable[[Any, Local], Any]] = {
 def piecewise(x: Any, slope: Any = 0.0, top: float = np.inf, threshold: float = 0.0) -> tuple[Any, Any]:
     """Return `slope * (x - threshold)` up to the threshold, `x` above it and `top` beyond that, and its derivative."""
     low, high = x <= threshold, x >= top
-    one = tf.ones_like(x)
-    value = tf.where(low, slope * (x - threshold), tf.where(high, top * one, x))
-    return value, tf.where(low, slope * one, tf.where(high, 0 * one, one))
+    ones = tf.ones_like(x)
+    value = tf.where(low, slope * (x - threshold), tf.where(high, top * ones, x))
+    return value, tf.where(low, slope * ones, tf.where(high, 0 * ones, ones))
 
 
 def _static_call(x: Any, negative_slope: float = 0.0, max_value: float | None = None, threshold: float = 0.0) -> Any:
@@ -90,10 +90,10 @@ class Twin:
 
     def by_formula(self, original: Any, formula: Callable[..., Any]) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            made = None if self._inside else formula(*args, **kwargs)
-            if made is None:
+            result = None if self._inside else formula(*args, **kwargs)
+            if result is None:
                 return original(*args, **kwargs)
-            value, derivative = (tf.stop_gradient(part) for part in made)
+            value, derivative = (tf.stop_gradient(part) for part in result)
             x = next(a for a in (*args, *kwargs.values()) if tf.is_tensor(a) and a.shape == value.shape)
             return self.ruled(x, value, lambda h: h * derivative)
 
@@ -124,13 +124,13 @@ class Twin:
 @contextmanager
 def replaced(twin: Twin, activations: str) -> Iterator[None]:
     with ExitStack() as stack:
-        put = {name: ("formula", formula) for name, formula in RELU_LIKE.items()}
-        put |= dict.fromkeys(SMOOTH, ("itself", activations == "all"))
-        put |= dict.fromkeys(LEFT_ALONE, ("itself", False))
-        for path, (how, what) in put.items():
+        replacements = {name: ("formula", formula) for name, formula in RELU_LIKE.items()}
+        replacements |= dict.fromkeys(SMOOTH, ("itself", activations == "all"))
+        replacements |= dict.fromkeys(LEFT_ALONE, ("itself", False))
+        for path, (how, argument) in replacements.items():
             name = path.rpartition(".")[2]
             original = pkgutil.resolve_name(path)
-            new = twin.by_formula(original, what) if how == "formula" else twin.by_itself(original, what)
+            new = twin.by_formula(original, argument) if how == "formula" else twin.by_itself(original, argument)
             stack.enter_context(mock.patch(path, staticmethod(new) if name == "static_call" else new))
         stack.enter_context(mock.patch.object(keras.layers.PReLU, "call", lambda layer, x: twin.prelu(layer, x)))
         yield
@@ -152,5 +152,5 @@ def reference(model: Any, x: Any, target: int, rule: Any, activations: str = "re
         chosen = tf.reduce_sum(output[:, target])
     with replaced(twin, activations):
         maps = tape.gradient(chosen, leaves, unconnected_gradients="zero")
-    maps = tuple(np.array(one) for one in maps)
+    maps = tuple(np.array(values) for values in maps)
     return (maps if several else maps[0]), twin.calls

@@ -12,7 +12,9 @@ from frameworks.keras.references import reference
 NETWORKS = {"DenseNet201": 201, "ResNet50": 49, "VGG16": 15, "MobileNetV2": 35}  # with their ReLU calls
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "DenseNet201" else name for name in NETWORKS]
+)
 def test_counts_and_maps_equal_the_twins(name: str):
     keras.utils.set_random_seed(3)
     build = getattr(keras.applications, name)

@@ -17,6 +17,7 @@ from keras import layers
 
 import undertow as ut
 from undertow.frameworks.keras.explain import tracing
+from undertow.frameworks.keras.internals import all_layers
 
 KNOWN = json.loads(Path(__file__).parents[2].joinpath("vectors", "known_answers.json").read_text())
 
@@ -42,9 +43,9 @@ def x():
 @pytest.fixture
 def traces(monkeypatch):
     """How often a graph was traced."""
-    made, trace = [], tracing.trace
-    monkeypatch.setattr(tracing, "trace", lambda *args: made.append(1) or trace(*args))
-    return made
+    calls, trace = [], tracing.trace
+    monkeypatch.setattr(tracing, "trace", lambda *args: calls.append(args) or trace(*args))
+    return calls
 
 
 # known answers
@@ -53,23 +54,23 @@ def traces(monkeypatch):
 @pytest.mark.parametrize("rule", ["gradient", "deconvnet", "guided"])
 def test_figure_1_of_springenberg(rule):
     figure = KNOWN["springenberg_2014_figure_1"]
-    x, g, wanted = (np.array(figure[name], np.float64) for name in ("forward_input", "gradient_above", rule))
+    x, g, expected = (np.array(figure[name], np.float64) for name in ("forward_input", "gradient_above", rule))
     a = ut.explain(tf.nn.relu, tf.constant(x[None]), rule=rule, target=lambda y: tf.reduce_sum(y * g, (1, 2)))
-    assert np.array_equal(a.numpy()[0], wanted)
+    assert np.array_equal(a.numpy()[0], expected)
     assert a.targets is None
 
 
 @pytest.mark.parametrize("through", ["graph", "swap"])
 @pytest.mark.parametrize("rule", ["gradient", "deconvnet", "guided"])
 def test_one_convolution(rule, through):
-    known = KNOWN["one_convolution"]
+    answers = KNOWN["one_convolution"]
     hidden = [layers.Conv2D(2, 3, activation="relu"), layers.Permute((3, 1, 2)), layers.Flatten()]
     net = keras.Sequential([keras.Input((4, 4, 1)), *hidden, layers.Dense(4, activation="relu")])
     rows = np.array([1.0, 1, 1, 1, 1, -1, -1, -1])[:, None].repeat(4, 1)
     net.set_weights([np.ones((3, 3, 1, 2)), np.array([-50.0, -75.0]), rows, np.zeros(4)])
     x = np.arange(16, dtype=np.float32).reshape(1, 4, 4, 1)
-    a = ut.explain(net, x, rule=rule, target=known["target"], through=through)
-    assert a.values[0, ..., 0].tolist() == known[rule]
+    a = ut.explain(net, x, rule=rule, target=answers["target"], through=through)
+    assert a.values[0, ..., 0].tolist() == answers[rule]
     assert a.rewired == (0 if rule == "gradient" else 2)
 
 
@@ -91,8 +92,8 @@ def test_one_relu_in_every_precision(activation, derivative, dtype):
     x = tf.constant([[-3, -1, -0.25, 0.25, 0.75, 3, 7]], dtype)
     activation = type(activation).from_config({**activation.get_config(), "dtype": dtype})
     g, slope = np.array([2.0, -2, 4, -4, 2, -8, 16]), np.array(derivative)
-    wanted = {"gradient": g * slope, "deconvnet": np.maximum(g, 0), "guided": np.maximum(g, 0) * slope}
-    for rule, values in wanted.items():
+    expected = {"gradient": g * slope, "deconvnet": np.maximum(g, 0), "guided": np.maximum(g, 0) * slope}
+    for rule, values in expected.items():
         a = ut.explain(activation, x, rule=rule, target=lambda y: tf.reduce_sum(y * tf.cast(g, dtype), 1))
         assert a.values.dtype == dtype
         assert a.numpy()[0].tolist() == values.tolist(), rule
@@ -137,7 +138,7 @@ def test_a_function_of_the_output_is_never_stale(net, x):
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (5, "target 5 is out of range: the model has classes 0 to 4"),
         (-1, "target -1 is out of range"),
@@ -151,8 +152,8 @@ def test_a_function_of_the_output_is_never_stale(net, x):
         (lambda out: 3, "one score for each sample"),
     ],
 )
-def test_a_wrong_target_is_said(net, x, target, said):
-    with pytest.raises(ut.TargetError, match=said):
+def test_a_wrong_target_is_refused(net, x, target, message):
+    with pytest.raises(ut.TargetError, match=message):
         ut.explain(net, x, target=target)
 
 
@@ -175,7 +176,7 @@ def test_a_tuple_of_inputs_gives_a_tuple_and_integers_get_no_map(net, x):
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "error", "said"),
+    ("model", "x", "error", "message"),
     [
         (tf.nn.relu, np.ones((1, 2)), ut.InputError, "torch.from_numpy"),
         (tf.nn.relu, tf.ones((2, 2), tf.int32), ut.InputError, "tf.cast"),
@@ -190,9 +191,9 @@ def test_a_tuple_of_inputs_gives_a_tuple_and_integers_get_no_map(net, x):
         (lambda v: tf.nn.relu(v) * np.nan, tf.ones((2, 2)), ut.ModelError, "sample 0 is nan"),
     ],
 )
-def test_what_cannot_be_explained_is_said(model, given, error, said):
-    with pytest.raises(error, match=said):
-        ut.explain(model, given)
+def test_what_cannot_be_explained_is_refused(model, x, error, message):
+    with pytest.raises(error, match=message):
+        ut.explain(model, x)
 
 
 def test_a_model_that_fails_keeps_its_error_and_gains_the_shape(net, x):
@@ -256,15 +257,15 @@ def test_what_hides_a_computation_is_refused(net, x):
     with pytest.raises(ut.RuleError, match=r"While.*unroll=True"):
         ut.explain(loop, np.ones((1, 3, 4), np.float32))
     assert ut.explain(loop, np.ones((1, 3, 4), np.float32), rule="gradient").values.shape == (1, 3, 4)
-    given = tf.constant(x)
+    tensor = tf.constant(x)
     hidden = {
         "tf.py_function runs Python": lambda v: tf.ensure_shape(tf.py_function(net, [v], tf.float32), (3, 5)),
         "a branch keeps its body": lambda v: tf.cond(v[0, 0] > 0, lambda: net(v), lambda: net(2 * v)),
         "recompute_grad and keras.RematScope": lambda v: tf.recompute_grad(lambda w: tf.nn.relu(w) * net(w)[:, :4])(v),
     }
-    for said, model in hidden.items():
-        with pytest.raises(ut.RuleError, match=said):
-            ut.explain(model, given)
+    for message, model in hidden.items():
+        with pytest.raises(ut.RuleError, match=message):
+            ut.explain(model, tensor)
 
 
 def test_hooks_are_torchs(net, x):
@@ -310,6 +311,7 @@ except ut.InputError as error:
 """
 
 
+@pytest.mark.slow
 def test_keras_on_torch_goes_to_torchs_side():
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
     done = subprocess.run([sys.executable, "-c", ON_TORCH], env=environment, capture_output=True, text=True, check=True)
@@ -324,7 +326,7 @@ def test_keras_on_other_backends_is_refused(net, x, monkeypatch):
         ut.explain(net, x)
 
 
-# kept graphs
+# cached graphs
 
 
 def test_the_second_call_costs_no_trace(net, x, traces):
@@ -363,20 +365,20 @@ def test_another_activation_is_another_graph(x, traces):
     assert len(traces) == 3
 
 
-def test_a_thousand_calls_keep_nothing(x):
+def test_a_thousand_calls_leave_no_objects(x):
     net = small()
     for _ in range(3):
         ut.explain(net, x)
     gc.collect()
-    before, kept = len(gc.get_objects()), len(tracing.cache)
+    objects, graphs = len(gc.get_objects()), len(tracing.cache)
     for _ in range(1000):
         ut.explain(net, x)
     gc.collect()
-    assert len(gc.get_objects()) - before < 100
-    assert len(tracing.cache) == kept
+    assert len(gc.get_objects()) - objects < 100
+    assert len(tracing.cache) == graphs
 
 
-def test_few_graphs_are_kept_and_none_keeps_its_model(net, monkeypatch):
+def test_the_cache_is_bounded_and_keeps_no_model_alive(net, monkeypatch):
     monkeypatch.setattr(tracing, "MAX_GRAPHS", 5)
     for batch in range(1, tracing.MAX_GRAPHS + 4):
         ut.explain(net, np.ones((batch, 4), np.float32), rule="gradient")
@@ -384,11 +386,11 @@ def test_few_graphs_are_kept_and_none_keeps_its_model(net, monkeypatch):
     mine = small()
     ut.explain(mine, np.ones((1, 4), np.float32))
     gone = weakref.ref(mine)
-    kept = len(tracing.cache)
+    graphs = len(tracing.cache)
     del mine
     gc.collect()
     assert gone() is None
-    assert len(tracing.cache) == kept - 1
+    assert len(tracing.cache) == graphs - 1
 
 
 # untouched
@@ -396,17 +398,15 @@ def test_few_graphs_are_kept_and_none_keeps_its_model(net, monkeypatch):
 
 def test_the_model_is_as_before(net, x):
     def state():
-        return [w.tobytes() for w in net.get_weights()], [
-            (id(v), vars(v).get("activation")) for v in net._flatten_layers()
-        ]
+        return [w.tobytes() for w in net.get_weights()], [(id(v), vars(v).get("activation")) for v in all_layers(net)]
 
-    before, given = state(), x.copy()
+    before, original = state(), x.copy()
     for through in ("graph", "swap"):
         ut.explain(net, x, through=through)
         with pytest.raises(ZeroDivisionError):
             ut.explain(net, x, rule=lambda g, local: 1 / 0, through=through)
     assert state() == before
-    assert np.array_equal(x, given)
+    assert np.array_equal(x, original)
     with tf.GradientTape() as tape:  # its own gradient is the plain one still
         y = tf.reduce_sum(net(x)[:, 1])
     assert np.abs(tape.gradient(y, net.trainable_variables[0])).sum() > 0
@@ -433,29 +433,29 @@ def test_mixed_precision(x):
 def test_a_saved_model_is_seen_into(net, x, tmp_path):
     net.export(tmp_path / "saved", verbose=False)
     loaded = tf.saved_model.load(tmp_path / "saved")
-    wanted = ut.explain(net, x, target=1)
+    expected = ut.explain(net, x, target=1)
     a = ut.explain(loaded.serve, tf.constant(x), target=1)
     assert a.rewired == 2
-    assert np.allclose(a.numpy(), wanted.values, atol=1e-6)
+    assert np.allclose(a.numpy(), expected.values, atol=1e-6)
 
 
-def test_threads_do_not_meet(x):
+def test_threads_do_not_interfere(x):
     nets = [small(seed) for seed in range(4)]
-    wanted = [ut.explain(net, x, target=1, rule=rule).values for net in nets for rule in ("guided", "deconvnet")]
-    found: dict[int, np.ndarray] = {}
+    expected = [ut.explain(net, x, target=1, rule=rule).values for net in nets for rule in ("guided", "deconvnet")]
+    maps: dict[int, np.ndarray] = {}
 
-    def work(place):
+    def work(index):
         for _ in range(3):
             tracing.cache.clear()
-            rule = ("guided", "deconvnet")[place % 2]
-            found[place] = ut.explain(nets[place // 2], x, target=1, rule=rule).values
+            rule = ("guided", "deconvnet")[index % 2]
+            maps[index] = ut.explain(nets[index // 2], x, target=1, rule=rule).values
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(np.array_equal(found[place], wanted[place]) for place in range(8))
+    assert all(np.array_equal(maps[index], expected[index]) for index in range(8))
 
 
 # estimators
@@ -465,9 +465,9 @@ def test_estimators_average_what_keras_answers(net, x):
     plain = ut.explain(net, x, rule="guided")
     assert np.allclose(ut.explain(net, x, rule="guided", estimator="input-times").values, plain.values * x)
     path = ut.explain(net, x, rule="gradient", estimator="integrated:400", target=1)
-    wanted = np.asarray(net(x))[:, 1] - np.asarray(net(np.zeros_like(x)))[:, 1]
+    expected = np.asarray(net(x))[:, 1] - np.asarray(net(np.zeros_like(x)))[:, 1]
     assert path.values.dtype == x.dtype
-    np.testing.assert_allclose(path.values.sum(1), wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
+    np.testing.assert_allclose(path.values.sum(1), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     smooth = ut.explain(net, tf.constant(x), rule="guided", estimator="smoothgrad:3", seed=2)
     draw, total = np.random.default_rng(2), 0.0
     for _ in range(3):

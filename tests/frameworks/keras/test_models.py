@@ -73,7 +73,7 @@ def test_preprocessing_is_the_networks_own(name):
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("reference", "message"),
     [
         ("keras:ResNet5", "keras has no classifier 'ResNet5'; did you mean ResNet50"),
         ("keras:qqq", "`undertow models keras:` lists them"),
@@ -81,12 +81,12 @@ def test_preprocessing_is_the_networks_own(name):
         ("nowhere.keras", "no model nowhere.keras: there is no such file"),
     ],
 )
-def test_unknown_models_are_told(reference, said):
-    with pytest.raises(ut.ModelError, match=said):
+def test_unknown_models_are_refused(reference, message):
+    with pytest.raises(ut.ModelError, match=message):
         models.load(reference)
 
 
-def test_weights_that_cannot_be_had_are_told(monkeypatch, tmp_path):
+def test_weights_that_cannot_be_downloaded_are_refused(monkeypatch, tmp_path):
     def refuse(*_: object, **__: object) -> None:
         raise urllib.error.URLError("Name or service not known")
 
@@ -127,11 +127,11 @@ def test_saved_code_is_never_run(tmp_path):
         models.load(str(path))
 
 
-def test_layers_of_ones_own_need_their_code(tmp_path):
+def test_custom_layers_need_their_code(tmp_path):
     with zipfile.ZipFile(small(tmp_path)) as whole, zipfile.ZipFile(tmp_path / "own.keras", "w") as other:
         for name in whole.namelist():
             other.writestr(name, whole.read(name).replace(b'"class_name": "Flatten"', b'"class_name": "TheirOwn"'))
-    with pytest.raises(ut.ModelError, match=r"layers of somebody's own; load it in FILE.py:FUNCTION"):
+    with pytest.raises(ut.ModelError, match=r"custom layers; load it in FILE.py:FUNCTION"):
         models.load(str(tmp_path / "own.keras"))
 
 
@@ -155,9 +155,9 @@ def test_networks_that_a_function_makes(tmp_path):
 
 
 def test_listing():
-    found = {row.reference: row for row in models.listing("keras:densenet")}
-    assert set(found) == {f"keras:DenseNet{n}{end}" for n in (121, 169, 201) for end in ("", "@none")}
-    assert found["keras:DenseNet201@none"].offline
+    rows = {row.reference: row for row in models.listing("keras:densenet")}
+    assert set(rows) == {f"keras:DenseNet{n}{end}" for n in (121, 169, 201) for end in ("", "@none")}
+    assert rows["keras:DenseNet201@none"].offline
 
 
 def test_explaining_a_photograph(capsys, tmp_path):
@@ -168,7 +168,7 @@ def test_explaining_a_photograph(capsys, tmp_path):
     (result,) = json.loads(out)["results"]
     assert result["rules"]["guided"]["rewired"] == 1
     assert result["versions"]["keras"] == keras.__version__
-    assert sum(one["probability"] for one in result["predictions"]) == pytest.approx(1, abs=1e-4)
+    assert sum(row["probability"] for row in result["predictions"]) == pytest.approx(1, abs=1e-4)
     folder = tmp_path / "out" / "chelsea"
     with Image.open(folder / "guided-magnitude.png") as picture:
         assert picture.size == (16, 16)
@@ -224,6 +224,7 @@ def test_tensorflow_is_loaded_only_when_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_a_command_writes_no_line_of_tensorflows(tmp_path):
     words = [sys.executable, "-m", "undertow", "sites", "--model", small(tmp_path), "conv"]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""
