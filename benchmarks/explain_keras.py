@@ -7,7 +7,7 @@ All methods explain the same class of the same batch of the same network in one 
 round; a figure is the median over rounds of the ratio to the plain gradient of the same round. The plain gradient is
 that of a `tf.GradientTape` inside a `tf.function`, which is the fastest that Keras people have; the same tape without
 one stands beside it. The first call of each method, which traces, is timed apart. A method is marked where its map
-differs from the guided map that `tests/keras_references.py` gives.
+differs from the guided map that `tests/frameworks/keras/references.py` gives.
 """
 
 import argparse
@@ -98,11 +98,11 @@ METHODS: dict[str, Method] = {
 }
 
 
-def right(method: str, values: np.ndarray, guided: np.ndarray, gradient: np.ndarray) -> str:
+def agreement(method: str, values: np.ndarray, guided: np.ndarray, gradient: np.ndarray) -> str:
     """Say whether a map is the guided one; the plain gradient is not meant to be."""
     if method.startswith("plain"):
         return "-"
-    off, from_plain = (np.linalg.norm(values - wanted) / np.linalg.norm(wanted) for wanted in (guided, gradient))
+    off, from_plain = (np.linalg.norm(values - other) / np.linalg.norm(other) for other in (guided, gradient))
     if off < 1e-5:
         return f"right ({off:.0e} off)"
     return "the plain gradient" if from_plain < 1e-5 else f"{100 * off:.2g} % off"
@@ -113,28 +113,28 @@ def times(name: str, rounds: int) -> dict[str, tuple[float, float, float, str]]:
     model, x = load(name)
     guided, _ = reference(model, x, TARGET, "guided")
     gradient = _gradient(model, x).numpy()
-    ready, verdicts, first = {}, {}, {}
+    calls, verdicts, first = {}, {}, {}
     for method, make in METHODS.items():
         started = time.perf_counter()
-        ready[method] = make(model, x)
-        values = np.asarray(ready[method]())
+        calls[method] = make(model, x)
+        values = np.asarray(calls[method]())
         first[method] = time.perf_counter() - started
-        verdicts[method] = right(method, values, guided, gradient)
-    taken: dict[str, list[float]] = {method: [] for method in METHODS}
+        verdicts[method] = agreement(method, values, guided, gradient)
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for _ in range(rounds):
         for method in random.sample(list(METHODS), len(METHODS)):
             started = time.perf_counter()
-            ready[method]()
-            taken[method].append(time.perf_counter() - started)
-    base = taken["plain gradient, tf.function"]
+            calls[method]()
+            seconds[method].append(time.perf_counter() - started)
+    base = seconds["plain gradient, tf.function"]
     return {
         method: (
             first[method],
-            1e3 * statistics.median(seconds),
-            statistics.median(t / b for t, b in zip(seconds, base, strict=True)),
+            1e3 * statistics.median(times_taken),
+            statistics.median(t / b for t, b in zip(times_taken, base, strict=True)),
             verdicts[method],
         )
-        for method, seconds in taken.items()
+        for method, times_taken in seconds.items()
     }
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds for each network; the MLP gets 30 times as many")
     parser.add_argument("--only", choices=NETWORKS, help="one network")
     parser.add_argument("--markdown", type=Path, help="write the table here as well")
-    given = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     try:
         import tf_keras_vis  # noqa: F401
@@ -155,13 +155,13 @@ def main() -> None:
         "| network | method | first call s | ms | x plain gradient | guided map |",
         "|---|---|---:|---:|---:|---|",
     ]
-    for name in [given.only] if given.only else NETWORKS:
-        rounds = given.rounds * (30 if name.endswith("MLP") else 1)
+    for name in [options.only] if options.only else NETWORKS:
+        rounds = options.rounds * (30 if name.endswith("MLP") else 1)
         for method, (first, ms, ratio, verdict) in times(name, rounds).items():
             lines.append(f"| {name} | {method} | {first:.1f} | {ms:.1f} | {ratio:.3f} | {verdict} |")
             print(lines[-1], flush=True)
-    if given.markdown:
-        given.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

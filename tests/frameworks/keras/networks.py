@@ -65,7 +65,7 @@ def _weight(numbers: np.random.Generator, value: np.ndarray) -> np.ndarray:
 
 
 def _row(
-    name: str, make: Callable[[], Any], rewired: int, shape: Any = IMAGE, twin: Any = None, **facts: Any
+    name: str, make: Callable[[], Any], rewired: int, shape: Any = IMAGE, twin: Any = None, **options: Any
 ) -> Network:
     shapes = shape if isinstance(shape[0], tuple) else (shape,)
     return Network(
@@ -73,7 +73,7 @@ def _row(
         lambda: seeded(name, make, *shapes),
         rewired,
         twin=None if twin is None else lambda: seeded(name, twin, *shapes),
-        **facts,
+        **options,
     )
 
 

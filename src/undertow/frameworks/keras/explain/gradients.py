@@ -3,8 +3,8 @@ the backward pass is built into the same graph.
 
 TensorFlow asks an operation for its own gradient function before it looks up that of its type;
 `tf.Graph.gradient_override_map` relies on this too, but it covers all operations of a type and must be set before the
-forward pass. Here the forward pass is read first. The gradient functions count when TensorFlow calls them, so only
-activations between the scores and the inputs are counted, and one whose function is never called is not.
+forward pass. Here the forward pass is read first. The gradient functions count when TensorFlow calls them, so exactly
+the activations between the scores and the inputs are counted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +16,7 @@ from ....errors import RuleError
 from ....rules import Rule, relu
 from ...base import Request
 from ...results import RewiringStats
-from ..internals import (
-    called_graph,
-    forget_colocation,
-    gradient_function,
-    recomputes,
-    set_gradient_function,
-)
+from ..internals import called_graph, forget_colocation, gradient_function, recomputes, set_gradient_function
 from .patterns import SMOOTH, Activation, OpKind, activations
 
 relu.register(tf.Tensor, tf.nn.relu)

@@ -50,7 +50,7 @@ class TracedGraph:
 
 
 cache: OrderedDict[Hashable, tuple[Any, TracedGraph]] = OrderedDict()
-_lock = threading.RLock()  # a model may be collected, and its graphs forgotten, while this thread holds it
+_lock = threading.RLock()  # reentrant: a garbage collection while it is held may call `_forget`
 
 
 def traced_graph(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:

@@ -165,7 +165,7 @@ class LayerProbe:
         return map_tensors(output, "", lambda position, tensor: self._read_tensor(name, call, position, layer, tensor))
 
     def _read_tensor(self, name: str, call: int, position: str, layer: Any, tensor: Any) -> Any:
-        if not hasattr(tensor, "numpy"):  # an error raised here would come out wrapped in Keras's and TensorFlow's
+        if not hasattr(tensor, "numpy"):  # Keras and TensorFlow would wrap an error raised here; `__exit__` raises it
             self._traced_layer = name if self._traced_layer is None else self._traced_layer
             return tensor
         if "forward" in self.phases:
