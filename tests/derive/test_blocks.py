@@ -274,19 +274,19 @@ def test_what_cannot_be_used_is_said(net):
     model, x = net
     blocks = from_model(model, x)
     for name, said in (
-        ("shared", "called 2 times; take shared#0 or shared#1"),
-        ("quiet", "gave on what it was given"),
+        ("shared", "called 2 times; use shared#0 or shared#1"),
+        ("quiet", "returned its input unchanged"),
         ("inner.0", "a greater depth would show it"),
         ("hed", "did you mean head"),
     ):
         with pytest.raises(ut.InputError, match=re.escape(said)):
             blocks.derivative(name)
-    with pytest.raises(ut.InputError, match=re.escape("its parts are blocks: inner.0, inner.1")):
+    with pytest.raises(ut.InputError, match=re.escape("its submodules are blocks: inner.0, inner.1")):
         from_model(model, x, depth=2).derivative("inner")
-    with pytest.raises(ut.InputError, match="cannot be written out"):
+    with pytest.raises(ut.InputError, match="have no closed form"):
         blocks.derivative("head", substitute=True)
     for depth in (0, 1.5, True):
-        with pytest.raises(ut.InputError, match="no depth of nesting"):
+        with pytest.raises(ut.InputError, match="not a nesting depth"):
             from_model(model, x, depth=depth)
     with pytest.raises(ut.InputError, match="empty tuple"):
         from_model(model, ())

@@ -241,13 +241,13 @@ def test_the_derivative_by_a_weight_is_a_sum_over_the_data_and_by_a_neuron_is_no
     ("text", "said"),
     [
         ("", "no edges"),
-        ("x1 n1", "'x1' at column 1 is no edge"),
+        ("x1 n1", "'x1' at column 1 is not an edge"),
         ("x1>n1  n1>q2", "'q2' at column 11 is neither"),
         ("x1>n1 n1>x2", "'x2' at column 10 is an input"),
-        ("x1>n1 n1>n2 x1>n1", "x1>n1 at column 13 is there twice; see column 1"),
+        ("x1>n1 n1>n2 x1>n1", "x1>n1 at column 13 is a duplicate of column 1"),
         ("x1>n1 n1>n2 n2>n3 n3>n1", "n1 > n2 > n3 > n1, closed by n3>n1 at column 19"),
         ("n1>n1", "n1 > n1"),
-        ("x1>n1>n2", "is no edge"),
+        ("x1>n1>n2", "is not an edge"),
     ],
 )
 def test_a_network_that_is_none_is_said_with_its_place(text, said):
@@ -278,7 +278,7 @@ def test_a_name_that_is_none_is_said(name, said):
 
 def test_layers_without_neurons_are_refused():
     for widths in ([], [2, 0]):
-        with pytest.raises(ut.InputError, match="make no network"):
+        with pytest.raises(ut.InputError, match="do not make a network"):
             Network.layered(widths)
 
 

@@ -104,7 +104,7 @@ def test_a_model_from_a_file(capfd, tmp_path):
         (("chain", EXERCISE, "--wrt", "n4", "--plot", "way.jpg"), "must end in .png, .svg or .pdf"),
         (("directional", "X*b", "--wrt", "X", "--shape", "X=d,d", "--shape", "b=k"), "column 3: 'b' is k×1"),
         (("directional", "X", "--wrt", "X", "--shape", "X"), "write NAME=ROWS,COLUMNS"),
-        (("directional", "X", "--wrt", "Y", "--shape", "X=d,d"), "'Y', by which to derive, has no shape"),
+        (("directional", "X", "--wrt", "Y", "--shape", "X=d,d"), "'Y', the variable to differentiate by, has no shape"),
         (("model", "--model", "torchvision:alexnet@none", "--wrt", "feature"), "did you mean features"),
     ],
 )

@@ -296,32 +296,32 @@ def test_a_function_without_a_finite_value_is_said():
         ("X + 1", "column 5: '1' is a scalar and cannot be added to 'X', d×d"),
         ("s + X", "column 5: 'X' is d×d and cannot be added to 's', a scalar"),
         ("X .* Y", "column 6: 'Y' is d×k and cannot be multiplied entry by entry with 'X'"),
-        ("X/Y", "column 3: 'Y' is d×k and cannot divide"),
+        ("X/Y", "column 3: 'Y' is d×k and cannot be a divisor"),
         ("tr(2)", "column 4: '2' is a scalar; tr needs a matrix"),
         ("inv(tr(X))", "column 5: 'tr(X)' is a scalar; inv needs a matrix"),
         ("2*det(tr(X))", "column 7: 'tr(X)' is a scalar"),
         ("det(Y)", "column 5: 'Y' is d×k and not square, which det needs"),
         ("Y**2", "column 1: 'Y' is d×k and not square"),
-        ("norm(X)", "column 6: 'X' is d×d and no vector"),
+        ("norm(X)", "column 6: 'X' is d×d and not a vector"),
         ("X**A", "column 4: 'A' cannot be an exponent"),
         ("X**0.5", "column 4: '0.5' cannot be an exponent of a matrix"),
-        ("X**99", "whole numbers to 20"),
+        ("X**99", "a nonzero integer up to ±20"),
         ("1/0*X", "column 3: division by zero"),
         ("Q*X", "column 1: 'Q' has no shape"),
-        ("foo(X)", "column 1: 'foo' is no function here"),
+        ("foo(X)", "column 1: 'foo' is not a function"),
         ("trr(X)", "did you mean tr"),
         ("X(A)", "column 1: 'X' is a matrix, not a function"),
-        ("X A", "column 3: 'A' was not expected; is a * missing"),
-        ("X*", "column 3: the end was not expected"),
-        ("(X", "column 3: the end was not expected; ')' was"),
+        ("X A", "column 3: 'A' is unexpected; is a * missing"),
+        ("X*", "column 3: the end is unexpected"),
+        ("(X", "column 3: the end is unexpected; expected ')'"),
         ("", "column 1: the end"),
         ("X*$", "column 3: '$' is not understood"),
         ("__import__('os')", "column 1: '_' is not understood"),
         ("X.shape", "column 2: '.' is not understood"),
         ("sin", "column 1: 'sin' is a function"),
         ("Matrix([[X]])", "column 10: 'X' is d×d and cannot be an entry"),
-        ("Matrix([[1, 2], [3]])", "column 17: '[' begins a row of 1 where the first has 2"),
-        ("(" * 100 + "X" + ")" * 100, "nested more than 60 deep"),
+        ("Matrix([[1, 2], [3]])", "column 17: '[' begins a row of 1, but the first row has 2"),
+        ("(" * 100 + "X" + ")" * 100, "nested more than 60 levels deep"),
         ("b9", "column 1: 'b9' has no shape"),
     ],
 )  # fmt: skip
@@ -339,7 +339,7 @@ def test_shapes_that_are_none_are_said():
     ):
         with pytest.raises(ut.InputError, match=said):
             directional("X", "X", shapes)
-    with pytest.raises(ut.InputError, match="no entry of x, 3×1"):
+    with pytest.raises(ut.InputError, match="not an entry of x, 3×1"):
         directional("x4*x1", "x", {"x": 3})
 
 
