@@ -194,20 +194,20 @@ def test_matrices_of_functions_of_a_vectors_entries():
 def test_the_sympy_expression_is_the_same_function(text):
     d = directional(text, "s" if "s*" in text else "X", {**SHAPES, **dict.fromkeys("XAB", (2, 2)), "b": (2,)})
     values, ours, _ = values_for(d, 1)
-    found = d.expression
+    expression = d.expression
     for name, value in values.items():
         shape = value.shape
         if shape == (1, 1):
-            found = found.subs(sympy.Symbol(name, real=True), value[0, 0])
+            expression = expression.subs(sympy.Symbol(name, real=True), value[0, 0])
         else:
-            found = found.subs(sympy.MatrixSymbol(name, *shape), sympy.ImmutableMatrix(value))
-    assert np.allclose(np.array(found.doit(), dtype=float), ours, rtol=1e-9)
+            expression = expression.subs(sympy.MatrixSymbol(name, *shape), sympy.ImmutableMatrix(value))
+    assert np.allclose(np.array(expression.doit(), dtype=float), ours, rtol=1e-9)
 
 
 def test_where_it_is_not_differentiable_is_said():
-    said = {"norm(b)": "‖b‖₂ is not differentiable where b = 0", "relu(A*b)": "where an entry of Ab is 0",
+    message = {"norm(b)": "‖b‖₂ is not differentiable where b = 0", "relu(A*b)": "where an entry of Ab is 0",
             "log(b)": "where all entries of b are positive", "1/(b.T*b)": "needs bᵀb other than 0"}  # fmt: skip
-    for text, words in said.items():
+    for text, words in message.items():
         assert any(words in remark for remark in directional(text, "b", SHAPES).remarks)
     assert "X invertible" in directional("det(X)", "X", SHAPES).remarks[0]
     assert directional("X*norm(b)", "X", SHAPES).remarks == ()
@@ -288,7 +288,7 @@ def test_a_function_without_a_finite_value_is_said():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("Y*b", "column 3: 'b' is d×1 and cannot stand to the right of 'Y', d×k (k ≠ d)"),
         ("X*X.T*Y*X", "column 9: 'X' is d×d and cannot stand to the right of 'X*X.T*Y', d×k"),
@@ -325,19 +325,19 @@ def test_a_function_without_a_finite_value_is_said():
         ("b9", "column 1: 'b9' has no shape"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_one_line_with_its_place(text, said):
-    with pytest.raises(ut.InputError, match=re.escape(said)) as caught:
+def test_what_is_wrong_is_said_in_one_line_with_its_place(text, message):
+    with pytest.raises(ut.InputError, match=re.escape(message)) as caught:
         directional(text, "X", SHAPES)
     assert "\n" not in str(caught.value)
 
 
 def test_shapes_that_are_none_are_said():
-    for shapes, said in (
+    for shapes, message in (
         ({"X": "d,d,d"}, "rows and columns"),
         ({"X": "-1,2"}, "rows and columns"),
         ({}, "has no shape"),
     ):
-        with pytest.raises(ut.InputError, match=said):
+        with pytest.raises(ut.InputError, match=message):
             directional("X", "X", shapes)
     with pytest.raises(ut.InputError, match="not an entry of x, 3×1"):
         directional("x4*x1", "x", {"x": 3})
