@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.mathtext import MathTextParser
-from undertow.frameworks.torch.inspect.derivatives import gradients
 
 import undertow as ut
 from undertow.derive import Network
@@ -21,6 +20,7 @@ from undertow.derive.numbers import (
     relative_difference,
     with_partials,
 )
+from undertow.frameworks.torch.inspect.derivatives import gradients
 
 EXERCISE = "x1>n1 x2>n2 n1>n3 n1>n4 n2>n4 n2>n5 n3>n6 n4>n6 n4>n7 n5>n7"
 BY_HAND = {

@@ -19,11 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from undertow.runs import Run
-from undertow.runs.format import appearing, read_tensor, write_tensor
 
 from undertow.errors import InputError, RunError, UndertowError
 from undertow.recording import Schedule, record
+from undertow.runs import Run
+from undertow.runs.format import appearing, read_tensor, write_tensor
 
 MEASURES = ["channel-norm", "zero-fraction", "moments", "histogram"]
 
