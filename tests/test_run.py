@@ -142,6 +142,16 @@ def test_parts_of_a_group_that_was_not_published_do_not_count(tmp_path, lost):
     assert not list((tmp_path / "run").rglob(".part*"))
 
 
+@pytest.fixture
+def one_thread():
+    """As the processes of a `ForkServer` have it: with more threads, kernels may add up in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """Twenty SIGKILLs; after the last, the rows are those of an undisturbed run, none lost and none twice."""
     measures = [*MEASURES, "keep:sample"]
