@@ -156,25 +156,36 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     """Twenty SIGKILLs; after the last, the rows are those of an undisturbed run, none lost and none twice."""
     measures = [*MEASURES, "keep:sample"]
     work(tmp_path / "whole", range(40), measures=measures)
-    folder, draw, kills = tmp_path / "run", random.Random(0), 0
+    folder, draw, kills, gone_on = tmp_path / "run", random.Random(0), 0, 0
     call = f"test_run.work({str(folder)!r}, range(40), pause=0.004, measures={measures!r})"
     with ForkServer(call) as server:
         while kills < 20:
             if (folder / "manifest.json").exists() and Run(folder).finished:
                 assert rows(folder) == rows(tmp_path / "whole")
                 shutil.rmtree(folder)
+            before = published(folder)
             child = server.start()
-            time.sleep(draw.uniform(0.02, 0.3))
+            deadline = time.monotonic() + 20
+            while kills % 2 and published(folder) == before and time.monotonic() < deadline:
+                time.sleep(0.01)  # every other one has published something, however slow the processor
+            time.sleep(draw.uniform(0.02, 0.1))
             kills += server.kill(child)
+            gone_on += published(folder) > before > 0
             if (folder / "manifest.json").exists():
                 run = Run(folder)
                 batches = run.table("batches").num_rows
                 assert run.table("channel_norm").num_rows == sum(1 for _ in run.tensors()) == 4 * batches
+    assert gone_on
     if not Run(folder).finished:
         work(folder, range(40), measures=measures)
     assert rows(folder) == rows(tmp_path / "whole")
     for row, values in Run(folder).tensors():
         np.testing.assert_array_equal(values, read_tensor(tmp_path / "whole" / "tensors" / row["file"]))
+
+
+def published(folder):
+    """How many batches are on the disk."""
+    return Run(folder).table("batches").num_rows if (folder / "manifest.json").exists() else 0
 
 
 class ForkServer:
