@@ -9,8 +9,7 @@ same round. Recordings are opened once, outside the timing; a turn ends when all
 Pairs: the plain step and undertow's alone, so that neither follows another tool's, on one network, one step each in
 turn, until a whole group of batches lies on the disk: as many as undertow would publish together, which are those of
 ten seconds. Each round makes the network anew: one copy is up to 2 % slower
-than another, as its memory happens to lie, and stays so. Also without our C, as where there was no compiler. A watched
-batch is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
+than another, as its memory happens to lie, and stays so. A watched batch is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
@@ -45,8 +44,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
-from undertow.frameworks.torch import kernels
-from undertow.frameworks.torch.probe import Probe
+from undertow.frameworks.torch.record.probe import Probe
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 GROUP = 256  # batches that undertow publishes together at most
@@ -386,7 +384,6 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     three = ("channel-norm", "zero-fraction", "moments")
     settings = {"norms + zeros + moments": (three, 0), "histogram": (("histogram",), 0)}
-    settings |= {f"{name}, without C": setting for name, setting in settings.items()}
     settings["norms + zeros + moments, watched"] = (three, 1)
     groups = dict(zip(TASKS, (128, 24), strict=True)) | {"VGG16-BN, 224x224, b4": 4}
     for (network, group), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
@@ -397,10 +394,9 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
             taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
             within = []
             for _ in range(rounds):
-                walk, twin = None if "without" in name else kernels._walk, task.twin()
+                twin = task.twin()
                 with (
-                    mock.patch.object(kernels, "_walk", walk),
-                    mock.patch("undertow.recording.writer._AT_MOST_SECONDS", math.inf),  # the other's steps took half
+                    mock.patch("undertow.recording.writer._GROUP_SECONDS", math.inf),  # the other's steps took half
                     plain(twin) as base,
                     undertow(twin, measures, diagnose, group) as ours,
                 ):
@@ -458,10 +454,7 @@ def in_hooks(method: Method, steps: int = 8) -> float:
 
         return call
 
-    def listen(probe: Probe, tensor: torch.Tensor, hook: Callable[..., object], real=Probe._listen) -> None:
-        real(probe, tensor, timed(hook))
-
-    with mock.patch.multiple(Probe, _after=timed(Probe._after), _listen=listen):
+    with mock.patch.multiple(Probe, _called=timed(Probe._called), _arrived=timed(Probe._arrived)):
         for _ in range(steps):
             spent.append(0.0)
             method.step()

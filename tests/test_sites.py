@@ -158,7 +158,7 @@ def test_a_selection_is_read_once():
 
 def test_imports_no_framework():
     code = (
-        "import sys, undertow.sites, undertow.measures, undertow.run, undertow.analysis, undertow.recording;"
+        "import sys, undertow.sites, undertow.measures, undertow.runs, undertow.recording;"
         "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 import undertow as ut
 from undertow.derive import from_model
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 
 class Residual(nn.Module):
@@ -37,12 +37,12 @@ def net() -> tuple[Residual, torch.Tensor]:
 
 def test_edges_by_hand(net):
     blocks = from_model(*net)
-    wanted = [
+    expected = [
         ("x", "enter"), ("enter", "shared#0"), ("shared#0", "bend"), ("shared#0", "add"), ("bend", "shared#1"),
         ("shared#1", "add"), ("add", "sin"), ("add", "cat"), ("sin", "inner"), ("sin", "cat"), ("inner", "cat"),
         ("cat", "head"), ("head", "E"),
     ]  # fmt: skip
-    assert sorted((edge.source, edge.target) for edge in blocks.edges) == sorted(wanted)
+    assert sorted((edge.source, edge.target) for edge in blocks.edges) == sorted(expected)
     assert blocks.order == ["x", "enter", "shared#0", "bend", "shared#1", "add", "sin", "inner", "cat", "head"]
     assert blocks.passed_on == ("quiet",)
     deeper = from_model(*net, depth=2).order
@@ -52,12 +52,12 @@ def test_edges_by_hand(net):
 def test_what_each_edge_carries_by_hand(net):
     """The same network written out, with a leaf in front of every reader: autograd gives each edge's own gradient."""
     model, x = net
-    made = {}
+    inputs_of_readers = {}
 
     def edge(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        made[name] = tensor.clone()
-        made[name].retain_grad()
-        return made[name]
+        inputs_of_readers[name] = tensor.clone()
+        inputs_of_readers[name].retain_grad()
+        return inputs_of_readers[name]
 
     h = model.shared(edge("enter>shared#0", model.enter(edge("x>enter", x.clone().requires_grad_()))))
     bent = model.shared(edge("bend>shared#1", model.bend(edge("shared#0>bend", h))) * model.scale)
@@ -68,11 +68,11 @@ def test_what_each_edge_carries_by_hand(net):
     scores = edge("head>E", model.head(edge("cat>head", cat)))
     scores.gather(1, torch.tensor([[4], [1]])).sum().backward()
     blocks = from_model(model, x, target=[4, 1])
-    assert {f"{e.source}>{e.target}" for e in blocks.edges} == set(made)
+    assert {f"{e.source}>{e.target}" for e in blocks.edges} == set(inputs_of_readers)
     for e in blocks.edges:
-        assert e.norm == pytest.approx(float(made[f"{e.source}>{e.target}"].grad.norm()), rel=1e-12), e
+        assert e.norm == pytest.approx(float(inputs_of_readers[f"{e.source}>{e.target}"].grad.norm()), rel=1e-12), e
     norms = {block.name: block.gradient for block in blocks.blocks}
-    total = made["shared#0>bend"].grad + made["shared#0>add"].grad
+    total = inputs_of_readers["shared#0>bend"].grad + inputs_of_readers["shared#0>add"].grad
     assert norms["shared#0"] == pytest.approx(float(total.norm()), rel=1e-12)
 
 
@@ -136,10 +136,10 @@ def test_jacobians_multiply_to_the_gradient(net):
     def value(node) -> np.ndarray:
         if node.is_Symbol:
             return values[node.name]
-        made = [value(arg) for arg in node.args]
-        total = made[0]
-        for one in made[1:]:
-            total = total @ one if node.is_Mul else total + one
+        operands = [value(arg) for arg in node.args]
+        total = operands[0]
+        for operand in operands[1:]:
+            total = total @ operand if node.is_Mul else total + operand
         return total
 
     leaf = x.clone().requires_grad_()
@@ -186,10 +186,10 @@ def test_a_lost_edge_is_seen_by_the_check(net, monkeypatch):
     sent = torch_blocks.Grouped.sent
 
     def lossy(self):
-        found, totals = sent(self)
-        place = max(found, key=lambda place: len(found[place]))
-        found[place].pop(next(iter(found[place])))
-        return found, totals
+        gradients, totals = sent(self)
+        block = max(gradients, key=lambda block: len(gradients[block]))
+        gradients[block].pop(next(iter(gradients[block])))
+        return gradients, totals
 
     monkeypatch.setattr(torch_blocks.Grouped, "sent", lossy)
     assert from_model(*net).derivative("x").check() > 1e-2
@@ -248,7 +248,7 @@ def test_checkpointed_and_in_place_parts():
 def test_nothing_is_left_behind():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    state, x = torch.get_rng_state(), torch.randn(4, 3)
+    x = torch.randn(4, 3)
     state = torch.get_rng_state()
     from_model(model, x)
     assert torch.equal(torch.get_rng_state(), state)
@@ -273,20 +273,20 @@ def test_nothing_is_left_behind():
 def test_what_cannot_be_used_is_said(net):
     model, x = net
     blocks = from_model(model, x)
-    for name, said in (
-        ("shared", "called 2 times; take shared#0 or shared#1"),
-        ("quiet", "gave on what it was given"),
+    for name, message in (
+        ("shared", "called 2 times; use shared#0 or shared#1"),
+        ("quiet", "returned its input unchanged"),
         ("inner.0", "a greater depth would show it"),
         ("hed", "did you mean head"),
     ):
-        with pytest.raises(ut.InputError, match=re.escape(said)):
+        with pytest.raises(ut.InputError, match=re.escape(message)):
             blocks.derivative(name)
-    with pytest.raises(ut.InputError, match=re.escape("its parts are blocks: inner.0, inner.1")):
+    with pytest.raises(ut.InputError, match=re.escape("its submodules are blocks: inner.0, inner.1")):
         from_model(model, x, depth=2).derivative("inner")
-    with pytest.raises(ut.InputError, match="cannot be written out"):
+    with pytest.raises(ut.InputError, match="have no closed form"):
         blocks.derivative("head", substitute=True)
     for depth in (0, 1.5, True):
-        with pytest.raises(ut.InputError, match="no depth of nesting"):
+        with pytest.raises(ut.InputError, match="not a nesting depth"):
             from_model(model, x, depth=depth)
     with pytest.raises(ut.InputError, match="empty tuple"):
         from_model(model, ())

@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.mathtext import MathTextParser
-from undertow.frameworks.torch.inspect.derivatives import gradients
 
 import undertow as ut
 from undertow.derive import Network
@@ -21,6 +20,7 @@ from undertow.derive.numbers import (
     relative_difference,
     with_partials,
 )
+from undertow.frameworks.torch.inspect.derivatives import gradients
 
 EXERCISE = "x1>n1 x2>n2 n1>n3 n1>n4 n2>n4 n2>n5 n3>n6 n4>n6 n4>n7 n5>n7"
 BY_HAND = {
@@ -40,8 +40,8 @@ def random_network(seed: int) -> Network:
     count = rng.randint(2, 30)
     names = [f"n{i}" for i in rng.sample(range(1, 60), count)]
     edges = [(f"x{i}", rng.choice(names)) for i in range(1, rng.randint(2, 4))]
-    for place, name in enumerate(names[:-1]):
-        readers = rng.sample(names[place + 1 :], min(rng.choice((1, 1, 2, 3)), count - place - 1))
+    for index, name in enumerate(names[:-1]):
+        readers = rng.sample(names[index + 1 :], min(rng.choice((1, 1, 2, 3)), count - index - 1))
         edges += [(name, reader) for reader in readers if rng.random() < 0.9]
     edges += [("x1", name) for name in names if all(name not in edge for edge in edges)]
     rng.shuffle(edges)
@@ -76,11 +76,12 @@ def test_substituted_by_hand():
     assert latex.endswith(r"= \sum_{p} 2(n_{7} - y_{7}) g'(a_{7}) w_{5,7} g'(a_{5}) n_{2}")
 
 
-def test_every_derivative_of_300_random_networks_is_autograds():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_derivative_of_75_random_networks_is_autograds(activation):
     checked = 0
-    for seed in range(300):
+    for seed in range(list(ACTIVATIONS).index(activation), 300, 4):
         network = random_network(seed)
-        values, autograd = point(network, list(ACTIVATIONS)[seed % 4], seed)
+        values, autograd = point(network, activation, seed)
         for name in every_name(network):
             d = network.derivative(name)
             assert difference(d, d.expression, values, autograd) < 1e-10, (seed, name)
@@ -90,7 +91,7 @@ def test_every_derivative_of_300_random_networks_is_autograds():
         name = random.Random(seed).choice(every_name(network))
         d = network.derivative(name, substitute=True)
         assert difference(d, d.expression, values, autograd) < 1e-10, (seed, name)
-    assert checked > 10_000
+    assert checked > 2_500
 
 
 def test_a_wrong_sign_a_missing_path_and_a_wrong_weight_are_seen():
@@ -108,7 +109,7 @@ def test_a_wrong_sign_a_missing_path_and_a_wrong_weight_are_seen():
 @pytest.mark.parametrize("name", ["n4", "w[2,5]", "b[1]", "v[1,1][2]", "x2[1]"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_finite_differences_of_a_network_written_out(name, activation):
-    """A third word, beside the expression and autograd: the seven neurons of the exercise, line by line."""
+    """A third value, beside the expression and autograd: the seven neurons of the exercise, line by line."""
     network = Network.parse(EXERCISE)
     v, autograd = point(network, activation, 1)
     g = ACTIVATIONS[activation][0]
@@ -144,18 +145,18 @@ def test_finite_differences_of_a_network_written_out(name, activation):
 def value_of(text: str, values: Values) -> np.ndarray:
     """Read the plain text back: partials become numbers, each δ its line."""
     first, *others = text.splitlines()
-    known: dict[str, np.ndarray] = {}
+    deltas: dict[str, np.ndarray] = {}
 
     def number(formula: str) -> np.ndarray:
         scope, words = {}, formula.removeprefix("Σ_p ").replace("·", "*")
         for i, name in enumerate(dict.fromkeys(re.findall(r"∂[^ ()]+|δ\d+", words))):
-            scope[f"q{i}"] = known[name] if name[0] == "δ" else values[name]
+            scope[f"q{i}"] = deltas[name] if name[0] == "δ" else values[name]
             words = re.sub(rf"{re.escape(name)}(?![\d\[])", f"q{i}", words)
         return eval(words, {"__builtins__": {}}, scope)
 
     for line in reversed(others):
         name, _, formula = line.removeprefix("  where ").split(" = ")
-        known[name] = number(formula)
+        deltas[name] = number(formula)
     return number(first.partition(" = ")[2])
 
 
@@ -238,26 +239,26 @@ def test_the_derivative_by_a_weight_is_a_sum_over_the_data_and_by_a_neuron_is_no
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "no edges"),
-        ("x1 n1", "'x1' at column 1 is no edge"),
+        ("x1 n1", "'x1' at column 1 is not an edge"),
         ("x1>n1  n1>q2", "'q2' at column 11 is neither"),
         ("x1>n1 n1>x2", "'x2' at column 10 is an input"),
-        ("x1>n1 n1>n2 x1>n1", "x1>n1 at column 13 is there twice; see column 1"),
+        ("x1>n1 n1>n2 x1>n1", "x1>n1 at column 13 is a duplicate of column 1"),
         ("x1>n1 n1>n2 n2>n3 n3>n1", "n1 > n2 > n3 > n1, closed by n3>n1 at column 19"),
         ("n1>n1", "n1 > n1"),
-        ("x1>n1>n2", "is no edge"),
+        ("x1>n1>n2", "is not an edge"),
     ],
 )
-def test_a_network_that_is_none_is_said_with_its_place(text, said):
-    with pytest.raises(ut.InputError, match=re.escape(said)) as caught:
+def test_a_network_that_is_none_is_said_with_its_place(text, message):
+    with pytest.raises(ut.InputError, match=re.escape(message)) as caught:
         Network.parse(text)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("w[2,6]", "no edge n2>n6, so no such weight; n2 feeds n4, n5"),
         ("v[1,2]", "no edge x1>n2"),
@@ -271,14 +272,14 @@ def test_a_network_that_is_none_is_said_with_its_place(text, said):
         ("__import__('os')", "write n4"),
     ],
 )
-def test_a_name_that_is_none_is_said(name, said):
-    with pytest.raises(ut.InputError, match=re.escape(said)):
+def test_a_name_that_is_none_is_said(name, message):
+    with pytest.raises(ut.InputError, match=re.escape(message)):
         Network.parse(EXERCISE).derivative(name)
 
 
 def test_layers_without_neurons_are_refused():
     for widths in ([], [2, 0]):
-        with pytest.raises(ut.InputError, match="make no network"):
+        with pytest.raises(ut.InputError, match="do not make a network"):
             Network.layered(widths)
 
 

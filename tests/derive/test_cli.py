@@ -42,22 +42,22 @@ def test_the_numbers_on_the_page_are_the_librarys():
     page = PAGE.read_text()
     rows = re.findall(r"^\| ([\d, ]+) \| ([\d,]+) \| ([\d,]+) × ([\d,]+) \+ \| ([\d,]+) × ([\d,]+) \+ \|$", page, re.M)
     assert len(rows) >= 3
-    for widths, *wanted in rows:
+    for widths, *expected in rows:
         count = Network.layered([int(width) for width in widths.split(", ")]).derivative("b[1]").operations
-        assert [int(number.replace(",", "")) for number in wanted] == [count.paths, *count.factored, *count.expanded]
+        assert [int(number.replace(",", "")) for number in expected] == [count.paths, *count.factored, *count.expanded]
 
 
 def test_several_names_json_and_pictures(capfd, tmp_path):
     words = ("chain", EXERCISE, "--wrt", "n4", "--wrt", "x2[d]", "--json", "--expand", "--plot", tmp_path / "way.png")
     code, out, err = call(capfd, *words)
     assert (code, err) == (0, "")
-    one, two = json.loads(out)
-    assert (one["wrt"], two["wrt"]) == ("n4", "x2[d]")
-    assert two["paths"] == 3
-    assert two["factored"] == {"multiplications": 6, "additions": 2}
-    assert two["expanded"] == {"multiplications": 9, "additions": 2}
-    assert two["expanded_text"].count("∂E/∂n7") == 2
-    assert two["difference"] < 1e-12
+    first, second = json.loads(out)
+    assert (first["wrt"], second["wrt"]) == ("n4", "x2[d]")
+    assert second["paths"] == 3
+    assert second["factored"] == {"multiplications": 6, "additions": 2}
+    assert second["expanded"] == {"multiplications": 9, "additions": 2}
+    assert second["expanded_text"].count("∂E/∂n7") == 2
+    assert second["difference"] < 1e-12
     for name in ("way-1.png", "way-2.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 600
@@ -65,13 +65,13 @@ def test_several_names_json_and_pictures(capfd, tmp_path):
 
 def test_directional_json(capfd):
     code, out, _ = call(capfd, "directional", "norm(X)", "--wrt", "X", "--shape", "X=1,d", "--json")
-    facts = json.loads(out)
+    answer = json.loads(out)
     assert code == 0
-    assert facts["text"] == "D(‖X‖₂)[H] = XHᵀ/‖X‖₂"
-    assert (facts["direction_shape"], facts["result_shape"]) == ([1, "d"], [1, 1])
-    assert facts["remarks"] == ["‖X‖₂ is not differentiable where X = 0"]
-    assert facts["differences"]["jvp"] < 1e-12
-    assert facts["differences"]["central_difference"] < 1e-6
+    assert answer["text"] == "D(‖X‖₂)[H] = XHᵀ/‖X‖₂"
+    assert (answer["direction_shape"], answer["result_shape"]) == ([1, "d"], [1, 1])
+    assert answer["remarks"] == ["‖X‖₂ is not differentiable where X = 0"]
+    assert answer["differences"]["jvp"] < 1e-12
+    assert answer["differences"]["central_difference"] < 1e-6
 
 
 def test_a_model_from_a_file(capfd, tmp_path):
@@ -97,21 +97,21 @@ def test_a_model_from_a_file(capfd, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("chain", "x1>n1 n1>n2 n2>n1", "--wrt", "n1"), "cycle, n1 > n2 > n1, closed by n2>n1 at column 13"),
         (("chain", EXERCISE, "--wrt", "w[2,6]"), "no edge n2>n6"),
         (("chain", EXERCISE, "--wrt", "n4", "--plot", "way.jpg"), "must end in .png, .svg or .pdf"),
         (("directional", "X*b", "--wrt", "X", "--shape", "X=d,d", "--shape", "b=k"), "column 3: 'b' is k×1"),
         (("directional", "X", "--wrt", "X", "--shape", "X"), "write NAME=ROWS,COLUMNS"),
-        (("directional", "X", "--wrt", "Y", "--shape", "X=d,d"), "'Y', by which to derive, has no shape"),
+        (("directional", "X", "--wrt", "Y", "--shape", "X=d,d"), "'Y', the variable to differentiate by, has no shape"),
         (("model", "--model", "torchvision:alexnet@none", "--wrt", "feature"), "did you mean features"),
     ],
 )
-def test_wrong_words_get_one_line_and_exit_code_2(capfd, words, said):
+def test_wrong_words_get_one_line_and_exit_code_2(capfd, words, message):
     code, out, err = call(capfd, *words)
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -142,10 +142,10 @@ def test_every_subcommand_has_help_with_examples(capfd):
 def regenerated() -> str:
     """Return the page with every answer as the tool gives it now."""
 
-    def answer(found: re.Match[str]) -> str:
-        words = [sys.executable, "-m", *shlex.split(found[1])]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        return f"{found[1]}\n```\n```text\n{said}"
+    def answer(match: re.Match[str]) -> str:
+        words = [sys.executable, "-m", *shlex.split(match[1])]
+        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return f"{match[1]}\n```\n```text\n{output}"
 
     return ANSWER.sub(answer, PAGE.read_text())
 

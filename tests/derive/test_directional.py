@@ -194,20 +194,20 @@ def test_matrices_of_functions_of_a_vectors_entries():
 def test_the_sympy_expression_is_the_same_function(text):
     d = directional(text, "s" if "s*" in text else "X", {**SHAPES, **dict.fromkeys("XAB", (2, 2)), "b": (2,)})
     values, ours, _ = values_for(d, 1)
-    found = d.expression
+    expression = d.expression
     for name, value in values.items():
         shape = value.shape
         if shape == (1, 1):
-            found = found.subs(sympy.Symbol(name, real=True), value[0, 0])
+            expression = expression.subs(sympy.Symbol(name, real=True), value[0, 0])
         else:
-            found = found.subs(sympy.MatrixSymbol(name, *shape), sympy.ImmutableMatrix(value))
-    assert np.allclose(np.array(found.doit(), dtype=float), ours, rtol=1e-9)
+            expression = expression.subs(sympy.MatrixSymbol(name, *shape), sympy.ImmutableMatrix(value))
+    assert np.allclose(np.array(expression.doit(), dtype=float), ours, rtol=1e-9)
 
 
 def test_where_it_is_not_differentiable_is_said():
-    said = {"norm(b)": "‖b‖₂ is not differentiable where b = 0", "relu(A*b)": "where an entry of Ab is 0",
+    message = {"norm(b)": "‖b‖₂ is not differentiable where b = 0", "relu(A*b)": "where an entry of Ab is 0",
             "log(b)": "where all entries of b are positive", "1/(b.T*b)": "needs bᵀb other than 0"}  # fmt: skip
-    for text, words in said.items():
+    for text, words in message.items():
         assert any(words in remark for remark in directional(text, "b", SHAPES).remarks)
     assert "X invertible" in directional("det(X)", "X", SHAPES).remarks[0]
     assert directional("X*norm(b)", "X", SHAPES).remarks == ()
@@ -288,7 +288,7 @@ def test_a_function_without_a_finite_value_is_said():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("Y*b", "column 3: 'b' is d×1 and cannot stand to the right of 'Y', d×k (k ≠ d)"),
         ("X*X.T*Y*X", "column 9: 'X' is d×d and cannot stand to the right of 'X*X.T*Y', d×k"),
@@ -296,50 +296,50 @@ def test_a_function_without_a_finite_value_is_said():
         ("X + 1", "column 5: '1' is a scalar and cannot be added to 'X', d×d"),
         ("s + X", "column 5: 'X' is d×d and cannot be added to 's', a scalar"),
         ("X .* Y", "column 6: 'Y' is d×k and cannot be multiplied entry by entry with 'X'"),
-        ("X/Y", "column 3: 'Y' is d×k and cannot divide"),
+        ("X/Y", "column 3: 'Y' is d×k and cannot be a divisor"),
         ("tr(2)", "column 4: '2' is a scalar; tr needs a matrix"),
         ("inv(tr(X))", "column 5: 'tr(X)' is a scalar; inv needs a matrix"),
         ("2*det(tr(X))", "column 7: 'tr(X)' is a scalar"),
         ("det(Y)", "column 5: 'Y' is d×k and not square, which det needs"),
         ("Y**2", "column 1: 'Y' is d×k and not square"),
-        ("norm(X)", "column 6: 'X' is d×d and no vector"),
+        ("norm(X)", "column 6: 'X' is d×d and not a vector"),
         ("X**A", "column 4: 'A' cannot be an exponent"),
         ("X**0.5", "column 4: '0.5' cannot be an exponent of a matrix"),
-        ("X**99", "whole numbers to 20"),
+        ("X**99", "a nonzero integer up to ±20"),
         ("1/0*X", "column 3: division by zero"),
         ("Q*X", "column 1: 'Q' has no shape"),
-        ("foo(X)", "column 1: 'foo' is no function here"),
+        ("foo(X)", "column 1: 'foo' is not a function"),
         ("trr(X)", "did you mean tr"),
         ("X(A)", "column 1: 'X' is a matrix, not a function"),
-        ("X A", "column 3: 'A' was not expected; is a * missing"),
-        ("X*", "column 3: the end was not expected"),
-        ("(X", "column 3: the end was not expected; ')' was"),
+        ("X A", "column 3: 'A' is unexpected; is a * missing"),
+        ("X*", "column 3: the end is unexpected"),
+        ("(X", "column 3: the end is unexpected; expected ')'"),
         ("", "column 1: the end"),
         ("X*$", "column 3: '$' is not understood"),
         ("__import__('os')", "column 1: '_' is not understood"),
         ("X.shape", "column 2: '.' is not understood"),
         ("sin", "column 1: 'sin' is a function"),
         ("Matrix([[X]])", "column 10: 'X' is d×d and cannot be an entry"),
-        ("Matrix([[1, 2], [3]])", "column 17: '[' begins a row of 1 where the first has 2"),
-        ("(" * 100 + "X" + ")" * 100, "nested more than 60 deep"),
+        ("Matrix([[1, 2], [3]])", "column 17: '[' begins a row of 1, but the first row has 2"),
+        ("(" * 100 + "X" + ")" * 100, "nested more than 60 levels deep"),
         ("b9", "column 1: 'b9' has no shape"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_in_one_line_with_its_place(text, said):
-    with pytest.raises(ut.InputError, match=re.escape(said)) as caught:
+def test_what_is_wrong_is_said_in_one_line_with_its_place(text, message):
+    with pytest.raises(ut.InputError, match=re.escape(message)) as caught:
         directional(text, "X", SHAPES)
     assert "\n" not in str(caught.value)
 
 
 def test_shapes_that_are_none_are_said():
-    for shapes, said in (
+    for shapes, message in (
         ({"X": "d,d,d"}, "rows and columns"),
         ({"X": "-1,2"}, "rows and columns"),
         ({}, "has no shape"),
     ):
-        with pytest.raises(ut.InputError, match=said):
+        with pytest.raises(ut.InputError, match=message):
             directional("X", "X", shapes)
-    with pytest.raises(ut.InputError, match="no entry of x, 3×1"):
+    with pytest.raises(ut.InputError, match="not an entry of x, 3×1"):
         directional("x4*x1", "x", {"x": 3})
 
 

@@ -16,9 +16,9 @@ def figures(monkeypatch):
     """What was drawn, before it is saved."""
     from matplotlib.figure import Figure
 
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k)))
-    return kept
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    return figures
 
 
 def arrows(axis) -> dict[tuple[tuple[float, float], tuple[float, float]], str]:
@@ -30,10 +30,10 @@ def test_the_way_of_a_weight_is_highlighted(tmp_path, figures, ending):
     path = Network.parse(EXERCISE).derivative("w[2,5]").plot(tmp_path / f"way.{ending}")
     assert path.stat().st_size > 5000
     axis = figures[0].axes[0]
-    places = {text.get_text().strip("$"): text.get_position() for text in axis.texts}
-    found = arrows(axis)
+    positions = {text.get_text().strip("$"): text.get_position() for text in axis.texts}
+    colours_of = arrows(axis)
     colour = {
-        (a, b): found[places[f"{a[0]}_{{{a[1]}}}"], places[f"{b[0]}_{{{b[1]}}}" if b != "E" else "E"]]
+        (a, b): colours_of[positions[f"{a[0]}_{{{a[1]}}}"], positions[f"{b[0]}_{{{b[1]}}}" if b != "E" else "E"]]
         for a, b in (*(edge.split(">") for edge in EXERCISE.split()), ("n6", "E"), ("n7", "E"))
     }
     assert {edge for edge, shown in colour.items() if shown == graph.CARRYING} == {("n5", "n7"), ("n7", "E")}

@@ -182,10 +182,14 @@ def test_what_an_activation_closed_by_its_derivative(name, tmp_path):
     assert step.expected_absolute == pytest.approx(Evidence(ut.Run(tmp_path / "r")).chains[0].steps[0].absolute)
 
 
-@pytest.mark.parametrize("module", [nn.Linear(40, 60), nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(8, 12, 4, stride=2)])
-def test_the_gain_of_weights_is_what_random_gradients_are_multiplied_by(module, tmp_path):
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(40, 60), lambda: nn.Conv2d(8, 12, 3, padding=1), lambda: nn.Conv2d(8, 12, 4, stride=2)]
+)
+def test_the_gain_of_weights_is_what_random_gradients_are_multiplied_by(make, tmp_path):
+    """With so many gradients the standard deviation over seeds is 0.4 %."""
     torch.manual_seed(3)
-    x = torch.randn(*((200, 40) if isinstance(module, nn.Linear) else (16, 8, 32, 32)), requires_grad=True)
+    module = make()
+    x = torch.randn(*((2000, 40) if isinstance(module, nn.Linear) else (64, 8, 32, 32)), requires_grad=True)
     y = module(x)
     g = torch.randn(y.shape)
     (below,) = torch.autograd.grad(y, x, g)
@@ -210,36 +214,32 @@ def test_the_line_and_its_interval_against_scipy():
         assert t_quantile(0.975, freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=0.01)
 
 
-def dying(folder, seed):
-    """Train a ReLU and max-pooling CNN on Fashion-MNIST with SGD 0.05 and momentum 0.9; record its last 16 batches."""
-    x, y = fashion_mnist.load_split(fashion_mnist.find_data(None), "train", 6400)
-    model = fashion_mnist.network("conv", "max", "relu", seed)
+def test_a_network_whose_layer_has_died_stays_dead_however_it_is_trained(tmp_path):
+    """Training itself may kill a layer, but which seeds do so depends on rounding: here the fourth is dead already."""
+    x, y = fashion_mnist.load_split(fashion_mnist.find_data(None), "train", 640)
+    model = fashion_mnist.network("conv", "max", "relu")
+    nn.init.constant_(model.conv4.bias, -1e3)
+    before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    with ut.record(folder, model, sites="conv, linear", measures="zero-fraction", diagnose=4) as recording:
-        for number, chosen in enumerate(torch.randperm(6400, generator=torch.Generator().manual_seed(seed)).split(64)):
+    with ut.record(tmp_path, model, sites="conv, linear", measures="zero-fraction", diagnose=2) as recording:
+        for number, chosen in enumerate(torch.arange(640).split(64)):
             optimizer.zero_grad()
-            with recording.batch(batch=number) if number >= 84 else contextlib.nullcontext():
+            with recording.batch(batch=number) if number >= 6 else contextlib.nullcontext():
                 loss = F.cross_entropy(model(x[chosen]), y[chosen])
                 loss.backward()
             optimizer.step()
-    return loss.item(), ut.Run(folder)
-
-
-@pytest.mark.slow
-def test_a_network_that_dies_in_its_first_epoch(tmp_path):
-    """Which seeds die may depend on the machine's rounding; on the one this was written on the first does."""
-    for seed in range(4):
-        loss, run = dying(tmp_path / str(seed), seed)
-        dead = [finding for finding in ut.diagnose(run) if finding.cause == "dead-layer"]
-        if dead:
-            break
-    assert loss == pytest.approx(math.log(10), abs=0.03)
-    assert dead[0].severity == "error"
-    assert dead[0].evidence["observed"] == dead[0].evidence["predicted"] == 1.0
-    all_zero = dead[0].evidence["starved"]
-    assert all_zero == [f"conv{i}" for i in range(1, len(all_zero) + 1)]
-    assert all(zeros == total for zeros, total in (Evidence(run).zeros[site] for site in all_zero))
-    assert Evidence(run).zeros["head"][0] < Evidence(run).zeros["head"][1]
+    assert loss.item() == pytest.approx(math.log(10), abs=0.03)  # the head's biases alone have learnt
+    convolutions = [f"conv{i}" for i in range(1, 7)]  # behind the fourth no value is above 0 either
+    for name in convolutions:
+        assert torch.equal(model.get_submodule(name).weight, before.get_submodule(name).weight)
+    (dead,) = (finding for finding in ut.diagnose(ut.Run(tmp_path)) if finding.cause == "dead-layer")
+    assert dead.severity == "error"
+    assert dead.evidence["dead"] == ["conv4", "conv5", "conv6"]
+    assert dead.evidence["starved"] == convolutions
+    assert dead.evidence["observed"] == dead.evidence["predicted"] == 1.0
+    zeros = Evidence(ut.Run(tmp_path)).zeros
+    assert all(zeros[site][0] == zeros[site][1] for site in convolutions)
+    assert zeros["head"][0] < zeros["head"][1]
 
 
 def tiny(inplace=False):

@@ -280,7 +280,7 @@ def test_checkpointing_redirects_once():
 
 
 def test_other_threads_are_left_alone():
-    net, x = network(), torch.randn(IMAGE)
+    net, x = network().double(), torch.randn(IMAGE).double()
     plain, found = gradients(net, x), []
 
     def elsewhere():

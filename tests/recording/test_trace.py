@@ -295,8 +295,8 @@ class Split(nn.Module):
 
 
 def test_tuples_integers_no_grad_and_frozen():
-    net, x = Several(), torch.randn(2, 4)
-    g = torch.randn(2, 2), torch.randn(2, 2)
+    net, x = Several().double(), torch.randn(2, 4).double()
+    g = torch.randn(2, 2).double(), torch.randn(2, 2).double()
     seen = trace(net, (x, torch.tensor([1, 3])), g)
     through = g[0] @ net.frozen.weight.detach()
     assert seen["split"].output_gradients[1] is None

@@ -6,12 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from undertow.runs import compare, quantiles
-from undertow.runs.quantiles import STEPS, weighted
-from undertow.runs import Run
 
 from undertow.errors import InputError
 from undertow.recording import record
+from undertow.runs import Run, compare, quantiles
+from undertow.runs.quantiles import STEPS, weighted
 
 Q = [0.0, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0]
 

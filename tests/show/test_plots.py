@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from undertow.runs import SiteQuantiles
 
 import undertow as ut
+from undertow.runs import SiteQuantiles
 from undertow.show import plots
 
 Q = (0.05, 0.5, 0.95)

@@ -69,11 +69,14 @@ def test_the_first_mark_lets_at_most_one_in_twenty_unrelated_maps_pass_and_few_r
     assert np.mean(related) > 0.95
 
 
-def test_lumps_make_unrelated_maps_more_alike():
+@pytest.mark.parametrize("seed", range(5))
+def test_lumps_make_unrelated_maps_more_alike(seed):
     fine, coarse = (
-        null.marks(lumpy(9, width=w), {"m": similarity.spearman}, 60, np.random.default_rng(0))["m"] for w in (0.5, 4)
+        null.marks(lumpy(9 + seed, width=w), {"m": similarity.spearman}, 60, np.random.default_rng(seed))["m"]
+        for w in (0.5, 4)
     )
-    assert fine.unrelated < 0.1 < coarse.unrelated < coarse.half
+    assert 2 * fine.unrelated < coarse.unrelated
+    assert 2 * fine.unrelated < fine.half
 
 
 def test_half_is_what_maps_that_share_half_of_their_variance_have():
@@ -122,6 +125,7 @@ def test_imputed_pixels_solve_the_linear_system(share):
     assert np.allclose(fill.imputed(image, missing, np.random.default_rng(0), 0.0, most=500), exact, atol=1e-4)
     quick = fill.imputed(image, missing, np.random.default_rng(0), 0.0)
     assert np.abs(quick - exact).max() < 0.05 * np.ptp(image)
-    noisy = fill.imputed(image, missing, np.random.default_rng(0), 0.1, most=500) - exact
-    assert np.std(noisy[:, missing]) == pytest.approx(0.1, rel=0.15)
+    noisy = np.concatenate([fill.imputed(image, missing, np.random.default_rng(s), 0.1, most=500) for s in range(4)])
+    noisy -= np.tile(exact, (4, 1, 1))
+    assert np.std(noisy[:, missing]) == pytest.approx(0.1, rel=0.15)  # five standard deviations of 600 values' own
     assert np.allclose(noisy[:, ~missing], 0, atol=1e-6)

@@ -1,6 +1,6 @@
-"""What the chain rule says, on paper: symbols, and the proof by numbers that they are right.
+"""Symbolic derivatives by the chain rule and of matrix expressions, checked numerically against autograd.
 
-SymPy, networkx and PyTorch are imported when something first needs them.
+SymPy, networkx and PyTorch are imported on first use.
 """
 
 from .blocks import Blocks as Blocks

@@ -1,4 +1,4 @@
-"""A model of somebody's as a graph of blocks, from one pass: the chain rule over it, and what each edge carries."""
+"""A model as a graph of blocks, recorded from one pass: the chain rule over it, and the gradient on each edge."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from .notation import Partial, Quantity
 @final
 @dataclass(frozen=True, eq=False)
 class Blocks(DifferentiableGraph):
-    """The module calls of one pass as blocks, with an edge wherever a gradient passes from one to another.
+    """The module calls of one pass as blocks, with an edge wherever a gradient flows from one to another.
 
     Attributes:
-        blocks: in order of execution, the inputs first; each with the norm of the gradient at its outputs.
-        edges: (source, target, norm): what the target sends back to the source that it reads; "E" is the objective.
-        passed_on: calls that made nothing of their own, such as an Identity: no block, for the gradient passes them
+        blocks: in order of execution, the inputs first; each with the ℓ2 norm of the gradient at its outputs.
+        edges: (source, target, norm): ℓ2 norm of the gradient that the target sends back to the source, whose output
+            it reads; "E" is the objective.
+        passed_on: calls that returned their input, such as an Identity. They are not blocks: the gradient passes them
             unchanged.
     """
 
@@ -33,7 +34,7 @@ class Blocks(DifferentiableGraph):
 
     @cached_property
     def readers(self) -> Mapping[str, Sequence[str]]:
-        """For each block those that read it, `END` for the objective."""
+        """For each block the blocks that read its output; `END` is the objective."""
         readers: dict[str, list[str]] = {block.name: [] for block in self.blocks}
         for edge in self.edges:
             readers[edge.source].append(edge.target)
@@ -46,85 +47,85 @@ class Blocks(DifferentiableGraph):
 
     @cached_property
     def carried(self) -> Mapping[tuple[str, str], float]:
-        """The norm of the gradient that each edge (source, target) carries."""
+        """The ℓ2 norm of the gradient on each edge (source, target)."""
         return {(edge.source, edge.target): edge.norm for edge in self.edges}
 
     def quantity(self, node: str) -> Quantity:
-        """How a block is written; in brackets where its name is not one word."""
+        """Return the symbol of a block; its name is in brackets unless it is an identifier."""
         escaped = node.replace("_", r"\_").replace("#", r"\#")
         return Quantity(node if node.isidentifier() else f"({node.strip('()')})", rf"\mathrm{{{escaped}}}", False)
 
     def delta_name(self, node: str) -> Quantity:
-        """δ(name) for a block of this name."""
+        """Return the name of ∂E/∂node where it is used more than once: δ(name)."""
         quantity = self.quantity(node)
         return Quantity(f"δ({quantity.text.strip('()')})", rf"\delta_{{{quantity.latex}}}", False)
 
     def partial(self, reader: str, node: str) -> Partial:
-        """Return the Jacobian ∂reader/∂node by way of this edge alone, or the direct ∂E/∂node."""
+        """Return the Jacobian ∂reader/∂node along this edge alone, or the direct ∂E/∂node if the reader is `END`."""
         if reader == END:
             has_other_readers = list(self.readers[node]) != [END]
             return Partial(Quantity("E", "E", False), self.quantity(node), direct=has_other_readers)
         return Partial(self.quantity(reader), self.quantity(node))
 
     def derivative(self, wrt: str, substitute: bool = False) -> Derivative:
-        """Return ∂E/∂(the outputs of a block) by the chain rule: rows of partials times Jacobian matrices.
+        """Return ∂E/∂(the outputs of a block) by the chain rule: a row of partials times Jacobian matrices.
 
         Args:
             wrt: a block's name, or "x" for the input.
             substitute: must be False; Jacobians of blocks have no closed form here.
 
         Raises:
-            InputError: no block has this name.
+            InputError: no block has this name, or `substitute` is True.
         """
         if substitute:
-            raise InputError("blocks of a model cannot be written out; substitute is for networks of neurons")
+            raise InputError("Jacobians of blocks have no closed form; substitute is for networks of neurons")
         if wrt not in self.readers:
             raise InputError(f"there is no block {wrt!r}{self._hint(wrt)}")
         return Derivative(self, wrt, self.quantity(wrt), ((wrt, None),))
 
     def check(self, derivative: Derivative, seed: int) -> float:
-        """Return how far what the edges brought lies from autograd's total, at the worst block of a derivative."""
+        """Return the largest relative difference of the edges' summed gradients to autograd's, over all blocks used."""
         differences = {block.name: block.difference for block in self.blocks}
         return max(differences[node] for node, _ in derivative.carrying)
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
-        """Draw the blocks with the way of a derivative; see `Derivative.plot`."""
+        """Draw the blocks with the edges of a derivative highlighted; see `Derivative.plot`."""
         heading = title or f"∂E/∂{derivative.wrt.text}"
         return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:
-            return ": it gave on what it was given, unchanged, so its gradient is its input's"
+            return ": it returned its input unchanged, so its gradient is its input's"
         calls = [name for name in self.readers if name.startswith(f"{wrt}#")]
         if calls:
-            return f": it was called {len(calls)} times; take {' or '.join(calls[:4])}"
+            return f": it was called {len(calls)} times; use {' or '.join(calls[:4])}"
         if any(name.startswith(f"{wrt}.") for name in self.readers):
-            return f" at this depth; its parts are blocks: {', '.join(n for n in self.order if n.startswith(wrt))}"
+            return f" at this depth; its submodules are blocks: {', '.join(n for n in self.order if n.startswith(wrt))}"
         if any(wrt.startswith(f"{name}.") for name in self.readers):
             return " at this depth; a greater depth would show it"
         return did_you_mean(wrt, self.readers) or f"; there are {', '.join(self.order[:12])}"
 
 
 def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks:
-    """Turn one pass of a model into a network of blocks.
+    """Run one pass of a model and return it as a graph of blocks.
 
-    A block is a module call at this depth of nesting, or a shallower one that called no other; a module called several
-    times has blocks "name#0", "name#1", ... What a forward computes itself is a block of its own, such as
-    "layer1.0.add", where it joins several others (residual additions, concatenations) or is read by several; else it
-    belongs to the block that reads it. The model, its mode, buffers, hooks and gradients, and the random state, are as
-    before afterwards.
+    A block is a module call at this depth of nesting, or a shallower call that calls no other module; a module called
+    several times has the blocks "name#0", "name#1", ... An operation in a forward itself is a block, such as
+    "layer1.0.add", if it joins several blocks (residual additions, concatenations) or if several read it; otherwise it
+    belongs to the block that reads it. The model, its mode, buffers, hooks and gradients, and the random state are
+    left unchanged.
 
     Args:
         model: an `nn.Module`.
         x: a batch, `(B, ...)`, or a tuple of them.
-        depth: 1 for the model's own parts, 2 for their parts, and so on.
-        target: of which E is the sum over the batch: a class, one for each sample, or a function of the output that
+        depth: 1 for the model's direct submodules, 2 for theirs, and so on.
+        target: the score that E sums over the batch: a class, one class per sample, or a function of the output that
             returns `(B,)`, as in `undertow.explain`; by default each sample's predicted class.
 
     Raises:
         InputError: an argument that cannot be used.
-        ModelError: a compiled, scripted or reentrantly checkpointed part, into which it cannot see.
-        TargetError: a class that is not there.
+        ModelError: a compiled, scripted or reentrantly checkpointed submodule, whose operations cannot be recorded.
+        TargetError: a class that does not exist.
 
     >>> import torch
     >>> class Residual(torch.nn.Module):
@@ -140,7 +141,7 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
       where δ(add) = ∂E/∂add = ∂E/∂head · ∂head/∂add
     """
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise InputError(f"depth {depth!r} is no depth of nesting; pass 1, 2, ...")
+        raise InputError(f"depth {depth!r} is not a nesting depth; pass 1, 2, ...")
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")

@@ -1,4 +1,4 @@
-"""One derivative by the chain rule: factored as backpropagation shares its tails, or path by path."""
+"""One derivative by the chain rule: factored as backpropagation computes it, or summed path by path."""
 
 from abc import abstractmethod
 from collections import Counter
@@ -16,7 +16,7 @@ MAX_PATHS = 10_000
 
 
 class Count(NamedTuple):
-    """How many multiplications and additions."""
+    """A number of multiplications and additions."""
 
     multiplications: int
     additions: int
@@ -24,13 +24,13 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class Operations:
-    """What it costs to evaluate a derivative for one data point when every partial is a given number.
+    """The cost of a derivative for one data point, given the value of every partial.
 
     Attributes:
-        factored: each ∂E/∂node computed once: a multiplication for each edge and each last factor, and an addition
-            wherever one more term joins. It grows with the edges.
-        expanded: each path a product, and the products added. It grows with the paths.
-        paths: how many there are from E to the quantity.
+        factored: with each ∂E/∂node computed once: one multiplication per edge and per last factor, one addition per
+            further term of a sum. Grows with the number of edges.
+        expanded: with one product per path, summed. Grows with the number of paths.
+        paths: the number of paths from E to the quantity.
     """
 
     factored: Count
@@ -52,17 +52,17 @@ class DifferentiableGraph(Graph):
 
 @dataclass(frozen=True, eq=False)
 class Derivative:
-    """∂E/∂(a quantity), as a sum over nodes of ∂E/∂node times what the quantity does to that node.
+    """∂E/∂(a quantity), as a sum over nodes of ∂E/∂node · ∂node/∂(the quantity).
 
     Attributes:
-        graph: in which it is.
-        name: as it was asked for.
-        wrt: the quantity.
-        ends: for each node that reads the quantity directly, that node and ∂node/∂quantity; for a node's own
-            derivative the node and None.
-        summed: whether it is a sum over the data points, as those of weights are; the derivative by a neuron or an
-            input is that of one data point.
-        substituted: whether partials are replaced by what they mean.
+        graph: the graph that the chain rule runs over.
+        name: the quantity as the caller wrote it.
+        wrt: the quantity to differentiate by.
+        ends: (node, ∂node/∂quantity) for each node that reads the quantity directly; (node, None) if the quantity is
+            that node.
+        summed: whether it is a sum over the data points, as for weights; the derivative by a neuron or an input is
+            per data point.
+        substituted: whether partials are replaced by their closed forms.
     """
 
     graph: DifferentiableGraph
@@ -74,13 +74,13 @@ class Derivative:
 
     @property
     def text(self) -> str:
-        """The factored form, in plain text; a tail that is used more than once has a line and a name of its own."""
+        """The factored form, in plain text; a ∂E/∂node used more than once has a name and a line of its own."""
         first, *others = self._lines(TEXT)
         return "\n".join([first, *(f"  where {line}" for line in others)])
 
     @property
     def latex(self) -> str:
-        """The factored form in LaTeX; `aligned`, of amsmath and MathJax, where it has several lines."""
+        """The factored form in LaTeX; in `aligned` (amsmath, MathJax) if it has several lines."""
         lines = self._lines(LATEX)
         if len(lines) == 1:
             return lines[0]
@@ -89,9 +89,9 @@ class Derivative:
 
     @cached_property
     def expression(self) -> Any:
-        """The factored form in SymPy, for one data point: shared tails are one object, nothing is expanded.
+        """The factored form in SymPy, for one data point: a shared ∂E/∂node is one object, nothing is expanded.
 
-        Every partial is a symbol of the name that it has in `text`. Printing it writes a shared tail out each time.
+        Every partial is a symbol with the name that it has in `text`. Printing repeats a shared ∂E/∂node each time.
         """
         terms = []
         for node, last in self.ends:
@@ -119,7 +119,7 @@ class Derivative:
 
     @cached_property
     def operations(self) -> Operations:
-        """How many multiplications and additions both forms take."""
+        """The number of multiplications and additions in both forms."""
         readers, nodes = self.graph.readers, self.graph.downstream(node for node, _ in self.ends)
         paths, lengths = Counter({END: 1}), Counter({END: 0})
         for node in nodes:
@@ -136,19 +136,19 @@ class Derivative:
 
     @property
     def carrying(self) -> tuple[tuple[str, str], ...]:
-        """The edges (node, reader) by which the derivative travels; `END` as the reader where it sets out from E."""
+        """The edges (node, reader) that the derivative flows along; the reader is `END` where it starts from E."""
         nodes = reversed(self.graph.downstream(node for node, _ in self.ends))
         return tuple((node, reader) for node in nodes for reader in self.graph.readers[node])
 
     def check(self, seed: int = 0) -> float:
         """Evaluate the expression with numbers and compare it with autograd.
 
-        For a network of neurons: random weights, biases and five data points, in float64, once for each of sigmoid,
-        tanh, ReLU and softplus. For blocks of a model: what the edges of this derivative brought to each node in the
-        pass that was watched.
+        For a network of neurons: at random weights, biases and five data points, in float64, once each for sigmoid,
+        tanh, ReLU and softplus. For blocks of a model: the gradients that the edges of this derivative carried to each
+        node in the recorded pass; `seed` is not used.
 
         Returns:
-            The largest absolute difference, relative to the derivative's largest absolute value.
+            The largest absolute difference over the derivative's largest absolute value; no unit.
 
         Raises:
             FrameworkError: PyTorch is missing.
@@ -171,7 +171,7 @@ class Derivative:
         return f"{style.write(left)} = {right}"
 
     def _lines(self, style: Style) -> list[str]:
-        """Write the derivative, then each shared tail, those nearest to the derivative first."""
+        """Write the derivative, then each shared ∂E/∂node, those nearest to the derivative first."""
         graph, shared = self.graph, self._shared()
         fragments: dict[str, Fragment] = {}
         lines = []
@@ -192,7 +192,7 @@ class Derivative:
         return [self._equation(style, style.sum(terms)), *reversed(lines)]
 
     def _shared(self) -> set[str]:
-        """The nodes whose ∂E/∂node is used more than once here, and is more than one partial."""
+        """Return the nodes whose ∂E/∂node is used more than once here and is more than a single partial."""
         readers = self.graph.readers
         uses = Counter(node for node, _ in self.ends)
         for node in self.graph.downstream(uses):
@@ -204,7 +204,7 @@ class Derivative:
         if self.operations.paths > MAX_PATHS:
             raise InputError(
                 f"∂E/∂{self.wrt.text} has {self.operations.paths:,} paths, more than {MAX_PATHS:,}: "
-                "too many to write out; take the factored form"
+                "too many to write out; use the factored form"
             )
         for node, last in self.ends:
             tail = () if last is None else last.factors(self.substituted)

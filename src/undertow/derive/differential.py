@@ -1,4 +1,4 @@
-"""The rules by which D f(X)[H] is formed: one for each kind of term, linear in H.
+"""Differentiation rules for D f(X)[H]: one per kind of expression, each linear in H.
 
 Source: the product and chain rule; D(X⁻¹)[H] = −X⁻¹HX⁻¹ and D(det X)[H] = det(X) tr(X⁻¹H) (Jacobi's formula), as in
 Petersen and Pedersen, The Matrix Cookbook, 2012, section 2.
@@ -11,7 +11,7 @@ from functools import reduce
 from . import matrices as m
 from .matrices import MatrixExpr
 
-# what a function's slope does to the differential of its argument
+# name of f: the differential of f(a), entry by entry, from a and its differential da
 DIFFERENTIALS: dict[str, Callable[[MatrixExpr, MatrixExpr], MatrixExpr]] = {
     "exp": lambda a, da: m.hadamard(m.apply("exp", a), da),
     "log": lambda a, da: m.divide(da, a),
@@ -29,11 +29,11 @@ def _one_minus(expr: MatrixExpr) -> MatrixExpr:
 
 
 def differential(expr: MatrixExpr, wrt: MatrixExpr, direction: MatrixExpr) -> MatrixExpr:
-    """Return D term[direction], of the shape of the term.
+    """Return D expr[direction], of the shape of `expr`.
 
     Args:
-        wrt: the symbol that varies.
-        direction: a symbol of its shape.
+        wrt: the symbol to differentiate by.
+        direction: a symbol of the same shape.
 
     >>> X, H = m.symbol("X", ("d", "d")), m.symbol("H", ("d", "d"))
     >>> differential(m.multiply(X, X), X, H) == m.add(m.multiply(H, X), m.multiply(X, H))
@@ -51,14 +51,14 @@ def differential(expr: MatrixExpr, wrt: MatrixExpr, direction: MatrixExpr) -> Ma
 def _product_rule(
     join: Callable[[MatrixExpr, MatrixExpr], MatrixExpr],
 ) -> Callable[[MatrixExpr, list[MatrixExpr]], MatrixExpr]:
-    """Return the product rule for a product of this kind: each factor in turn gives way to its differential."""
+    """Return the product rule for this kind of product: each factor in turn is replaced by its differential."""
 
-    def rule(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
+    def _rule(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:
         operands = expr.operands
-        turns = [(*operands[:i], d, *operands[i + 1 :]) for i, d in enumerate(differentials) if not m.is_zero(d)]
-        return m.add(*(reduce(join, turn) for turn in turns)) if turns else m.zero(expr.shape)
+        terms = [(*operands[:i], d, *operands[i + 1 :]) for i, d in enumerate(differentials) if not m.is_zero(d)]
+        return m.add(*(reduce(join, factors) for factors in terms)) if terms else m.zero(expr.shape)
 
-    return rule
+    return _rule
 
 
 def _quotient(expr: MatrixExpr, differentials: list[MatrixExpr]) -> MatrixExpr:

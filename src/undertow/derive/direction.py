@@ -1,4 +1,4 @@
-"""The verb: the directional derivative of a matrix expression, and whether numbers agree with it."""
+"""The directional derivative of a matrix expression, and its numerical checks."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +26,13 @@ _DIMENSION = re.compile(r"[1-9]\d*|[A-Za-z]\w*")
 
 @dataclass(frozen=True, eq=False)
 class Directional:
-    """D f(X)[H]: how a matrix expression f changes along H, linear in H.
+    """D f(X)[H]: the directional derivative of a matrix expression f at X along H, linear in H.
 
     Attributes:
-        function: f, as a tree.
-        wrt: X.
-        direction: H, of the shape of X.
-        derivative: D f(X)[H], as a tree.
+        function: f.
+        wrt: the symbol X.
+        direction: the symbol H, of the shape of X.
+        derivative: D f(X)[H], of the shape of f.
     """
 
     function: MatrixExpr
@@ -47,12 +47,12 @@ class Directional:
 
     @property
     def result_shape(self) -> Shape:
-        """Rows and columns of the derivative, which are those of f; (1, 1) for a scalar."""
+        """Rows and columns of the derivative, the same as of f; (1, 1) for a scalar."""
         return self.derivative.shape
 
     @property
     def text(self) -> str:
-        """The derivative as an equation, in plain text; between explicit matrices it is multiplied out."""
+        """The derivative as an equation, in plain text; explicit matrices are multiplied out."""
         right = _format_sympy(self.expression) if self._is_explicit else to_text(self.derivative)
         return f"D({to_text(self.function)})[{self.direction.payload}] = {right}"
 
@@ -74,7 +74,7 @@ class Directional:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Where f has no derivative, or none that this formula gives; each a sentence."""
+        """Sentences about where f, or this formula, has no derivative."""
         sentences: list[str] = []
         stack = [self.function]
         while stack:
@@ -92,8 +92,8 @@ class Directional:
         """Compare with forward-mode autograd (`torch.func.jvp`) on random matrices, in float64.
 
         Returns:
-            The largest absolute difference, relative to the largest absolute value of the derivative or of one of the
-            terms that it is the sum of (they may cancel, as in D(X ⊘ X)).
+            The largest absolute difference over the largest absolute value of the derivative or of one of its terms
+            (they may cancel, as in D(X ⊘ X)); no unit.
 
         Raises:
             InputError: f has no finite value at any of the points tried.
@@ -110,10 +110,10 @@ class Directional:
         return self._relative(ours, theirs, values, sizes)
 
     def check_by_differences(self, seed: int = 0) -> float:
-        """Compare with a central difference on the same random matrices; it is right to about 1e-8 itself.
+        """Compare with a central difference on the same random matrices; its own error is about 1e-8.
 
         Returns:
-            The largest absolute difference, relative as in `check`.
+            The largest relative difference, as in `check`.
 
         Raises:
             InputError: f has no finite value at any of the points tried.
@@ -131,7 +131,7 @@ class Directional:
         return float(np.abs(ours - theirs).max()) / (largest or 1.0)
 
     def _at_random_point(self, seed: int) -> tuple[dict[str, Any], dict[Dimension, int], npt.NDArray[np.float64]]:
-        """Return random matrices and sizes, and the derivative there; positive matrices where others will not do."""
+        """Return random matrices, sizes and the derivative there; every second attempt draws positive matrices."""
         rng = np.random.default_rng(seed)
         symbols = {**m.symbols(self.function), **{s.payload: s for s in (self.wrt, self.direction)}}
         dimensions = dict.fromkeys(
@@ -152,18 +152,19 @@ class Directional:
 def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) -> Directional:
     """Derive the directional derivative of a matrix expression.
 
-    Understood are + - * / (by a scalar), ** (a number), .T, inv, tr, det, norm (2-norm of a vector), normF
+    Operators and functions: + - * / (by a scalar), ** (a number), .T, inv, tr, det, norm (2-norm of a vector), normF
     (Frobenius), .* or ∘ and ./ or ⊘ (entry by entry), exp, log, sin, cos, tanh, sigmoid, sqrt, relu of each entry,
     numbers, and Matrix([[1, x2], [sin(x1), 0]]) with the entries x1, x2, ... of the vector `wrt`. Nothing is executed.
 
     Args:
         text: the expression.
-        wrt: the name that varies.
-        shapes: for each name its rows and columns, such as ("d", "k"), (3, 1) or "d,k"; one side alone is a column.
-            Where `wrt` occurs by its entries alone, it may be left out: a column as long as its largest index.
+        wrt: the name of the matrix to differentiate by.
+        shapes: rows and columns of each name, such as ("d", "k"), (3, 1) or "d,k"; a single number or name is the
+            length of a column. If only entries of `wrt` occur, its shape may be omitted: a column as long as the
+            largest index.
 
     Raises:
-        InputError: with the column in the text, a word that is not known or shapes that do not fit.
+        InputError: an unknown word or shapes that do not fit, with the column in the text.
 
     >>> d = directional("X*a", wrt="X", shapes={"X": ("d", "k"), "a": ("k", 1)})
     >>> d.text, d.direction_shape, d.result_shape
@@ -176,7 +177,7 @@ def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) ->
         indices = [int(index) for index in re.findall(rf"\b{re.escape(wrt)}([1-9]\d*)\b", text)]
         if not indices:
             hint = did_you_mean(wrt, all_shapes) or f"; give it one, as in --shape {wrt}=d,d"
-            raise InputError(f"{wrt!r}, by which to derive, has no shape{hint}")
+            raise InputError(f"{wrt!r}, the variable to differentiate by, has no shape{hint}")
         all_shapes[wrt] = (max(indices), 1)
     function = parse(text, all_shapes, vector=wrt)
     variable = m.symbol(wrt, all_shapes[wrt])
@@ -186,7 +187,7 @@ def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) ->
 
 
 def _format_sympy(value: Any) -> str:
-    """Write a SymPy matrix as this library reads one."""
+    """Write a SymPy matrix in the syntax of `parse`."""
     return str(value.tolist()).join(["Matrix(", ")"]) if hasattr(value, "tolist") else str(value)
 
 
@@ -202,7 +203,7 @@ def _shape(name: str, given: Any) -> Shape:
 
 
 def _distinct_sizes(count: int, rng: np.random.Generator) -> list[int]:
-    """Return sizes that differ, so that a transpose too many does not go unseen."""
+    """Return distinct sizes, so that a wrong transpose is a shape error."""
     return [int(size) for size in rng.permutation(np.arange(2, 2 + max(count, 3)))[:count]]
 
 
@@ -220,7 +221,7 @@ def _remark(expr: MatrixExpr) -> Iterator[str]:
     elif expr.kind == "det":
         yield f"this form of D {to_text(expr)} needs {inner} invertible"
     elif expr.kind == "apply" and expr.payload == "relu":
-        yield f"{to_text(expr)} is not differentiable where an entry of {inner} is 0; 0 is taken there"
+        yield f"{to_text(expr)} is not differentiable where an entry of {inner} is 0; 0 is used there"
     elif expr.kind == "apply" and expr.payload in ("sqrt", "log"):
         yield f"{to_text(expr)} is differentiable where all entries of {inner} are positive"
     elif expr.kind == "quotient":

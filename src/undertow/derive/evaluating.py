@@ -1,4 +1,4 @@
-"""A matrix expression with numbers in it, by the functions of NumPy or of any module that has the same."""
+"""Numerical evaluation of matrix expressions with NumPy or a module of the same functions, such as torch."""
 
 from collections.abc import Callable, Mapping
 from functools import reduce
@@ -9,11 +9,11 @@ from .matrices import Dimension, MatrixExpr
 
 
 def evaluate(expr: MatrixExpr, values: Mapping[str, Any], sizes: Mapping[Dimension, int], lib: Any) -> Any:
-    """Evaluate a term; a scalar is `(1, 1)`.
+    """Evaluate an expression to a float64 array of its shape; a scalar is `(1, 1)`.
 
     Args:
-        values: of the symbols, `(rows, columns)`.
-        sizes: of the dimensions that have names.
+        values: of the symbols by name, float64 `(rows, columns)`.
+        sizes: of the named dimensions.
         lib: numpy or torch.
 
     >>> import numpy as np

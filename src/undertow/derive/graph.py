@@ -1,4 +1,4 @@
-"""A graph through which a gradient flows back from E: what neurons and blocks of a model have in common."""
+"""A graph that a gradient flows back through from E: the common part of networks of neurons and blocks of models."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -12,33 +12,33 @@ from .packages import need
 
 
 class Graph(ABC):
-    """Nodes, and who reads them. A node that E is computed from has `END` among its readers."""
+    """Nodes and their readers. A node that E is computed from has `END` among its readers."""
 
     @property
     @abstractmethod
     def readers(self) -> Mapping[str, Sequence[str]]:
-        """For each node those that read it, in the order in which their edges were given."""
+        """For each node the nodes that read it, in the order of the edges."""
 
     @property
     @abstractmethod
     def order(self) -> Sequence[str]:
-        """All nodes, each after those that it reads."""
+        """All nodes in topological order: each after those that it reads."""
 
     @abstractmethod
     def quantity(self, node: str) -> Quantity:
-        """How a node is written."""
+        """Return the symbol of a node."""
 
     @abstractmethod
     def delta_name(self, node: str) -> Quantity:
-        """How ∂E/∂node is written where it is used more than once."""
+        """Return the name of ∂E/∂node where it is used more than once."""
 
     @abstractmethod
     def partial(self, reader: str, node: str) -> Partial:
-        """Return ∂reader/∂node, or the direct ∂E/∂node where the reader is `END`."""
+        """Return ∂reader/∂node, or the direct ∂E/∂node if the reader is `END`."""
 
     @cached_property
     def fan_in(self) -> Mapping[str, int]:
-        """How many nodes use each node's gradient: those that it reads."""
+        """For each node the number of nodes that it reads; each of them uses its gradient."""
         return Counter(reader for readers in self.readers.values() for reader in readers)
 
     def downstream(self, nodes: Iterable[str]) -> list[str]:
@@ -57,7 +57,7 @@ class Graph(ABC):
         return {}
 
     def delta(self, node: str, substituted: bool) -> Any:
-        """Return ∂E/∂node in SymPy; what several expressions share is one object in all of them."""
+        """Return ∂E/∂node in SymPy; expressions that share it hold the same object."""
         deltas = self._deltas
         if (node, substituted) not in deltas:
             for dependent in self.downstream([node]):
@@ -66,7 +66,7 @@ class Graph(ABC):
         return deltas[node, substituted]
 
     def delta_factors(self, node: str, substituted: bool) -> Sequence[Any]:
-        """Return the factors of ∂E/∂node in SymPy; a product used once is opened: a chain is one flat product."""
+        """Return ∂E/∂node as factors in SymPy; a product used once is opened, so that a chain is one flat product."""
         delta = self.delta(node, substituted)
         return delta.args if delta.is_Mul and self.fan_in[node] <= 1 else (delta,)
 
@@ -81,10 +81,10 @@ class Graph(ABC):
 
 
 def sympy_product(factors: Sequence[Any]) -> Any:
-    """Multiply in SymPy, and let it do nothing about it."""
+    """Multiply in SymPy without simplifying."""
     return factors[0] if len(factors) == 1 else need("sympy").Mul(*factors, evaluate=False)
 
 
 def sympy_sum(terms: Sequence[Any]) -> Any:
-    """Add in SymPy, and let it do nothing about it."""
+    """Add in SymPy without simplifying."""
     return terms[0] if len(terms) == 1 else need("sympy").Add(*terms, evaluate=False)

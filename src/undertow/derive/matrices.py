@@ -1,7 +1,7 @@
-"""Matrix expressions as trees, put together by functions that keep them simple.
+"""Matrix expressions as trees, built by functions that simplify as they go.
 
-Every function below takes and returns terms, and checks no shapes: the parser does, where it can point at the text. A
-scalar is a term of shape (1, 1). Numbers stand outermost, scalars before matrices, transposes on symbols alone.
+The functions below do not check shapes: the parser does, since it can point at the text. A scalar is an expression of
+shape (1, 1). In the normal form numbers are outermost, scalars precede matrices, and only symbols are transposed.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class MatrixExpr:
     Attributes:
         kind: number, zero, ones, symbol, entry, explicit, sum, product, scaled, hadamard, over, transpose, inverse,
             power, apply, trace, det or norm.
-        shape: rows and columns, numbers or names.
-        parts: what it is made of.
-        datum: a number's value, a symbol's name, an entry's index, a function's name, an exponent, the kind of norm.
+        shape: rows and columns; numbers or names.
+        operands: the subexpressions, in order.
+        payload: a number's value, a symbol's name, an entry's index, a function's name, an exponent, the kind of norm.
     """
 
     kind: str
@@ -32,42 +32,47 @@ class MatrixExpr:
 
     @property
     def is_scalar(self) -> bool:
+        """Whether the shape is (1, 1)."""
         return self.shape == SCALAR
 
 
 def number(value: Fraction | int) -> MatrixExpr:
+    """Return a rational number, a scalar."""
     return MatrixExpr("number", SCALAR, (), Fraction(value))
 
 
 def zero(shape: Shape) -> MatrixExpr:
+    """Return a matrix of zeros, or the number 0 if the shape is (1, 1)."""
     return number(0) if shape == SCALAR else MatrixExpr("zero", shape)
 
 
 def ones(shape: Shape) -> MatrixExpr:
-    """Return a matrix whose entries are all 1, or the number."""
+    """Return a matrix of ones, or the number 1 if the shape is (1, 1)."""
     return number(1) if shape == SCALAR else MatrixExpr("ones", shape)
 
 
 def symbol(name: str, shape: Shape) -> MatrixExpr:
+    """Return a named matrix."""
     return MatrixExpr("symbol", shape, (), name)
 
 
 def entry(vector: MatrixExpr, index: int) -> MatrixExpr:
-    """Return a component of a vector, counted from 1."""
+    """Return a component of a vector, a scalar; indices count from 1."""
     return MatrixExpr("entry", SCALAR, (vector,), index)
 
 
 def explicit(rows: list[list[MatrixExpr]]) -> MatrixExpr:
-    """Return a matrix of scalar terms."""
+    """Return a matrix of scalar expressions, given as rows of equal length."""
     return MatrixExpr("explicit", (len(rows), len(rows[0])), tuple(cell for row in rows for cell in row))
 
 
 def is_zero(expr: MatrixExpr) -> bool:
+    """Return whether an expression is the number 0 or a matrix of zeros."""
     return expr.kind == "zero" or (expr.kind == "number" and expr.payload == 0)
 
 
 def coefficient(expr: MatrixExpr) -> tuple[Fraction, MatrixExpr]:
-    """Take the number off a term.
+    """Split an expression into its rational factor and the rest.
 
     >>> coefficient(scaled(number(3), symbol("X", ("d", "d"))))[0]
     Fraction(3, 1)
@@ -80,7 +85,7 @@ def coefficient(expr: MatrixExpr) -> tuple[Fraction, MatrixExpr]:
 
 
 def add(*terms: MatrixExpr) -> MatrixExpr:
-    """Add; equal terms become one."""
+    """Add; equal terms are collected."""
     counts: dict[MatrixExpr, Fraction] = {}
     for expr in terms:
         for operand in expr.operands if expr.kind == "sum" else (expr,):
@@ -93,7 +98,7 @@ def add(*terms: MatrixExpr) -> MatrixExpr:
 
 
 def times(value: Fraction | int, expr: MatrixExpr) -> MatrixExpr:
-    """Multiply by a number."""
+    """Multiply by a rational number."""
     own, core = coefficient(expr)
     value = own * value
     if value == 0:
@@ -106,11 +111,12 @@ def times(value: Fraction | int, expr: MatrixExpr) -> MatrixExpr:
 
 
 def negative(expr: MatrixExpr) -> MatrixExpr:
+    """Multiply by -1."""
     return times(-1, expr)
 
 
 def scaled(scalar: MatrixExpr, body: MatrixExpr) -> MatrixExpr:
-    """Multiply by a scalar."""
+    """Multiply an expression by a scalar."""
     if is_zero(scalar) or is_zero(body):
         return zero(body.shape)
     number_of_scalar, scalar = coefficient(scalar)
@@ -120,7 +126,7 @@ def scaled(scalar: MatrixExpr, body: MatrixExpr) -> MatrixExpr:
         return times(value, body)
     if body.kind == "number":
         return times(value, scalar)
-    if body.kind == "power" and body.payload < 0 and scalar.kind != "power":  # a divisor stands before what it divides
+    if body.kind == "power" and body.payload < 0 and scalar.kind != "power":  # divisors come first
         scalar, body = body, scalar
     if scalar.kind == "scaled":
         return times(value, scaled(scalar.operands[0], scaled(scalar.operands[1], body)))
@@ -135,7 +141,7 @@ def _base_and_exponent(scalar: MatrixExpr) -> tuple[MatrixExpr, Fraction]:
 
 
 def multiply(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
-    """Multiply matrices, or a scalar and anything."""
+    """Multiply `(n, k)` by `(k, m)`, or anything by a scalar."""
     if left.is_scalar:
         return scaled(left, right)
     if right.is_scalar:
@@ -165,7 +171,7 @@ def hadamard(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
 
 
 def divide(numerator: MatrixExpr, denominator: MatrixExpr) -> MatrixExpr:
-    """Divide entry by entry, or a term by a scalar."""
+    """Divide entry by entry, or by a scalar."""
     if is_zero(numerator):
         return numerator
     if denominator.is_scalar:
@@ -175,7 +181,7 @@ def divide(numerator: MatrixExpr, denominator: MatrixExpr) -> MatrixExpr:
 
 
 def power(scalar: MatrixExpr, exponent: Fraction | int) -> MatrixExpr:
-    """Raise a scalar to a number."""
+    """Raise a scalar to a rational power."""
     exponent = Fraction(exponent)
     if exponent == 0:
         return number(1)
@@ -187,7 +193,7 @@ def power(scalar: MatrixExpr, exponent: Fraction | int) -> MatrixExpr:
 
 
 def transpose(expr: MatrixExpr) -> MatrixExpr:
-    """Transpose, and push it down to the symbols."""
+    """Transpose; transposes are pushed down to the symbols."""
     rows, columns = expr.shape
     if expr.is_scalar:
         return expr
@@ -209,6 +215,7 @@ def transpose(expr: MatrixExpr) -> MatrixExpr:
 
 
 def inverse(expr: MatrixExpr) -> MatrixExpr:
+    """Invert a square matrix or a scalar."""
     if expr.is_scalar:
         return power(expr, -1)
     value, core = coefficient(expr)
@@ -222,6 +229,7 @@ def apply(name: str, expr: MatrixExpr) -> MatrixExpr:
 
 
 def trace(expr: MatrixExpr) -> MatrixExpr:
+    """Return the trace of a square matrix; it is linear, so sums and factors are taken out."""
     value, core = coefficient(expr)
     if core.is_scalar:
         return expr
@@ -235,16 +243,17 @@ def trace(expr: MatrixExpr) -> MatrixExpr:
 
 
 def det(expr: MatrixExpr) -> MatrixExpr:
+    """Return the determinant of a square matrix."""
     return expr if expr.is_scalar else MatrixExpr("det", SCALAR, (expr,))
 
 
 def norm(expr: MatrixExpr, kind: str) -> MatrixExpr:
-    """Return the norm of a term: "2" of a vector, "F" of a matrix."""
+    """Return a norm: kind "2" of a vector, "F" (Frobenius) of a matrix."""
     return MatrixExpr("norm", SCALAR, (expr,), kind)
 
 
 def symbols(expr: MatrixExpr) -> dict[str, MatrixExpr]:
-    """Return the symbols of a term by name, in the order in which they are met."""
+    """Return the symbols in an expression by name, in order of first occurrence."""
     by_name: dict[str, MatrixExpr] = {}
     stack = [expr]
     while stack:
@@ -256,12 +265,12 @@ def symbols(expr: MatrixExpr) -> dict[str, MatrixExpr]:
 
 
 def dimensions(expr: MatrixExpr) -> list[Dimension]:
-    """Return the rows and columns of a term and of all in it, those of a zero that has no symbol left included."""
+    """Return the rows and columns of all subexpressions; zeros have named dimensions that no symbol has."""
     return [*expr.shape, *(dimension for operand in expr.operands for dimension in dimensions(operand))]
 
 
 def format_shape(shape: Shape) -> str:
-    """Write a shape.
+    """Return a shape as text.
 
     >>> format_shape(("d", 1))
     'd×1'

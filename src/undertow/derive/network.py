@@ -1,4 +1,4 @@
-"""Networks of neurons, as one writes them on paper: "x1>n1 n1>n2"."""
+"""Networks of neurons, written as edges: "x1>n1 n1>n2"."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Network(DifferentiableGraph):
     Neurons that no other reads are the outputs; E = Σ over data of Σ_j (n_j − y_j)², j over the outputs.
 
     Attributes:
-        edges: (source, target), such as ("x1", "n1"), in the order given.
+        edges: (source, target), such as ("x1", "n1"), in the given order.
 
     >>> network = Network.parse("x1>n1 n1>n2 n1>n3 n2>n4 n3>n4")
     >>> print(network.derivative("b[1]").text)
@@ -49,17 +49,17 @@ class Network(DifferentiableGraph):
 
     @classmethod
     def parse(cls, text: str) -> "Network":
-        """Read edges such as "x1>n1 n1>n2", separated by blanks, commas or line ends.
+        """Read edges such as "x1>n1 n1>n2", separated by spaces, commas or newlines.
 
         Raises:
-            InputError: a word that is no edge, an edge given twice, a cycle; with its column in the text.
+            InputError: a word that is not an edge, a duplicate edge or a cycle; with its column in the text.
             FrameworkError: networkx is missing.
         """
         columns: dict[tuple[str, str], int] = {}
         for word in re.finditer(r"[^\s,;]+", text):
             edge = _parse_edge(word[0], word.start() + 1)
             if edge in columns:
-                raise InputError(f"{word[0]} at column {word.start() + 1} is there twice; see column {columns[edge]}")
+                raise InputError(f"{word[0]} at column {word.start() + 1} is a duplicate of column {columns[edge]}")
             columns[edge] = word.start() + 1
         if not columns:
             raise InputError("the network has no edges; write them as in 'x1>n1 n1>n2'")
@@ -68,28 +68,28 @@ class Network(DifferentiableGraph):
 
     @classmethod
     def layered(cls, widths: Sequence[int]) -> "Network":
-        """Return a fully connected network of layers of so many neurons each; input x1 feeds the first layer.
+        """Return a fully connected network with these numbers of neurons per layer; input x1 feeds the first layer.
 
         Raises:
-            InputError: no layer, or one without neurons.
+            InputError: no layer, or a layer without neurons.
 
         >>> Network.layered([1, 2]).edges
         (('x1', 'n1'), ('n1', 'n2'), ('n1', 'n3'))
         """
         if not widths or min(widths) < 1:
-            raise InputError(f"widths {list(widths)} make no network; give each layer one neuron or more")
+            raise InputError(f"widths {list(widths)} do not make a network; every layer needs at least one neuron")
         numbers = iter(range(1, sum(widths) + 1))
         layers = [["x1"], *([f"n{next(numbers)}" for _ in range(width)] for width in widths)]
         return cls(tuple((a, b) for low, high in pairwise(layers) for a in low for b in high))
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Inputs and neurons, in the order in which edges name them."""
+        """Inputs and neurons, in the order of their first edge."""
         return tuple(dict.fromkeys(node for edge in self.edges for node in edge))
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The neurons that no other reads, those of E."""
+        """The neurons that no other neuron reads; E is computed from them."""
         return tuple(node for node in self.nodes if self.readers.get(node) == (END,))
 
     @cached_property
@@ -112,11 +112,11 @@ class Network(DifferentiableGraph):
         return [node for node in _topological_order(self.edges, self.nodes) if node[0] == "n"]
 
     def quantity(self, node: str) -> Quantity:
-        """How a neuron is written."""
+        """Return the symbol of an input or a neuron."""
         return Quantity(node, f"{node[0]}_{{{node[1:]}}}")
 
     def delta_name(self, node: str) -> Quantity:
-        """δ4 for neuron n4, as backpropagation names it."""
+        """Return the name of ∂E/∂node as in backpropagation: δ4 for neuron n4."""
         return Quantity(f"δ{node[1:]}", rf"\delta_{{{node[1:]}}}")
 
     def partial(self, reader: str, node: str) -> Partial:
@@ -134,10 +134,10 @@ class Network(DifferentiableGraph):
         Args:
             wrt: n4, w[2,5] (from n2 to n5), b[3], v[1,1] (the vector of weights from x1 to n1) or x2; a vector's
                 component as v[1,1][d] or x2[3], counted from 1.
-            substitute: put in g', the weights and the slope of the quadratic error.
+            substitute: replace partials by g', the weights and the slope of the quadratic error.
 
         Raises:
-            InputError: a name that is not understood or not there, or a weight that is no edge.
+            InputError: a name that is not a quantity or not in the network, or a weight without an edge.
         """
         kind, *indices = _parse_wrt(wrt)
         if kind == "x":
@@ -161,7 +161,7 @@ class Network(DifferentiableGraph):
         return max(differences)
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
-        """Draw the network with the way of a derivative; see `Derivative.plot`."""
+        """Draw the network with the edges of a derivative highlighted; see `Derivative.plot`."""
         kind, *indices = _parse_wrt(derivative.name)
         node = f"{kind}{indices[0]}" if kind in "nx" else f"n{indices[0]}"
         own_edges = {(node, target) for target, _ in derivative.ends} if kind == "x" else set()
@@ -221,7 +221,7 @@ class Network(DifferentiableGraph):
 
 
 def _parse_wrt(wrt: str) -> tuple[Any, ...]:
-    """Return a quantity's letter, its indices, and for v and x the component or None."""
+    """Return a quantity's letter and indices, and for v and x the component or None."""
     for kind, pattern in _WRT.items():
         match = pattern.fullmatch(re.sub(r"\s", "", wrt))
         if match:
@@ -232,14 +232,14 @@ def _parse_wrt(wrt: str) -> tuple[Any, ...]:
 def _parse_edge(word: str, column: int) -> tuple[str, str]:
     match = _EDGE.fullmatch(word)
     if match is None:
-        raise InputError(f"{word!r} at column {column} is no edge; write one as x1>n1 or n1>n3")
+        raise InputError(f"{word!r} at column {column} is not an edge; write x1>n1 or n1>n3")
     for part in ("source", "target"):
         if not _NODE.fullmatch(match[part]):
             at = column + match.start(part)
             raise InputError(f"{match[part]!r} at column {at} is neither an input such as x1 nor a neuron such as n1")
     if match["target"][0] == "x":
         raise InputError(
-            f"{match['target']!r} at column {column + match.start('target')} is an input; nothing feeds it"
+            f"{match['target']!r} at column {column + match.start('target')} is an input; no edge can lead to it"
         )
     return match["source"], match["target"]
 
@@ -253,12 +253,12 @@ def _raise_on_cycle(columns: Mapping[tuple[str, str], int]) -> None:
     round_trip = " > ".join([*(a for a, _ in cycle), cycle[0][0]])
     last = max(cycle, key=lambda edge: columns[edge])
     raise InputError(
-        f"the network has a cycle, {round_trip}, closed by {'>'.join(last)} at column {columns[last]}; take an edge out"
+        f"the network has a cycle, {round_trip}, closed by {'>'.join(last)} at column {columns[last]}; remove an edge"
     )
 
 
 def _topological_order(edges: Sequence[tuple[str, str]], nodes: Sequence[str]) -> list[str]:
-    """Return nodes in topological order, ties as given."""
+    """Return nodes in topological order; ties keep the given order."""
     networkx = need("networkx")
     graph = networkx.DiGraph()
     graph.add_nodes_from(nodes)
@@ -273,7 +273,7 @@ def _indexed(letter: str, *indices: str) -> Quantity:
 
 
 def _component(vector: Quantity, component: str | None) -> Quantity:
-    """Return a component of a vector: its letter or number goes with the indices."""
+    """Return a component of a vector; in LaTeX it joins the subscript."""
     if component is None:
         return vector
     return Quantity(f"{vector.text}[{component}]", f"{vector.latex[:-1]},{component}}}")

@@ -1,4 +1,4 @@
-"""A derivative with numbers in it: a network's values at a random point, and an expression evaluated there."""
+"""Numerical checks of derivatives of networks: values at a random point, and expressions evaluated there."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ def _sigmoid(a: Array) -> Array:
     return 0.5 * (1 + np.tanh(a / 2))
 
 
-# each with its slope
+# name: (activation, its slope)
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "sigmoid": (_sigmoid, lambda a: _sigmoid(a) * (1 - _sigmoid(a))),
     "tanh": (np.tanh, lambda a: 1 - np.tanh(a) ** 2),
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]
 
 
 class Values(dict[str, Array]):
-    """Arrays by the names of quantities; `x2[3]` is the third column of `x2`, and `x2[d]` all of them.
+    """Arrays by the names of quantities; `x2[3]` is the third column of `x2`, and `x2[d]` is all columns.
 
     >>> Values({"x2": np.array([[5.0, 6.0, 7.0]])})["x2[3]"]
     array([[7.]])
@@ -57,7 +57,8 @@ def random_values(
         sources: for each neuron the inputs and neurons that it reads.
         nodes: inputs and neurons; random numbers are drawn for inputs and targets in this order.
         activation: "sigmoid", "tanh", "relu" or "softplus".
-        width: the least number of components of an input; each has up to two more.
+        seed: of NumPy's generator; each activation draws numbers of its own.
+        width: the minimum number of components of an input; each has up to two more.
 
     Returns:
         float64, by name: w[2,5] and b[3] of shape (1,), v[1,1] of (D,), x1 of (5, D), n4, y7 and g'(a4) of (5, 1).
@@ -87,7 +88,7 @@ def random_values(
 
 
 def with_partials(graph: Graph, values: Values) -> Values:
-    """Add the value of every ∂n_k/∂n_i and every ∂E/∂n_j."""
+    """Return the values and those of every ∂n_k/∂n_i and ∂E/∂n_j, each `(5, 1)`."""
     extended = Values(values)
     for node, readers in graph.readers.items():
         for reader in readers:
@@ -100,7 +101,7 @@ def with_partials(graph: Graph, values: Values) -> Values:
 
 
 def evaluate(expression: Any, values: Mapping[str, Array]) -> Array:
-    """Evaluate a SymPy expression of sums, products and powers; what occurs twice is computed once.
+    """Evaluate a SymPy expression of sums, products and powers; shared subexpressions are computed once.
 
     >>> import sympy
     >>> a, b = sympy.symbols("a b")
@@ -132,7 +133,7 @@ def _value(node: Any, values: Mapping[str, Array], computed: dict[int, Any]) -> 
 
 
 def difference(derivative: Derivative, expression: Any, values: Values, autograd: Values) -> float:
-    """Return how far an expression for a derivative lies from autograd, relative to its largest absolute value."""
+    """Return the largest difference between an expression and autograd over autograd's largest absolute value."""
     values = Values(values)
     for _, last in derivative.ends:
         if last is not None:

@@ -1,4 +1,4 @@
-"""The packages that deriving builds on, imported when first needed."""
+"""Optional packages, imported on first use."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,7 @@ from ..errors import FrameworkError
 
 
 def need(name: str) -> Any:
-    """Import sympy or networkx.
+    """Import and return sympy or networkx.
 
     Raises:
         FrameworkError: it is not installed.
@@ -18,5 +18,5 @@ def need(name: str) -> Any:
         if error.name != name:
             raise
         raise FrameworkError(
-            f'{name}, on which derive builds, is missing; run: pip install "undertow[derive]"'
+            f'derive needs {name}, which is not installed; run: pip install "undertow[derive]"'
         ) from error

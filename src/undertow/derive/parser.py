@@ -1,13 +1,13 @@
-"""Text such as "C*X*B*X.T*A*X" into a matrix expression, by recursive descent over a closed set of words.
+"""Recursive-descent parser of matrix expressions such as "C*X*B*X.T*A*X", over a fixed set of functions.
 
     sum      = product {("+" | "-") product}
-    product  = sign {("*" | "@" | "·" | "/" | ".*" | "∘" | "./" | "⊘") sign}
-    sign     = "-" sign | power
+    product  = unary {("*" | "@" | "·" | "/" | ".*" | "∘" | "./" | "⊘") unary}
+    unary    = "-" unary | power
     power    = postfix [("**" | "^") ["-"] number]
     postfix  = atom {".T" | "ᵀ" | "⁻¹"}
     atom     = number | name | function "(" sum ")" | "Matrix" "(" rows ")" | "(" sum ")"
 
-All products are of one rank and read from the left. Nothing that is typed is ever executed.
+All products have the same precedence and associate to the left. The text is never executed.
 """
 
 import re
@@ -42,7 +42,7 @@ class _Token:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A term, and where in the text it stands."""
+    """An expression and its position in the text."""
 
     expr: MatrixExpr
     start: int
@@ -50,14 +50,14 @@ class _Piece:
 
 
 def parse(text: str, shapes: Mapping[str, Shape], vector: str = "") -> MatrixExpr:
-    """Read a matrix expression.
+    """Parse a matrix expression.
 
     Args:
-        shapes: of every name.
-        vector: a vector whose entries are named by its name and a number: x1, x2, ...
+        shapes: rows and columns of every name.
+        vector: the name of a vector whose entries may occur as its name and a number: x1, x2, ...
 
     Raises:
-        InputError: with the column in the text: a word that is not known, shapes that do not fit, a sign out of place.
+        InputError: an unknown word, shapes that do not fit or a syntax error, with the column in the text.
 
     >>> parse("X*a", {"X": ("d", "k"), "a": ("k", 1)}).shape
     ('d', 1)
@@ -79,9 +79,10 @@ class _Parser:
         self._depth = 0
 
     def parse(self) -> MatrixExpr:
+        """Return the expression of the whole text, or raise InputError."""
         piece = self._sum()
         if self._next.kind != "end":
-            raise _token_error(self._next, "was not expected; is a * missing before it?")
+            raise _token_error(self._next, "is unexpected; is a * missing before it?")
         return piece.expr
 
     @property
@@ -97,13 +98,13 @@ class _Parser:
 
     def _expect(self, word: str) -> _Token:
         if not self._next_is(word):
-            raise _token_error(self._next, f"was not expected; {word!r} was")
+            raise _token_error(self._next, f"is unexpected; expected {word!r}")
         return self._advance()
 
     def _sum(self) -> _Piece:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise InputError(f"column {self._next.start + 1}: nested more than {MAX_DEPTH} deep; write it flatter")
+            raise InputError(f"column {self._next.start + 1}: nested more than {MAX_DEPTH} levels deep")
         pieces = [self._product()]
         while self._next_is("+", "-"):
             is_minus = self._advance().text == "-"
@@ -127,7 +128,7 @@ class _Parser:
             return (m.hadamard if operator == "∘" else m.divide)(left.expr, right.expr)
         if operator == "/":
             if not right.expr.is_scalar:
-                raise self._shape_error(right, "cannot divide; only a scalar can, or write ./ for entry by entry")
+                raise self._shape_error(right, "cannot be a divisor; a scalar can, or divide entry by entry with ./")
             if m.is_zero(right.expr):
                 raise InputError(f"column {right.start + 1}: division by zero")
             return m.divide(left.expr, right.expr)
@@ -169,7 +170,8 @@ class _Parser:
         self.square(base, "a power")
         if exponent.denominator != 1 or not 1 <= abs(exponent) <= MAX_EXPONENT:
             raise _token_error(
-                token, f"cannot be an exponent of a matrix; whole numbers to {MAX_EXPONENT} can, 0 cannot"
+                token,
+                f"cannot be an exponent of a matrix; use a nonzero integer up to ±{MAX_EXPONENT}",
             )
         expr = base.expr if exponent > 0 else m.inverse(base.expr)
         return reduce(m.multiply, [expr] * abs(int(exponent)))
@@ -193,7 +195,7 @@ class _Parser:
         if token.text == "(" and token.kind == "operator":
             piece = self._sum()
             return _Piece(piece.expr, token.start, self._expect(")").end)
-        raise _token_error(token, "was not expected; a name, a number or a bracket was")
+        raise _token_error(token, "is unexpected; expected a name, a number or a bracket")
 
     def _named(self, token: _Token) -> MatrixExpr:
         name = token.text
@@ -205,9 +207,9 @@ class _Parser:
             length = max((dimension for dimension in shape if isinstance(dimension, int)), default=0)
             if 1 in shape and all(isinstance(dimension, int) for dimension in shape) and 1 <= int(index) <= length:
                 return m.entry(m.symbol(self._vector, shape), int(index))
-            raise _token_error(token, f"is no entry of {self._vector}, {m.format_shape(shape)}")
+            raise _token_error(token, f"is not an entry of {self._vector}, {m.format_shape(shape)}")
         if name in _FUNCTIONS or name == "Matrix":
-            raise _token_error(token, "is a function; brackets must follow it")
+            raise _token_error(token, "is a function; write brackets after it")
         hint = did_you_mean(name, self._shapes) or f"; give it one, as in --shape {name}=d,d"
         raise _token_error(token, f"has no shape{hint}")
 
@@ -218,7 +220,7 @@ class _Parser:
             return self._matrix(name)
         if name.text not in _FUNCTIONS:
             hint = did_you_mean(name.text, _FUNCTIONS) or f" (known: {', '.join(_FUNCTIONS)}, Matrix)"
-            raise _token_error(name, f"is no function here{hint}")
+            raise _token_error(name, f"is not a function{hint}")
         self._expect("(")
         piece = self._sum()
         end = self._expect(")").end
@@ -233,7 +235,7 @@ class _Parser:
             start = self._next
             rows.append(self._row())
             if len(rows[-1]) != len(rows[0]):
-                raise _token_error(start, f"begins a row of {len(rows[-1])} where the first has {len(rows[0])}")
+                raise _token_error(start, f"begins a row of {len(rows[-1])}, but the first row has {len(rows[0])}")
         self._expect("]")
         return _Piece(m.explicit(rows), name.start, self._expect(")").end)
 
@@ -267,7 +269,7 @@ class _Parser:
     def vector(self, piece: _Piece, operation: str) -> MatrixExpr:
         """Return a row or a column, or raise InputError."""
         if 1 not in self.matrix(piece, operation).shape:
-            raise self._shape_error(piece, "no vector, which norm() needs; for the Frobenius norm write normF()")
+            raise self._shape_error(piece, "not a vector, which norm() needs; for the Frobenius norm write normF()")
         return piece.expr
 
     def _require_same_shape(self, right: _Piece, left: _Piece, verb: str) -> None:

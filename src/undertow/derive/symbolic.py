@@ -1,4 +1,4 @@
-"""A matrix expression in SymPy, for whoever wants to go on with it there."""
+"""Conversion of matrix expressions to SymPy."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -10,7 +10,7 @@ from .packages import need
 
 
 def to_sympy(expr: MatrixExpr) -> Any:
-    """Return a term as a SymPy matrix expression; a scalar as a scalar, an explicit matrix as one.
+    """Return a SymPy matrix expression; a scalar for a scalar, an ImmutableMatrix for an explicit matrix.
 
     Raises:
         FrameworkError: SymPy is missing.
@@ -29,7 +29,7 @@ def to_sympy(expr: MatrixExpr) -> Any:
 
 
 def is_explicit(expr: MatrixExpr) -> bool:
-    """Whether it is made of numbers, entries and explicit matrices alone, one matrix at least."""
+    """Return whether an expression has an explicit matrix, and otherwise only numbers and entries of vectors."""
     kinds = set()
     stack = [expr]
     while stack:
@@ -55,7 +55,7 @@ def _dimension(dimension: Dimension, sympy: Any) -> Any:
 
 
 def _scalar(value: Any, sympy: Any) -> Any:
-    """Return a 1×1 matrix as the number in it."""
+    """Return a 1×1 matrix as its only entry."""
     if not getattr(value, "is_Matrix", False):
         return value
     return value[0, 0] if isinstance(value, sympy.MatrixBase) else sympy.Trace(value)

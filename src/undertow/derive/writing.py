@@ -1,4 +1,4 @@
-"""A matrix expression as plain text or LaTeX."""
+"""Printing of matrix expressions as plain text or LaTeX."""
 
 import unicodedata
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from itertools import groupby
 
 from .matrices import MatrixExpr, coefficient, power, symbols, times
 
-SUM, PRODUCT, ATOM = range(3)
+SUM, PRODUCT, ATOM = range(3)  # precedence: how tightly the outermost operator binds
 _SUPERSCRIPTS = str.maketrans("0123456789-/.", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᐟ·")
 
 
@@ -18,14 +18,14 @@ class _Printed:
     precedence: int
 
     def bracketed_below(self, min_precedence: int, latex: bool = False) -> str:
-        """Return the words, in brackets where they bind less than needed."""
+        """Return the text, in brackets if its precedence is lower."""
         if self.precedence >= min_precedence:
             return self.text
         return rf"\left({self.text}\right)" if latex else f"({self.text})"
 
 
 def to_text(expr: MatrixExpr) -> str:
-    """Write a term as plain text.
+    """Return an expression as plain text.
 
     >>> from .parser import parse
     >>> to_text(parse("X*X.T - 2*inv(X)", {"X": ("d", "d")}))
@@ -35,7 +35,7 @@ def to_text(expr: MatrixExpr) -> str:
 
 
 def to_latex(expr: MatrixExpr) -> str:
-    r"""Write a term in LaTeX.
+    r"""Return an expression in LaTeX.
 
     >>> from .parser import parse
     >>> to_latex(parse("X*X.T", {"X": ("d", "d")}))
@@ -50,7 +50,7 @@ class _Printer:
     latex: bool
 
     def write(self, expr: MatrixExpr) -> _Printed:
-        """Write a term of any kind."""
+        """Print an expression of any kind."""
         return _PRINTERS[expr.kind](self, expr)
 
     def _pick(self, plain: str, tex: str) -> str:

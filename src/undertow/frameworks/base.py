@@ -108,7 +108,7 @@ class Tracer(Protocol):
         """Return what each module call took and gave, forward and backward."""
 
 
-class Redirected(Protocol):
+class Redirection(Protocol):
     """Modules whose gradients are changed from `__enter__` to `__exit__`."""
 
     @property
@@ -123,7 +123,7 @@ class Redirected(Protocol):
 class Redirector(Protocol):
     """Gradients changed on their way."""
 
-    def redirected(self, model: Any, sites: Mapping[str, Callable[[Any], Any]]) -> Redirected:
+    def redirected(self, model: Any, sites: Mapping[str, Callable[[Any], Any]]) -> Redirection:
         """Return the context in which each site's function changes the gradient there."""
 
     def zero(self, g: Any) -> Any:
@@ -180,7 +180,7 @@ class NamedModule:
         return self.names[0]
 
 
-class HostTransfer(Protocol):
+class Transfer(Protocol):
     """Results on their way from a device to the host."""
 
     nbytes: int
@@ -189,7 +189,7 @@ class HostTransfer(Protocol):
         """Wait for the copies, and return the observations with NumPy arrays in their states."""
 
 
-class Probe(Protocol):
+class BatchProbe(Protocol):
     """Reads the sites of one batch from `__enter__` to `__exit__`.
 
     Attributes:
@@ -215,7 +215,7 @@ class Probe(Protocol):
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
         """Return what was seen for a diagnosis of the named sites."""
 
-    def transfer(self, points: Sequence[Any]) -> HostTransfer:
+    def transfer(self, points: Sequence[Any]) -> Transfer:
         """Begin to copy what was observed to the host."""
 
 
@@ -236,7 +236,7 @@ class Recorder(Protocol):
 
     def new_probe(
         self, modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
-    ) -> Probe:
+    ) -> BatchProbe:
         """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis."""
 
     def objective(self, model: Any, name: str) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]:

@@ -1,7 +1,7 @@
 """A folder of photographs through one classifier, recorded: each image's own gradients, in batches, resumable."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,8 +96,7 @@ def record_photographs(
         "source": _identity(photographs) | {"batch_size": batch_size, "objective": objective},
         "diagnose": _WATCH_EVERY if diagnose is True else diagnose,
     }
-    framework = framework_of_model(classifier.module)
-    recorder, arrays = capability(framework, "record"), capability(framework, "arrays")
+    recorder = capability(framework_of_model(classifier.module), "record")
     result = RecordedPhotographs()
     with (
         recorder.objective(classifier.module, objective) as run_objective,
@@ -107,20 +106,33 @@ def record_photographs(
         result.before = len(before)
         advance(sum(len(batches[number]) for number in before))
         remaining = {number: batch for number, batch in enumerate(batches) if number not in before}
-        with _read_ahead(classifier, list(remaining.values()), workers) as loaded_batches:
-            for number, loaded in zip(remaining, loaded_batches, strict=True):
-                read = {name: array for name, array in loaded if not isinstance(array, PhotographError)}
-                result.failed += [(name, str(array)) for name, array in loaded if isinstance(array, PhotographError)]
-                if read:
-                    x = arrays.batch(list(read.values()), device)
-                    with recording.batch(samples=list(read), batch=number):
-                        run_objective(x, [labels[name] for name in read] if labels else None)
-                    result.photographs += len(read)
-                advance(len(loaded))
+        for number, names, x in _loaded(classifier, remaining, device, workers, result, advance):
+            with recording.batch(samples=names, batch=number):
+                run_objective(x, [labels[name] for name in names] if labels else None)
+            result.photographs += len(names)
         if not result.photographs and not result.before:
             first = result.failed[0][1]
             raise PhotographError(f"none of {len(photographs)} photographs could be read; the first: {first}")
     return result
+
+
+def _loaded(
+    classifier: Classifier,
+    batches: Mapping[int, Sequence[tuple[str, Path]]],
+    device: str,
+    workers: int,
+    result: RecordedPhotographs,
+    advance: Callable[[int], object],
+) -> Iterator[tuple[int, list[str], Any]]:
+    """Yield number, names and tensor of each batch of which a photograph could be read; add the others to `result`."""
+    arrays = capability(framework_of_model(classifier.module), "arrays")
+    with _read_ahead(classifier, list(batches.values()), workers) as files:
+        for number, photographs in zip(batches, files, strict=True):
+            read = {name: array for name, array in photographs if not isinstance(array, PhotographError)}
+            result.failed += [(name, str(array)) for name, array in photographs if isinstance(array, PhotographError)]
+            if read:
+                yield number, list(read), arrays.batch(list(read.values()), device)
+            advance(len(photographs))
 
 
 def _listed(root: Path, limit: int | None) -> list[tuple[str, Path]]:

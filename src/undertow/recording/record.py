@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InputError, RunError
-from ..frameworks.base import Probe, Recorder
+from ..frameworks.base import BatchProbe, Recorder
 from ..measures import Measure, resolve
 from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manifest, write_manifest
 from ..sites import Predicate, Selection, Site, recorder_of, selection
@@ -249,7 +249,7 @@ class Recording:
         every = self.settings["diagnose"]
         return bool(every) and number % every == 0
 
-    def _take(self, probe: Probe, names: list[str] | None, epoch: int, number: int) -> None:
+    def _take(self, probe: BatchProbe, names: list[str] | None, epoch: int, number: int) -> None:
         """Hand a batch over to the writer."""
         self._settle_sites(list(probe.order))
         self._reached.update(probe.order)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..files import readable
-from ..frameworks.base import HostTransfer
+from ..frameworks.base import Transfer
 from ..frameworks.results import Observation
 from ..measures import Columns, Measure
 from ..runs.format import COMMITTED, KEYS, SITE_KEYS, TABLES, appearing, sync_folder, write_tensor
@@ -35,7 +35,7 @@ class Batch:
     facts: dict[str, Any]
     scale: Any
     points: Sequence[Any]
-    transfer: HostTransfer
+    transfer: Transfer
 
 
 @dataclass

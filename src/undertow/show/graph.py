@@ -1,4 +1,4 @@
-"""Graphs as pictures, with the way of one derivative highlighted. Takes names and numbers; never sees a model."""
+"""Pictures of graphs with the edges of one derivative highlighted. Takes names and numbers; never sees a model."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,8 +11,8 @@ from ..files import published
 Edge = tuple[str, str]
 CARRYING, OWN, FAINT, INK = "#D55E00", "#0072B2", "#B4B4BC", "#18181B"
 GREY = "#5A5A62"
-MAX_LABELLED_EDGES = 24  # edges on the way, up to which each has its partial written beside it
-_DECADES = 2  # of norms, above which line width follows their logarithm
+MAX_LABELLED_EDGES = 24  # with more highlighted edges, no partials are written beside them
+_DECADES = 2  # if norms span more, line width follows their logarithm
 
 
 def draw_network(
@@ -26,17 +26,17 @@ def draw_network(
     labels: Mapping[str, str],
     partials: Mapping[Edge, str],
 ) -> Path:
-    """Draw a network of neurons from left to right, inputs as squares, and the way of a derivative through it.
+    """Draw a network of neurons from left to right, inputs as squares, and highlight the edges of a derivative.
 
     Args:
         edges: (source, reader).
-        carrying: the edges that carry the derivative from E back.
-        path: of a PNG, SVG or PDF; replaced as a whole.
-        title: above everything; $...$ is LaTeX.
-        own_edges: the edges that the quantity itself belongs to, as a weight does.
-        own_nodes: the nodes that the quantity itself belongs to.
+        carrying: the edges that carry the derivative back from E.
+        path: of a PNG, SVG or PDF; replaced atomically.
+        title: at the top; $...$ is LaTeX.
+        own_edges: the edges of the quantity itself: of a weight its edge, of an input the edges from it.
+        own_nodes: the node of the quantity itself, if it is a neuron, a bias or an input.
         labels: of nodes, in LaTeX.
-        partials: of edges, in LaTeX; left out where there are many.
+        partials: of edges, in LaTeX; omitted if there are many.
 
     Raises:
         InputError: a file type that cannot be written.
@@ -67,16 +67,16 @@ def draw_network(
 def draw_blocks(
     names: Sequence[str], norms: Mapping[Edge, float], carrying: Collection[Edge], path: str | Path, title: str = ""
 ) -> Path:
-    """Draw blocks from top to bottom, and as line width what each edge carries; edges that skip bend to the right.
+    """Draw blocks from top to bottom, with line width for the norm on each edge; edges that skip bend to the right.
 
     Args:
         names: in order of execution.
-        norms: the norm of the gradient on each edge (source, reader).
+        norms: ℓ2 norm of the gradient on each edge (source, reader).
         carrying: the edges that carry the derivative.
-        path, title: as `draw_network` has them.
+        path, title: as in `draw_network`.
 
     Raises:
-        InputError, FrameworkError: as `draw_network`.
+        InputError, FrameworkError: as in `draw_network`.
     """
     y_of = {name: -i for i, name in enumerate(names)}
     spans = [y_of[a] - y_of[b] for a, b in norms]
@@ -102,7 +102,7 @@ def draw_blocks(
 
 
 def _layout(edges: Sequence[Edge]) -> dict[str, tuple[int, float]]:
-    """Return a column and a height for each node: columns by the longest way there, heights by those of neighbours."""
+    """Return a column and a height for each node: columns by the longest path to it, heights by neighbours."""
     nodes = list(dict.fromkeys(node for edge in edges for node in edge))
     column = dict.fromkeys(nodes, 0)
     for _ in nodes:
@@ -142,7 +142,7 @@ def _arrow(axis: Any, start: tuple[int, float], end: tuple[int, float], colour: 
 
 
 def _label_edge(axis: Any, start: tuple[int, float], end: tuple[int, float], label: str, colour: str) -> None:
-    """Write in the middle of an edge, or below it where it bends."""
+    """Write in the middle of an edge, or below the middle if the edge bends."""
     drop = 0.09 * math.dist(start, end) if end[0] - start[0] > 1 else 0.0
     x, y = 0.55 * start[0] + 0.45 * end[0], 0.55 * start[1] + 0.45 * end[1] - drop
     paper = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
@@ -166,7 +166,7 @@ def _curve(axis: Any, start: int, end: int, colour: str, width: float, label: st
 
 
 def _width_scale(norms: Sequence[float]) -> tuple[Any, str]:
-    """Return what makes a line width of a norm, and the words that say so."""
+    """Return a function from norms to line widths in points, and its description for the legend."""
     positive = [norm for norm in norms if norm > 0 and math.isfinite(norm)]
     if not positive:
         return lambda norm: 0.5, "line width: ℓ2 norm of the gradient carried; all are 0"

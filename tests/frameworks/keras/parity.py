@@ -115,6 +115,34 @@ class InTorch:
         return x.mean((2, 3))
 
 
+class Nearest(InTorch):
+    """Notes how near the nearest choice is: of a ReLU about 0, of a cap, or of the largest of a window.
+
+    In units of the standard deviation of what is chosen from. float32 moves values by up to 3e-6 of it here, on each
+    processor otherwise; a choice nearer than that might be another one there, and the map differ by more than rounding.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(torch.float64, seed)
+        self.distance = float("inf")
+
+    def _note(self, distances: torch.Tensor, x: torch.Tensor) -> None:
+        self.distance = min(self.distance, float(distances.min() / x.std()))
+
+    def relu(self, x: Any) -> Any:
+        self._note(x.abs(), x)
+        return F.relu(x)
+
+    def relu6(self, x: Any) -> Any:
+        self._note(torch.minimum(x.abs(), (x - 6).abs()), x)
+        return F.relu6(x)
+
+    def max_pool(self, x: Any) -> Any:
+        first, second = F.unfold(x.flatten(0, 1)[:, None], 2, stride=2).topk(2, 1).values.unbind(1)
+        self._note((first - second)[first > 0], x)  # among zeros any choice is without a gradient
+        return F.max_pool2d(x, 2)
+
+
 def _statistics(numbers: np.random.Generator, width: int) -> Iterator[np.ndarray]:
     """Running mean and variance, weight and bias."""
     yield numbers.normal(size=width) * 0.3
@@ -189,14 +217,26 @@ def both(name: str, dtype: str, seed: int = 11) -> tuple[Callable[[torch.Tensor]
     return lambda image: network(InTorch(getattr(torch, dtype), seed), image), model
 
 
+def images(dtype: str) -> np.ndarray:
+    """Return two images whose choices are far enough apart for float32: see `Nearest`."""
+    return np.random.default_rng(17).normal(size=(2, 3, SIDE, SIDE)).astype(np.float32).astype(dtype)
+
+
+def nearest(name: str, seed: int = 11) -> float:
+    """Return the distance of the nearest choice that a network makes on the images."""
+    kit = Nearest(seed)
+    NETWORKS[name][0](kit, torch.from_numpy(images("float64")))
+    return kit.distance
+
+
 def difference(name: str, rule: str, dtype: str) -> tuple[float, int, int]:
     """Return the largest difference of two maps, of the largest value, and how many activations each rewired."""
     import undertow as ut
 
     torch_model, keras_model = both(name, dtype)
-    image = np.random.default_rng(7).normal(size=(2, 3, SIDE, SIDE)).astype(dtype)
-    a = ut.explain(torch_model, torch.from_numpy(image), rule=rule, target=2)
-    b = ut.explain(keras_model, np.ascontiguousarray(image.transpose(0, 2, 3, 1)), rule=rule, target=2)
+    x = images(dtype)
+    a = ut.explain(torch_model, torch.from_numpy(x), rule=rule, target=2)
+    b = ut.explain(keras_model, np.ascontiguousarray(x.transpose(0, 2, 3, 1)), rule=rule, target=2)
     in_torch, in_keras = a.numpy(), b.numpy().transpose(0, 3, 1, 2)
     return float(np.abs(in_keras - in_torch).max() / np.abs(in_torch).max()), a.rewired, b.rewired
 

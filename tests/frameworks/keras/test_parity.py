@@ -2,7 +2,12 @@
 
 import pytest
 
-from frameworks.keras.parity import NETWORKS, difference
+from frameworks.keras.parity import NETWORKS, difference, nearest
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_choice_is_so_near_that_rounding_could_turn_it(name: str):
+    assert nearest(name) > 1e-5
 
 
 @pytest.mark.parametrize("rule", ["gradient", "deconvnet", "guided"])

@@ -1,5 +1,6 @@
 """The statistics of a PyTorch tensor, wherever it lies; on a GPU nothing here waits for the device."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +38,7 @@ class TorchStats(Stats):
     @cached_property
     def norms(self) -> Any:
         """As in `Stats`; float32 `(B, C)`."""
-        return self._wide_norms.float()
+        return self._squares.sqrt().float()
 
     @cached_property
     def zeros(self) -> Any:
@@ -54,11 +55,11 @@ class TorchStats(Stats):
         if n == 0:
             return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
         low, high = torch.aminmax(self.x)
-        mean, squares = self._sums.sum() / n, self._sum_of_squares
+        mean, squares = self._sums.sum() / n, self._squares.sum()
         if not self._on_cpu or bool(squares < 16 * n * mean * mean):  # elsewhere, to ask would be to wait
             shifted = TorchStats(self._wide - mean.to(self._dtype))
             rest = shifted._sums.sum() / n
-            mean, squares = mean.to(self._dtype).double() + rest, shifted._sum_of_squares - n * rest * rest
+            mean, squares = mean.to(self._dtype).double() + rest, shifted._squares.sum() - n * rest * rest
         else:
             squares = squares - n * mean * mean
         return torch.stack([mean, squares.clamp(min=0), low.double(), high.double()])
@@ -66,8 +67,8 @@ class TorchStats(Stats):
     @cached_property
     def channel_sums(self) -> Any:
         """As in `Stats`."""
-        magnitudes = torch.linalg.vector_norm(self._rows, 1, dim=2, dtype=self._dtype)
-        return torch.stack([self._sums.sum(0), magnitudes.double().sum(0)])
+        magnitudes = sum(norms.double() for norms in self._norms_of_pieces(1))
+        return torch.stack([self._sums.sum(0), magnitudes.sum(0)])  # type: ignore[union-attr]
 
     @cached_property
     def histogram(self) -> tuple[Any, Any]:
@@ -111,14 +112,14 @@ class TorchStats(Stats):
         return self._rows.sum(2, dtype=self._dtype).double()
 
     @cached_property
-    def _wide_norms(self) -> Tensor:
-        """Norms over space in the sums' precision, `(B, C)`."""
-        norms: Tensor = torch.linalg.vector_norm(self._rows, dim=2, dtype=self._dtype)
-        return norms
+    def _squares(self) -> Tensor:
+        """Sums of squares over space, float64 `(B, C)`."""
+        return sum(norms.double().square() for norms in self._norms_of_pieces(2))  # type: ignore[return-value]
 
-    @property
-    def _sum_of_squares(self) -> Tensor:
-        return self._wide_norms.double().square().sum()
+    def _norms_of_pieces(self, order: int) -> Iterator[Tensor]:
+        """Yield the norms `(B, C)` of pieces of the space: over many elements `vector_norm` loses digits."""
+        for piece in self._rows.split(_PIECE, dim=2):
+            yield torch.linalg.vector_norm(piece, order, dim=2, dtype=self._dtype)
 
 
 stats.register(Tensor, TorchStats)
@@ -137,6 +138,7 @@ def count_true(mask: Tensor) -> Any:
     return np.asarray(np.count_nonzero(mask.numpy()), np.int64)
 
 
+_PIECE = 4096
 _ALL_CODES = np.arange(CODES, dtype=np.uint16)
 _CHUNK = 1 << 20
 
