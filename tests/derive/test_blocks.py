@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 import undertow as ut
 from undertow.derive import from_model
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 
 class Residual(nn.Module):

@@ -5,10 +5,10 @@ import gc
 
 import pytest
 import torch
-from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 import undertow as ut
 from frameworks.torch.references import reference
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 # name: (activation calls, side of the input, whether modules show all of them)
 NETWORKS = {

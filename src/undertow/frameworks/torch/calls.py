@@ -142,10 +142,10 @@ def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...]) -> bool
 
 
 class _InPlaceOnViews(TorchDispatchMode):
-    """Notes in-place activations whose tensor is a view."""
+    """Sees whether an activation is applied in place to a view."""
 
-    names = frozenset(
-        f"aten::{name}_"
+    activations = frozenset(
+        getattr(torch.ops.aten, f"{name}_")
         for name in (
             *("relu", "hardtanh", "leaky_relu", "rrelu_with_noise", "threshold", "clamp", "clamp_min"),
             *("elu", "celu", "gelu", "silu", "mish", "hardswish"),
@@ -157,7 +157,7 @@ class _InPlaceOnViews(TorchDispatchMode):
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in self.names and is_view(args[0]):
+        if func.overloadpacket in self.activations and is_view(args[0]):
             self.seen = True
         return func(*args, **(kwargs or {}))
 

@@ -14,11 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode 
 from torch.utils._pytree import tree_flatten as tree_flatten  # nested arguments and outputs, as torch nests them
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 # Base classes without a public name, so that subclasses of users count too.
 CONVOLUTION = nn.modules.conv._ConvNd
 NORM = nn.modules.batchnorm._NormBase
 DROPOUT = nn.modules.dropout._DropoutNd
+
+# Before each name in the state dict of what `torch.compile` returned.
+COMPILED_PREFIX = "_orig_mod."
 
 # Functions called inside a `TorchFunctionMode` that must not see them.
 unseen_by_function_modes = torch._C.DisableTorchFunction
@@ -27,6 +31,11 @@ unseen_by_function_modes = torch._C.DisableTorchFunction
 def compiled_from(model: Any) -> Any:
     """Return the module or function that `torch.compile` wrapped; None for anything else."""
     return getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+
+
+def reset_of(module: nn.Module) -> Callable[[], None] | None:
+    """Return what initialises a module's own weights anew, if anything does; MultiheadAttention's is private."""
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -65,7 +74,7 @@ def sequence_number(node: Any) -> int:
 
 
 def function_class(node: Any) -> type[torch.autograd.Function] | None:
-    """Return the user's `autograd.Function` behind a graph node; None for torch's own nodes."""
+    """Return the `autograd.Function` behind a graph node; None for a node in C++."""
     return getattr(type(node), "_forward_cls", None)
 
 
@@ -92,6 +101,11 @@ class SharedPrehook:
     def clear(self) -> None:
         """Take the hook off every node."""
         self._hooks.clear()
+
+
+def is_of_freed_tensor(handle: RemovableHandle) -> bool:
+    """Whether the tensor that a hook was put on, its graph included, is gone: the handle holds a weak reference."""
+    return handle.hooks_dict_ref() is None
 
 
 def is_view(tensor: Tensor) -> bool:

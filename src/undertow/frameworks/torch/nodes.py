@@ -86,7 +86,7 @@ def hidden_reason(node: Node) -> str:
 
 def _classify(node: Node) -> NodeKind | None:
     name = name_of(node)
-    if isinstance(node, torch.autograd.function.BackwardCFunction):  # Python: its class must not be kept alive
+    if function_class(node) is not None:  # a class made in Python, which `_KIND_OF_TYPE` must not keep alive
         return NodeKind.HIDDEN if any(part in name for part in HIDDEN) else NodeKind.OPAQUE
     if "DifferentiableGraph" in name:
         return NodeKind.HIDDEN

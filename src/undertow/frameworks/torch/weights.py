@@ -12,6 +12,7 @@ import torch
 
 from ...errors import ModelError
 from ...images import printable
+from .internals import COMPILED_PREFIX
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -19,8 +20,8 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from `.safetensors`, or from a file of `torch.save`, without running any code in it.
 
-    A checkpoint's "state_dict", "model" or "model_state_dict" is taken out; the prefixes "module." (of DataParallel)
-    and "_orig_mod." (of torch.compile) are taken off.
+    A checkpoint's "state_dict", "model" or "model_state_dict" is taken out; the prefixes that DataParallel and
+    torch.compile put before each name are taken off.
 
     Raises:
         ModelError: the file is missing, unreadable, or holds anything but tensors.
@@ -34,7 +35,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     state = {str(key): value for key, value in held.items()} if isinstance(held, Mapping) else {}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{name} holds no state dict ({_contents(held)}); save model.state_dict() or safetensors")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+    for prefix in (COMPILED_PREFIX, "module.", COMPILED_PREFIX):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state

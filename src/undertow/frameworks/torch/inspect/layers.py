@@ -19,6 +19,7 @@ from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import to_numpy
 from ..calls import chosen, eager, leaves, module_of, output_of, refuse_training, unchanged, uncompiled
 from ..explain.graph import ThroughGraph, rewired_backward
+from ..internals import reset_of
 
 
 def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
@@ -96,7 +97,7 @@ def _draw(module: nn.Module) -> None:
     device = tensors[0].device
     for tensor in tensors:
         tensor.data = tensor.data.cpu()
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    reset = reset_of(module)
     if reset is not None and (isinstance(module, nn.MultiheadAttention) or not list(module.children())):
         reset()
     else:

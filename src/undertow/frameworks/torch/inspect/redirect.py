@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ....errors import InputError, RuleError, did_you_mean
 from ..calls import module_of, uncompiled
-from ..internals import tree_flatten, tree_leaves, tree_unflatten, version
+from ..internals import is_of_freed_tensor, tree_flatten, tree_leaves, tree_unflatten, version
 from .watch import separate
 
 Change = Callable[[Any], Any]
@@ -103,7 +103,7 @@ class Redirected:
 
         self._on_tensors.append(output.register_hook(flows_on))
         if len(self._on_tensors) >= self._prune_at:  # those of graphs that are gone
-            self._on_tensors = [handle for handle in self._on_tensors if handle.hooks_dict_ref() is not None]
+            self._on_tensors = [handle for handle in self._on_tensors if not is_of_freed_tensor(handle)]
             self._prune_at = 2 * len(self._on_tensors) + 64
 
 
