@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import undertow as ut
 from frameworks.torch.networks import AWKWARD, SMOOTH, Network
 from undertow.frameworks.torch.inspect import formulas
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 from undertow.recording.trace import trace
 
 pytestmark = pytest.mark.filterwarnings(
@@ -381,10 +382,10 @@ def test_multihead_attention_is_one_call_with_all_its_parameters():
         assert torch.allclose(g, net.attention.get_parameter(name).grad, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vgg_pieces_all_agree_and_add_up():
-    torchvision = __import__("undertow.frameworks.torch.zoo.importing", fromlist=["x"]).import_torchvision()
     torch.manual_seed(0)
-    net = torchvision.models.vgg11_bn(weights=None, num_classes=7, init_weights=False).eval()
+    net = import_torchvision().models.vgg11_bn(weights=None, num_classes=7, init_weights=False).eval()
     x = torch.randn(1, 3, 64, 64)
     seen = trace(net, x)
     verdicts = {row.kind: row.formula for row in seen.table()}
