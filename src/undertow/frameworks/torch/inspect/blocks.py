@@ -21,11 +21,11 @@ from torch.autograd.graph import GradientEdge
 
 from ....errors import InputError, ModelError
 from ...results import END, Block, BlockGraph, Carried
-from ..calls import chosen, leaves, output_of, unchanged
+from ..calls import chosen, leaves, output_of
 from ..internals import next_sequence_number, sequence_number
 from ..nodes import HIDDEN, hidden_reason, name_of
 from ..record.sites import network
-from .watch import RngAndBuffers, watched
+from .watch import state_restored, watched
 
 Place = tuple[Any, int]  # a node and the number of one of its outputs: a tensor
 
@@ -72,19 +72,15 @@ def block_graph(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) ->
     module = network(model)
     _refuse_scripted(module)
     _, fed = leaves(inputs)
-    with unchanged(module, fed, training=False):
-        start = RngAndBuffers(module, fed)
-        try:
-            entries = {x.grad_fn: _input_name(i, len(fed)) for i, x in enumerate(fed) if x.requires_grad}
-            with spans(module, depth) as calls:
-                output = output_of(module, fed)
-                finish = next_sequence_number()
-            error = chosen(output, target, len(fed[0]))[0].sum()
-            if error.grad_fn is None:
-                raise InputError("the scores depend on nothing by any gradient (detached, or made under no_grad)")
-            return Grouped(error, calls, entries, finish).block_graph()
-        finally:
-            start.put_back()
+    with state_restored(module, fed):
+        entries = {x.grad_fn: "x" if len(fed) == 1 else f"x[{i}]" for i, x in enumerate(fed) if x.requires_grad}
+        with spans(module, depth) as calls:
+            output = output_of(module, fed)
+            finish = next_sequence_number()
+        error = chosen(output, target, len(fed[0]))[0].sum()
+        if error.grad_fn is None:
+            raise InputError("the scores depend on nothing by any gradient (detached, or made under no_grad)")
+        return Grouped(error, calls, entries, finish).block_graph()
 
 
 def _refuse_scripted(module: nn.Module) -> None:
@@ -94,10 +90,6 @@ def _refuse_scripted(module: nn.Module) -> None:
                 f"{name or 'the model'} is scripted or traced, and calls inside TorchScript cannot be seen; "
                 "pass the Python module that was scripted"
             )
-
-
-def _input_name(place: int, count: int) -> str:
-    return "x" if count == 1 else f"x[{place}]"
 
 
 @contextmanager

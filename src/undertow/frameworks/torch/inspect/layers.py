@@ -16,7 +16,7 @@ from ....errors import InputError, ModelError, did_you_mean
 from ....rules import gradient
 from ...base import Request
 from ...results import Explanation, LayerGradients, RewiringStats
-from ..arrays import to_numpy
+from ..arrays import like, to_numpy
 from ..calls import chosen, eager, leaves, module_of, output_of, refuse_training, unchanged, uncompiled
 from ..explain.graph import ThroughGraph, rewired_backward
 from ..internals import reset_of
@@ -152,7 +152,7 @@ def _columns(
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     if directions is None:
         return chosen(output, request.target, len(request.inputs[0]))
-    return output @ torch.from_numpy(directions).to(output).T, None, False
+    return output @ like(directions, output).T, None, False
 
 
 def _kept_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ....errors import InputError, RuleError, did_you_mean
 from ..calls import module_of, uncompiled
-from ..internals import is_of_freed_tensor, tree_flatten, tree_leaves, tree_unflatten, version
-from .watch import separate
+from ..internals import is_of_freed_tensor
+from .watch import Versions, input_versions, with_own_gradients
 
 Change = Callable[[Any], Any]
 
@@ -33,7 +33,7 @@ class Redirected:
         self._thread = 0
         self._ran = False
         self._calls: Counter[str] = Counter()
-        self._given: defaultdict[nn.Module, list[dict[int, tuple[Tensor, int]]]] = defaultdict(list)
+        self._given: defaultdict[nn.Module, list[Versions]] = defaultdict(list)
         self._handles: list[Any] = []
         self._on_tensors: list[Any] = []
         self._prune_at = 64
@@ -75,22 +75,19 @@ class Redirected:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() == self._thread:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self._given[module].append({id(t): (t, version(t)) for t in given})
+            self._given[module].append(input_versions(args, kwargs))
 
     def _after(self, module: nn.Module, _: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
             return None
-        versions = self._given[module].pop()
         name, changes = self._sites[module]
         number = self._calls[name]
         self._calls[name] += 1
-        leaves, shape = tree_flatten(output)
-        apart = [separate(leaf, versions) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for leaf in apart:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self._hook(leaf, name, number, changes)
-        return None if all(a is b for a, b in zip(apart, leaves, strict=True)) else tree_unflatten(apart, shape)
+        tensors, new_output = with_own_gradients(output, self._given[module].pop())
+        for tensor in tensors:
+            if tensor.requires_grad:
+                self._hook(tensor, name, number, changes)
+        return new_output
 
     def _hook(self, output: Tensor, name: str, number: int, changes: list[Change]) -> None:
         def flows_on(g: Tensor | None) -> Tensor | None:

@@ -6,8 +6,7 @@ alone, on what it was given, and differentiated: that is the gradient by way of 
 inputs or shares its parameters.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from ....errors import InputError, ModelError
 from ...results import Call, Checked, Difference, Pass
-from ..calls import module_of, unchanged, uncompiled
+from ..calls import module_of, uncompiled
 from .formulas import TOLERANCE, compared
 from .functions import checked, custom, noted
-from .watch import RngAndBuffers, Seen, Watch, tensors_in, watched
+from .watch import RngAndBuffers, Seen, Watch, state_restored, tensors_in, watched
 
 
 def trace(model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
@@ -31,7 +30,7 @@ def trace(model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
     module = module_of(network)
     if module is None or isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"model is a {type(model).__name__}; trace looks at the calls of an nn.Module's parts")
-    with _clean(network, module, sources) as start:
+    with state_restored(module, sources) as start:
         with Watch(module) as watch:
             output = _forward(network, sources)
         outputs = [t for t in tensors_in(output) if t.requires_grad]
@@ -42,23 +41,12 @@ def trace(model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
         kept = [call for call in watch.calls if call.is_kept]
         _backward(outputs, _at_output(outputs, gradient), kept)
         functions = _functions(network, module, sources, outputs, start)
-        used = {id(parameter) for call in kept for _, parameter in _own(call)}
+        used = {id(parameter) for call in kept for parameter in _own(call).values()}
         return Pass(
             calls=tuple(_told(call) for call in kept),
             functions=tuple(functions),
             unreached=tuple(name for name, part in watched(module) if _is_unreached(part, used)),
         )
-
-
-@contextmanager
-def _clean(network: Callable[..., Any], module: nn.Module, sources: list[Tensor]) -> Iterator[RngAndBuffers]:
-    """Put the random state and the buffers back afterwards; yield the moment before the pass."""
-    with unchanged(network, sources, training=False):
-        start = RngAndBuffers(module, sources)
-        try:
-            yield start
-        finally:
-            start.put_back()
 
 
 def _sources(inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -146,7 +134,7 @@ def _backward(outputs: list[Tensor], gradients: list[Tensor], calls: list[Seen])
 
 
 def _told(call: Seen) -> Call:
-    own = dict(_own(call))
+    own = _own(call)
     by_input, by_parameter, note = _by_way_of(call, own)
     formula: dict[str, Difference] = {}
     if by_input and call.gradients and call.gradients[0] is not None and call.gradients[0].dtype in TOLERANCE:
@@ -167,29 +155,25 @@ def _told(call: Seen) -> Call:
     )
 
 
-def _own(call: Seen) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that belong to a call: all below it, unless other modules were called inside."""
-    yield from call.module.named_parameters(recurse=not call.inner)
+def _own(call: Seen) -> dict[str, nn.Parameter]:
+    """Return the parameters that belong to a call: all below it, unless other modules were called inside."""
+    return dict(call.module.named_parameters(recurse=not call.inner))
 
 
 def _by_way_of(call: Seen, own: dict[str, nn.Parameter]) -> tuple[list[Tensor | None], dict[str, Tensor | None], str]:
     """Run a call again, alone, and return the gradients by its inputs and its parameters that come of it."""
-    nothing: list[Tensor | None] = [None] * len(call.arguments.tensors)
-    none = dict.fromkeys(own)
+    nothing: tuple[list[Tensor | None], dict[str, Tensor | None]]
+    nothing = [None] * len(call.arguments.tensors), dict.fromkeys(own)
     if all(edge is None for edge in call.edges):
-        return (
-            nothing,
-            none,
-            "its output carries no gradient (made under no_grad, detached, or all before it is frozen)",
-        )
+        return *nothing, "its output carries no gradient (made under no_grad, detached, or all before it is frozen)"
     if all(g is None for g in call.gradients):
-        return nothing, none, "the objective does not depend on its output"
+        return *nothing, "the objective does not depend on its output"
     leaves = [t.detach().requires_grad_(w) for t, w in zip(call.arguments.tensors, call.arguments.wanted, strict=True)]
     with call.state.restored():
         args, kwargs = call.arguments.filled([leaf.clone() for leaf in leaves])
         made = tensors_in(call.module.forward(*args, **kwargs))
     if len(made) != len(call.outputs) or not all(map(_alike, made, call.outputs)):
-        return nothing, none, "run again, alone, it gave other values, so its own gradients cannot be told"
+        return *nothing, "run again, alone, it gave other values, so its own gradients cannot be told"
     pairs = [(t, g) for t, g in zip(made, call.gradients, strict=True) if g is not None]
     wanted = {place: leaf for place, leaf in enumerate(leaves) if leaf.requires_grad}
     free = {name: parameter for name, parameter in own.items() if parameter.requires_grad}

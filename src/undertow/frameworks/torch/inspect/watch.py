@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from ..calls import unchanged
 from ..internals import is_view, tree_flatten, tree_leaves, tree_unflatten, version
+
+Versions = dict[int, tuple[Tensor, int]]  # tensors with their versions, by id; the tensor keeps its id from reuse
 
 
 class RngAndBuffers:
@@ -52,6 +55,17 @@ class RngAndBuffers:
             torch.set_autocast_dtype(kind, dtype)
 
 
+@contextmanager
+def state_restored(module: nn.Module, tensors: Sequence[Tensor]) -> Iterator[RngAndBuffers]:
+    """Put the random state and the buffers back at the end; yield what goes back to them earlier."""
+    with unchanged(module, tensors, training=False):
+        start = RngAndBuffers(module, tensors)
+        try:
+            yield start
+        finally:
+            start.put_back()
+
+
 class _Slot(int):
     """Where a tensor stood among arguments."""
 
@@ -82,7 +96,7 @@ class Seen:
     number: int
     arguments: Arguments
     state: RngAndBuffers
-    versions: dict[int, tuple[Tensor, int]]
+    versions: Versions
     inner: bool = False
     outputs: list[Tensor] = field(default_factory=list)
     edges: list[Any] = field(default_factory=list)
@@ -130,12 +144,10 @@ class Watch:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() != self._thread:
             return
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        versions = {id(t): (t, version(t)) for t in given}
-        arguments = Arguments(args, kwargs)
-        number = self._count[module]
+        versions = input_versions(args, kwargs)
+        state = RngAndBuffers(module, [tensor for tensor, _ in versions.values()])
+        call = Seen(self._names[module], module, self._count[module], Arguments(args, kwargs), state, versions)
         self._count[module] += 1
-        call = Seen(self._names[module], module, number, arguments, RngAndBuffers(module, given), versions)
         self._open.append(call)
         self.calls.append(call)
 
@@ -145,18 +157,15 @@ class Watch:
         while self._open[-1].module is not module:  # calls that ended in an exception, which somebody caught
             self._open.pop()
         call = self._open.pop()
-        leaves, shape = tree_flatten(output)
-        apart = [separate(leaf, call.versions) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        made = [leaf for leaf in apart if isinstance(leaf, Tensor)] or tensors_in(output)
+        tensors, new_output = with_own_gradients(output, call.versions)
+        made = tensors or tensors_in(output)
         call.versions = {}
         if made and self._open:
             self._open[-1].inner = True
         call.outputs = [t.detach().clone() for t in made]
         call.edges = [get_gradient_edge(t) if t.requires_grad else None for t in made]
-        if all(a is b for a, b in zip(apart, leaves, strict=True)):
-            return None
-        self.separated = True
-        return tree_unflatten(apart, shape)
+        self.separated |= new_output is not None
+        return new_output
 
 
 def watched(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -166,12 +175,32 @@ def watched(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def separate(output: Tensor, versions: dict[int, tuple[Tensor, int]]) -> Tensor:
-    """Return a module's output as a tensor with a gradient of its own: itself, or a copy.
+def input_versions(args: Any, kwargs: Any) -> Versions:
+    """Return the tensors among a call's arguments, each with the number of changes in place that it had seen."""
+    return {id(leaf): (leaf, version(leaf)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+
+
+def with_own_gradients(output: Any, versions: Versions) -> tuple[list[Tensor], Any]:
+    """Return the tensors in a module's output, copied where needed so that each has a gradient of its own.
 
     An output that is an input untouched (Identity, Dropout in evaluation) shares its gradient with the input's other
     readers. One that is a view (Flatten) leaves the graph when a successor overwrites it.
+
+    Args:
+        output: what the module returned.
+        versions: of its inputs, as `input_versions` gave them before it ran.
+
+    Returns:
+        The tensors, and what the module's forward hook has to return: the output with them inside, or None where
+        nothing was copied.
     """
+    leaves, shape = tree_flatten(output)
+    own = [_with_own_gradient(leaf, versions) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    copied = any(a is not b for a, b in zip(own, leaves, strict=True))
+    return [leaf for leaf in own if isinstance(leaf, Tensor)], tree_unflatten(own, shape) if copied else None
+
+
+def _with_own_gradient(output: Tensor, versions: Versions) -> Tensor:
     if not output.requires_grad:
         return output
     given = versions.get(id(output))
