@@ -136,10 +136,10 @@ def test_a_flipped_sign_in_any_gradient_differs(row):
     (call,) = trace(module, x, g)
     found = {"input": call.input_gradients[0], **call.parameter_gradients}
     for part, gradient in found.items():
-        judged = formulas.compared(module, x, g, {**found, part: -gradient})
+        judged = formulas.formula_differences(module, x, g, {**found, part: -gradient})
         assert [name for name, difference in judged.items() if not difference.equal] == [part]
         nudged = gradient + 1e-3 * gradient.abs().amax() * torch.randn_like(gradient)
-        assert not formulas.compared(module, x, g, {part: nudged})[part].equal
+        assert not formulas.formula_differences(module, x, g, {part: nudged})[part].equal
 
 
 @pytest.mark.parametrize("row", FORMULAS, ids=str)
