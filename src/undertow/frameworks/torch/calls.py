@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,27 +65,6 @@ def _depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, (NORM, DROPOUT, nn.RReLU)) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
 
 
-@contextmanager
-def unchanged(model: Callable[..., Any], inputs: Sequence[torch.Tensor], training: bool) -> Iterator[None]:
-    """Restore at the end what a forward pass may change: the random state and, in training mode, the buffers."""
-    module = module_of(model)
-    buffers = [(b, b.detach().clone()) for b in module.buffers()] if training and module is not None else []
-    devices = {x.device for x in inputs if x.device.type == "cuda"}
-    on_cpu = torch.get_rng_state()
-    on_gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        if not torch.equal(torch.get_rng_state(), on_cpu):
-            torch.set_rng_state(on_cpu)
-        for device, state in on_gpus.items():
-            torch.cuda.set_rng_state(state, device)
-        with torch.no_grad():
-            for buffer, former in buffers:
-                buffer.copy_(former)
-
-
 def leaves_and_copies(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
     """Return the leaves to differentiate by, None for integers, and copies for the model, which it may overwrite.
 
@@ -127,6 +105,19 @@ def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch
         returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(out).__name__}"
         raise ModelError(f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits")
     return scores
+
+
+def class_scores(call: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    """Return a model's scores, `(B, classes)`, without a graph.
+
+    Raises:
+        ModelError: the output has another number of axes.
+    """
+    with torch.no_grad():
+        output = output_of(call, [x])
+    if output.ndim != 2:
+        raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")
+    return output
 
 
 def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:

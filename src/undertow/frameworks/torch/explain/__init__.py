@@ -7,13 +7,14 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ....errors import InputError, ModelError, RuleError
+from ....errors import InputError, RuleError
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
-from ..calls import eager, leaves_and_copies, output_of, refuse_training, target_scores, unchanged
+from ..calls import class_scores, eager, leaves_and_copies, output_of, refuse_training, target_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
+from ..state import unchanged
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
 
@@ -82,8 +83,4 @@ def probabilities(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    with torch.no_grad():
-        scores = output_of(model, [x])
-    if scores.ndim != 2:
-        raise ModelError(f"the model returned shape {tuple(scores.shape)}, not (batch, classes)")
-    return to_numpy(scores.double().softmax(1))
+    return to_numpy(class_scores(model, x).double().softmax(1))

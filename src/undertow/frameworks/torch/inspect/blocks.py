@@ -25,7 +25,8 @@ from ..calls import leaves_and_copies, output_of, target_scores
 from ..internals import next_sequence_number, sequence_number
 from ..nodes import HIDDEN, hidden_reason, name_of
 from ..record.sites import network
-from .module_calls import hookable_modules, state_restored
+from ..state import unchanged
+from .module_calls import hookable_modules
 
 NodeOutput = tuple[Any, int]  # a graph node and the index of one of its outputs, which together name a tensor
 
@@ -72,7 +73,7 @@ def block_graph(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) ->
     module = network(model)
     _refuse_scripted(module)
     _, fed = leaves_and_copies(inputs)
-    with state_restored(module, fed):
+    with unchanged(module, fed, buffers=True):
         input_nodes = {x.grad_fn: "x" if len(fed) == 1 else f"x[{i}]" for i, x in enumerate(fed) if x.requires_grad}
         with record_spans(module, depth) as spans:
             output = output_of(module, fed)

@@ -18,17 +18,18 @@ from ...base import Request
 from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import like, to_numpy
 from ..calls import (
+    class_scores,
     eager,
     leaves_and_copies,
     module_of,
     output_of,
     refuse_training,
     target_scores,
-    unchanged,
     uncompiled,
 )
 from ..explain.graph import ThroughGraph, rewired_backward
 from ..internals import reset_of
+from ..state import unchanged
 
 
 def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
@@ -37,11 +38,7 @@ def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    with torch.no_grad():
-        output = output_of(eager(model), [x.clone()])
-    if output.ndim != 2:
-        raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")
-    return to_numpy(output)
+    return to_numpy(class_scores(eager(model), x.clone()))
 
 
 def layers(model: Any, x: torch.Tensor) -> list[str]:

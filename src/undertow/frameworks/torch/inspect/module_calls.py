@@ -2,8 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, final
 
@@ -11,59 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..calls import unchanged
 from ..internals import is_view, tree_flatten, tree_leaves, tree_unflatten, version
+from ..state import RngAndBuffers
 
 Versions = dict[int, tuple[Tensor, int]]  # by id: tensors, which are held so that no id is reused, and their versions
-
-
-class RngAndBuffers:
-    """The random state, a module's buffers and the autocast settings at one moment, to go back to."""
-
-    def __init__(self, module: nn.Module, tensors: Sequence[Tensor]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-        devices = {t.device for t in tensors}
-        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
-        kinds = {d.type for d in devices} & {"cpu", "cuda"}
-        self._casts = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restore the random state and the buffers, and inside the context the autocast settings too."""
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        self.restore_buffers()
-        before = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind, _, _ in self._casts]
-        try:
-            self._set(self._casts)
-            yield
-        finally:
-            self._set(before)
-
-    def restore_buffers(self) -> None:
-        """Write the former values into the buffers that have changed."""
-        for buffer, former in self._buffers:
-            if not torch.equal(buffer, former):  # any write, even of the same values, invalidates saved tensors
-                buffer.data.copy_(former)
-
-    @staticmethod
-    def _set(casts: list[tuple[str, torch.dtype, bool]]) -> None:
-        for kind, dtype, enabled in casts:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-
-
-@contextmanager
-def state_restored(module: nn.Module, tensors: Sequence[Tensor]) -> Iterator[RngAndBuffers]:
-    """Restore the random state and the buffers at the end; yield what restores them before."""
-    with unchanged(module, tensors, training=False):
-        start = RngAndBuffers(module, tensors)
-        try:
-            yield start
-        finally:
-            start.restore_buffers()
 
 
 class _TensorIndex(int):

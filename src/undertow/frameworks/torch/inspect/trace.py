@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ....errors import InputError, ModelError
 from ...results import Call, Checked, Difference, Pass
 from ..calls import module_of, uncompiled
+from ..state import RngAndBuffers, unchanged
 from .formulas import TOLERANCE, formula_differences
 from .functions import check_backward, custom_functions, recorded_calls
-from .module_calls import CallRecorder, ModuleCall, RngAndBuffers, hookable_modules, output_tensors, state_restored
+from .module_calls import CallRecorder, ModuleCall, hookable_modules, output_tensors
 
 
 def trace(model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
@@ -30,7 +31,7 @@ def trace(model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
     module = module_of(network)
     if module is None or isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"model is a {type(model).__name__}; trace looks at the calls of an nn.Module's parts")
-    with state_restored(module, sources) as start:
+    with unchanged(module, sources, buffers=True) as start:
         with CallRecorder(module) as recorder:
             output = _forward(network, sources)
         outputs = [t for t in output_tensors(output) if t.requires_grad]
