@@ -52,12 +52,12 @@ def test_edges_by_hand(net):
 def test_what_each_edge_carries_by_hand(net):
     """The same network written out, with a leaf in front of every reader: autograd gives each edge's own gradient."""
     model, x = net
-    made = {}
+    by_edge = {}
 
     def edge(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        made[name] = tensor.clone()
-        made[name].retain_grad()
-        return made[name]
+        by_edge[name] = tensor.clone()
+        by_edge[name].retain_grad()
+        return by_edge[name]
 
     h = model.shared(edge("enter>shared#0", model.enter(edge("x>enter", x.clone().requires_grad_()))))
     bent = model.shared(edge("bend>shared#1", model.bend(edge("shared#0>bend", h))) * model.scale)
@@ -68,11 +68,11 @@ def test_what_each_edge_carries_by_hand(net):
     scores = edge("head>E", model.head(edge("cat>head", cat)))
     scores.gather(1, torch.tensor([[4], [1]])).sum().backward()
     blocks = from_model(model, x, target=[4, 1])
-    assert {f"{e.source}>{e.target}" for e in blocks.edges} == set(made)
+    assert {f"{e.source}>{e.target}" for e in blocks.edges} == set(by_edge)
     for e in blocks.edges:
-        assert e.norm == pytest.approx(float(made[f"{e.source}>{e.target}"].grad.norm()), rel=1e-12), e
+        assert e.norm == pytest.approx(float(by_edge[f"{e.source}>{e.target}"].grad.norm()), rel=1e-12), e
     norms = {block.name: block.gradient for block in blocks.blocks}
-    total = made["shared#0>bend"].grad + made["shared#0>add"].grad
+    total = by_edge["shared#0>bend"].grad + by_edge["shared#0>add"].grad
     assert norms["shared#0"] == pytest.approx(float(total.norm()), rel=1e-12)
 
 
@@ -136,10 +136,10 @@ def test_jacobians_multiply_to_the_gradient(net):
     def value(node) -> np.ndarray:
         if node.is_Symbol:
             return values[node.name]
-        made = [value(arg) for arg in node.args]
-        total = made[0]
-        for one in made[1:]:
-            total = total @ one if node.is_Mul else total + one
+        arguments = [value(arg) for arg in node.args]
+        total = arguments[0]
+        for argument in arguments[1:]:
+            total = total @ argument if node.is_Mul else total + argument
         return total
 
     leaf = x.clone().requires_grad_()
@@ -273,13 +273,13 @@ def test_nothing_is_left_behind():
 def test_what_cannot_be_used_is_said(net):
     model, x = net
     blocks = from_model(model, x)
-    for name, said in (
+    for name, message in (
         ("shared", "called 2 times; take shared#0 or shared#1"),
         ("quiet", "gave on what it was given"),
         ("inner.0", "a greater depth would show it"),
         ("hed", "did you mean head"),
     ):
-        with pytest.raises(ut.InputError, match=re.escape(said)):
+        with pytest.raises(ut.InputError, match=re.escape(message)):
             blocks.derivative(name)
     with pytest.raises(ut.InputError, match=re.escape("its parts are blocks: inner.0, inner.1")):
         from_model(model, x, depth=2).derivative("inner")

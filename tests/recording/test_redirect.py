@@ -283,18 +283,18 @@ def test_checkpointing_redirects_once():
 
 def test_other_threads_are_left_alone():
     net, x = network(), torch.randn(IMAGE)
-    plain, found = gradients(net, x), []
+    plain, in_thread = gradients(net, x), []
 
     def elsewhere():
         loss = net(x).square().sum()
-        found.append(torch.autograd.grad(loss, list(net.parameters())))
+        in_thread.append(torch.autograd.grad(loss, list(net.parameters())))
 
     with redirect(net, {"2": redirect.zero()}):
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
         net(x).sum().backward()
-    assert all(map(torch.allclose, found[0], plain.values()))
+    assert all(map(torch.allclose, in_thread[0], plain.values()))
 
 
 def test_a_long_loop_keeps_no_handles():
