@@ -91,7 +91,9 @@ def test_load_needs_no_framework_until_asked() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1", "googlenet", "inception_v3", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name", ["squeezenet1_1", "googlenet", pytest.param("inception_v3", marks=pytest.mark.slow), "mobilenet_v2"]
+)
 def test_random_torchvision_models_are_the_same_every_time(name: str) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -346,6 +348,7 @@ def test_weights_files_for_the_demo_and_timm(demo: Classifier, tmp_path: Path) -
     assert (again.weights, again.weights_sha256) == ("mine.pt", random.weights_sha256)
 
 
+@pytest.mark.slow
 def test_published_files_of_peculiar_networks_fit(tmp_path: Path) -> None:
     made = importing.import_torchvision().models.get_model("densenet121")
     published = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): value for key, value in made.state_dict().items()}

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import undertow as ut
 from frameworks.torch.networks import AWKWARD, SMOOTH, Network
 from undertow.frameworks.torch.inspect import formulas
+from undertow.frameworks.torch.zoo.importing import import_torchvision
 from undertow.recording.trace import trace
 
 pytestmark = pytest.mark.filterwarnings(
@@ -48,16 +49,16 @@ def two_layer_sigmoid() -> nn.Module:
 
 
 def test_worked_example_to_its_four_digits():
-    known = VECTORS["two_layer_sigmoid"]
-    seen = trace(two_layer_sigmoid(), torch.tensor(known["input"]), torch.tensor(known["gradient_at_output"]))
+    expected = VECTORS["two_layer_sigmoid"]
+    seen = trace(two_layer_sigmoid(), torch.tensor(expected["input"]), torch.tensor(expected["gradient_at_output"]))
     assert [call.name for call in seen] == ["fc1", "s1", "fc2", "s2"]
 
     def digits(tensor):
         return np.array(tensor.tolist()).round(4).tolist()
 
-    assert [digits(call.outputs[0]) for call in seen] == known["forward"]
-    assert {call.name: digits(call.input_gradients[0]) for call in seen} == known["backward_in"]
-    for name, value in known["parameters"].items():
+    assert [digits(call.outputs[0]) for call in seen] == expected["forward"]
+    assert {call.name: digits(call.input_gradients[0]) for call in seen} == expected["backward_in"]
+    for name, value in expected["parameters"].items():
         site, parameter = name.split(".")
         g = seen[site].parameter_gradients[parameter]
         assert digits(g.sum() if parameter == "bias" else g) == value  # each bias is one shared scalar
@@ -133,12 +134,12 @@ def test_a_flipped_sign_in_any_gradient_differs(row):
     make, shape = FORMULAS[row]
     module, x, g = of(make(), shape, torch.float32)
     (call,) = trace(module, x, g)
-    found = {"input": call.input_gradients[0], **call.parameter_gradients}
-    for part, gradient in found.items():
-        judged = formulas.compared(module, x, g, {**found, part: -gradient})
+    gradients = {"input": call.input_gradients[0], **call.parameter_gradients}
+    for part, gradient in gradients.items():
+        judged = formulas.formula_differences(module, x, g, {**gradients, part: -gradient})
         assert [name for name, difference in judged.items() if not difference.equal] == [part]
         nudged = gradient + 1e-3 * gradient.abs().amax() * torch.randn_like(gradient)
-        assert not formulas.compared(module, x, g, {part: nudged})[part].equal
+        assert not formulas.formula_differences(module, x, g, {part: nudged})[part].equal
 
 
 @pytest.mark.parametrize("row", FORMULAS, ids=str)
@@ -201,7 +202,7 @@ def test_calls_add_up_to_plain_autograd(network: Network):
         return
     if network.name in ("tuple", "list", "dict"):  # several outputs: ones at each
         return
-    found = torch.autograd.grad(out, parameters, torch.ones_like(out), allow_unused=True)
+    expected = torch.autograd.grad(out, parameters, torch.ones_like(out), allow_unused=True)
     total: dict[int, torch.Tensor] = {}
     for call in seen:
         module = model.get_submodule(call.name)
@@ -209,7 +210,7 @@ def test_calls_add_up_to_plain_autograd(network: Network):
             if g is not None:
                 key = id(module.get_parameter(name))
                 total[key] = total.get(key, 0) + g
-    for parameter, wanted in zip(parameters, found, strict=True):
+    for parameter, wanted in zip(parameters, expected, strict=True):
         ours = total.get(id(parameter))
         if ours is not None and wanted is not None:
             assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-5), names[id(parameter)]
@@ -314,15 +315,15 @@ def test_tuples_integers_no_grad_and_frozen():
 
 
 def test_weights_made_by_hooks_and_parametrizations():
-    made = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-    net = nn.Sequential(made, nn.Linear(3, 2))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    net = nn.Sequential(normed, nn.Linear(3, 2))
     x = torch.randn(4, 3)
     seen = trace(net, x)
     net(x).sum().backward()
     assert [call.name for call in seen] == ["0", "1"]
     assert len(seen["0"].parameter_gradients) == 3
     for name, g in seen["0"].parameter_gradients.items():
-        assert torch.allclose(g, made.get_parameter(name).grad, atol=1e-6)
+        assert torch.allclose(g, normed.get_parameter(name).grad, atol=1e-6)
 
 
 def test_training_mode_repeats_dropout_and_puts_statistics_back():
@@ -381,10 +382,10 @@ def test_multihead_attention_is_one_call_with_all_its_parameters():
         assert torch.allclose(g, net.attention.get_parameter(name).grad, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vgg_pieces_all_agree_and_add_up():
-    torchvision = __import__("undertow.frameworks.torch.zoo.importing", fromlist=["x"]).import_torchvision()
     torch.manual_seed(0)
-    net = torchvision.models.vgg11_bn(weights=None, num_classes=7, init_weights=False).eval()
+    net = import_torchvision().models.vgg11_bn(weights=None, num_classes=7, init_weights=False).eval()
     x = torch.randn(1, 3, 64, 64)
     seen = trace(net, x)
     verdicts = {row.kind: row.formula for row in seen.table()}
@@ -516,9 +517,9 @@ def test_a_wrong_backward_is_found_and_named():
 
 
 def test_the_wrong_argument_is_named():
-    (found,) = checks(Applying(FlippedProduct, "scale")).functions
-    assert (found.status, found.reason) == ("wrong", "argument weight")
-    assert found.backward == pytest.approx(-found.differences, rel=1e-6)
+    (checked,) = checks(Applying(FlippedProduct, "scale")).functions
+    assert (checked.status, checked.reason) == ("wrong", "argument weight")
+    assert checked.backward == pytest.approx(-checked.differences, rel=1e-6)
 
 
 def test_in_place_functions_pass_and_others_say_why_they_were_not_checked():

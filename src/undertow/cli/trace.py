@@ -1,4 +1,4 @@
-"""`undertow trace`: what goes in and out of each module in one pass, as a table."""
+"""`undertow trace`: the inputs, outputs and gradients of each module in one pass, as a table."""
 
 import json
 from pathlib import Path
@@ -89,10 +89,10 @@ def batch_for(
 def _numbers(shape: str) -> tuple[int, ...]:
     from ..errors import InputError
 
-    words = shape.replace("x", ",").split(",")
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+    sizes = shape.replace("x", ",").split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise InputError(f"--shape {shape!r} is not understood; write positive numbers, as in 1,3,224,224")
-    return tuple(map(int, words))
+    return tuple(map(int, sizes))
 
 
 def _own_shape(classifier: "Classifier") -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """What the rest of the library asks of a framework, and how its folder is found without importing the others.
 
 A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the files in that folder, under the names of
-`CAPABILITIES`. A file that is missing is something that the framework cannot do yet, and `capability` says so.
+`CAPABILITIES`. A missing file is something that the framework cannot do yet, and `capability` says so.
 `contracts.py` lets mypy hold each of those files to its contract below.
 """
 
@@ -37,12 +37,12 @@ CAPABILITIES = {
     "record": "record",
     "zoo": "loading models by name",
 }
-"""Each capability's file or folder, and what people call it."""
+"""Each capability's file or folder, and its name in messages."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One explanation as asked for, already checked where no framework is needed."""
+    """One explanation as the user asked for it, already checked as far as no framework is needed."""
 
     model: Callable[..., Any]
     inputs: tuple[Any, ...]
@@ -98,14 +98,14 @@ class Inspector(Protocol):
     def layer_gradients(
         self, request: Request, layers: Sequence[str], directions: npt.NDArray[Any] | None = None
     ) -> LayerGradients:
-        """Explain, and keep what the named layers returned and what flowed back to them."""
+        """Explain, and return what the named layers returned and the gradients that flowed back to them."""
 
 
 class Tracer(Protocol):
     """One pass, call by call."""
 
     def trace(self, model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
-        """Return what each module call took and gave, forward and backward."""
+        """Return each module call's inputs, outputs and gradients."""
 
 
 class Redirection(Protocol):
@@ -121,7 +121,7 @@ class Redirection(Protocol):
 
 
 class Redirector(Protocol):
-    """Gradients changed on their way."""
+    """Gradients changed on their way back."""
 
     def redirected(self, model: Any, sites: Mapping[str, Callable[[Any], Any]]) -> Redirection:
         """Return the context in which each site's function changes the gradient there."""
@@ -144,7 +144,7 @@ class BlockReader(Protocol):
 
 
 class Differentiator(Protocol):
-    """Derivatives by autograd, which those of `undertow.derive` are checked against."""
+    """Derivatives by autograd, with which those of `undertow.derive` are compared."""
 
     def gradients(
         self,
@@ -256,10 +256,10 @@ class Zoo(Protocol):
         """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
 
     def from_object(self, reference: str, network: Any, file: Path | None) -> Classifier:
-        """Complete what a person's function returned."""
+        """Complete what a user's function returned."""
 
     def seeded(self) -> AbstractContextManager[None]:
-        """Draw random weights from seed 0 inside, and give the caller's random state back."""
+        """Draw random weights from seed 0 inside, and restore the caller's random state."""
 
 
 @overload

@@ -1,4 +1,4 @@
-"""What a framework tells of one pass: plain data, whatever the framework."""
+"""What a framework returns about one pass: plain data, the same for every framework."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ CORRECT, WRONG, UNCHECKED = "correct", "wrong", "not checked"
 
 @dataclass
 class RewiringStats:
-    """What a rule met on the way from the scores to the inputs.
+    """Counts of what a rule met between the scores and the inputs.
 
     Attributes:
         rewired: activation calls that the rule acted on.
-        switches: max-poolings.
-        skipped: activations that were left alone, by the name of their node.
-        opaque: autograd functions of the user's own, by name.
+        switches: max-pooling calls.
+        skipped: activation calls that the rule left as they are, by the name of their node.
+        opaque: calls of the user's own autograd functions, by name.
     """
 
     rewired: int = 0
@@ -36,7 +36,7 @@ class Explanation:
         maps: for each input its map, or None where it has no gradient.
         targets: class ids, `(B,)` or `(B, K)`; None where the target was a function.
         scores: the explained outputs, shape of `targets`.
-        stats: what the rule met.
+        stats: counts of what the rule met.
         channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
     """
 
@@ -49,13 +49,13 @@ class Explanation:
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """What one pass left at some layers, as NumPy, by the layer's name.
+    """The outputs of some layers in one pass, and the gradients there, as NumPy, by the layer's name.
 
     Attributes:
-        explanation: of the pass itself, as `explain` gives it, without maps.
+        explanation: of the pass itself, as `explain` returns it, without maps.
         values: each layer's output, `(B, ...)`.
-        gradients: what flowed back to it under the rule, `(B, K, ...)`, for K targets or directions.
-        at_input: what flowed back to the input, `(B, K, ...)`.
+        gradients: the gradient at each layer's output under the rule, `(B, K, ...)`, for K targets or directions.
+        at_input: the gradient at the input, `(B, K, ...)`.
     """
 
     explanation: Explanation
@@ -106,7 +106,7 @@ class Difference:
 
     Attributes:
         largest: the largest absolute difference of an element, in the gradient's own unit.
-        allowed: what rounding may account for in the pass's precision; more than that is no rounding.
+        allowed: the largest difference that rounding in the pass's precision can explain.
 
     >>> Difference(largest=0.5, allowed=1e-5).equal
     False
@@ -117,13 +117,13 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether rounding accounts for the difference."""
+        """Whether rounding explains the difference."""
         return self.largest <= self.allowed
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of one module in one pass. Tensors are the framework's, detached; a gradient that nothing made is None.
+    """One call of one module in one pass. Tensors are the framework's, detached; a gradient that is missing is None.
 
     Attributes:
         name: the module's dotted name; empty for the network itself.
@@ -132,10 +132,10 @@ class Call:
         inputs: the tensors it was given, before it could overwrite them; one passed twice is listed once.
         outputs: the tensors it returned, before a successor could overwrite them.
         input_gradients: of the objective by each input, by way of this call alone ("backward in").
-        output_gradients: of the objective by each output, by way of all who read it.
+        output_gradients: of the objective by each output, through everything that reads it.
         parameters: the values of its parameters, by name.
         parameter_gradients: of the objective by each parameter, by way of this call alone; None where it is frozen.
-        formula: for each gradient that a closed formula also gives, how far they lie apart: "input", "weight", "bias".
+        formula: how far each gradient lies from its closed formula, where there is one: "input", "weight", "bias".
         note: why gradients are missing; empty where none is.
     """
 
@@ -161,14 +161,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Checked:
-    """Whether the backward of somebody's own autograd function is the derivative of its forward.
+    """Whether the backward of a user's own autograd function is the derivative of its forward.
 
     Attributes:
         function: the class's name.
         name, call: the innermost module call that it ran in.
         status: "correct", "wrong" or "not checked".
         backward, differences: the derivative along one random direction, by its backward and by central differences;
-            of the direction in which they lay furthest apart. NaN where it was not checked.
+            of the direction in which they differed most. NaN where it was not checked.
         reason: why it was not checked, or which of its arguments is wrong.
     """
 
@@ -183,7 +183,13 @@ class Checked:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: its calls in the order in which they began, and the functions of somebody's own that it met."""
+    """One pass.
+
+    Attributes:
+        calls: in the order in which they began.
+        functions: the user's own autograd functions in the graph, one row for each call.
+        unreached: modules with parameters that were not called.
+    """
 
     calls: tuple[Call, ...]
     functions: tuple[Checked, ...]
@@ -192,10 +198,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Block:
-    """What a pass looks like from outside one module call, or one joint between several.
+    """One module call, or one operation between several of them.
 
     Attributes:
-        name: dotted; with "#0", "#1", ... for a module called several times; the place and the operation for a joint.
+        name: dotted; with "#0", "#1", ... for a module called several times; an operation's after the module around it.
         kind: the module's class, or the operation.
         gradient: ℓ2 norm of the gradient that its readers send to its outputs.
         difference: between what all readers send and autograd's total there, relative to the largest absolute value.
@@ -209,11 +215,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Carried:
-    """What one block sends back to another that it reads.
+    """The gradient that one block sends back to another that it reads.
 
     Attributes:
         source: the block that is read.
-        target: its reader, from where the gradient comes; "E" for the objective.
+        target: its reader, from which the gradient comes; "E" for the objective.
         norm: ℓ2 norm of the gradient that the reader sends to the source's outputs.
     """
 
@@ -229,7 +235,7 @@ class BlockGraph:
     Attributes:
         blocks: the inputs first.
         edges: in the order of their sources, then of their targets.
-        passed_on: calls that made nothing of their own: they gave on what they were given.
+        passed_on: calls that returned their input as it was.
     """
 
     blocks: tuple[Block, ...]

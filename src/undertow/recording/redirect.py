@@ -1,4 +1,4 @@
-"""The verb: change the gradient where it passes some modules, and let what was made of it flow on."""
+"""`redirect`: change the gradient at the outputs of some modules, on its way back through the network."""
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,18 +12,18 @@ Change = Callable[[Any], Any]
 
 @final
 class redirect:
-    """Change the gradient at modules' outputs while the context is open: what a function returns is what flows on.
+    """Change the gradient at modules' outputs while the context is open: what a function returns flows back instead.
 
-    A function is given the gradient of the objective by a module's output, of that output's shape and dtype, once for
-    each call of the module and each tensor that it returns, and returns one like it. It acts on passes that run,
-    forward and backward, inside the context and in the thread that opened it; a graph made inside and differentiated
-    later is left alone. Everything is removed at the end, whatever happens. In-place successors, reused modules and
-    checkpointing (`use_reentrant=False`) make no difference. Contexts nest: where two meet at a site, the outer's
-    function comes first.
+    A function takes the gradient of the objective by a module's output, of that output's shape and dtype, once for each
+    call of the module and each tensor that it returns, and returns one of the same shape and dtype. It acts on passes
+    that run, forward and backward, inside the context and in the thread that opened it; a graph created inside and
+    differentiated later is not changed. All hooks are removed at the end, also after an exception. In-place successors,
+    reused modules and checkpointing (`use_reentrant=False`) make no difference. Contexts nest: where two have the same
+    site, the outer's function comes first.
 
-    A module that hands on its input (Identity, Dropout in evaluation) or a view of it (Flatten) gets a copy as its
-    output, so that other readers of that input are not redirected. What a successor then writes into the copy in place
-    does not reach that input.
+    The output of a module that returns its input (Identity, Dropout in evaluation) or a view of it (Flatten) is
+    replaced by a copy, so that other readers of that input are not redirected. What a successor then writes into the
+    copy in place does not reach that input.
 
     Args:
         model: an `nn.Module`, not compiled.
@@ -72,7 +72,7 @@ class redirect:
 
     @staticmethod
     def zero() -> Change:
-        """Return a function that lets nothing flow on."""
+        """Return a function that returns zeros, so that nothing flows back."""
         return lambda g: _redirector(g).zero(g)
 
     @staticmethod
@@ -90,7 +90,7 @@ class redirect:
     def noise(std: float, seed: int = 0) -> Change:
         """Return a function that adds normal noise of standard deviation `std`, in the gradient's own unit.
 
-        The numbers come from a generator of the function's own, begun from `seed`; the global random state stays.
+        The function has its own generator, seeded with `seed`; the global random state is not changed.
 
         Source: Neelakantan et al. 2015, arXiv 1511.06807.
 
@@ -99,12 +99,12 @@ class redirect:
         """
         if not std >= 0:
             raise InputError(f"std is {std}; it must not be negative")
-        of_framework: list[Change] = []  # chosen by the first gradient
+        functions: list[Change] = []  # the framework's, which the first gradient tells
 
         def noise(g: Any) -> Any:
-            if not of_framework:
-                of_framework.append(_redirector(g).noisy(std, seed))
-            return of_framework[0](g)
+            if not functions:
+                functions.append(_redirector(g).noisy(std, seed))
+            return functions[0](g)
 
         return noise
 

@@ -1,4 +1,4 @@
-"""The verb: one pass of a network, taken apart into its module calls."""
+"""`trace`: one pass of a network, as its module calls."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class Trace(Sequence[Call]):
     Attributes:
         calls: every call inside which no other module was called, and every other one of a module that has parameters
             of its own beside those of its parts.
-        functions: somebody's own autograd functions on the way, each call checked by finite differences.
+        functions: the user's own autograd functions in the graph, each call checked by finite differences.
         unreached: modules with parameters that this pass did not call.
     """
 
@@ -95,7 +95,7 @@ class Trace(Sequence[Call]):
         return [_row(call) for call in self.calls]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table and what was found beside it, ready for JSON; NaN and infinity become strings."""
+        """Return the table, the checked functions and the modules not called, for JSON; NaN and infinity as strings."""
         plain = {
             "calls": [asdict(row) for row in self.table()],
             "functions": [asdict(checked) for checked in self.functions],
@@ -106,28 +106,28 @@ class Trace(Sequence[Call]):
     def __str__(self) -> str:
         """Return the table as text; numbers to four digits below each call of a small network."""
         lines = _aligned([_HEADINGS, *(_cells(row) for row in self.table())])
-        if all(_size(t) <= PRINTED_IN_FULL for call in self.calls for t in _shown(call).values() if t is not None):
+        if all(_size(t) <= PRINTED_IN_FULL for call in self.calls for t in _tensors(call).values() if t is not None):
             numbers = [_numbers(call) for call in self.calls]
             lines = [lines[0], *(line for row, more in zip(lines[1:], numbers, strict=True) for line in [row, *more])]
         return "\n".join([*lines, *_remarks(self)])
 
 
 def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
-    """Look inside one pass: what goes into and comes out of every module call, forward and backward.
+    """Trace one pass: the inputs and outputs of every module call, and the gradients by them and by its parameters.
 
     The model, its parameters and their `.grad`, its buffers, hooks and mode, the random state and `x` are as before
-    afterwards. It costs two forward passes and two backward ones (three forward where a module hands on its
-    input or a view of it, one more where there are custom functions), and the memory of all tensors at once. A module
-    called inside one with parameters of its own runs twice, and so do a user's hooks on it.
+    afterwards. It costs two forward passes and two backward passes (three forward where a module returns its input or
+    a view of it, one more where there are custom functions), and the memory of all tensors at once. A module called
+    inside one with parameters of its own runs twice, and so do a user's hooks on it.
 
     For Linear, Conv2d (padded with zeros), Sigmoid, Tanh, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, BatchNorm1d,
     BatchNorm2d, Softmax and Flatten each gradient is also computed by a closed formula, in float64. "equal" means that
-    they lie apart by no more than rounding: 1e-5 in float32 (2e-3 for products on CUDA, which may use TF32), 1e-10 in
+    they differ by no more than rounding: 1e-5 in float32 (2e-3 for products on CUDA, which may use TF32), 1e-10 in
     float64, 1e-2 in float16 and 8e-2 in bfloat16, relative to the largest sum of absolute values; √(n/1000) times as
-    much for parameters whose gradients are sums over n > 1000 places.
+    much for parameters whose gradients are sums over n > 1000 positions.
 
-    A `torch.autograd.Function` of somebody's own is checked by central differences in float64 along random directions;
-    what cannot be (kinks, random or float32-only forwards) is said to be "not checked".
+    A user's own `torch.autograd.Function` is checked by central differences in float64 along random directions; where
+    that is impossible (kinks, random or float32-only forwards) its status is "not checked".
 
     Args:
         model: an `nn.Module`, in any mode; of a compiled one the module behind it.
@@ -212,24 +212,24 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _shown(call: Call) -> dict[str, Any]:
-    """Return the tensors of a call under the words that the text uses."""
-    named = {
+def _tensors(call: Call) -> dict[str, Any]:
+    """Return the tensors of a call under their names in the text."""
+    groups = {
         "input": call.inputs,
         "output": call.outputs,
         "gradient by output": call.output_gradients,
         "gradient by input": call.input_gradients,
     }
-    several = {
-        word if len(tensors) == 1 else f"{word} {i}": tensor
-        for word, tensors in named.items()
+    by_name = {
+        name if len(tensors) == 1 else f"{name} {i}": tensor
+        for name, tensors in groups.items()
         for i, tensor in enumerate(tensors)
     }
-    return several | {f"gradient by {name}": g for name, g in call.parameter_gradients.items()}
+    return by_name | {f"gradient by {name}": g for name, g in call.parameter_gradients.items()}
 
 
 def _numbers(call: Call) -> list[str]:
-    return [f"    {word:<22}{_digits(tensor)}" for word, tensor in _shown(call).items() if tensor is not None]
+    return [f"    {name:<22}{_digits(tensor)}" for name, tensor in _tensors(call).items() if tensor is not None]
 
 
 def _digits(tensor: Any) -> str:

@@ -32,7 +32,12 @@ def build(name: str) -> torch.nn.Module:
         return import_torchvision().models.get_model(name, weights=None, **options).eval()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = ("vgg16", "vgg16_bn", "resnet50", "densenet201", "googlenet", "inception_v3")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
+)
 def test_maps_equal_the_twin(name: str):
     calls, side, modules = NETWORKS[name]
     net = build(name)

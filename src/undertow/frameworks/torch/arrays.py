@@ -1,4 +1,4 @@
-"""Tensors to and from NumPy, and the devices that they are on."""
+"""Conversion of tensors to and from NumPy, and the choice of their device."""
 
 from collections.abc import Sequence
 from typing import Any

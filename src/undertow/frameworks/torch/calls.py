@@ -1,9 +1,8 @@
-"""One call of somebody's model: what goes in, what comes out, which scores are meant, and nothing left behind."""
+"""One call of a user's model: its inputs, its output, the scores to explain, and its state as before afterwards."""
 
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def eager(model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def module_of(model: Any) -> nn.Module | None:
-    """Return the module behind a callable, where one can be found: itself, a bound method's, a partial's."""
+    """Return the module behind a callable: itself, a bound method's or a partial's; None where there is none."""
     if isinstance(model, functools.partial):
         return module_of(model.func)
     if inspect.ismethod(model):
@@ -40,11 +39,11 @@ def refuse_training(model: Callable[..., Any]) -> None:
     """Refuse a module in training mode.
 
     Raises:
-        ModelError: with the layers that would make the map a matter of chance, or of the rest of the batch.
+        ModelError: naming the layers that would make the map depend on chance, or on the rest of the batch.
     """
     module = module_of(model)
     if module is None or (isinstance(module, torch.fx.GraphModule) and "train" in vars(module)):
-        return  # an exported program keeps training=True for ever and cannot be switched
+        return  # an exported program says training=True always, and has no eval()
     training = list(_in_training(module))
     kinds = {type(m).__name__ for m in training if _depends_on_mode(m)}
     if not module.training and not kinds:
@@ -66,40 +65,19 @@ def _depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, (NORM, DROPOUT, nn.RReLU)) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
 
 
-@contextmanager
-def unchanged(model: Callable[..., Any], inputs: Sequence[torch.Tensor], training: bool) -> Iterator[None]:
-    """Put back what a forward pass may change: the random state and, in training mode, the buffers."""
-    module = module_of(model)
-    buffers = [(b, b.detach().clone()) for b in module.buffers()] if training and module is not None else []
-    devices = {x.device for x in inputs if x.device.type == "cuda"}
-    on_cpu = torch.get_rng_state()
-    on_gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        if not torch.equal(torch.get_rng_state(), on_cpu):
-            torch.set_rng_state(on_cpu)
-        for device, state in on_gpus.items():
-            torch.cuda.set_rng_state(state, device)
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
-
-
-def leaves(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
-    """Return what to differentiate by, and what to feed: copies, so that a model may overwrite its input.
+def leaves_and_copies(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+    """Return the leaves to differentiate by, None for integers, and copies for the model, which it may overwrite.
 
     Raises:
-        InputError: an input is no tensor, is complex or not batched alike, or none is of floating point.
+        InputError: an input is no tensor, is complex or has another batch size, or none is of floating point.
     """
-    for place, x in enumerate(inputs):
+    for i, x in enumerate(inputs):
         if not isinstance(x, torch.Tensor):
-            raise InputError(f"input {place} is a {type(x).__name__}, not a torch tensor")
+            raise InputError(f"input {i} is a {type(x).__name__}, not a torch tensor")
         if x.ndim == 0 or x.shape[0] != inputs[0].shape[0]:
-            raise InputError(f"input {place} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
+            raise InputError(f"input {i} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
         if x.is_complex():
-            raise InputError(f"input {place} is complex ({x.dtype}); pass its real view, torch.view_as_real(x)")
+            raise InputError(f"input {i} is complex ({x.dtype}); pass its real view, torch.view_as_real(x)")
     if not any(x.is_floating_point() for x in inputs):
         raise InputError(f"x is {inputs[0].dtype}; a map needs floating point, as in x.float() or embeddings")
     ordinary = [x.clone() if x.is_inference() else x.detach() for x in inputs]
@@ -112,7 +90,7 @@ def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch
     """Run the model and return its scores, `(B, ...)`.
 
     Raises:
-        ModelError: what comes out is neither a tensor, nor a tuple whose first is, nor has `.logits`.
+        ModelError: it returned no float tensor, no tuple that begins with one, and nothing with `.logits`.
     """
     try:
         out = call(*inputs)
@@ -124,28 +102,41 @@ def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch
     if isinstance(scores, tuple | list) and scores:
         scores = scores[0]
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
-        what = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(out).__name__}"
-        raise ModelError(f"the model returned {what}; it must be a float tensor, a tuple of them, or have .logits")
+        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(out).__name__}"
+        raise ModelError(f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits")
     return scores
 
 
-def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
-    """Whether the model applies an activation in place to a view: autograd folds that call out of sight.
+def class_scores(call: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    """Return a model's scores, `(B, classes)`, without a graph.
 
-    The node that autograd leaves (CopySlices) looks the same for any in-place call, so the model is run once more.
+    Raises:
+        ModelError: the output has another number of axes.
+    """
+    with torch.no_grad():
+        output = output_of(call, [x])
+    if output.ndim != 2:
+        raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")
+    return output
+
+
+def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
+    """Whether the model applies an activation in place to a view, which hides the activation from the graph.
+
+    Autograd leaves one node (CopySlices), which is the same for every in-place call, so the model runs once more.
     """
     mode = _InPlaceOnViews()
-    _, fed = leaves(inputs)
+    _, fed = leaves_and_copies(inputs)
     with mode:
         call(*fed)
     return mode.seen
 
 
 class _InPlaceOnViews(TorchDispatchMode):
-    """Notes in-place activations whose tensor is a view."""
+    """Sees whether an activation is applied in place to a view."""
 
-    names = frozenset(
-        f"aten::{name}_"
+    activations = frozenset(
+        getattr(torch.ops.aten, f"{name}_")
         for name in (
             *("relu", "hardtanh", "leaky_relu", "rrelu_with_noise", "threshold", "clamp", "clamp_min"),
             *("elu", "celu", "gelu", "silu", "mish", "hardswish"),
@@ -157,20 +148,20 @@ class _InPlaceOnViews(TorchDispatchMode):
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name in self.names and is_view(args[0]):
+        if func.overloadpacket in self.activations and is_view(args[0]):
             self.seen = True
         return func(*args, **(kwargs or {}))
 
 
-def chosen(output: torch.Tensor, target: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Return the scores to explain, `(B, K)`, the class ids, `(B, K)` or None, and whether one a sample was asked for.
+def target_scores(output: torch.Tensor, target: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Return the scores to explain, `(B, K)`, their class ids or None, and whether each sample has a single target.
 
     Raises:
-        TargetError: the classes are not there, or not one set for each sample.
+        TargetError: a class that the model does not have, or a target that does not fit the batch.
         ModelError: the output is not `(B, classes)`, or a score to explain is not finite.
     """
     if callable(target):
-        scores, ids, single = _scored(target(output), batch).unsqueeze(1), None, True
+        scores, ids, single = _function_scores(target(output), batch).unsqueeze(1), None, True
     else:
         if output.ndim != 2 or output.shape[0] != batch:
             raise ModelError(
@@ -181,21 +172,21 @@ def chosen(output: torch.Tensor, target: Any, batch: int) -> tuple[torch.Tensor,
         scores = output.gather(1, ids)
     finite = scores.detach().isfinite()
     if not bool(finite.all()):
-        sample, place = finite.logical_not().nonzero()[0].tolist()
-        value = scores.detach()[sample, place].item()
+        sample, k = finite.logical_not().nonzero()[0].tolist()
+        value = scores.detach()[sample, k].item()
         raise ModelError(f"the score of sample {sample} is {value}; check its pixels and the model's weights for NaN")
     return scores, ids, single
 
 
-def _scored(scores: Any, batch: int) -> torch.Tensor:
+def _function_scores(scores: Any, batch: int) -> torch.Tensor:
     if isinstance(scores, torch.Tensor) and scores.shape == (batch,):
         return scores
-    what = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
-    raise TargetError(f"the target function returned {what}; it must return one score for each sample, ({batch},)")
+    returned = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
+    raise TargetError(f"the target function returned {returned}; it must return one score for each sample, ({batch},)")
 
 
 def _class_ids(output: torch.Tensor, target: Any) -> tuple[torch.Tensor, bool]:
-    """Return class ids `(B, K)` int64, and whether one a sample was asked for."""
+    """Return class ids `(B, K)` int64, and whether the target names a single class for each sample."""
     batch, classes = output.shape
     if target is None:
         return output.detach().argmax(1, keepdim=True), True

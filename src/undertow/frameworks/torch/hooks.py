@@ -8,8 +8,8 @@ from typing import Any
 class ModuleHook:
     """A hook on a module. Where the module is copied or pickled, the copy gets a hook that does nothing.
 
-    What stands in its place, `nullcontext().__exit__`, takes three arguments and returns None, as a hook may, and loads
-    where undertow is not installed.
+    That hook is `nullcontext().__exit__`: it takes any arguments and returns None, which changes nothing, and it can be
+    unpickled where undertow is not installed.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -1,7 +1,7 @@
-"""Every private name of torch that undertow uses, once, with its reason.
+"""Every private name of torch that undertow uses, once, with the reason for it.
 
-`tests/frameworks/torch/test_internals.py` asks the installed torch for each of them, so that an upgrade which takes one
-away fails there.
+`tests/frameworks/torch/test_internals.py` checks that the installed torch has each of them and that it does what
+is said here, so an upgrade of torch that removes or changes one fails there.
 """
 
 from collections import OrderedDict
@@ -14,19 +14,28 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode 
 from torch.utils._pytree import tree_flatten as tree_flatten  # nested arguments and outputs, as torch nests them
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 # Base classes without a public name, so that subclasses of users count too.
 CONVOLUTION = nn.modules.conv._ConvNd
 NORM = nn.modules.batchnorm._NormBase
 DROPOUT = nn.modules.dropout._DropoutNd
 
-# Functions called inside a `TorchFunctionMode` that must not see them.
+# What `torch.compile` puts before each name in a module's state dict.
+COMPILED_PREFIX = "_orig_mod."
+
+# Hides calls from a `TorchFunctionMode` that must not see them.
 unseen_by_function_modes = torch._C.DisableTorchFunction
 
 
 def compiled_from(model: Any) -> Any:
     """Return the module or function that `torch.compile` wrapped; None for anything else."""
     return getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+
+
+def reset_of(module: nn.Module) -> Callable[[], None] | None:
+    """Return what initialises a module's own weights anew, if anything does; MultiheadAttention's is private."""
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -40,45 +49,45 @@ def eager_call(module: nn.Module) -> Callable[..., Any]:
 
 
 def in_backward_pass() -> bool:
-    """Whether this code runs inside a backward pass: checkpointing calls modules again there."""
+    """Whether this code runs inside a backward pass, where checkpointing calls modules again."""
     return torch._C._current_graph_task_id() != -1
 
 
 def current_node() -> Any:
-    """Return the graph node whose backward runs at this moment, or None."""
+    """Return the graph node whose backward runs now, or None."""
     return torch._C._current_autograd_node()
 
 
 def will_execute(node: Any) -> bool:
-    """Whether the backward pass that runs at this moment goes through a node: only the engine knows."""
+    """Whether the backward pass that runs now will run a node: only the engine knows."""
     return torch._C._will_engine_execute_node(node)
 
 
 def next_sequence_number() -> int:
-    """Return the number of the next graph node: nodes are numbered as a thread makes them."""
+    """Return the number of the next graph node: nodes are numbered in the order in which a thread creates them."""
     return int(torch._C._autograd._get_sequence_nr())
 
 
 def sequence_number(node: Any) -> int:
-    """Return a graph node's number; those that accumulate a parameter's gradient have the largest there are."""
+    """Return a graph node's number; nodes that accumulate a parameter's gradient have the largest number there is."""
     return int(node._sequence_nr())
 
 
 def function_class(node: Any) -> type[torch.autograd.Function] | None:
-    """Return the user's `autograd.Function` behind a graph node; None for torch's own nodes."""
+    """Return the `autograd.Function` behind a graph node; None for a node in C++."""
     return getattr(type(node), "_forward_cls", None)
 
 
 def saved(node: Any, name: str) -> Any:
-    """Return what a graph node saved of its forward under a name, such as "self" or "min"."""
+    """Return what a graph node saved in the forward pass under a name, such as "self" or "min"."""
     return getattr(node, f"_saved_{name}")
 
 
 class SharedPrehook:
-    """One hook before any number of graph nodes, taken off all of them at once.
+    """One hook that runs before any number of graph nodes, and is removed from all of them at once.
 
-    `Node.register_prehook` makes a Python handle for each node, which doubles the cost on a network of small layers.
-    A tensor's dictionary of hooks can serve any node: `Tensor.register_hook` itself works that way.
+    `Node.register_prehook` creates a Python handle for each node, which doubles the cost on a network of small layers.
+    Any node can take a tensor's dictionary of hooks: `Tensor.register_hook` itself works that way.
     """
 
     def __init__(self, hook: Callable[[Any], Any]) -> None:
@@ -86,12 +95,17 @@ class SharedPrehook:
         self._hooks = self._holder._backward_hooks = OrderedDict({0: hook})
 
     def attach(self, node: Any) -> None:
-        """Put the hook before a node."""
+        """Make the hook run before a node."""
         node._register_hook_dict(self._holder)
 
     def clear(self) -> None:
-        """Take the hook off every node."""
+        """Remove the hook from every node."""
         self._hooks.clear()
+
+
+def is_of_freed_tensor(handle: RemovableHandle) -> bool:
+    """Whether the tensor that a hook was on is freed, in the graph too: the handle refers to its hooks weakly."""
+    return handle.hooks_dict_ref() is None
 
 
 def is_view(tensor: Tensor) -> bool:
@@ -110,7 +124,7 @@ def version(tensor: Tensor) -> int:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor whose memory holds what it says: NumPy reads memory, and torch may negate or zero lazily."""
+    """Return a tensor whose memory holds its values: torch may negate or zero lazily, which NumPy does not see."""
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
 
 

@@ -1,4 +1,4 @@
-"""What a node of the autograd graph is, by its name, and the walk that finds the ones a rule cares about."""
+"""Which operation an autograd graph node stands for, by its name; and all nodes behind one that matter to a rule."""
 
 import enum
 import re
@@ -12,13 +12,13 @@ from .internals import function_class, saved
 
 
 class NodeKind(enum.Enum):
-    """What a node did in the forward pass, as far as a rule is concerned."""
+    """What a node stands for, as far as a rule is concerned."""
 
     RELU = "a ReLU-like activation"
     SMOOTH = "a smooth activation, rewired only with activations='all'"
     OTHER = "an elementwise activation that no rule touches"
     HIDDEN = "a node that holds a computation which cannot be seen into"
-    OPAQUE = "somebody's own autograd.Function"
+    OPAQUE = "a user's own autograd.Function"
     SWITCH = "max-pooling: which of its inputs won is all that deconvnet keeps of a photograph"
 
 
@@ -35,7 +35,7 @@ _KINDS = {
         ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Glu", "Hardshrink", "Softshrink"), NodeKind.OTHER
     ),
 }
-_JUDGED_ONE_BY_ONE = frozenset(("Clamp", "ClampMin", "Maximum", "CopySlices", "CudnnRnn"))
+_CLASSIFIED_BY_SAVED = frozenset(("Clamp", "ClampMin", "Maximum", "CopySlices", "CudnnRnn"))
 
 HIDDEN = {
     "Checkpoint": "reentrant checkpointing runs a part of the network in a graph of its own; "
@@ -54,7 +54,7 @@ _KIND_OF_TYPE: dict[type, NodeKind | None] = {}  # of C++ nodes, whose types are
 
 
 def name_of(node: Node) -> str:
-    """Return what a node is called in reports: its class, or the user's autograd.Function."""
+    """Return a node's name for messages: of its C++ class, or of its autograd.Function."""
     function = function_class(node)
     if function is not None:
         return function.__name__
@@ -62,7 +62,7 @@ def name_of(node: Node) -> str:
 
 
 def nodes_behind(root: Node) -> Iterator[tuple[Node, NodeKind]]:
-    """Yield every node behind `root` that is of some kind, each once."""
+    """Yield `root` and every node behind it that has a kind, each once."""
     seen = {root}
     stack = [root]
     while stack:
@@ -86,21 +86,21 @@ def hidden_reason(node: Node) -> str:
 
 def _classify(node: Node) -> NodeKind | None:
     name = name_of(node)
-    if isinstance(node, torch.autograd.function.BackwardCFunction):  # Python: its class must not be kept alive
+    if function_class(node) is not None:  # a class made in Python, which `_KIND_OF_TYPE` must not keep alive
         return NodeKind.HIDDEN if any(part in name for part in HIDDEN) else NodeKind.OPAQUE
     if "DifferentiableGraph" in name:
         return NodeKind.HIDDEN
     if type(node).__name__ == "CppFunction":
         return NodeKind.OPAQUE if "CppNode" in node.name() else None
     stem = re.sub(r"Backward\d*$", "", name)
-    if stem in _JUDGED_ONE_BY_ONE:
-        return _judge(stem, node)
+    if stem in _CLASSIFIED_BY_SAVED:
+        return _classify_by_saved(stem, node)
     return _KIND_OF_TYPE.setdefault(type(node), _KINDS.get(stem))
 
 
-def _judge(stem: str, node: Any) -> NodeKind | None:
-    """Judge by what the node saved where the name alone does not tell."""
-    if stem == "CopySlices":  # two inputs: an assignment; one: any in-place call, decided by watching the forward
+def _classify_by_saved(stem: str, node: Any) -> NodeKind | None:
+    """Return the kind of a node whose name alone does not tell, by its saved values and its inputs."""
+    if stem == "CopySlices":  # two inputs: an assignment; one: some in-place call, see `calls.overwrites_a_view`
         return NodeKind.HIDDEN if len(node.next_functions) == 1 else None
     if stem == "CudnnRnn":
         return NodeKind.HIDDEN if saved(node, "mode") == 0 else None

@@ -1,4 +1,4 @@
-"""Weights: read without running code, fitted whole or not at all, and told apart by a digest."""
+"""Weights: read without running code, loaded completely or not at all, and identified by a digest."""
 
 import hashlib
 import sys
@@ -12,6 +12,7 @@ import torch
 
 from ...errors import ModelError
 from ...images import printable
+from .internals import COMPILED_PREFIX
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -19,8 +20,8 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from `.safetensors`, or from a file of `torch.save`, without running any code in it.
 
-    A checkpoint's "state_dict", "model" or "model_state_dict" is taken out; the prefixes "module." (of DataParallel)
-    and "_orig_mod." (of torch.compile) are taken off.
+    A checkpoint's "state_dict", "model" or "model_state_dict" is taken out; the prefixes that DataParallel and
+    torch.compile put before each name are taken off.
 
     Raises:
         ModelError: the file is missing, unreadable, or holds anything but tensors.
@@ -28,19 +29,19 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     name = printable(path)
     if not path.is_file() or path.stat().st_size == 0:
         raise ModelError(f"no weights in {name}: {'it is empty' if path.is_file() else 'there is no such file'}")
-    held = _held(path, name)
-    while isinstance(held, Mapping) and (key := next((key for key in _NESTED if key in held), None)):
-        held = held[key]
-    state = {str(key): value for key, value in held.items()} if isinstance(held, Mapping) else {}
+    content = _load(path, name)
+    while isinstance(content, Mapping) and (key := next((key for key in _NESTED if key in content), None)):
+        content = content[key]
+    state = {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{name} holds no state dict ({_contents(held)}); save model.state_dict() or safetensors")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        raise ModelError(f"{name} holds no state dict ({_describe(content)}); save model.state_dict() or safetensors")
+    for prefix in (COMPILED_PREFIX, "module.", COMPILED_PREFIX):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
-def _held(path: Path, name: str) -> Any:
+def _load(path: Path, name: str) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):
             if path.suffix == ".safetensors":
@@ -54,15 +55,19 @@ def _held(path: Path, name: str) -> Any:
         raise ModelError(f"{name} is no readable weights file; save model.state_dict() or safetensors") from error
 
 
-def _contents(held: Any) -> str:
-    if not isinstance(held, Mapping):
-        return f"a {type(held).__name__}"
-    odd = [str(key) for key, value in held.items() if not isinstance(value, torch.Tensor)]
-    return f"not tensors: {', '.join(odd[:3])}" if odd else "nothing in it"
+def _describe(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    others = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    return f"not tensors: {', '.join(others[:3])}" if others else "nothing in it"
 
 
 def fit(module: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path, reference: str) -> None:
-    """Load a state dict into a fresh module, all of it, or say what does not fit."""
+    """Load a state dict into a module, all of it.
+
+    Raises:
+        ModelError: naming the tensors that are missing, unexpected or of another shape.
+    """
     own = {key: value for key, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
     sized = {key: value for key, value in own.items() if not torch.nn.parameter.is_lazy(value)}
     shapes = [
@@ -73,20 +78,22 @@ def fit(module: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path, 
     fitting = {key: value for key, value in state.items() if key not in sized or value.shape == sized[key].shape}
     result = module.load_state_dict(fitting, strict=False)
     missing = [key for key in result.missing_keys if key not in state]
-    wrong = [("missing", missing), ("unexpected", result.unexpected_keys), ("of another shape", shapes)]
-    told = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})" for what, keys in wrong if keys]
-    if told:
+    groups = [("missing", missing), ("unexpected", result.unexpected_keys), ("of another shape", shapes)]
+    faults = [
+        f"{len(keys)} {fault} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})" for fault, keys in groups if keys
+    ]
+    if faults:
         remedy = "for a changed network use FILE.py:FUNCTION"
-        raise ModelError(f"{printable(path)} does not fit {reference}: {'; '.join(told)}; {remedy}")
+        raise ModelError(f"{printable(path)} does not fit {reference}: {'; '.join(faults)}; {remedy}")
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
-    """The SHA-256 of a module's weights, the same whatever file they came from.
+    """Return the SHA-256 of a module's weights, the same whatever file they came from.
 
-    For each tensor of the state dict, in the order of the names' code points: the name, the dtype ("float32") and the
-    shape ("64x3x3x3") as UTF-8, each ended by a zero byte; then the values in C order, little-endian.
+    It is over each tensor of the state dict, sorted by name: the name, the dtype ("float32") and the shape
+    ("64x3x3x3") as UTF-8, each ended by a zero byte; then the values in C order, little-endian.
 
-    >>> weights_sha256(torch.nn.Identity())[:12]  # of nothing
+    >>> weights_sha256(torch.nn.Identity())[:12]  # no weights
     'e3b0c44298fc'
     """
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""PyTorch: rules on the autograd graph of one call, on swapped modules, or by backward hooks."""
+"""Maps under a rule, which acts on the autograd graph of one call, in swapped modules, or in backward hooks."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -7,13 +7,14 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ....errors import InputError, ModelError, RuleError
+from ....errors import InputError, RuleError
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
-from ..calls import chosen, eager, leaves, output_of, refuse_training, unchanged
+from ..calls import class_scores, eager, leaves_and_copies, output_of, refuse_training, target_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
+from ..state import unchanged
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
 
@@ -29,11 +30,11 @@ def explain(request: Request) -> Explanation:
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training), ExitStack() as stack:
-        sources, fed = leaves(request.inputs)
+        sources, fed = leaves_and_copies(request.inputs)
         plain = request.rule is gradient
         attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
         output = output_of(eager(request.model) if attachment is None else attachment.network, fed)
-        scores, ids, single = chosen(output, request.target, len(fed[0]))
+        scores, ids, single = target_scores(output, request.target, len(fed[0]))
         if scores.grad_fn is None:
             raise InputError("the scores do not depend on x by any gradient (detached, or made under no_grad)")
         if attachment is not None:
@@ -54,7 +55,7 @@ def _maps(scores: torch.Tensor, sources: list[torch.Tensor | None], request: Req
     for k in range(count):
         ones = torch.zeros_like(scores)
         ones[:, k] = 1
-        # a rule that calls `local` reads what a node saved a second time, which a freed graph may not allow
+        # a rule that calls `local` runs a node's backward a second time, for which the graph must not be freed
         keep = k + 1 < count or request.rule not in RULES.values()
         rows.append(_gradients(scores, wanted, ones, keep))
     stacked = iter([torch.stack(maps, 1) if count > 1 else maps[0].unsqueeze(1) for maps in zip(*rows, strict=True)])
@@ -70,8 +71,8 @@ def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], ones: torch.Ten
         if hidden:
             raise RuleError(f"no gradient passes {name_of(hidden[0])}: {hidden_reason(hidden[0])}") from error
         raise
-    for i, gradient_or_none in enumerate(gradients):
-        if gradient_or_none is None:
+    for i, g in enumerate(gradients):
+        if g is None:
             raise InputError(f"input {i} does not influence the scores; bind it, as with functools.partial")
     return gradients
 
@@ -82,8 +83,4 @@ def probabilities(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    with torch.no_grad():
-        scores = output_of(model, [x])
-    if scores.ndim != 2:
-        raise ModelError(f"the model returned shape {tuple(scores.shape)}, not (batch, classes)")
-    return to_numpy(scores.double().softmax(1))
+    return to_numpy(class_scores(model, x).double().softmax(1))

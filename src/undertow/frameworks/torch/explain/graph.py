@@ -1,4 +1,4 @@
-"""How a rule gets at the activations of one forward pass; by default it is attached to the autograd graph itself."""
+"""Attachment of a rule to the activations of one call; by default, to the nodes of its autograd graph."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,7 +26,7 @@ class RuleAttachment(ABC):
 
     Attributes:
         network: what to call in place of the model.
-        stats: what the rule met.
+        stats: counts of the activations that the rule met.
     """
 
     network: Callable[..., Any]
@@ -43,7 +43,7 @@ class RuleAttachment(ABC):
 
     @abstractmethod
     def attach(self, node: Node, kind: NodeKind) -> bool:
-        """Let the rule act on a node, and say whether it does."""
+        """Make the rule act on a node; return whether it does."""
 
     def refuse_missed(self) -> None:  # noqa: B027  an attachment that misses nothing has nothing to refuse
         """Raise RuleError for activations that the rule should have acted on and did not."""
@@ -72,10 +72,10 @@ class RuleAttachment(ABC):
             raise RuleError(self._nothing_rewired())
 
     def _nothing_rewired(self) -> str:
-        met = {**self.stats.skipped, **self.stats.opaque}
-        listed = ", ".join(f"{name} x{count}" for name, count in sorted(met.items())) or "none"
-        smooth = self.request.activations != "all" and any(name.startswith(SMOOTH) for name in met)
-        remedies = ["activations='all' takes the smooth ones too"] if smooth else []
+        counts = {**self.stats.skipped, **self.stats.opaque}
+        listed = ", ".join(f"{name} x{count}" for name, count in sorted(counts.items())) or "none"
+        has_smooth = self.request.activations != "all" and any(name.startswith(SMOOTH) for name in counts)
+        remedies = ["activations='all' takes the smooth ones too"] if has_smooth else []
         remedies += ["no rule reaches into a user's own autograd.Function"] if self.stats.opaque else []
         remedies += ["rule='gradient' needs none"]
         return (
@@ -86,11 +86,11 @@ class RuleAttachment(ABC):
 
 @contextmanager
 def rewired_backward(root: Node, attachment: RuleAttachment) -> Iterator[None]:
-    """Attach a rule to the nodes behind `root` that the backward passes inside this context go through.
+    """Attach a rule to the nodes behind `root` that the backward passes inside this context run.
 
-    Only the engine knows which nodes lead to the inputs that a gradient is asked for, and it knows when the first
-    backward starts. Nodes that lead to the inputs of a call were made by that call: other threads, and graphs that
-    outlive the call, are never touched.
+    Only the engine knows which nodes lead to the inputs that a gradient is asked for, and only once the first backward
+    pass has started. Nodes that lead to the inputs of a call were created by that call: other threads, and graphs that
+    outlive the call, are not affected.
     """
     nodes = list(nodes_behind(root))
     views = {node for node, kind in nodes if kind is NodeKind.HIDDEN and name_of(node) == "CopySlices"}
@@ -116,14 +116,14 @@ def _positive_part(g: torch.Tensor | None) -> torch.Tensor | None:
     return None if g is None else torch.relu(g)
 
 
-# For a rule local(f(g)), f before the node's own backward is all there is to do, at half the cost of `RuleHooks`.
-# The tests hold each of them to `RuleHooks`.
+# A rule local(f(g)) needs only f before the node's own backward, at half the cost of `RuleHooks`. The tests compare
+# each with `RuleHooks`.
 _BEFORE_LOCAL: dict[Rule, Callable[[torch.Tensor | None], torch.Tensor | None]] = {guided: _positive_part}
 
 
 @final
 class ThroughGraph(RuleAttachment):
-    """Hook the activations' own nodes: whatever was called, in whatever spelling, in place or not."""
+    """Hooks the activations' graph nodes: those of modules, functions and methods, in place or not."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -135,7 +135,7 @@ class ThroughGraph(RuleAttachment):
     def __exit__(self, *_: object) -> None:
         if self._shared is not None:
             self._shared.clear()
-        for handle in self._handles:  # a hook that knows its node would keep both alive for ever
+        for handle in self._handles:  # a hook that refers to its node would keep both alive for ever
             handle.remove()
 
     def attach(self, node: Any, kind: NodeKind) -> bool:
@@ -151,7 +151,7 @@ class ThroughGraph(RuleAttachment):
 
 
 class LocalRequested(BaseException):
-    """Carries what a rule gave to `local` out of the rule; a user's `except Exception` does not stop it."""
+    """Carries the argument of `local` out of a rule; a user's `except Exception` does not stop it."""
 
     def __init__(self, h: torch.Tensor) -> None:
         self.h = h
@@ -160,8 +160,8 @@ class LocalRequested(BaseException):
 class RuleHooks:
     """A rule at one node, as two hooks around the node's own backward.
 
-    What a node saved may be readable only once (checkpointing). So the rule runs before the node until it calls
-    `local(h)`, the engine itself runs the node on that `h`, and afterwards the rule runs again with the answer.
+    A node's saved tensors may be readable only once (checkpointing). So the rule runs before the node until it calls
+    `local(h)`, the engine runs the node on that `h`, and then the rule runs again, where `local` returns the result.
     """
 
     def __init__(self, node: Any, rule: Rule) -> None:
@@ -172,14 +172,14 @@ class RuleHooks:
         self._result: torch.Tensor | None = None
 
     def before(self, grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Run the rule until it calls `local`; what it gives to `local` goes into the node."""
+        """Run the rule until it calls `local`, whose argument becomes the node's gradient."""
         g = self._g = grad_outputs[0]
         self._result = None
         if g is None:
             return None
 
         def request(h: torch.Tensor) -> torch.Tensor:
-            raise LocalRequested(checked(self._rule, "gave local", h, g))
+            raise LocalRequested(require_like(self._rule, "gave local", h, g))
 
         try:
             self._result = apply_rule(self._rule, g, request)
@@ -188,16 +188,16 @@ class RuleHooks:
         return None
 
     def after(self, grad_inputs: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Run the rule again with the node's answer, and hand on what it returns."""
+        """Run the rule again, where `local` returns what the node computed; return the rule's result."""
         g, result, own = self._g, self._result, grad_inputs[self._input]
         self._g = self._result = None
         if g is None or own is None:
             return None
         if result is None:
-            answers = [own]
+            computed = [own]  # for the first call of `local`, whose argument the node was run on
 
             def local(h: torch.Tensor) -> torch.Tensor:
-                return answers.pop() if answers else self._local(h)
+                return computed.pop() if computed else self._local(h)
 
             result = apply_rule(self._rule, g, local)
         return (*grad_inputs[: self._input], result, *grad_inputs[self._input + 1 :])
@@ -208,7 +208,7 @@ class RuleHooks:
         except RuntimeError as error:
             name = getattr(self._rule, "__name__", type(self._rule).__name__)
             raise RuleError(
-                f"rule {name!r} calls local more than once, and {name_of(self._node)} can be asked once only "
+                f"rule {name!r} calls local more than once, and {name_of(self._node)} can be run once only "
                 "(checkpointed?); switch checkpointing off"
             ) from error
         return gradients[self._input] if isinstance(gradients, tuple) else gradients  # type: ignore[no-any-return]
@@ -220,17 +220,17 @@ def apply_rule(rule: Rule, g: torch.Tensor, local: Callable[[torch.Tensor], torc
     Raises:
         RuleError: the rule gave no tensor of the shape and dtype of `g`.
     """
-    return checked(rule, "returned", rule(g, local), g)
+    return require_like(rule, "returned", rule(g, local), g)
 
 
-def checked(rule: Rule, did: str, new: Any, g: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that a rule made of the gradient `g`.
+def require_like(rule: Rule, verb: str, new: Any, g: torch.Tensor) -> torch.Tensor:
+    """Return what a rule computed from the gradient `g`; the verb says in a message what the rule did with it.
 
     Raises:
         RuleError: it is no tensor of the shape and dtype of `g`.
     """
     if isinstance(new, torch.Tensor) and new.shape == g.shape and new.dtype == g.dtype:
         return new
-    what = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, torch.Tensor) else f"a {type(new).__name__}"
+    given = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, torch.Tensor) else f"a {type(new).__name__}"
     name = getattr(rule, "__name__", type(rule).__name__)
-    raise RuleError(f"rule {name!r} {did} {what} where the gradient is {tuple(g.shape)} {g.dtype}")
+    raise RuleError(f"rule {name!r} {verb} {given} where the gradient is {tuple(g.shape)} {g.dtype}")

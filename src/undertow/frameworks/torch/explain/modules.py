@@ -1,8 +1,8 @@
-"""The two classical attachments: a custom autograd ReLU swapped into every nested place, and backward hooks.
+"""The two classical attachments: a custom autograd function in place of each activation module, and backward hooks.
 
-Both work on a private copy of the model's structure that shares its weights, so the model itself is never touched
-and threads do not meet. Both see modules alone; an activation called as a function is found by walking the graph
-afterwards, and is an error rather than a wrong map.
+Both work on a private copy of the model's structure that shares its weights, so the model itself is not changed and
+threads do not interfere. Both see modules alone; an activation called as a function is found in the graph afterwards,
+and is an error rather than a wrong map.
 """
 
 import copy
@@ -38,13 +38,13 @@ class _ThroughModules(RuleAttachment):
         _record_spans(self.copy, self._spans)
 
     def missed_if_wanted(self, node: Node, kind: NodeKind) -> bool:
-        """Keep an activation that the rule should have acted on, and did not; always False."""
+        """Record an activation that the rule should have acted on and did not; always False."""
         if kind in WANTED[self.request.activations]:
             self.missed.append(node)
         return False
 
     def refuse_missed(self) -> None:
-        """Raise RuleError where activations were missed, naming the calls and the modules they were made in."""
+        """Raise RuleError where activations were missed, naming each with the module that called it."""
         if self.missed:
             calls = dict.fromkeys(f"{name_of(node)} in {self._caller(node)}" for node in self.missed)
             listed = ", ".join(list(calls)[:5]) + (", ..." if len(calls) > 5 else "")
@@ -62,11 +62,11 @@ class _ThroughModules(RuleAttachment):
 
 @final
 class ThroughSwap(_ThroughModules):
-    """Replace each activation module, found by dotted name and set by name, by one around a custom Function."""
+    """Replaces each activation module of the copy by one around a custom Function."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
-        swapped: dict[nn.Module, nn.Module] = {}  # a module used in two places is one module still
+        swapped: dict[nn.Module, nn.Module] = {}  # a module with two names stays one module
         for name, module in list(self.copy.named_modules(remove_duplicate=False)):
             if isinstance(module, ACTIVATIONS[request.activations]):
                 new = swapped.setdefault(module, RuledActivation(module, request.rule))
@@ -90,7 +90,7 @@ class RuledActivation(nn.Module):
         self.rule = rule
 
     def forward(self, x: torch.Tensor) -> Any:
-        """Apply the activation to `x`, of any shape; one that does more than activate stays as it is, and is missed."""
+        """Apply the activation to `x`, of any shape; one of several operations is left as it is, and is missed."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             output = self.activation(leaf)
@@ -100,11 +100,11 @@ class RuledActivation(nn.Module):
 
 
 class RuledFunction(torch.autograd.Function):
-    """The activation forward; the rule backward, with the activation's own backward at hand."""
+    """The activation forward; backward the rule, whose `local` is the activation's own backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, ran: tuple[torch.Tensor, torch.Tensor], rule: Rule) -> torch.Tensor:
-        """Take the output of a run of the activation on a graph of its own: `ran` is that run's input and output."""
+        """Return the output of the activation, which ran on a separate graph: `ran` is its input and output there."""
         ctx.ran, ctx.rule = ran, rule
         return ran[1].detach()
 
@@ -121,7 +121,7 @@ class RuledFunction(torch.autograd.Function):
 
 @final
 class ThroughHooks(_ThroughModules):
-    """Put backward hooks around each activation module of the copy, for each of its calls."""
+    """Puts tensor hooks around each call of an activation module of the copy."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
@@ -134,66 +134,66 @@ class ThroughHooks(_ThroughModules):
                 self._handles += [module.register_forward_hook(self._after)]
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:  # the copy's hooks know this object, which knows the copy
+        for handle in self._handles:  # the copy's hooks refer to this object, which refers to the copy
             handle.remove()
         self._covered.clear()
 
     def attach(self, node: Node, kind: NodeKind) -> bool:
-        """Whether the node is the one that a hooked module made."""
+        """Whether the node is that of a hooked call."""
         return node in self._covered or self.missed_if_wanted(node, kind)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not args[0].requires_grad:
             self._entered[module].append(None)
             return None
-        outside = args[0].clone()  # read by this call alone, whoever else reads the pre-activation
-        inside = outside.clone()
-        self._entered[module].append((outside, inside))
-        return (inside, *args[1:])
+        outer = args[0].clone()  # read by this call alone, whoever else reads the pre-activation
+        inner = outer.clone()
+        self._entered[module].append((outer, inner))
+        return (inner, *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], activated: Any) -> torch.Tensor | None:
         entered = self._entered[module].pop()
         if entered is None or not _is_one_step(activated, entered[1]):
             return None
-        outside, inside = entered
+        outer, inner = entered
         self._covered.add(activated.grad_fn)
-        return _hooked(outside, inside, activated, self.request.rule)
+        return _hooked(outer, inner, activated, self.request.rule)
 
 
-def _is_one_step(activated: torch.Tensor, inside: torch.Tensor) -> bool:
-    return activated.grad_fn is not None and activated.grad_fn.next_functions[0][0] is inside.grad_fn
+def _is_one_step(activated: torch.Tensor, inner: torch.Tensor) -> bool:
+    return activated.grad_fn is not None and activated.grad_fn.next_functions[0][0] is inner.grad_fn
 
 
-def _hooked(outside: torch.Tensor, inside: torch.Tensor, activated: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """Apply the rule when the gradient reaches the output, and hand its result over at the input."""
+def _hooked(outer: torch.Tensor, inner: torch.Tensor, activated: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Apply the rule when the gradient reaches the output, and replace the gradient at the input by its result."""
     result: list[torch.Tensor] = []
     output = activated.clone()
 
     def local(h: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(activated, inside, h, retain_graph=True)[0]
+        return torch.autograd.grad(activated, inner, h, retain_graph=True)[0]
 
     output.register_hook(lambda g: result.append(apply_rule(rule, g, local)))
-    outside.register_hook(lambda _: result.pop())
+    outer.register_hook(lambda _: result.pop())
     return output
 
 
 def _private_copy(model: Any, through: str) -> nn.Module:
-    """Copy a model's structure and share its tensors; no activation of the copy works in place."""
+    """Return a copy of a model that shares its tensors, and in which no activation works in place."""
     if not isinstance(model, nn.Module):
         raise RuleError(f"through={through!r} needs an nn.Module, not a {type(model).__name__}; use through='graph'")
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     try:
-        twin = copy.deepcopy(model, shared)
+        model_copy = copy.deepcopy(model, shared)
     except Exception as error:
         raise RuleError(f"through={through!r} could not copy the model ({error}); use through='graph'") from error
-    for module in twin.modules():
+    for module in model_copy.modules():
         if getattr(module, "inplace", False) is True:
-            setattr(module, "inplace", False)  # noqa: B010  a plain attribute, which nn.Module's types do not know
-    return twin
+            setattr(module, "inplace", False)  # noqa: B010  mypy takes an nn.Module's attribute for a tensor
+    return model_copy
 
 
 def _record_spans(model: nn.Module, spans: list[tuple[int, int, str]]) -> None:
-    """Record, for each module call to come, the numbers of the graph nodes that it makes."""
+    """Record for each call of a module the sequence numbers of the graph nodes that it creates."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue

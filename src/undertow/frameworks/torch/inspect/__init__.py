@@ -1,1 +1,1 @@
-"""What goes on inside one pass: layers, module calls, blocks, and gradients changed on their way."""
+"""One pass from the inside: its layers, module calls and blocks, and gradients that are changed on their way."""

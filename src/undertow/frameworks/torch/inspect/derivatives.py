@@ -1,4 +1,4 @@
-"""Derivatives by autograd, which those of `undertow.derive` are checked against."""
+"""Derivatives by autograd, with which those of `undertow.derive` are compared."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -47,8 +47,8 @@ def gradients(
     for name in neurons.keys() - {source for source, _ in edges}:
         error = error + ((neurons[name] - torch.tensor(values[f"y{name[1:]}"])) ** 2).sum()
     wanted = {**leaves, **neurons}
-    found = torch.autograd.grad(error, list(wanted.values()))
-    return {name: gradient.numpy() for name, gradient in zip(wanted, found, strict=True)}
+    by_value = torch.autograd.grad(error, list(wanted.values()))
+    return {name: gradient.numpy() for name, gradient in zip(wanted, by_value, strict=True)}
 
 
 def jvp(

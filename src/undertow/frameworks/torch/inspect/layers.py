@@ -1,4 +1,4 @@
-"""A network's layers: which hold weights, a copy with some of them initialised anew, and what flows through them."""
+"""A network's layers: which hold weights, a copy with some of them reinitialised, their values and gradients."""
 
 import copy
 import threading
@@ -16,9 +16,20 @@ from ....errors import InputError, ModelError, did_you_mean
 from ....rules import gradient
 from ...base import Request
 from ...results import Explanation, LayerGradients, RewiringStats
-from ..arrays import to_numpy
-from ..calls import chosen, eager, leaves, module_of, output_of, refuse_training, unchanged, uncompiled
+from ..arrays import like, to_numpy
+from ..calls import (
+    class_scores,
+    eager,
+    leaves_and_copies,
+    module_of,
+    output_of,
+    refuse_training,
+    target_scores,
+    uncompiled,
+)
 from ..explain.graph import ThroughGraph, rewired_backward
+from ..internals import reset_of
+from ..state import unchanged
 
 
 def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
@@ -27,11 +38,7 @@ def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    with torch.no_grad():
-        output = output_of(eager(model), [x.clone()])
-    if output.ndim != 2:
-        raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")
-    return to_numpy(output)
+    return to_numpy(class_scores(eager(model), x.clone()))
 
 
 def layers(model: Any, x: torch.Tensor) -> list[str]:
@@ -44,15 +51,15 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
         return []
     names = {module: name for name, module in root.named_modules() if any(True for _ in module.parameters(False))}
     order: dict[str, None] = {}
-    here = threading.get_ident()
+    thread = threading.get_ident()
 
-    def note(module: nn.Module, _: Any) -> None:
-        if threading.get_ident() == here:
+    def before(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
             order.setdefault(names[module])
 
     with ExitStack() as stack, torch.no_grad():
         for module in names:
-            stack.callback(module.register_forward_pre_hook(note).remove)
+            stack.callback(module.register_forward_pre_hook(before).remove)
         output_of(eager(model), [x.clone()])
     return list(order)
 
@@ -60,43 +67,45 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
 def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
     """Return a copy in which the named layers are initialised anew, each from a seed of its own; the rest is shared.
 
-    A layer is initialised as its kind is: by its own `reset_parameters`, which for batch norm resets the statistics
-    too. The weights of a layer without one are shuffled: the same values, at other places.
+    A layer is initialised by its own `reset_parameters`, which for batch norm resets the statistics too. The weights of
+    a layer without that method are shuffled: the same values, at other positions.
 
     Raises:
         ModelError: the model cannot be copied.
     """
     network = uncompiled(model)
     root = module_of(network)
-    fresh = set() if root is None else {module for name in names for module in _whole(root.get_submodule(name))}
+    fresh = (
+        set() if root is None else {module for name in names for module in _with_projection(root.get_submodule(name))}
+    )
     own = {id(t) for module in fresh for t in (*module.parameters(False), *module.buffers(False))}
-    kept = () if root is None else (*root.parameters(), *root.buffers())
+    tensors = () if root is None else (*root.parameters(), *root.buffers())
     try:
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in kept if id(tensor) not in own}
-        twin = copy.deepcopy(network, memo)
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
+        network_copy = copy.deepcopy(network, memo)
     except Exception as error:
         raise ModelError(f"the model cannot be copied ({error}), so its weights cannot be initialised anew") from error
-    copied = module_of(twin)
+    root_copy = module_of(network_copy)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name in names:
             torch.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-            for module in _whole(copied.get_submodule(name)):  # type: ignore[union-attr]
-                _draw(module)
-    return twin
+            for module in _with_projection(root_copy.get_submodule(name)):  # type: ignore[union-attr]
+                _initialize(module)
+    return network_copy
 
 
-def _whole(module: nn.Module) -> list[nn.Module]:
-    """A layer and its part that never runs by itself: attention reads its output projection's weights directly."""
+def _with_projection(module: nn.Module) -> list[nn.Module]:
+    """Return a layer, and an attention's output projection, whose weights it reads without calling it."""
     return [module, module.out_proj] if isinstance(module, nn.MultiheadAttention) else [module]
 
 
-def _draw(module: nn.Module) -> None:
-    """Draw on the CPU, so that every device gets the same values; a container's own weights are shuffled."""
+def _initialize(module: nn.Module) -> None:
+    """Initialise on the CPU, so that every device gets the same values; a container's own weights are shuffled."""
     tensors = [*module.parameters(False), *module.buffers(False)]
     device = tensors[0].device
     for tensor in tensors:
         tensor.data = tensor.data.cpu()
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    reset = reset_of(module)
     if reset is not None and (isinstance(module, nn.MultiheadAttention) or not list(module.children())):
         reset()
     else:
@@ -109,9 +118,9 @@ def _draw(module: nn.Module) -> None:
 def layer_gradients(
     request: Request, layers: Sequence[str], directions: npt.NDArray[Any] | None = None
 ) -> LayerGradients:
-    """Explain, and keep what the named layers returned and what flowed back to them.
+    """Explain, and return what the named layers returned and the gradients that flowed back to them.
 
-    A layer that does not run on the way from the input, or returns no tensor, is left out.
+    A layer that does not run between the input and the scores, or returns no tensor, is left out.
 
     Args:
         directions: `(K, classes)`: explain these weighted sums of the scores in place of the request's targets.
@@ -124,14 +133,14 @@ def layer_gradients(
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training), ExitStack() as stack:
-        (source,), fed = leaves(request.inputs)
+        (source,), fed = leaves_and_copies(request.inputs)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
-        outputs = _kept_outputs(request.model, layers, stack)
+        outputs = _record_outputs(request.model, layers, stack)
         output = output_of(eager(request.model), fed)
         scores, ids, single = _columns(output, request, directions)
         if attachment is not None and scores.grad_fn is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
-        rows = [_row(scores, k, [*outputs.values(), source]) for k in range(scores.shape[1])]
+        rows = [_gradient_row(scores, k, [*outputs.values(), source]) for k in range(scores.shape[1])]
         stats = RewiringStats() if attachment is None else attachment.stats
     stacked = [np.stack(column, 1) for column in zip(*rows, strict=True)]
     at_input = stacked.pop()
@@ -150,38 +159,39 @@ def _columns(
     output: torch.Tensor, request: Request, directions: npt.NDArray[Any] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     if directions is None:
-        return chosen(output, request.target, len(request.inputs[0]))
-    return output @ torch.from_numpy(directions).to(output).T, None, False
+        return target_scores(output, request.target, len(request.inputs[0]))
+    return output @ like(directions, output).T, None, False
 
 
-def _kept_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:
-    """Keep each named module's output, of its last call in this thread, until the stack closes.
+def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:
+    """Return a dict that fills with the named modules' outputs, of their last calls in this thread.
 
-    What flows on is a copy, so that a successor that works in place does not reach what is kept.
+    The hooks are removed when the stack closes. The network goes on with a copy of each output, so that a successor
+    that works in place does not change what is recorded.
     """
     root = module_of(uncompiled(model))
     if not names:
         return {}
     if root is None:
         raise InputError(f"model is a {type(model).__name__}; layers are those of a torch.nn.Module")
-    known = dict(root.named_modules())
+    modules = dict(root.named_modules())
     outputs: dict[str, torch.Tensor] = {}
-    here = threading.get_ident()
+    thread = threading.get_ident()
     for name in names:
-        if name not in known or not name:
-            some = ", ".join(each for each, _ in root.named_children())
-            raise InputError(f"no layer {name!r}{did_you_mean(name, known) or f'; at the top there are {some}'}")
+        if name not in modules or not name:
+            children = ", ".join(child for child, _ in root.named_children())
+            raise InputError(f"no layer {name!r}{did_you_mean(name, modules) or f'; at the top there are {children}'}")
 
         def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
-            if threading.get_ident() != here or not isinstance(output, torch.Tensor) or not output.requires_grad:
+            if threading.get_ident() != thread or not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return None
             outputs[name] = output
             return output.clone()
 
-        stack.callback(known[name].register_forward_hook(after).remove)
+        stack.callback(modules[name].register_forward_hook(after).remove)
     return outputs
 
 
-def _row(scores: torch.Tensor, k: int, tensors: list[Any]) -> list[npt.NDArray[Any]]:
+def _gradient_row(scores: torch.Tensor, k: int, tensors: list[Any]) -> list[npt.NDArray[Any]]:
     gradients = torch.autograd.grad(scores[:, k].sum(), tensors, retain_graph=True, allow_unused=True)
     return [to_numpy(torch.zeros_like(t) if g is None else g) for g, t in zip(gradients, tensors, strict=True)]

@@ -1,4 +1,4 @@
-"""Gradients changed at modules' outputs while a context is open: hooks on the modules, and on the tensors they make."""
+"""Gradients changed at modules' outputs while a context is open: hooks on the modules, and on their output tensors."""
 
 import fnmatch
 import math
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ....errors import InputError, RuleError, did_you_mean
 from ..calls import module_of, uncompiled
-from ..internals import tree_flatten, tree_leaves, tree_unflatten, version
-from .watch import separate
+from ..internals import is_of_freed_tensor
+from .module_calls import Versions, input_versions, with_own_gradients
 
 Change = Callable[[Any], Any]
 
 
 @final
-class Redirected:
+class RedirectHooks:
     """The sites of one `redirect`, with hooks on them from `__enter__` to `__exit__`; see `undertow.redirect`.
 
     Attributes:
@@ -28,30 +28,30 @@ class Redirected:
 
     def __init__(self, model: Any, sites: Mapping[str, Change]) -> None:
         self._network = _network(model)
-        self._sites = _chosen(self._network, sites)
+        self._sites = _matched_modules(self._network, sites)
         self.changed: Counter[str] = Counter({name: 0 for name, _ in self._sites.values()})
         self._thread = 0
         self._ran = False
         self._calls: Counter[str] = Counter()
-        self._given: defaultdict[nn.Module, list[dict[int, tuple[Tensor, int]]]] = defaultdict(list)
-        self._handles: list[Any] = []
-        self._on_tensors: list[Any] = []
+        self._versions: defaultdict[nn.Module, list[Versions]] = defaultdict(list)
+        self._module_handles: list[Any] = []
+        self._tensor_handles: list[Any] = []
         self._prune_at = 64
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
         try:
-            self._handles.append(self._network.register_forward_pre_hook(self._begin))
+            self._module_handles.append(self._network.register_forward_pre_hook(self._begin))
             for module in self._sites:
-                self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._after))
+                self._module_handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                self._module_handles.append(module.register_forward_hook(self._after))
         except BaseException:
             self._remove()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        hooked = len(self._on_tensors)
+        hooked = len(self._tensor_handles)
         self._remove()
         if kind is not None or self.changed.total() or not self._ran:
             return
@@ -61,39 +61,36 @@ class Redirected:
         raise RuleError(f"the network ran without a gradient at {names}: never called, frozen, or under no_grad")
 
     def _remove(self) -> None:
-        for handle in (*self._handles, *self._on_tensors):
+        for handle in (*self._module_handles, *self._tensor_handles):
             handle.remove()
-        self._handles.clear()
-        self._on_tensors.clear()
-        self._given.clear()
+        self._module_handles.clear()
+        self._tensor_handles.clear()
+        self._versions.clear()
 
     def _begin(self, _: nn.Module, __: Any) -> None:
         if threading.get_ident() == self._thread:
             self._ran = self._ran or torch.is_grad_enabled()
             self._calls.clear()
-            self._given.clear()  # of calls that ended in an exception
+            self._versions.clear()  # left over from calls that raised an exception
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() == self._thread:
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self._given[module].append({id(t): (t, version(t)) for t in given})
+            self._versions[module].append(input_versions(args, kwargs))
 
     def _after(self, module: nn.Module, _: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
             return None
-        versions = self._given[module].pop()
         name, changes = self._sites[module]
         number = self._calls[name]
         self._calls[name] += 1
-        leaves, shape = tree_flatten(output)
-        apart = [separate(leaf, versions) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for leaf in apart:
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                self._hook(leaf, name, number, changes)
-        return None if all(a is b for a, b in zip(apart, leaves, strict=True)) else tree_unflatten(apart, shape)
+        tensors, new_output = with_own_gradients(output, self._versions[module].pop())
+        for tensor in tensors:
+            if tensor.requires_grad:
+                self._hook(tensor, name, number, changes)
+        return new_output
 
     def _hook(self, output: Tensor, name: str, number: int, changes: list[Change]) -> None:
-        def flows_on(g: Tensor | None) -> Tensor | None:
+        def changed(g: Tensor | None) -> Tensor | None:
             if g is None:
                 return None
             self.changed[name] += 1
@@ -101,19 +98,19 @@ class Redirected:
                 g = _fitting(change(g), g, name, number)
             return g
 
-        self._on_tensors.append(output.register_hook(flows_on))
-        if len(self._on_tensors) >= self._prune_at:  # those of graphs that are gone
-            self._on_tensors = [handle for handle in self._on_tensors if handle.hooks_dict_ref() is not None]
-            self._prune_at = 2 * len(self._on_tensors) + 64
+        self._tensor_handles.append(output.register_hook(changed))
+        if len(self._tensor_handles) >= self._prune_at:  # else a long loop would keep a handle for each output
+            self._tensor_handles = [handle for handle in self._tensor_handles if not is_of_freed_tensor(handle)]
+            self._prune_at = 2 * len(self._tensor_handles) + 64
 
 
-def redirected(model: Any, sites: Mapping[str, Change]) -> Redirected:
+def redirected(model: Any, sites: Mapping[str, Change]) -> RedirectHooks:
     """Return the context in which each site's function changes the gradient there; see `undertow.redirect`."""
-    return Redirected(model, sites)
+    return RedirectHooks(model, sites)
 
 
 def zero(g: Tensor) -> Tensor:
-    """Return zeros like `g`, also where it is NaN."""
+    """Return zeros like `g`, even where it is NaN."""
     return torch.zeros_like(g)
 
 
@@ -126,7 +123,7 @@ def clip(g: Tensor, norm: float) -> Tensor:
 
 
 def noisy(std: float, seed: int) -> Change:
-    """Return a function that adds normal noise from a generator of its own, one for each device."""
+    """Return a function that adds normal noise; it has its own generator for each device."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def noise(g: Tensor) -> Tensor:
@@ -140,10 +137,10 @@ def noisy(std: float, seed: int) -> Change:
 
 
 def _network(model: Any) -> nn.Module:
-    """Return the module whose parts can be hooked.
+    """Return the module whose submodules can be hooked.
 
     Raises:
-        InputError: it is no module, or one that hooks cannot reach into.
+        InputError: it is no module, or compiled or scripted, where hooks would not run.
     """
     module = module_of(model)
     if uncompiled(model) is not model:
@@ -153,36 +150,35 @@ def _network(model: Any) -> nn.Module:
     return module
 
 
-def _chosen(network: nn.Module, sites: Mapping[str, Change]) -> dict[nn.Module, tuple[str, list[Change]]]:
-    """Return the modules that the keys mean, each with its name and the functions in the order of the keys.
+def _matched_modules(network: nn.Module, sites: Mapping[str, Change]) -> dict[nn.Module, tuple[str, list[Change]]]:
+    """Return the modules that the keys match, each with its name and its functions in the order of the keys.
 
     Raises:
-        InputError: there is no key, one matches no module, or comes with no function.
+        InputError: there is no key, or one matches no module or has no function.
     """
     if not isinstance(sites, Mapping) or not sites:
         raise InputError('sites is empty or no mapping; pass {"layer2": function}')
     modules = dict(network.named_modules(remove_duplicate=False))
-    found: dict[nn.Module, tuple[str, list[Change]]] = {}
+    matched: dict[nn.Module, tuple[str, list[Change]]] = {}
     for key, change in sites.items():
         if not callable(change):
             raise InputError(f"the value for {key!r} is a {type(change).__name__}, not a function of the gradient")
         names = [key] if key in modules else [n for n in modules if n and fnmatch.fnmatchcase(n, str(key))]
         if not names:
-            some = ", ".join(name for name, _ in network.named_children())
-            raise InputError(
-                f"no module matches {key!r}{did_you_mean(str(key), modules) or f'; at the top there are {some}'}"
-            )
+            children = ", ".join(name for name, _ in network.named_children())
+            hint = did_you_mean(str(key), modules) or f"; at the top there are {children}"
+            raise InputError(f"no module matches {key!r}{hint}")
         for module in dict.fromkeys(modules[name] for name in names):
             name = next(name for name in names if modules[name] is module)
-            found.setdefault(module, (name, []))[1].append(change)
-    return found
+            matched.setdefault(module, (name, []))[1].append(change)
+    return matched
 
 
 def _fitting(new: object, g: Tensor, name: str, number: int) -> Tensor:
     if isinstance(new, Tensor) and (new.shape, new.dtype, new.device) == (g.shape, g.dtype, g.device):
         return new
-    what = f"{tuple(new.shape)} {new.dtype} on {new.device}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+    given = f"{tuple(new.shape)} {new.dtype} on {new.device}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
     raise InputError(
-        f"the function for {name!r} (call {number}) returned {what} "
+        f"the function for {name!r} (call {number}) returned {given} "
         f"where the gradient is {tuple(g.shape)} {g.dtype} on {g.device}"
     )

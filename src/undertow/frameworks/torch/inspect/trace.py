@@ -1,13 +1,12 @@
-"""The inside of one pass: what each module call read and wrote, forward and backward.
+"""One pass, call by call: each module call's inputs, outputs and gradients.
 
-The pass is watched by hooks that live as long as its forward, and act in this thread alone. The gradient at each output
-is read at its edge of the graph, so a successor that works in place does not matter. Then each call is run once more,
-alone, on what it was given, and differentiated: that is the gradient by way of this call, whoever else reads its
-inputs or shares its parameters.
+Hooks record the calls; they are removed after the forward pass and act in this thread alone. The gradient at an output
+is taken at the output's edge of the graph, so a successor that works in place makes no difference. Then each call runs
+once more, alone, on copies of its inputs, and is differentiated: this gives the gradients by way of this call, whoever
+else reads its inputs or shares its parameters.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,57 +14,47 @@ from torch import Tensor, nn
 
 from ....errors import InputError, ModelError
 from ...results import Call, Checked, Difference, Pass
-from ..calls import module_of, unchanged, uncompiled
-from .formulas import TOLERANCE, compared
-from .functions import checked, custom, noted
-from .watch import RngAndBuffers, Seen, Watch, tensors_in, watched
+from ..calls import module_of, uncompiled
+from ..state import RngAndBuffers, unchanged
+from .formulas import TOLERANCE, formula_differences
+from .functions import check_backward, custom_functions, recorded_calls
+from .module_calls import CallRecorder, ModuleCall, hookable_modules, output_tensors
 
 
 def trace(model: Any, inputs: tuple[Any, ...], gradient: Any = None) -> Pass:
-    """Look inside one pass of a network; see `undertow.trace`.
+    """Trace one pass of a network; see `undertow.trace`.
 
     Raises:
         InputError, ModelError: as `undertow.trace` says.
     """
-    network, sources = uncompiled(model), _sources(inputs)
+    network, sources = uncompiled(model), _leaves(inputs)
     module = module_of(network)
     if module is None or isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"model is a {type(model).__name__}; trace looks at the calls of an nn.Module's parts")
-    with _clean(network, module, sources) as start:
-        with Watch(module) as watch:
+    with unchanged(module, sources, buffers=True) as start:
+        with CallRecorder(module) as recorder:
             output = _forward(network, sources)
-        outputs = [t for t in tensors_in(output) if t.requires_grad]
+        outputs = [t for t in output_tensors(output) if t.requires_grad]
         if not outputs:
             raise InputError("the output depends on nothing by any gradient (detached, frozen, or made under no_grad)")
-        if watch.separated:
+        if recorder.copied_outputs:
             _refuse_changed(network, sources, output, start)
-        kept = [call for call in watch.calls if call.is_kept]
-        _backward(outputs, _at_output(outputs, gradient), kept)
-        functions = _functions(network, module, sources, outputs, start)
-        used = {id(parameter) for call in kept for _, parameter in _own(call)}
+        calls = [call for call in recorder.calls if call.is_reported]
+        _backward(outputs, _output_gradients(outputs, gradient), calls)
+        functions = _check_functions(network, module, sources, outputs, start)
+        used = {id(parameter) for call in calls for parameter in _own_parameters(call).values()}
         return Pass(
-            calls=tuple(_told(call) for call in kept),
+            calls=tuple(_result(call) for call in calls),
             functions=tuple(functions),
-            unreached=tuple(name for name, part in watched(module) if _is_unreached(part, used)),
+            unreached=tuple(name for name, submodule in hookable_modules(module) if _is_unreached(submodule, used)),
         )
 
 
-@contextmanager
-def _clean(network: Callable[..., Any], module: nn.Module, sources: list[Tensor]) -> Iterator[RngAndBuffers]:
-    """Put the random state and the buffers back afterwards; yield the moment before the pass."""
-    with unchanged(network, sources, training=False):
-        start = RngAndBuffers(module, sources)
-        try:
-            yield start
-        finally:
-            start.put_back()
-
-
-def _sources(inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Return what to differentiate by: leaves of the inputs' values; integers as they are."""
-    for place, x in enumerate(inputs):
+def _leaves(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Return copies of the inputs, of which those of floating point require a gradient."""
+    for i, x in enumerate(inputs):
         if not isinstance(x, Tensor):
-            raise InputError(f"input {place} is a {type(x).__name__}, not a torch tensor")
+            raise InputError(f"input {i} is a {type(x).__name__}, not a torch tensor")
     return [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
 
 
@@ -77,18 +66,18 @@ def _forward(network: Callable[..., Any], sources: list[Tensor]) -> Any:
         raise
 
 
-def _at_output(outputs: list[Tensor], gradient: Any) -> list[Tensor]:
+def _output_gradients(outputs: list[Tensor], gradient: Any) -> list[Tensor]:
     """Return the gradient at each output: ones where none is given.
 
     Raises:
-        InputError: what was given does not fit the outputs.
+        InputError: the gradient does not fit the outputs.
     """
     if gradient is None:
         return [torch.ones_like(output) for output in outputs]
-    given = list(gradient) if isinstance(gradient, tuple) else [gradient]
-    if len(given) != len(outputs):
-        raise InputError(f"gradient has {len(given)} part(s) for {len(outputs)} output(s); pass a tuple, one for each")
-    return [_fitting(g, output) for g, output in zip(given, outputs, strict=True)]
+    parts = list(gradient) if isinstance(gradient, tuple) else [gradient]
+    if len(parts) != len(outputs):
+        raise InputError(f"gradient has {len(parts)} part(s) for {len(outputs)} output(s); pass a tuple, one for each")
+    return [_fitting(g, output) for g, output in zip(parts, outputs, strict=True)]
 
 
 def _fitting(gradient: Any, output: Tensor) -> Tensor:
@@ -109,21 +98,21 @@ def _is_unreached(module: nn.Module, used: set[int]) -> bool:
 
 
 def _refuse_changed(network: Callable[..., Any], sources: list[Tensor], output: Any, start: RngAndBuffers) -> None:
-    """Refuse a network for which copies of its views made a difference.
+    """Run the network again without copied outputs, and refuse it where they made a difference.
 
     Raises:
-        ModelError: a module overwrites a view, and something else reads what lies under it.
+        ModelError: a module overwrites a view, and something else reads the tensor that it is a view of.
     """
     with start.restored():
-        again = _forward(network, sources)
-    if not all(_alike(a, b) for a, b in zip(tensors_in(again), tensors_in(output), strict=True)):
+        plain = _forward(network, sources)
+    if not all(_nearly_equal(a, b) for a, b in zip(output_tensors(plain), output_tensors(output), strict=True)):
         raise ModelError(
             "the model overwrites a view or an input that it reads again, or gives other values each time it runs; "
             "write inplace=False there"
         )
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _nearly_equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
@@ -137,21 +126,22 @@ def _largest(t: Tensor) -> float:
     return float(finite.abs().amax()) if finite.numel() else 0.0
 
 
-def _backward(outputs: list[Tensor], gradients: list[Tensor], calls: list[Seen]) -> None:
-    """Give each call the gradients at its outputs, in one backward pass."""
+def _backward(outputs: list[Tensor], gradients: list[Tensor], calls: list[ModuleCall]) -> None:
+    """Set each call's gradients at its outputs, by one backward pass."""
     edges = [edge for call in calls for edge in call.edges if edge is not None]
-    found = iter(torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True) if edges else ())
+    at_edges = torch.autograd.grad(outputs, edges, gradients, retain_graph=True, allow_unused=True) if edges else ()
+    remaining = iter(at_edges)
     for call in calls:
-        call.gradients = [None if edge is None else next(found) for edge in call.edges]
+        call.gradients = [None if edge is None else next(remaining) for edge in call.edges]
 
 
-def _told(call: Seen) -> Call:
-    own = dict(_own(call))
-    by_input, by_parameter, note = _by_way_of(call, own)
+def _result(call: ModuleCall) -> Call:
+    own = _own_parameters(call)
+    by_input, by_parameter, note = _own_gradients(call, own)
     formula: dict[str, Difference] = {}
     if by_input and call.gradients and call.gradients[0] is not None and call.gradients[0].dtype in TOLERANCE:
-        found = {"input": by_input[0], **by_parameter}
-        formula = compared(call.module, call.arguments.tensors[0], call.gradients[0], found)
+        by_name = {"input": by_input[0], **by_parameter}
+        formula = formula_differences(call.module, call.arguments.tensors[0], call.gradients[0], by_name)
     return Call(
         name=call.name,
         kind=type(call.module).__name__,
@@ -167,51 +157,50 @@ def _told(call: Seen) -> Call:
     )
 
 
-def _own(call: Seen) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that belong to a call: all below it, unless other modules were called inside."""
-    yield from call.module.named_parameters(recurse=not call.inner)
+def _own_parameters(call: ModuleCall) -> dict[str, nn.Parameter]:
+    """Return the parameters that belong to a call: all below it, unless other modules were called inside."""
+    return dict(call.module.named_parameters(recurse=not call.has_inner))
 
 
-def _by_way_of(call: Seen, own: dict[str, nn.Parameter]) -> tuple[list[Tensor | None], dict[str, Tensor | None], str]:
-    """Run a call again, alone, and return the gradients by its inputs and its parameters that come of it."""
-    nothing: list[Tensor | None] = [None] * len(call.arguments.tensors)
-    none = dict.fromkeys(own)
+def _own_gradients(
+    call: ModuleCall, own: dict[str, nn.Parameter]
+) -> tuple[list[Tensor | None], dict[str, Tensor | None], str]:
+    """Run a call again, alone; return the gradients by its inputs and parameters, and why there are none."""
+    without: tuple[list[Tensor | None], dict[str, Tensor | None]]
+    without = [None] * len(call.arguments.tensors), dict.fromkeys(own)
     if all(edge is None for edge in call.edges):
-        return (
-            nothing,
-            none,
-            "its output carries no gradient (made under no_grad, detached, or all before it is frozen)",
-        )
+        return *without, "its output carries no gradient (made under no_grad, detached, or all before it is frozen)"
     if all(g is None for g in call.gradients):
-        return nothing, none, "the objective does not depend on its output"
-    leaves = [t.detach().requires_grad_(w) for t, w in zip(call.arguments.tensors, call.arguments.wanted, strict=True)]
+        return *without, "the objective does not depend on its output"
+    requires_grad = call.arguments.requires_grad
+    leaves = [t.detach().requires_grad_(r) for t, r in zip(call.arguments.tensors, requires_grad, strict=True)]
     with call.state.restored():
-        args, kwargs = call.arguments.filled([leaf.clone() for leaf in leaves])
-        made = tensors_in(call.module.forward(*args, **kwargs))
-    if len(made) != len(call.outputs) or not all(map(_alike, made, call.outputs)):
-        return nothing, none, "run again, alone, it gave other values, so its own gradients cannot be told"
-    pairs = [(t, g) for t, g in zip(made, call.gradients, strict=True) if g is not None]
-    wanted = {place: leaf for place, leaf in enumerate(leaves) if leaf.requires_grad}
-    free = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
-    found = torch.autograd.grad(
-        [t for t, _ in pairs],
-        [*wanted.values(), *free.values()],
-        [g for _, g in pairs],
-        retain_graph=True,  # a weight that a hook made (weight_norm) has a graph from the pass itself
+        args, kwargs = call.arguments.with_tensors([leaf.clone() for leaf in leaves])
+        outputs = output_tensors(call.module.forward(*args, **kwargs))
+    if len(outputs) != len(call.outputs) or not all(map(_nearly_equal, outputs, call.outputs)):
+        return *without, "run again alone, it returned other values, so its own gradients are unknown"
+    reached = [(output, g) for output, g in zip(outputs, call.gradients, strict=True) if g is not None]
+    inputs = {i: leaf for i, leaf in enumerate(leaves) if leaf.requires_grad}
+    trainable = {name: parameter for name, parameter in own.items() if parameter.requires_grad}
+    gradients = torch.autograd.grad(
+        [output for output, _ in reached],
+        [*inputs.values(), *trainable.values()],
+        [g for _, g in reached],
+        retain_graph=True,  # a weight that a hook computes (weight_norm) has a graph from the first pass
         allow_unused=True,
     )
-    by_input = dict(zip(wanted, found[: len(wanted)], strict=True))
-    by_parameter = dict(zip(free, found[len(wanted) :], strict=True))
+    by_input = dict(zip(inputs, gradients[: len(inputs)], strict=True))
+    by_parameter = dict(zip(trainable, gradients[len(inputs) :], strict=True))
     return [by_input.get(i) for i in range(len(leaves))], {name: by_parameter.get(name) for name in own}, ""
 
 
-def _functions(
+def _check_functions(
     network: Callable[..., Any], module: nn.Module, sources: list[Tensor], outputs: list[Tensor], start: RngAndBuffers
 ) -> list[Checked]:
-    """Check the custom autograd functions of the pass, each call of each, if there are any."""
-    classes = custom(outputs)
+    """Check every call of a custom autograd function; the pass runs once more if there are any."""
+    classes = custom_functions(outputs)
     if not classes:
         return []
-    with start.restored(), Watch(module) as watch, noted(classes, watch.place) as calls:
+    with start.restored(), CallRecorder(module) as recorder, recorded_calls(classes, recorder.innermost) as calls:
         _forward(network, sources)
-    return [checked(call) for call in calls]
+    return [check_backward(call) for call in calls]

@@ -1,4 +1,4 @@
-"""What torchvision and timm offer, what of it is on this machine, and the way to the rest."""
+"""The classifiers of torchvision and timm, and which weights are on this machine already."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,34 +12,40 @@ from .importing import import_timm, import_torchvision
 
 
 def names() -> list[str]:
-    """Every torchvision and timm model as a reference without weights; only those of the packages that are there."""
+    """Return every torchvision and timm model as a reference without weights; timm's only where it is installed."""
     models = import_torchvision().models
-    found = [f"torchvision:{name}" for name in models.list_models(module=models)]
+    references = [f"torchvision:{name}" for name in models.list_models(module=models)]
     with suppress(FrameworkError):
-        found += [f"timm:{name}" for name in import_timm().list_models()]
-    return found
+        references += [f"timm:{name}" for name in import_timm().list_models()]
+    return references
 
 
 def rows(source: str, word: str | None) -> list[Reference]:
-    """The rows of `undertow.models.listing` for "torchvision" or "timm". Raises FrameworkError where it is missing."""
+    """Return the rows of `undertow.models.listing` for "torchvision" or "timm".
+
+    Raises:
+        FrameworkError: the package is missing.
+    """
     every = _torchvision_rows() if source == "torchvision" else _timm_rows(word)
-    if not word:
-        every = [row for row in every if "@" not in row.reference or "NAME" in row.reference]
-    return [row for row in every if not word or word.lower() in row.reference.lower()]
+    if word:
+        return [row for row in every if word.lower() in row.reference.lower()]
+    return [row for row in every if "@" not in row.reference or "NAME" in row.reference]
 
 
 def _torchvision_rows() -> list[Reference]:
     models = import_torchvision().models
-    found = [Reference("torchvision:NAME@none", "torchvision", RANDOM, True, "any of these; nothing to download")]
+    rows = [Reference("torchvision:NAME@none", "torchvision", RANDOM, True, "any of these; nothing to download")]
     for name in models.list_models(module=models):
         entries = models.get_model_weights(name)
         for entry in entries:
             choice = "" if entry is entries.DEFAULT else entry.name
             if entry.meta["categories"]:
-                offline, why = _offline(in_hub(entry.url))
-                found.append(Reference(named("torchvision", name, choice), "torchvision", entry.name, offline, why))
-        found.append(Reference(f"torchvision:{name}@none", "torchvision", RANDOM, True, "nothing to download"))
-    return found
+                offline, why = _offline(file_in_hub(entry.url))
+                rows.append(
+                    Reference(reference_of("torchvision", name, choice), "torchvision", entry.name, offline, why)
+                )
+        rows.append(Reference(f"torchvision:{name}@none", "torchvision", RANDOM, True, "nothing to download"))
+    return rows
 
 
 def _timm_rows(word: str | None) -> list[Reference]:
@@ -48,12 +54,12 @@ def _timm_rows(word: str | None) -> list[Reference]:
         why = f"{len(timm.list_models()):,} models; add a part of a name to list those that have it"
         return [Reference("timm:NAME", "timm", "", False, why)]
     part = word.lower().removeprefix("timm:").partition("@")[0]
-    found = [f"timm:{name}@none" for name in timm.list_models() if part in name]
-    rows = [Reference(name, "timm", RANDOM, True, "nothing to download") for name in found]
+    untrained = [f"timm:{name}@none" for name in timm.list_models() if part in name]
+    rows = [Reference(name, "timm", RANDOM, True, "nothing to download") for name in untrained]
     for name in timm.list_models(pretrained=True):
         cfg = timm.models.get_pretrained_cfg(name)
         if part in name and cfg.num_classes:
-            offline, why = _offline(in_hugging_face(cfg)[0])
+            offline, why = _offline(file_in_hugging_face(cfg)[0])
             rows.append(Reference(f"timm:{name}", "timm", cfg.tag or name, offline, why))
     return sorted(rows, key=lambda row: row.reference)
 
@@ -62,24 +68,25 @@ def _offline(cached: str | None) -> tuple[bool, str]:
     return cached is not None, "downloaded already" if cached else "needs a download"
 
 
-def in_hub(url: str) -> str | None:
+def file_in_hub(url: str) -> str | None:
+    """Return the file in torch's cache that an address was downloaded to; None where it was not."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     return str(path) if path.is_file() else None
 
 
-def in_hugging_face(cfg: Any) -> tuple[str | None, str]:
-    """The weights' file in a cache, if it is there, and the address that it comes from."""
+def file_in_hugging_face(cfg: Any) -> tuple[str | None, str]:
+    """Return the weights' file in a cache, None where it is not there, and the address that it comes from."""
     if not cfg.hf_hub_id:
-        return in_hub(cfg.url), cfg.url
+        return file_in_hub(cfg.url), cfg.url
     import huggingface_hub
 
     repository, _, revision = cfg.hf_hub_id.partition("@")
-    named = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    cached = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None) for name in named)
-    found = next((path for path in cached if isinstance(path, str)), None)
-    return found, huggingface_hub.hf_hub_url(repository, named[0], revision=revision or None)
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    cached = (huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None) for name in names)
+    file = next((path for path in cached if isinstance(path, str)), None)
+    return file, huggingface_hub.hf_hub_url(repository, names[0], revision=revision or None)
 
 
-def named(source: str, name: str, choice: str) -> str:
+def reference_of(source: str, name: str, choice: str) -> str:
     """Write a reference."""
     return f"{source}:{name}" + (f"@{choice}" if choice else "")

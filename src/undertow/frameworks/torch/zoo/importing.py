@@ -1,4 +1,4 @@
-"""Import torchvision and timm, beside a CPU-only torch too, or say in one line what does not fit."""
+"""Import of torchvision and timm, also beside a CPU-only torch; what does not fit is said in one line."""
 
 import importlib
 import importlib.metadata
@@ -47,7 +47,7 @@ def import_torchvision() -> Any:
 
 
 def _declare_operators(package: Path) -> None:
-    for library in sorted(package.glob("_C*")):
+    for library in sorted(package.glob("_C*")):  # torchvision's own name for its compiled operators
         with suppress(OSError, RuntimeError):
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call, unused-ignore]
     missing = [schema for schema in _OPERATORS if not hasattr(torch.ops.torchvision, schema.partition("(")[0])]
@@ -58,28 +58,37 @@ def _declare_operators(package: Path) -> None:
 
 
 def _misfit(error: Exception) -> str:
-    """Why torchvision does not import, and which one would. torchvision 0.(N+15) is built for torch 2.N."""
-    have, version = torch.__version__.partition("+")[0], "of unknown version"
-    needs = have
+    """Say why torchvision does not import, and which would: torchvision 0.(N+15) is built for torch 2.N."""
+    installed, version = torch.__version__.partition("+")[0], "of unknown version"
+    needs = installed
     with suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("torchvision")
         lines = importlib.metadata.requires("torchvision") or ()
         pins = (re.match(r"torch\s*\(?==\s*([\d.]+)", line) for line in lines)
-        needs = next((pin[1] for pin in pins if pin), have)
-    minor = re.match(r"2\.(\d+)", have)
+        needs = next((pin[1] for pin in pins if pin), installed)
+    minor = re.match(r"2\.(\d+)", installed)
     remedy = f'pip install "torchvision==0.{int(minor[1]) + 15}.*"' if minor else f"pip install torch=={needs}"
-    if needs != have:
-        return f"torchvision {version} is built for torch {needs}, but torch {have} is installed; run: {remedy}"
+    if needs != installed:
+        return f"torchvision {version} is built for torch {needs}, but torch {installed} is installed; run: {remedy}"
     return f"torchvision {version} cannot be imported ({one_line(error)}); run: {remedy} --force-reinstall"
 
 
 def import_timm() -> Any:
-    """Import timm, and torchvision before it, which it needs. Raises FrameworkError as `import_torchvision` does."""
+    """Import timm, after torchvision, which it needs.
+
+    Raises:
+        FrameworkError: as `import_torchvision` says.
+    """
     import_torchvision()
-    return package("timm", "vision")
+    return import_package("timm", "vision")
 
 
-def package(name: str, extra: str) -> Any:
+def import_package(name: str, extra: str) -> Any:
+    """Import a package of one of undertow's extras.
+
+    Raises:
+        FrameworkError: it is missing or broken; the message says how to install it.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
