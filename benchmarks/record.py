@@ -9,7 +9,8 @@ same round. Recordings are opened once, outside the timing; a turn ends when all
 Pairs: the plain step and undertow's alone, so that neither follows another tool's, on one network, one step each in
 turn, until a whole group of batches lies on the disk: as many as undertow would publish together, which are those of
 ten seconds. Each round makes the network anew: one copy is up to 2 % slower
-than another, as its memory happens to lie, and stays so. A watched batch is one that `diagnose=` watches: every 32nd by default, so a run pays one part in 32 of what it adds.
+than another, as its memory happens to lie, and stays so. A watched batch is one that `diagnose=` watches: every 32nd by
+default, so a run pays one part in 32 of what it adds.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against

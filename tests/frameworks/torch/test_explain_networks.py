@@ -24,7 +24,7 @@ def equal(a, b) -> bool:
     return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("rule", [*RULES, own_guided, own_mixture], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, own_guided, own_mixture])
 @pytest.mark.parametrize("activations", ["relu-like", "all"])
 @pytest.mark.parametrize("network", AWKWARD + SMOOTH, ids=str)
 def test_graph_equals_the_twin(network: Network, activations: str, rule):
@@ -46,7 +46,7 @@ def test_graph_equals_the_twin(network: Network, activations: str, rule):
 
 
 @pytest.mark.parametrize("through", ["swap", "hook"])
-@pytest.mark.parametrize("rule", ["deconvnet", "guided", own_mixture], ids=str)
+@pytest.mark.parametrize("rule", ["deconvnet", "guided", own_mixture])
 @pytest.mark.parametrize("network", [n for n in AWKWARD if n.rewired], ids=str)
 def test_swap_and_hook_agree_or_say_what_they_missed(network: Network, rule, through: str):
     model, x = network.build()
