@@ -26,7 +26,7 @@ class Classifier:
         classes: one name for each score.
         weights: where its weights are from, for people: "ImageNet, packaged", "IMAGENET1K_V1", "random (seed 0)",
             "best.safetensors".
-        weights_sha256: of the values themselves (see `undertow.frameworks.torch.vision.weights_sha256`).
+        weights_sha256: of the values themselves (see `undertow.frameworks.torch.weights.weights_sha256`).
         synonyms: further names of each class, or nothing; `find_class` knows them too.
     """
 
