@@ -88,19 +88,14 @@ def record_photographs(
     labels = {} if objective == "predicted" else {name: _label(classifier, path) for name, path in photographs}
     batch_size = batch_size or (4 if device == "cpu" else 32)
     batches = [photographs[start : start + batch_size] for start in range(0, len(photographs), batch_size)]
-    settings: dict[str, Any] = {
-        "measures": measures,
-        "loss_reduction": "sum",
-        "objective": objective,
-        "reference": classifier.reference,
-        "source": _identity(photographs) | {"batch_size": batch_size, "objective": objective},
-        "diagnose": _WATCH_EVERY if diagnose is True else diagnose,
-    }
+    source_facts = _identity(photographs) | {"batch_size": batch_size, "objective": objective}
+    options |= {"objective": objective, "reference": classifier.reference, "source": source_facts}
+    options |= {"loss_reduction": "sum", "diagnose": _WATCH_EVERY if diagnose is True else diagnose}
     recorder = capability(framework_of_model(classifier.module), "record")
     result = RecordedPhotographs()
     with (
         recorder.objective(classifier.module, objective) as run_objective,
-        record(folder, classifier.module, **settings, **options) as recording,
+        record(folder, classifier.module, measures=measures, **options) as recording,
     ):
         before = set(Run(folder).table("batches")["batch"].to_pylist())
         result.before = len(before)
