@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import call
 
 import undertow as ut
+from cli.test_commands import call
 from undertow import images, models
 from undertow.recording.photographs import record_photographs
 
