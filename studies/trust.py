@@ -28,7 +28,7 @@ import undertow as ut
 from undertow import images, models
 from undertow.frameworks import base
 from undertow.verdict import convergence, input, similarity
-from undertow.verdict.photograph import Judged, write
+from undertow.verdict.photograph import JudgedPhotograph, write
 
 RULES = ("gradient", "deconvnet", "guided")
 ESTIMATORS = (
@@ -132,7 +132,7 @@ def last_layer(model: nn.Sequential, x: torch.Tensor) -> list[dict[str, Any]]:
     classes, rows = model(x).argmax(1), []
     for rule in RULES:
         before, after = (ut.explain(m, x, rule=rule, target=classes).numpy() for m in (model, twin))
-        alike = [similarity.likeness(a, b) for a, b in zip(before, after, strict=True)]
+        alike = [similarity.similarities(a, b) for a, b in zip(before, after, strict=True)]
         rows.append({"rule": rule, **{key: float(np.mean([a[key] for a in alike])) for key in alike[0]}})
     return rows
 
@@ -316,7 +316,7 @@ def judge_photograph(classifier: models.Classifier, path: Path, rule: str, estim
     x = torch.from_numpy(classifier.preprocessing.array(photograph))[None]
     verdict = ut.trust(classifier.module, x, rule=rule, estimator=estimator, names=classifier.classes)
     view = classifier.preprocessing.view(photograph)
-    write(Judged(path, view, {f"{rule} {estimator}": verdict}), classifier, out / path.stem)
+    write(JudgedPhotograph(path, view, {f"{rule} {estimator}": verdict}), classifier, out / path.stem)
     target.write_text(json.dumps(verdict.to_dict(), indent=1), encoding="utf-8")
 
 

@@ -40,16 +40,16 @@ def _umask() -> int:
     return mask
 
 
-def readable(name: str, most: int = 80) -> str:
+def readable(name: str, max_bytes: int = 80) -> str:
     """Reduce any name to one that is safe as part of a file name: letters, digits, `.`, `_`, `-`, in any script.
 
-    Not unique: several names may give one. `most` bounds its bytes in UTF-8.
+    Not unique: several names may give one. `max_bytes` bounds its bytes in UTF-8.
 
     >>> readable("../a b/猫.jpg")
     'a_b_猫.jpg'
     """
     kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._- ")
-    return kept.encode()[:most].decode(errors="ignore") or "unnamed"
+    return kept.encode()[:max_bytes].decode(errors="ignore") or "unnamed"
 
 
 def distinct(names: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import FrameworkError, ModelError, PhotographError
 
-MOST_PIXELS = 178_956_970
+MAX_PIXELS = 178_956_970
 """Larger images are refused from their header alone; it is where Pillow itself raises (half a gigabyte as RGB)."""
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".ico", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -56,12 +56,12 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
     _refuse_non_file(path, name)
     try:
         with _quiet(), Image.open(path, formats=_formats()) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
+            if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             opened.load()
             return _rgb(_upright(opened))
     except Image.DecompressionBombError as error:
-        raise PhotographError(f"{name} is too large: over {MOST_PIXELS:,} pixels; make it smaller first") from error
+        raise PhotographError(f"{name} is too large: over {MAX_PIXELS:,} pixels; make it smaller first") from error
     except UnidentifiedImageError as error:
         raise PhotographError(f"{name} is not a photograph that can be read; save it as JPEG or PNG") from error
     except Exception as error:  # a damaged file can raise nearly anything in some decoder
@@ -143,7 +143,7 @@ class Preprocessing:
         """
         image = _rgb(image) if image.mode != "RGB" else image
         size = self._resized(image.size)
-        if size[0] * size[1] > MOST_PIXELS:
+        if size[0] * size[1] > MAX_PIXELS:
             raise PhotographError(f"a photograph of {image.width} x {image.height} pixels is too elongated; crop it")
         resized = image.resize(size, Image.Resampling[self.interpolation.upper()])
         return np.asarray(_centre(resized, _pair(self.crop)))

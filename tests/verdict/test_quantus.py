@@ -75,8 +75,10 @@ def test_deletion(x):
         with torch.no_grad():
             return model(torch.from_numpy(images)).numpy()[:, target].astype(np.float64)
 
-    ends = scores(np.stack([image, fill.meaned(image)]))
-    ours = faithfulness._replaced({"map": values[0, 0]}, image, fill.meaned(image), scores, tuple(ends), steps=8)["map"]
+    ends = scores(np.stack([image, fill.mean_image(image)]))
+    ours = faithfulness._replaced({"map": values[0, 0]}, image, fill.mean_image(image), scores, tuple(ends), steps=8)[
+        "map"
+    ]
     flipping = quantus.PixelFlipping(features_in_step=32, perturb_baseline=float(image.mean()), **QUIET)
     theirs = flipping(model=model, x_batch=image[None], y_batch=np.array([target]), a_batch=values, softmax=False)
     expected = (np.array(theirs[0]) - ends[1]) / abs(ends[0] - ends[1])

@@ -66,14 +66,14 @@ def test_the_plain_gradient_stands_beside():
 
 def test_other_classes_are_the_runner_up_the_least_likely_and_random_ones():
     scores = np.array([3.0, 9.0, 5.0, -7.0, 1.0, 2.0, 0.0, 4.0])
-    found = class_.others(scores, 1, seed=0)
+    found = class_.other_classes(scores, 1, seed=0)
     assert list(found.items())[:2] == [(2, "runner-up"), (3, "least likely")]
     assert len(found) == 5
     assert 1 not in found
-    assert class_.others(scores, 3, seed=0)[1] == "runner-up"
-    assert found != class_.others(scores, 1, seed=1)
-    assert class_.others(np.array([1.0, 2.0]), 0, seed=0) == {1: "least likely"}
-    assert class_.others(np.array([1.0]), 0, seed=0) == {}
+    assert class_.other_classes(scores, 3, seed=0)[1] == "runner-up"
+    assert found != class_.other_classes(scores, 1, seed=1)
+    assert class_.other_classes(np.array([1.0, 2.0]), 0, seed=0) == {1: "least likely"}
+    assert class_.other_classes(np.array([1.0]), 0, seed=0) == {}
 
 
 def test_weights_by_the_mean_over_the_cascade():
@@ -160,7 +160,7 @@ def test_the_number_of_images_is_known_beforehand():
     seen = []
     image = lumpy(12).astype(np.float32)
     faithfulness.answer(ORIGINAL, image, lambda images: (seen.append(len(images)), images.sum((1, 2, 3)))[1], 21, 0)
-    assert sum(seen) == faithfulness.images(21)
+    assert sum(seen) == faithfulness.n_images(21)
 
 
 def test_max_sensitivity_by_hand():

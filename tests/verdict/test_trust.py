@@ -121,7 +121,7 @@ def test_layers_are_in_the_order_in_which_they_run(x):
     assert inspector.layers(lambda v: v, x) == []
 
 
-def test_redrawn_layers_are_new_and_the_rest_is_the_same_weights(x):
+def test_reinitialized_layers_are_new_and_the_rest_is_the_same_weights(x):
     inspector, model = base.capability("torch", "inspect.layers"), net()
     twin = inspector.reinitialized(model, ["norm", "head"], seed=3)
     assert twin.stem.weight is model.stem.weight
@@ -156,7 +156,7 @@ def test_weights_that_no_module_knows_how_to_draw_are_shuffled():
     assert drawn.out_proj.weight is not attention.out_proj.weight
 
 
-def test_inside_gives_gradients_of_directions(x):
+def test_layer_gradients_of_directions(x):
     inspector, model = base.capability("torch", "inspect.layers"), net()
     directions = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
     request = base.Request(model, (x,), ut.rules.gradient, "gradient", None, "graph", "relu-like", False)

@@ -30,7 +30,7 @@ KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "gui
 COUNTS = {"smoothgrad": 25, "integrated": 50}
 LAYERED = ("grad-cam", "guided-grad-cam")
 NOISE = 0.1
-TOGETHER = 8  # inputs in one pass: a larger batch gains nothing on a CPU and costs memory
+MAX_BATCH = 8  # inputs in one pass: a larger batch gains nothing on a CPU and costs memory
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _mean(framework: str, request: Request, first: Explanation, points: Iterator
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
     batch = len(request.inputs[0])
     # a function of the scores may know the positions in the batch, so it sees the batch as it is
-    together = 1 if first.targets is None else max(1, TOGETHER // max(batch, 1))
+    together = 1 if first.targets is None else max(1, MAX_BATCH // max(batch, 1))
     totals: list[Any] = [0.0] * len(request.inputs)
     count = 0
     while chunk := list(islice(points, together)):

@@ -16,7 +16,7 @@ from ..classifier import Classifier
 from ..errors import ModelError
 from ..files import published, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import batch_of, facts_of, result_folder
+from ..photographs import batch_of, provenance, result_folder
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
@@ -26,7 +26,7 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Explained:
+class ExplainedPhotograph:
     """What one photograph gave.
 
     Attributes:
@@ -60,7 +60,7 @@ def explain_photograph(
     activations: str = "relu-like",
     estimator: str = "gradient",
     device: str = "cpu",
-) -> Explained:
+) -> ExplainedPhotograph:
     """Explain one photograph under several rules.
 
     Args:
@@ -91,7 +91,7 @@ def explain_photograph(
     first = maps[rules[0]]
     ids = as_numpy(first.targets)[0].tolist()
     scores = as_numpy(first.scores)[0].tolist()
-    return Explained(
+    return ExplainedPhotograph(
         path=path,
         view=classifier.preprocessing.view(photograph),
         predictions=predictions,
@@ -111,7 +111,7 @@ def _predictions(classifier: Classifier, probabilities: npt.NDArray[Any]) -> lis
     return [(int(i), classifier.classes[i], float(probabilities[i])) for i in best]
 
 
-def write(explained: Explained, classifier: Classifier, folder: Path) -> dict[str, Any]:
+def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
     """Write the panel, each map as pictures and as safetensors, and `result.json` last; return what it says.
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
@@ -150,7 +150,7 @@ def _write_image(image: Any, path: Path) -> None:
         image.save(aside, format="PNG")
 
 
-def draw_panel(explained: Explained, classifier: Classifier) -> Any:
+def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
     """Draw one photograph's panel, a row for each target."""
     rows = [
         PanelRow(f"{class_id} {name}", [(_heading(a), _in_colour(a, k, classifier)) for a in explained.maps.values()])
@@ -161,7 +161,7 @@ def draw_panel(explained: Explained, classifier: Classifier) -> Any:
     return panel(explained.view, title, rows, [*notes(explained.maps), *_sentences(explained)])
 
 
-def _sentences(explained: Explained) -> list[str]:
+def _sentences(explained: ExplainedPhotograph) -> list[str]:
     """The sentence of each verdict, to stand next to the maps."""
     target = explained.targets[0][1]
     return [f"May it be believed? {rule}, {target}: {v['sentence']}" for rule, v in explained.verdicts.items()]
@@ -173,10 +173,10 @@ def _heading(attribution: Attribution) -> str:
     return f"{attribution.rule}{how}{rewired}"
 
 
-def likeness(maps: Sequence[npt.NDArray[Any]]) -> float:
+def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:
     """Return the mean correlation between the maps of different photographs: near 1, they say nothing of any one.
 
-    >>> likeness([np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([2.0, 1.0, 0.0])])
+    >>> mean_correlation([np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([2.0, 1.0, 0.0])])
     -0.3333333333333333
     """
     table = np.corrcoef([np.asarray(values, np.float64).ravel() for values in maps])
@@ -200,10 +200,10 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
     return remarks
 
 
-def _facts(explained: Explained, classifier: Classifier) -> dict[str, Any]:
+def _facts(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str, Any]:
     packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
-        **facts_of(explained.path, classifier),
+        **provenance(explained.path, classifier),
         "preprocessing": classifier.preprocessing.to_dict(),
         "predictions": [{"class": i, "name": n, "probability": round(p, 6)} for i, n, p in explained.predictions],
         "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],

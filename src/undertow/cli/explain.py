@@ -11,7 +11,7 @@ from .photographs import RULES, device_option, for_each, json_option, out_option
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..attribution.photograph import Explained
+    from ..attribution.photograph import ExplainedPhotograph
     from ..classifier import Classifier
 
 EXAMPLES = """\b
@@ -126,7 +126,7 @@ def explain_all(
     out: Path,
     as_json: bool = False,
     *,
-    keep: "Callable[[Explained], object]" = lambda _: None,
+    keep: "Callable[[ExplainedPhotograph], object]" = lambda _: None,
     judge: bool = False,
 ) -> int:
     """Explain, judge where asked to, and write every photograph; print what came of each; return the exit code."""
@@ -149,7 +149,7 @@ def explain_all(
     return for_each(photographs, out, work, verb="explained", as_json=as_json)
 
 
-def _judged(explained: "Explained", classifier: "Classifier", device: str) -> "Explained":
+def _judged(explained: "ExplainedPhotograph", classifier: "Classifier", device: str) -> "ExplainedPhotograph":
     """Add a verdict on each rule's map of the first target."""
     from dataclasses import replace
 
@@ -167,7 +167,7 @@ def _status(text: str) -> Any:
     return Console(stderr=True).status(text)
 
 
-def _print(explained: "Explained", folder: Path) -> None:
+def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -183,7 +183,7 @@ def _print(explained: "Explained", folder: Path) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _lines(explained: "Explained", folder: Path) -> Iterator[str]:
+def _lines(explained: "ExplainedPhotograph", folder: Path) -> Iterator[str]:
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
     yield f"explained: {names}"
     for rule, attribution in explained.maps.items():

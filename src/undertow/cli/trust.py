@@ -9,7 +9,7 @@ import click
 from .photographs import RULES, device_option, for_each, json_option, out_option, photographs_argument
 
 if TYPE_CHECKING:
-    from ..verdict.photograph import Judged
+    from ..verdict.photograph import JudgedPhotograph
 
 EXAMPLES = """\b
 Examples:
@@ -138,7 +138,7 @@ class PassesBar:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_verdicts(judged: "Judged", folder: Path) -> None:
+def print_verdicts(judged: "JudgedPhotograph", folder: Path) -> None:
     """Print each verdict as a table with its sentence."""
     from rich.console import Console
     from rich.table import Table

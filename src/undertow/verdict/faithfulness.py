@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .fill import blurred, imputed, meaned
+from .fill import blurred, imputed, mean_image
 from .input import edges
 from .null import random_maps
 from .result import NO, WEAK, YES, Answer
@@ -16,7 +16,7 @@ from .similarity import plane
 Array = npt.NDArray[Any]
 Scores = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]
 STEPS = 8
-FEW = 3  # random orders under the replacements that set no level
+N_OTHER = 3  # random orders under the replacements that set no level
 CHANCE = 0.05
 SOURCE = "deletion and insertion, Petsiuk et al. 2018, arXiv 1806.07421; imputation, Rong et al. 2022, arXiv 2202.00449"
 DEFINITION = (
@@ -75,10 +75,10 @@ def masks(order: Array, steps: int = STEPS) -> npt.NDArray[np.bool_]:
     return place.reshape(order.shape) < counts[:, None, None].round()
 
 
-def images(samples: int, steps: int = STEPS) -> int:
+def n_images(samples: int, steps: int = STEPS) -> int:
     """How many images `answer` shows the network."""
     inner = steps - 1
-    return 3 + inner * (2 * (2 + samples) + 2 * (2 + min(FEW, samples)) + (2 + min(FEW, samples)))
+    return 3 + inner * (2 * (2 + samples) + 2 * (2 + min(N_OTHER, samples)) + (2 + min(N_OTHER, samples)))
 
 
 def answer(values: Array, image: Array, scores: Scores, samples: int, seed: int, steps: int = STEPS) -> Answer:
@@ -95,11 +95,11 @@ def answer(values: Array, image: Array, scores: Scores, samples: int, seed: int,
     own = plane(values)
     random = random_maps(own, samples, generator)
     orders = {"map": own, "edges": edges(image), **{f"random {i}": one for i, one in enumerate(random)}}
-    few = dict(list(orders.items())[: 2 + FEW])
-    ends = scores(np.stack([image, blurred(image), meaned(image)]))
+    few = dict(list(orders.items())[: 2 + N_OTHER])
+    ends = scores(np.stack([image, blurred(image), mean_image(image)]))
     curves = {
         "blur": _replaced(orders, image, blurred(image), scores, (ends[0], ends[1]), steps),
-        "mean": _replaced(few, image, meaned(image), scores, (ends[0], ends[2]), steps),
+        "mean": _replaced(few, image, mean_image(image), scores, (ends[0], ends[2]), steps),
         "imputation": _imputed(few, image, scores, (ends[0], ends[2]), steps, generator),
     }
     blur = {name: curve.gap for name, curve in curves["blur"].items()}

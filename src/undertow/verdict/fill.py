@@ -30,22 +30,26 @@ def _gaussian(size: int, deviation: float) -> npt.NDArray[np.float64]:
     return weights / weights.sum(1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def meaned(image: Array) -> Image:
+def mean_image(image: Array) -> Image:
     """Return an image of each channel's mean.
 
-    >>> meaned(np.array([[[1.0, 3.0]]])).tolist()
+    >>> mean_image(np.array([[[1.0, 3.0]]])).tolist()
     [[[2.0, 2.0]]]
     """
     return np.broadcast_to(np.mean(image, (-2, -1), keepdims=True), image.shape).astype(np.float32)
 
 
 def imputed(
-    image: Array, missing: npt.NDArray[np.bool_], generator: np.random.Generator, noise: float = NOISE, most: int = 25
+    image: Array,
+    missing: npt.NDArray[np.bool_],
+    generator: np.random.Generator,
+    noise: float = NOISE,
+    max_steps: int = 25,
 ) -> Image:
     """Fill missing pixels so that each is the weighted mean of its eight neighbours, plus a little noise.
 
     Direct neighbours weigh 1/6, diagonal ones 1/12, those beyond the border nothing. The linear system is solved by
-    conjugate gradients from a coarse guess, which after `most` steps leaves what nobody sees; more steps leave less.
+    conjugate gradients from a coarse guess, which after `max_steps` steps leaves an error that nobody sees.
 
     Args:
         image: `(C, H, W)`.
@@ -59,7 +63,7 @@ def imputed(
     guess = np.where(missing, _coarse(known, ~missing), np.float32(0))
     # unknowns u: degree * u - (their missing neighbours) = (their known neighbours); symmetric and positive definite
     solved = _conjugate_gradients(lambda u: missing * (degree * u - _neighbours(u)),
-                                  missing * _neighbours(known), guess, most)  # fmt: skip
+                                  missing * _neighbours(known), guess, max_steps)  # fmt: skip
     drawn = noise * generator.standard_normal(known.shape)
     return np.where(missing, solved + drawn, known).astype(np.float32)
 
@@ -91,13 +95,13 @@ def _blocks(values: Image) -> Image:
     return values[..., ::2, ::2] + values[..., 1::2, ::2] + values[..., ::2, 1::2] + values[..., 1::2, 1::2]
 
 
-def _conjugate_gradients(apply: Any, right: Array, guess: Array, most: int) -> Image:
+def _conjugate_gradients(apply: Any, right: Array, guess: Array, max_steps: int) -> Image:
     """Solve a symmetric positive definite system, all channels in one; stop where the residual is rounding."""
     solution = guess.copy()
     residual = right - apply(solution)
     direction, size = residual.copy(), float(np.vdot(residual, residual))
     enough = 1e-12 * float(np.vdot(right, right))
-    for _ in range(most):
+    for _ in range(max_steps):
         if size <= enough:
             break
         moved = apply(direction)

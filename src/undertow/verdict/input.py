@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .class_ import LEVELS
-from .null import marks_against
+from .null import thresholds_against
 from .result import NO, WEAK, YES, Answer
 from .similarity import correlation, plane, spearman, ssim
 
@@ -44,7 +44,7 @@ def answer(values: Array, image: Array, samples: int, seed: int) -> Answer:
     """
     magnitudes, steep = plane(values), edges(image)
     value = spearman(magnitudes, steep)
-    null = marks_against(magnitudes, steep, samples, np.random.default_rng(seed))
+    null = thresholds_against(magnitudes, steep, samples, np.random.default_rng(seed))
     level = LEVELS.get(null.place(value), WEAK)
     numbers = {
         "edges": value,

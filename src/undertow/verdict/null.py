@@ -24,7 +24,7 @@ LOW, BETWEEN, HIGH = "low", "between", "high"
 
 
 @dataclass(frozen=True)
-class Marks:
+class Thresholds:
     """Where a similarity stops to be that of unrelated maps, and where it starts to be that of mostly the same."""
 
     unrelated: float
@@ -33,7 +33,7 @@ class Marks:
     def place(self, value: float) -> str:
         """Say on which side of the marks a similarity lies; two constants are the same map.
 
-        >>> [Marks(0.1, 0.5).place(v) for v in (-0.3, 0.3, 0.9)]
+        >>> [Thresholds(0.1, 0.5).place(v) for v in (-0.3, 0.3, 0.9)]
         ['low', 'between', 'high']
         """
         return HIGH if value >= self.half else LOW if value <= self.unrelated else BETWEEN
@@ -43,10 +43,10 @@ class Marks:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def gaussian(values: Array, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+def normal_scores(values: Array, generator: np.random.Generator) -> npt.NDArray[np.float64]:
     """Give each value the normal deviate of its rank, so that what follows knows the order alone; ties by chance.
 
-    >>> gaussian(np.array([5.0, -1.0, 70.0]), np.random.default_rng(0)).argsort().tolist()
+    >>> normal_scores(np.array([5.0, -1.0, 70.0]), np.random.default_rng(0)).argsort().tolist()
     [1, 0, 2]
     """
     flat = np.ravel(values)
@@ -56,7 +56,7 @@ def gaussian(values: Array, generator: np.random.Generator) -> npt.NDArray[np.fl
     return deviates.reshape(np.shape(values))
 
 
-def field(deviates: Array, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+def phase_randomized(deviates: Array, generator: np.random.Generator) -> npt.NDArray[np.float64]:
     """Draw a random field with the spectrum of another over its last two axes, all leading axes turned alike.
 
     Source: phase randomisation, Theiler et al. 1992, doi 10.1016/0167-2789(92)90102-S.
@@ -76,8 +76,8 @@ def random_maps(values: Array, count: int, generator: np.random.Generator) -> li
     >>> sorted(one.ravel()) == list(range(12))
     True
     """
-    deviates = gaussian(values, generator)
-    return [_with_values(field(deviates, generator), values) for _ in range(count)]
+    deviates = normal_scores(values, generator)
+    return [_with_values(phase_randomized(deviates, generator), values) for _ in range(count)]
 
 
 def _with_values(drawn: Array, values: Array) -> Array:
@@ -88,20 +88,20 @@ def _with_values(drawn: Array, values: Array) -> Array:
 
 def pairs(values: Array, count: int, generator: np.random.Generator) -> Iterator[tuple[Array, Array, Array, Array]]:
     """Yield two unrelated random maps like `values`, then two that share half of their variance, `count` times."""
-    deviates = gaussian(values, generator)
+    deviates = normal_scores(values, generator)
     for _ in range(count):
-        one, other, common = (field(deviates, generator) for _ in range(3))
+        one, other, common = (phase_randomized(deviates, generator) for _ in range(3))
         one, other, first, second = (_with_values(f, values) for f in (one, other, one + common, other + common))
         yield one, other, first, second
 
 
-def marks(
+def thresholds(
     values: Array, measures: Mapping[str, Measure], count: int, generator: np.random.Generator
-) -> dict[str, Marks]:
+) -> dict[str, Thresholds]:
     """Find both marks of each measure by `count` pairs of random maps like `values`.
 
     >>> lumps = np.random.default_rng(1).random((32, 32))
-    >>> got = marks(lumps, {"spearman": spearman}, 19, np.random.default_rng(0))["spearman"]
+    >>> got = thresholds(lumps, {"spearman": spearman}, 19, np.random.default_rng(0))["spearman"]
     >>> bool(got.unrelated < 0.1), round(got.half, 1)
     (True, 0.5)
     """
@@ -110,34 +110,34 @@ def marks(
         for name, measure in measures.items():
             found[name].append((measure(one, other), measure(first, second)))
     return {
-        name: Marks(float(np.quantile([u for u, _ in both], 0.95)), float(np.median([h for _, h in both])))
+        name: Thresholds(float(np.quantile([u for u, _ in both], 0.95)), float(np.median([h for _, h in both])))
         for name, both in found.items()
     }
 
 
-def marks_against(values: Array, other: Array, count: int, generator: np.random.Generator) -> Marks:
+def thresholds_against(values: Array, other: Array, count: int, generator: np.random.Generator) -> Thresholds:
     """Find both marks of Spearman's correlation with a fixed plane, by random maps like `values`."""
-    deviates, fixed = gaussian(values, generator), gaussian(other, generator)
-    drawn = [field(deviates, generator) for _ in range(count)]
+    deviates, fixed = normal_scores(values, generator), normal_scores(other, generator)
+    drawn = [phase_randomized(deviates, generator) for _ in range(count)]
     unrelated = [spearman(d, other) for d in drawn]
     half = [spearman(d + fixed, other) for d in drawn]
-    return Marks(float(np.quantile(unrelated, 0.95)), float(np.median(half)))
+    return Thresholds(float(np.quantile(unrelated, 0.95)), float(np.median(half)))
 
 
 @dataclass(frozen=True)
 class Null:
     """The marks of one map: of its magnitudes by rank correlation, of its signed values by correlation and cosine."""
 
-    spearman: Marks
-    correlation: Marks
-    cosine: Marks
+    spearman: Thresholds
+    correlation: Thresholds
+    cosine: Thresholds
 
     @staticmethod
     def of(values: Array, count: int, seed: int) -> "Null":
         """Draw them from `count` pairs of random maps like `values`, `(C, H, W)`."""
         generator = np.random.default_rng(seed)
-        of_magnitudes = marks(plane(values), {"spearman": spearman}, count, generator)
-        of_signed = marks(np.asarray(values), {"correlation": correlation, "cosine": cosine}, count, generator)
+        of_magnitudes = thresholds(plane(values), {"spearman": spearman}, count, generator)
+        of_signed = thresholds(np.asarray(values), {"correlation": correlation, "cosine": cosine}, count, generator)
         return Null(**of_magnitudes, **of_signed)
 
     def place(self, spearman: float, correlation: float) -> str:

@@ -12,15 +12,15 @@ from .. import images
 from ..classifier import Classifier
 from ..errors import FrameworkError
 from ..files import readable
-from ..photographs import batch_of, batch_of_file, facts_of, result_folder
+from ..photographs import batch_of, batch_of_file, provenance, result_folder
 from ..show import verdict as show
-from .judge import Cost
+from .evaluation import Cost
 from .result import Verdict
 from .trust import SAMPLES, trust
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedPhotograph:
     """What came of one photograph.
 
     Attributes:
@@ -69,7 +69,7 @@ def trust_photograph(
     seed: int = 0,
     samples: int = SAMPLES,
     advance: Callable[[int], object] = lambda _: None,
-) -> Judged:
+) -> JudgedPhotograph:
     """Judge the maps of one photograph.
 
     Args:
@@ -96,10 +96,10 @@ def trust_photograph(
             samples=samples,
             advance=advance,
         )
-    return Judged(path, classifier.preprocessing.view(photograph), verdicts)
+    return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
 
 
-def write(judged: Judged, classifier: Classifier, folder: Path) -> dict[str, Any]:
+def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
     """Write a picture for each verdict, and `verdict.json` last; return what it says.
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
@@ -114,5 +114,5 @@ def write(judged: Judged, classifier: Classifier, folder: Path) -> dict[str, Any
             except FrameworkError as error:
                 notes = [str(error)]
         verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}
-        result |= {**facts_of(judged.path, classifier), "verdicts": verdicts, "notes": notes, "files": files}
+        result |= {**provenance(judged.path, classifier), "verdicts": verdicts, "notes": notes, "files": files}
     return result

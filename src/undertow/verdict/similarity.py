@@ -104,10 +104,10 @@ def _means(values: Array, size: int) -> npt.NDArray[np.float64]:
     return windows.mean((-2, -1))  # type: ignore[no-any-return]
 
 
-def likeness(a: Array, b: Array) -> dict[str, float]:
+def similarities(a: Array, b: Array) -> dict[str, float]:
     """Compare two maps `(C, H, W)`: rank correlation and SSIM of magnitudes, cosine and correlation of signed values.
 
-    >>> likeness(np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]], -np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]])
+    >>> similarities(np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]], -np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]])
     {'spearman': 1.0, 'ssim': 1.0, 'cosine': -1.0, 'correlation': -1.0}
     """
     one, other = plane(a), plane(b)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from .null import Null
 from .result import NO, WEAK, YES, Answer
-from .similarity import likeness
+from .similarity import similarities
 
 Array = npt.NDArray[Any]
 DRAWS = 8
@@ -53,7 +53,7 @@ def answer(original: Array, maps: Sequence[Array], radius: float, null: Null, se
         seed: of the interval of the mean.
     """
     found = [sensitivity(original, values) for values in maps]
-    alike = [likeness(original, values)["spearman"] for values in maps]
+    alike = [similarities(original, values)["spearman"] for values in maps]
     value = max(found)
     # random maps have the map's own length, so that between two of them the change and the cosine are one number
     unrelated, half = (float(np.sqrt(2 - 2 * cosine)) for cosine in (null.cosine.unrelated, null.cosine.half))

@@ -13,8 +13,8 @@ from ..attribution.explain import explain
 from ..errors import InputError, UndertowError
 from ..frameworks.base import capability, framework_of_input
 from ..rules import Rule, resolve
-from .judge import Cost, Explainer, Judge, as_maps, checked_target
-from .judge import cost as cost_of
+from .evaluation import Cost, Evaluation, MapFunction, check_maps, check_target
+from .evaluation import cost as cost_of
 from .null import Null
 from .result import QUESTIONS, Answer, Verdict, verdict_sentence
 
@@ -81,21 +81,21 @@ class Trust:
         started = time.perf_counter()
         name, _ = resolve(rule)
         how = estimators.resolve(estimator)
-        judge = _judge(
+        evaluation = _evaluate(
             model, x, target, names, seed, samples, advance, own_explainer(rule, estimator, seed), how.passes
         )
-        original = judge.maps(judge.image[None], [judge.target])[0]
+        original = evaluation.maps(evaluation.image[None], [evaluation.target])[0]
         plain = name == "gradient" and how.kind == "gradient"
         null = Null.of(original, samples, seed)
         asked: dict[str, Callable[[], Answer]] = {
-            "class": lambda: judge.ask_class(original, null, compare=not plain),
-            "weights": lambda: judge.ask_weights(original, null),
-            "input": lambda: judge.ask_input(original),
-            "faithfulness": lambda: judge.ask_faithfulness(original),
-            "stability": lambda: judge.ask_stability(original, null),
-            "convergence": lambda: judge.ask_convergence(rule, how),
+            "class": lambda: evaluation.ask_class(original, null, compare=not plain),
+            "weights": lambda: evaluation.ask_weights(original, null),
+            "input": lambda: evaluation.ask_input(original),
+            "faithfulness": lambda: evaluation.ask_faithfulness(original),
+            "stability": lambda: evaluation.ask_stability(original, null),
+            "convergence": lambda: evaluation.ask_convergence(rule, how),
         }
-        return _verdict(judge, original, asked, {}, name, how.name, started)
+        return _verdict(evaluation, original, asked, {}, name, how.name, started)
 
     def of_map(
         self,
@@ -103,7 +103,7 @@ class Trust:
         x: Any,
         values: Any,
         *,
-        explainer: Explainer | None = None,
+        explainer: MapFunction | None = None,
         target: int | None = None,
         names: Sequence[str] | None = None,
         seed: int = 0,
@@ -131,25 +131,25 @@ class Trust:
         (['faithfulness', 'input'], 'the map was given as an array; pass explainer= to make others')
         """
         started = time.perf_counter()
-        judge = _judge(model, x, target, names, seed, samples, advance, explainer, 1)
+        evaluation = _evaluate(model, x, target, names, seed, samples, advance, explainer, 1)
         array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        original = as_maps(array[None] if array.ndim == 2 or array.shape[0] != 1 else array, 1, judge.image.shape[-2:])[
-            0
-        ]
+        original = check_maps(
+            array[None] if array.ndim == 2 or array.shape[0] != 1 else array, 1, evaluation.image.shape[-2:]
+        )[0]
         asked: dict[str, Callable[[], Answer]] = {
-            "input": lambda: judge.ask_input(original),
-            "faithfulness": lambda: judge.ask_faithfulness(original),
+            "input": lambda: evaluation.ask_input(original),
+            "faithfulness": lambda: evaluation.ask_faithfulness(original),
         }
         if explainer is not None:
             null = Null.of(original, samples, seed)
             asked |= {
-                "class": lambda: judge.ask_class(original, null, compare=False),
-                "weights": lambda: judge.ask_weights(original, null),
-                "stability": lambda: judge.ask_stability(original, null),
+                "class": lambda: evaluation.ask_class(original, null, compare=False),
+                "weights": lambda: evaluation.ask_weights(original, null),
+                "stability": lambda: evaluation.ask_stability(original, null),
             }
         unasked = {name: UNMADE for name in ("class", "weights", "stability") if explainer is None}
         unasked["convergence"] = "it is about a rule of this library, and the map was given as an array"
-        return _verdict(judge, original, asked, unasked, "given", "given", started)
+        return _verdict(evaluation, original, asked, unasked, "given", "given", started)
 
     def cost(
         self,
@@ -168,11 +168,11 @@ class Trust:
         """
         name, _ = resolve(rule)
         how = estimators.resolve(estimator)
-        judge = _judge(model, x, target, None, 0, samples, lambda _: None, None, how.passes)
-        return cost_of(judge, plain=name == "gradient" and how.kind == "gradient")
+        evaluation = _evaluate(model, x, target, None, 0, samples, lambda _: None, None, how.passes)
+        return cost_of(evaluation, plain=name == "gradient" and how.kind == "gradient")
 
 
-def own_explainer(rule: str | Rule, estimator: str, seed: int) -> Explainer:
+def own_explainer(rule: str | Rule, estimator: str, seed: int) -> MapFunction:
     """Return what makes the maps of a rule and an estimator."""
 
     def make(model: Any, x: Any, target: list[int]) -> Any:
@@ -181,7 +181,7 @@ def own_explainer(rule: str | Rule, estimator: str, seed: int) -> Explainer:
     return make
 
 
-def _judge(
+def _evaluate(
     model: Any,
     x: Any,
     target: Any,
@@ -189,9 +189,9 @@ def _judge(
     seed: int,
     samples: int,
     advance: Callable[[int], object],
-    explainer: Explainer | None,
+    explainer: MapFunction | None,
     passes_per_map: int,
-) -> Judge:
+) -> Evaluation:
     framework = framework_of_input(x, model)
     inspector = capability(framework, "inspect.layers")
     shape = tuple(x.shape)
@@ -200,16 +200,18 @@ def _judge(
     if samples < SAMPLES:
         raise InputError(f"samples={samples} are too few: {SAMPLES} are the fewest that can tell at 5 %")
     scores = inspector.scores(model, x)[0]
-    chosen = checked_target(target, scores)
+    chosen = check_target(target, scores)
     if names is not None and len(names) != len(scores):
         raise InputError(f"there are {len(names)} names for {len(scores)} classes")
     advance(1)
     arrays = capability(framework, "arrays")
-    return Judge(arrays, inspector, model, x, chosen, scores, names, seed, samples, explainer, passes_per_map, advance)
+    return Evaluation(
+        arrays, inspector, model, x, chosen, scores, names, seed, samples, explainer, passes_per_map, advance
+    )
 
 
 def _verdict(
-    judge: Judge,
+    evaluation: Evaluation,
     original: Array,
     asked: dict[str, Callable[[], Answer]],
     unasked: dict[str, str],
@@ -232,11 +234,11 @@ def _verdict(
         sentence=verdict_sentence(answers, unanswered),
         rule=rule,
         estimator=estimator,
-        target=judge.target,
-        target_name=judge.name(judge.target),
-        seed=judge.seed,
-        samples=judge.samples,
-        passes=dict(judge.passes),
+        target=evaluation.target,
+        target_name=evaluation.name(evaluation.target),
+        seed=evaluation.seed,
+        samples=evaluation.samples,
+        passes=dict(evaluation.passes),
         seconds=round(time.perf_counter() - started, 3),
         values=original,
     )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from .class_ import LEVELS
 from .null import Null
 from .result import NO, WEAK, YES, Answer
-from .similarity import likeness
+from .similarity import similarities
 
 Array = npt.NDArray[Any]
 STEPS = 8
@@ -51,8 +51,8 @@ def answer(
         single: for each layer that alone was drawn anew its name, its place counted from the top, and the map.
         layers: how many layers with weights there are.
     """
-    down = [{"layer": name, "redrawn": n, **likeness(original, values)} for name, n, values in cascaded]
-    alone = [{"layer": name, "from_top": n, **likeness(original, values)} for name, n, values in single]
+    down = [{"layer": name, "reinitialized": n, **similarities(original, values)} for name, n, values in cascaded]
+    alone = [{"layer": name, "from_top": n, **similarities(original, values)} for name, n, values in single]
     value = float(np.mean([row["spearman"] for row in down]))
     signed = float(np.mean([row["correlation"] for row in down]))
     level = LEVELS.get(null.place(value, signed), WEAK)

@@ -18,8 +18,8 @@ from .null import Null
 from .result import Answer
 
 Array = npt.NDArray[Any]
-Explainer = Callable[[Any, Any, list[int]], Any]
-TOGETHER = 4  # images in one pass: more take longer each on a CPU, and cost memory
+MapFunction = Callable[[Any, Any, list[int]], Any]
+MAX_BATCH = 4  # images in one pass: more take longer each on a CPU, and cost memory
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Cost:
 
 
 @dataclass
-class Judge:
+class Evaluation:
     """What every question may ask for; it counts what goes through the network.
 
     Attributes:
@@ -61,7 +61,7 @@ class Judge:
     names: Sequence[str] | None
     seed: int
     samples: int
-    explainer: Explainer | None = None
+    explainer: MapFunction | None = None
     passes_per_map: int = 1
     advance: Callable[[int], object] = lambda _: None
     passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
@@ -79,32 +79,32 @@ class Judge:
         self.advance(images)
 
     def maps(
-        self, images: Array, ids: Sequence[int], model: Any = None, explainer: Explainer | None = None
+        self, images: Array, ids: Sequence[int], model: Any = None, explainer: MapFunction | None = None
     ) -> list[Array]:
         """Return the map of each image for its class, a few images in one pass."""
         make = explainer or self.explainer
         assert make is not None  # questions that need maps are not asked without an explainer
         found: list[Array] = []
-        for start in range(0, len(images), TOGETHER):
-            some = images[start : start + TOGETHER]
-            told = list(ids[start : start + TOGETHER])
+        for start in range(0, len(images), MAX_BATCH):
+            some = images[start : start + MAX_BATCH]
+            told = list(ids[start : start + MAX_BATCH])
             made = make(self.model if model is None else model, self.arrays.like(some, self.x), told)
-            found += list(as_maps(made, len(some), self.image.shape[-2:]))
+            found += list(check_maps(made, len(some), self.image.shape[-2:]))
             self.count("backward", len(some) * (1 if explainer else self.passes_per_map))
         return found
 
     def target_scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return the explained class's score of each image, `(n,)`."""
         found = []
-        for start in range(0, len(images), TOGETHER):
-            some = images[start : start + TOGETHER]
+        for start in range(0, len(images), MAX_BATCH):
+            some = images[start : start + MAX_BATCH]
             found.append(self.inspector.scores(self.model, self.arrays.like(some, self.x))[:, self.target])
             self.count("forward", len(some))
         return np.concatenate(found).astype(np.float64)
 
     def ask_class(self, original: Array, null: Null, compare: bool) -> Answer:
         """Ask about other classes; `compare` asks the plain gradient about the same ones."""
-        roles = class_.others(self.scores, self.target, self.seed)
+        roles = class_.other_classes(self.scores, self.target, self.seed)
         if not roles:
             raise InputError("the model has one class alone")
         images = np.stack([self.image] * len(roles))
@@ -164,7 +164,7 @@ def gradient_map(model: Any, x: Any, target: list[int]) -> Any:
     return explain(model, x, rule="gradient", target=target).numpy()
 
 
-def as_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
+def check_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
     """Return maps as `(count, C, H, W)`, from an array or tensor with or without channels.
 
     Raises:
@@ -179,7 +179,7 @@ def as_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
     return array
 
 
-def checked_target(target: Any, scores: Array) -> int:
+def check_target(target: Any, scores: Array) -> int:
     """Return the class to judge by: the given one, or the highest score.
 
     Raises:
@@ -194,17 +194,17 @@ def checked_target(target: Any, scores: Array) -> int:
     return int(target)
 
 
-def cost(judge: Judge, plain: bool) -> Cost:
+def cost(evaluation: Evaluation, plain: bool) -> Cost:
     """Count the passes of a whole verdict, and estimate their time by two of each kind."""
-    classes = len(class_.others(judge.scores, judge.target, judge.seed))
-    steps = len(weights.cascade(judge.inspector.layers(judge.model, judge.x)))
+    classes = len(class_.other_classes(evaluation.scores, evaluation.target, evaluation.seed))
+    steps = len(weights.cascade(evaluation.inspector.layers(evaluation.model, evaluation.x)))
     maps = 1 + classes + 2 * steps + stability.DRAWS
     beside = 0 if plain else 1 + classes
-    backward = judge.passes_per_map * maps + beside + convergence.DIRECTIONS
-    forward = 3 + faithfulness.images(judge.samples)
-    gradient_map(judge.model, judge.x, [judge.target])  # the first pass of a process is slow
-    one_forward = _seconds(lambda: judge.inspector.scores(judge.model, judge.x))
-    one_backward = _seconds(lambda: gradient_map(judge.model, judge.x, [judge.target]))
+    backward = evaluation.passes_per_map * maps + beside + convergence.DIRECTIONS
+    forward = 3 + faithfulness.n_images(evaluation.samples)
+    gradient_map(evaluation.model, evaluation.x, [evaluation.target])  # the first pass of a process is slow
+    one_forward = _seconds(lambda: evaluation.inspector.scores(evaluation.model, evaluation.x))
+    one_backward = _seconds(lambda: gradient_map(evaluation.model, evaluation.x, [evaluation.target]))
     return Cost(forward, backward, forward * one_forward + backward * one_backward)
 
 
