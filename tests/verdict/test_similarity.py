@@ -88,7 +88,7 @@ def test_half_is_what_maps_that_share_half_of_their_variance_have():
 
 def test_the_same_places_with_other_signs_are_neither_the_same_nor_another():
     marks = null.Null.of(lumpy(12, (2, 40, 40)), 19, 0)
-    assert [marks.place(1, 1), marks.place(1, -1), marks.place(-0.2, -0.2)] == ["high", "between", "low"]
+    assert [marks.classify(1, 1), marks.classify(1, -1), marks.classify(-0.2, -0.2)] == ["no", "weak", "yes"]
 
 
 def test_blur_is_scipys_away_from_borders():

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .null import HIGH, LOW, Null
-from .result import NO, WEAK, YES, Answer
+from .null import Null
+from .result import NO, YES, Answer
 from .similarity import similarities
 
 Array = npt.NDArray[Any]
-LEVELS = {HIGH: NO, LOW: YES}
-N_RANDOM = 3  # further classes, beside the runner-up and the least likely
+N_RANDOM = 3  # random classes, beside the runner-up and the least likely
 SOURCE = "Nie et al. 2018, arXiv 1805.07039; Adebayo et al. 2018, arXiv 1810.03292"
 DEFINITION = (
     "Does the map depend on the class? Asked about the runner-up, the least likely class and random others, how alike "
@@ -54,14 +53,14 @@ def answer(
         original: the map, `(C, H, W)`.
         maps: of the other classes, by id.
         roles: what each of them is, as `other_classes` gives it.
-        names: of all classes that were asked about.
+        names: of all these classes and of the target.
         plain: the plain gradient's maps of the target and then of the same others, for comparison; empty where the
-            map is that gradient, or there is none.
+            map is that gradient itself, or was given as an array.
     """
     alike = {i: similarities(original, values) for i, values in maps.items()}
     value = float(np.median([a["spearman"] for a in alike.values()]))
     signed = float(np.median([a["correlation"] for a in alike.values()]))
-    level = LEVELS.get(null.place(value, signed), WEAK)
+    level = null.classify(value, signed)
     rows = [{"class": i, "name": names[i], "role": roles[i], **alike[i]} for i in alike]
     gradient = [similarities(plain[0], values)["spearman"] for values in plain[1:]]
     numbers = {"classes": rows, "correlation": signed, "gradient": _median(gradient), "null": null.to_dict()}

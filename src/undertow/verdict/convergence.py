@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .null import Thresholds
-from .result import NO, WEAK, YES, Answer
+from .result import NO, YES, Answer
 
 Array = npt.NDArray[Any]
 DIRECTIONS = 6
@@ -46,14 +46,14 @@ def _mean(table: npt.NDArray[np.float64]) -> float:
 
 
 def sign_flip_thresholds(vectors: Array, count: int, seed: int) -> Thresholds:
-    """Return the marks of the mean cosine, by `count` random flips of the vectors' signs."""
+    """Return the thresholds of the mean cosine, the lower one by `count` random flips of the vectors' signs."""
     table, generator = cosines(vectors), np.random.default_rng(seed)
     signs = generator.choice((-1.0, 1.0), (count, len(table)))
     return Thresholds(float(np.quantile([_mean(table * np.outer(s, s)) for s in signs], 0.95)), HALF)
 
 
 def answer(gradients: Mapping[str, Array], at_input: Array, samples: int, seed: int) -> Answer:
-    """Follow how alike random directions become on their way back.
+    """Measure how alike random directions become as they are sent back.
 
     Args:
         gradients: what arrived at each layer, `(K, ...)` for K directions, from the input up.
@@ -62,7 +62,7 @@ def answer(gradients: Mapping[str, Array], at_input: Array, samples: int, seed: 
     """
     value = mean_cosine(at_input)
     null = sign_flip_thresholds(at_input, 10 * samples, seed)
-    level = {"high": NO, "low": YES}.get(null.place(value), WEAK)
+    level = null.classify(value)
     depths = [{"layer": name, "cosine": mean_cosine(g)} for name, g in reversed(list(gradients.items()))]
     numbers = {"depths": depths, "directions": len(at_input), "null": null.to_dict()}
     return Answer(value, numbers, level, _sentence(level, value), DEFINITION, SOURCE)

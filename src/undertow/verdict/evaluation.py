@@ -1,4 +1,4 @@
-"""One image before the six questions: which maps and scores each needs, and how many passes that takes."""
+"""One image under evaluation: the maps and scores that each question needs, and how many passes they take."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..attribution import estimators
+from ..attribution.estimators import Estimator
 from ..attribution.explain import explain
 from ..errors import InputError, ModelError, TargetError
 from ..frameworks.base import Arrays, Inspector, Request
@@ -24,7 +24,7 @@ MAX_BATCH = 4  # images in one pass: more take longer each on a CPU, and cost me
 
 @dataclass(frozen=True)
 class Cost:
-    """What a verdict takes, said beforehand.
+    """What a verdict will take.
 
     Attributes:
         forward: images that go forward alone.
@@ -40,14 +40,15 @@ class Cost:
         return f"{self.forward} images forward, {self.backward} forward and backward, about {self.seconds:.0f} s"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluation:
-    """What every question may ask for; it counts what goes through the network.
+    """One image, its network and class: computes maps and scores for the questions, and counts the passes.
 
     Attributes:
         x: the image as the framework's tensor, `(1, C, H, W)`; `image` is the same as NumPy, `(C, H, W)`.
-        explainer: from a model, images `(n, C, H, W)` and their n class ids to maps `(n, C, H, W)` or `(n, H, W)`; None
-            where a map was given and nothing can make another.
+        scores: of the image, `(classes,)`.
+        map_function: from a model, images `(n, C, H, W)` and their n class ids to maps `(n, C, H, W)` or `(n, H, W)`;
+            None where a map was given and nothing can compute another.
         passes_per_map: how often an image goes forward and backward for one map.
         advance: called with the number of passes done.
     """
@@ -58,10 +59,10 @@ class Evaluation:
     x: Any
     target: int
     scores: Array
-    names: Sequence[str] | None
-    seed: int
+    names: Sequence[str] | None = None
+    seed: int = 0
     samples: int
-    explainer: MapFunction | None = None
+    map_function: MapFunction | None = None
     passes_per_map: int = 1
     advance: Callable[[int], object] = lambda _: None
     passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
@@ -74,60 +75,62 @@ class Evaluation:
         return self.names[class_id] if self.names is not None else f"class {class_id}"
 
     def count(self, kind: str, images: int) -> None:
-        """Note that images went through the network."""
+        """Count images that went through the network."""
         self.passes[kind] += images
         self.advance(images)
 
-    def maps(
-        self, images: Array, ids: Sequence[int], model: Any = None, explainer: MapFunction | None = None
+    def compute_maps(
+        self, images: Array, class_ids: Sequence[int], model: Any = None, map_function: MapFunction | None = None
     ) -> list[Array]:
-        """Return the map of each image for its class, a few images in one pass."""
-        make = explainer or self.explainer
-        assert make is not None  # questions that need maps are not asked without an explainer
-        found: list[Array] = []
+        """Return the map of each image for its class, `(C, H, W)` each, a few images in one pass."""
+        compute = map_function or self.map_function
+        assert compute is not None  # questions that need maps are not asked without a map function
+        maps: list[Array] = []
         for start in range(0, len(images), MAX_BATCH):
-            some = images[start : start + MAX_BATCH]
-            told = list(ids[start : start + MAX_BATCH])
-            made = make(self.model if model is None else model, self.arrays.like(some, self.x), told)
-            found += list(check_maps(made, len(some), self.image.shape[-2:]))
-            self.count("backward", len(some) * (1 if explainer else self.passes_per_map))
-        return found
+            batch = images[start : start + MAX_BATCH]
+            batch_ids = list(class_ids[start : start + MAX_BATCH])
+            values = compute(self.model if model is None else model, self.arrays.like(batch, self.x), batch_ids)
+            maps += list(check_maps(values, len(batch), self.image.shape[-2:]))
+            self.count("backward", len(batch) * (1 if map_function else self.passes_per_map))
+        return maps
 
     def target_scores(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """Return the explained class's score of each image, `(n,)`."""
-        found = []
+        scores = []
         for start in range(0, len(images), MAX_BATCH):
-            some = images[start : start + MAX_BATCH]
-            found.append(self.inspector.scores(self.model, self.arrays.like(some, self.x))[:, self.target])
-            self.count("forward", len(some))
-        return np.concatenate(found).astype(np.float64)
+            batch = images[start : start + MAX_BATCH]
+            scores.append(self.inspector.scores(self.model, self.arrays.like(batch, self.x))[:, self.target])
+            self.count("forward", len(batch))
+        return np.concatenate(scores).astype(np.float64)
 
     def ask_class(self, original: Array, null: Null, compare: bool) -> Answer:
-        """Ask about other classes; `compare` asks the plain gradient about the same ones."""
+        """Explain other classes; `compare` adds the plain gradient's maps of the same classes."""
         roles = class_.other_classes(self.scores, self.target, self.seed)
         if not roles:
             raise InputError("the model has one class alone")
-        images = np.stack([self.image] * len(roles))
-        maps = dict(zip(roles, self.maps(images, list(roles)), strict=True))
-        ids = [self.target, *roles]
-        plain = self.maps(np.stack([self.image] * len(ids)), ids, explainer=gradient_map) if compare else []
-        names = {i: self.name(i) for i in ids}
+        maps = dict(zip(roles, self._maps_of_classes(list(roles)), strict=True))
+        class_ids = [self.target, *roles]
+        plain = self._maps_of_classes(class_ids, gradient_map) if compare else []
+        names = {i: self.name(i) for i in class_ids}
         return class_.answer(original, maps, roles, names, self.target, null, plain)
 
+    def _maps_of_classes(self, class_ids: Sequence[int], map_function: MapFunction | None = None) -> list[Array]:
+        return self.compute_maps(np.stack([self.image] * len(class_ids)), class_ids, map_function=map_function)
+
     def ask_weights(self, original: Array, null: Null) -> Answer:
-        """Initialise layers anew, from the top down and one at a time."""
+        """Reinitialize layers, from the top down and one at a time."""
         layers = self.inspector.layers(self.model, self.x)
         self.count("forward", 1)
         if not layers:
             raise InputError("the model is a plain function or has no layers that could be initialised anew")
         steps = weights.cascade(layers)
-        cascaded = [(names[-1], len(names), self._reinitialized(names)) for names in steps]
-        single = [(names[-1], len(names), self._reinitialized(names[-1:])) for names in steps]
+        cascaded = [(names[-1], len(names), self._map_after_reinitializing(names)) for names in steps]
+        single = [(names[-1], len(names), self._map_after_reinitializing(names[-1:])) for names in steps]
         return weights.answer(original, cascaded, single, len(layers), null)
 
-    def _reinitialized(self, names: list[str]) -> Array:
-        twin = self.inspector.reinitialized(self.model, names, self.seed)
-        return self.maps(self.image[None], [self.target], model=twin)[0]
+    def _map_after_reinitializing(self, layers: list[str]) -> Array:
+        twin = self.inspector.reinitialized(self.model, layers, self.seed)
+        return self.compute_maps(self.image[None], [self.target], model=twin)[0]
 
     def ask_input(self, original: Array) -> Answer:
         """Compare the map with the image's edges."""
@@ -140,27 +143,46 @@ class Evaluation:
     def ask_stability(self, original: Array, null: Null) -> Answer:
         """Add small noise."""
         noisy = stability.noisy(self.image, stability.DRAWS, self.seed)
-        maps = self.maps(noisy, [self.target] * len(noisy))
+        maps = self.compute_maps(noisy, [self.target] * len(noisy))
         return stability.answer(original, maps, stability.RADIUS, null, self.seed)
 
-    def ask_convergence(self, rule: str | Rule, estimator: estimators.Estimator) -> Answer:
+    def ask_convergence(self, rule: str | Rule, estimator: Estimator) -> Answer:
         """Send random directions back; where a map ends at a layer, to that layer."""
         name, function = resolve(rule)
         request = Request(self.model, (self.x,), function, name, None, "graph", "relu-like", False)
-        every = self.inspector.layers(self.model, self.x)
+        layers = self.inspector.layers(self.model, self.x)
         self.count("forward", 1)
-        chosen = np.unique(np.linspace(0, len(every) - 1, min(convergence.DEPTHS, len(every))).round().astype(int))
-        only = estimator.layer if estimator.kind == "grad-cam" else ""
-        names = [only] if only else [every[i] for i in chosen]
+        cam_layer = estimator.layer if estimator.kind == "grad-cam" else ""
+        if cam_layer:
+            layers = [cam_layer]
+        n_depths = min(convergence.DEPTHS, len(layers))
+        depths = np.unique(np.linspace(0, len(layers) - 1, n_depths).round().astype(int))
         drawn = np.random.default_rng(self.seed).standard_normal((convergence.DIRECTIONS, self.scores.size))
-        seen = self.inspector.layer_gradients(request, names, drawn.astype(np.float32))
+        arrived = self.inspector.layer_gradients(request, [layers[i] for i in depths], drawn.astype(np.float32))
         self.count("backward", convergence.DIRECTIONS)
-        gradients = {at: g[0] for at, g in seen.gradients.items()}
-        return convergence.answer(gradients, gradients.get(only, seen.at_input[0]), self.samples, self.seed)
+        gradients = {layer: values[0] for layer, values in arrived.gradients.items()}
+        return convergence.answer(gradients, gradients.get(cam_layer, arrived.at_input[0]), self.samples, self.seed)
+
+    def cost(self, plain: bool) -> Cost:
+        """Count the passes of a whole verdict, and estimate their time from two of each kind.
+
+        Args:
+            plain: the map is the plain gradient, which is then not computed for comparison.
+        """
+        n_classes = len(class_.other_classes(self.scores, self.target, self.seed))
+        n_steps = len(weights.cascade(self.inspector.layers(self.model, self.x)))
+        n_maps = 1 + n_classes + 2 * n_steps + stability.DRAWS
+        n_compared = 0 if plain else 1 + n_classes
+        backward = self.passes_per_map * n_maps + n_compared + convergence.DIRECTIONS
+        forward = 3 + faithfulness.n_images(self.samples)
+        gradient_map(self.model, self.x, [self.target])  # the first pass of a process is slow
+        forward_seconds = _seconds(lambda: self.inspector.scores(self.model, self.x))
+        backward_seconds = _seconds(lambda: gradient_map(self.model, self.x, [self.target]))
+        return Cost(forward, backward, forward * forward_seconds + backward * backward_seconds)
 
 
 def gradient_map(model: Any, x: Any, target: list[int]) -> Any:
-    """Return the plain gradient's maps, whatever else is judged."""
+    """Return the plain gradient's maps, whatever rule is judged."""
     return explain(model, x, rule="gradient", target=target).numpy()
 
 
@@ -168,7 +190,7 @@ def check_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
     """Return maps as `(count, C, H, W)`, from an array or tensor with or without channels.
 
     Raises:
-        InputError: they are not of that many images, or of another size.
+        InputError: they are not of that many images, or of another size. ModelError: one is not finite.
     """
     array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     array = array[:, None] if array.ndim == 3 else array
@@ -180,7 +202,7 @@ def check_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
 
 
 def check_target(target: Any, scores: Array) -> int:
-    """Return the class to judge by: the given one, or the highest score.
+    """Return the explained class: the given one, or that of the highest score.
 
     Raises:
         TargetError: it is no class id of the model.
@@ -194,22 +216,8 @@ def check_target(target: Any, scores: Array) -> int:
     return int(target)
 
 
-def cost(evaluation: Evaluation, plain: bool) -> Cost:
-    """Count the passes of a whole verdict, and estimate their time by two of each kind."""
-    classes = len(class_.other_classes(evaluation.scores, evaluation.target, evaluation.seed))
-    steps = len(weights.cascade(evaluation.inspector.layers(evaluation.model, evaluation.x)))
-    maps = 1 + classes + 2 * steps + stability.DRAWS
-    beside = 0 if plain else 1 + classes
-    backward = evaluation.passes_per_map * maps + beside + convergence.DIRECTIONS
-    forward = 3 + faithfulness.n_images(evaluation.samples)
-    gradient_map(evaluation.model, evaluation.x, [evaluation.target])  # the first pass of a process is slow
-    one_forward = _seconds(lambda: evaluation.inspector.scores(evaluation.model, evaluation.x))
-    one_backward = _seconds(lambda: gradient_map(evaluation.model, evaluation.x, [evaluation.target]))
-    return Cost(forward, backward, forward * one_forward + backward * one_backward)
-
-
 def _seconds(run: Callable[[], object]) -> float:
-    """Time a pass; the shorter of two, since whatever else the machine does only ever makes one longer."""
+    """Time a pass; the shorter of two, since other work on the machine can only make one longer."""
     times = []
     for _ in range(2):
         started = time.perf_counter()

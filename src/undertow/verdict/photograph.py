@@ -1,4 +1,4 @@
-"""One photograph through one classifier and before the six questions, for each rule and estimator; and its files."""
+"""Verdicts on the maps of one photograph, for each rule and estimator; and the files that keep them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ from .trust import SAMPLES, trust
 
 @dataclass(frozen=True)
 class JudgedPhotograph:
-    """What came of one photograph.
+    """The verdicts on one photograph's maps.
 
     Attributes:
-        path: where it is.
-        view: `(H, W, 3)` uint8, what the network looked at.
+        path: the photograph's file.
+        view: `(H, W, 3)` uint8, the photograph as the network's input shows it.
         verdicts: one for each rule and estimator, by `label`.
     """
 
@@ -49,7 +49,7 @@ def pairs_of(rules: Sequence[str], estimators: Sequence[str]) -> list[tuple[str,
 
 
 def cost_of(classifier: Classifier, path: Path, pairs: Sequence[tuple[str, str]], device: str, samples: int) -> Cost:
-    """Say what `trust_photograph` with the same arguments takes.
+    """Return what `trust_photograph` with the same arguments will take.
 
     Raises:
         PhotographError, InputError, ModelError: as `trust_photograph`.
@@ -100,7 +100,7 @@ def trust_photograph(
 
 
 def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
-    """Write a picture for each verdict, and `verdict.json` last; return what it says.
+    """Write a picture for each verdict, and `verdict.json` last; return the latter's content.
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
     """
