@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import undertow as ut
 from undertow import images, models
 from undertow.cli import app, main
+from undertow.cli.errors import debugging
 
 
 def call(capfd, *words: object) -> tuple[int, str, str]:
@@ -69,6 +70,7 @@ def test_every_command_has_help_with_examples(capfd):
         assert f"undertow {name}" in text.partition("Example")[2]
 
 
+@pytest.mark.slow
 def test_demo_explains_the_packaged_photographs(capfd, tmp_path):
     code, out, _ = call(capfd, "demo", "--out", tmp_path)
     assert code == 0
@@ -182,7 +184,24 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_the_version_tells_that_the_c_part_was_built(capfd):
+@pytest.mark.parametrize("command", ["explain", "trust"])
+def test_debug_raises_the_error_of_a_photograph_when_called_from_python(capfd, tmp_path, tiny, command):
+    words = [command, str(tmp_path / "no.jpg"), "--model", tiny, "--out", str(tmp_path / "out")]
+    code, _, err = call(capfd, *words)
+    assert code == 2
+    assert "error: " in err
+    assert "no.jpg does not exist" in err
+    assert "Traceback" not in err
+    with pytest.raises(ut.PhotographError, match=r"no\.jpg does not exist"):
+        main([*words, "--debug"])
+    assert app.main(words, standalone_mode=False) == 2  # click's own call, which knows nothing of --debug
+
+
+def test_outside_a_command_there_is_no_debug():
+    assert not debugging()
+
+
+def test_the_version(capfd):
     assert call(capfd, "--version") == (0, "undertow 0.1.0\n", "")
 
 

@@ -147,6 +147,7 @@ def test_a_watched_recording_is_diagnosed(capfd, tmp_path, network, folder):
     assert json.loads(out)[0]["checked"]["pooling"] == "checked"
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(tmp_path, network, folder):
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = [sys.executable, "-m", "undertow", "record", str(folder), "--model", f"{network}:slow", "--batch-size", "2"]

@@ -319,6 +319,13 @@ def test_trust_prints_its_sentence(capfd, tiny, photographs, tmp_path):
     assert all(question in out for question in QUESTIONS)
 
 
+def test_tables_go_to_stdout_although_the_bar_is_on_a_terminal(capfd, tiny, photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    code, out, _ = call(capfd, "trust", photographs / "good.png", "--model", tiny, "--out", tmp_path / "o")
+    assert code == 0
+    assert all(question in out for question in QUESTIONS)
+
+
 def test_explain_says_the_sentence_next_to_the_map(capfd, tiny, photographs, tmp_path):
     words = ("explain", photographs / "good.png", "--model", tiny, "--rule", "guided", "--out", tmp_path / "o")
     code, out, _ = call(capfd, *words, "--estimator", "smoothgrad:2", "--trust", "--json")

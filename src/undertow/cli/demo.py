@@ -27,7 +27,7 @@ def demo(out: Path, device: str) -> int:
     results: list[ExplainedPhotograph] = []
     options = {"rules": RULES, "target": "top:1"}
     photographs = list(images.demo_photographs().values())
-    code = explain_all(models.load("demo"), photographs, options, device, out, keep=results.append)
+    code = explain_all(models.load("demo"), photographs, options, device, out, then=results.append)
     click.echo("How alike a rule's maps of the different photographs are (mean correlation; 1 is the same map):")
     for rule in RULES:
         maps = [explained.maps[rule].numpy() for explained in results]
