@@ -1,4 +1,4 @@
-"""Photographs for a classifier: as batches on a device, and the folder that holds what came of one."""
+"""Photographs for a classifier: as batches on a device, and the folder that holds the results of one."""
 
 import json
 from collections.abc import Iterator

@@ -4,7 +4,7 @@ A rule is a function `(g, local) -> g`. `g` is the gradient that arrives at the 
 activation's own backward, `h -> f'(x) * h`. What the rule returns is the gradient at the activation's input, with the
 shape and dtype of `g`. Rules are framework-free: they touch arrays through `relu` and arithmetic alone.
 
-At the places where people ask (x is the pre-activation):
+Where the rules differ (x is the pre-activation):
 
 | activation | where | gradient | deconvnet | guided |
 |---|---|---|---|---|

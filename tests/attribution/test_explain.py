@@ -433,6 +433,7 @@ def resident_kib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["'guided'", "'deconvnet'", "test_explain.own"])
 def test_memory_is_flat_over_5000_explanations_without_a_garbage_collector(rule):
     # in a process of its own: what earlier tests left to the allocator would be counted too

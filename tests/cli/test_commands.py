@@ -70,7 +70,6 @@ def test_every_command_has_help_with_examples(capfd):
         assert f"undertow {name}" in text.partition("Example")[2]
 
 
-@pytest.mark.slow
 def test_demo_explains_the_packaged_photographs(capfd, tmp_path):
     code, out, _ = call(capfd, "demo", "--out", tmp_path)
     assert code == 0

@@ -1,4 +1,4 @@
-"""One photograph through one classifier: what it sees, every rule's map, and a folder that keeps both."""
+"""One photograph explained: the classifier's predictions, every rule's map, and the folder that keeps both."""
 
 import platform
 import time
@@ -22,22 +22,22 @@ from ..show.panel import PanelRow, panel
 from .explain import explain
 from .result import Attribution
 
-TOP = 5
+N_PREDICTIONS = 5
 
 
 @dataclass(frozen=True)
 class ExplainedPhotograph:
-    """What one photograph gave.
+    """The predictions and maps of one photograph.
 
     Attributes:
         path: where the photograph is.
-        view: `(H, W, 3)` uint8, what the network looked at.
+        view: `(H, W, 3)` uint8, the photograph as the network's input shows it.
         predictions: the five likeliest classes as (id, name, probability), most likely first.
         targets: the explained classes as (id, name, score).
         maps: an attribution for each rule, of `(1, K, 3, H, W)` values.
         seconds: wall time for each rule.
         device: where it ran.
-        verdicts: what `undertow.trust` says of each rule's map of the first target, as plain data; empty if not asked.
+        verdicts: of `undertow.trust` on each rule's map of the first target, as plain data; empty if not asked for.
     """
 
     path: Path
@@ -107,12 +107,12 @@ def _predictions(classifier: Classifier, probabilities: npt.NDArray[Any]) -> lis
         raise ModelError(
             f"{classifier.reference} gives {len(probabilities)} scores but has {len(classifier.classes)} class names"
         )
-    best = np.argsort(-probabilities, kind="stable")[:TOP]
+    best = np.argsort(-probabilities, kind="stable")[:N_PREDICTIONS]
     return [(int(i), classifier.classes[i], float(probabilities[i])) for i in best]
 
 
 def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
-    """Write the panel, each map as pictures and as safetensors, and `result.json` last; return what it says.
+    """Write the panel, each map as pictures and as safetensors, and `result.json` last; return the latter's content.
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
@@ -125,7 +125,7 @@ def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) 
                 suffix = f"-{class_id}" if len(explained.targets) > 1 else ""
                 values = _in_colour(attribution, k, classifier)
                 files += _write_pictures(explained.view, values, folder, f"{readable(rule)}{suffix}")
-        result |= {**_facts(explained, classifier), "files": files}
+        result |= {**_result(explained, classifier), "files": files}
     return result
 
 
@@ -162,7 +162,7 @@ def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
 
 
 def _sentences(explained: ExplainedPhotograph) -> list[str]:
-    """The sentence of each verdict, to stand next to the maps."""
+    """Return each verdict's sentence, to be printed next to the maps."""
     target = explained.targets[0][1]
     return [f"May it be believed? {rule}, {target}: {v['sentence']}" for rule, v in explained.verdicts.items()]
 
@@ -174,7 +174,7 @@ def _heading(attribution: Attribution) -> str:
 
 
 def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:
-    """Return the mean correlation between the maps of different photographs: near 1, they say nothing of any one.
+    """Return the mean correlation between maps of different photographs; near 1, a map hardly depends on its own.
 
     >>> mean_correlation([np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([2.0, 1.0, 0.0])])
     -0.3333333333333333
@@ -184,7 +184,7 @@ def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:
 
 
 def notes(maps: dict[str, Attribution]) -> list[str]:
-    """Say beside the maps what a reader would otherwise take for an insight."""
+    """Return the warnings that belong beside the maps, lest an artefact be taken for an insight."""
     remarks = []
     deconvnet = maps.get("deconvnet")
     if deconvnet is not None and not deconvnet.switches:
@@ -200,7 +200,7 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
     return remarks
 
 
-def _facts(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str, Any]:
+def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str, Any]:
     packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
         **provenance(explained.path, classifier),
