@@ -118,7 +118,7 @@ class Evaluation:
         return self.compute_maps(np.stack([self.image] * len(class_ids)), class_ids, map_function=map_function)
 
     def ask_weights(self, original: Array, null: Null) -> Answer:
-        """Reinitialize layers, from the top down and one at a time."""
+        """Initialise layers anew, from the top down and one at a time."""
         layers = self.inspector.layers(self.model, self.x)
         self.count("forward", 1)
         if not layers:

@@ -48,7 +48,7 @@ class Trust:
         """Judge the map that `ut.explain` makes of one image.
 
         The model, its weights, hooks and modes and the random state are as before afterwards: weights are
-        reinitialized in copies. The same seed gives the same verdict.
+        initialised anew in copies. The same seed gives the same verdict.
 
         Args:
             model: as `ut.explain` takes it, in eval mode; scores `(B, classes)`. The weights of a plain function are

@@ -42,12 +42,12 @@ def answer(
     layers: int,
     null: Null,
 ) -> Answer:
-    """Compare the map with those of copies in which layers were reinitialized.
+    """Compare the map with those of copies in which layers were initialised anew.
 
     Args:
         original: the map, `(C, H, W)`.
-        cascaded: for each step the lowest layer that was reinitialized, how many were, and the map.
-        single: for each layer that was reinitialized alone its name, its number from the top, and the map.
+        cascaded: for each step the lowest layer that was initialised anew, how many were, and the map.
+        single: for each layer that alone was initialised anew its name, its number from the top, and the map.
         layers: how many layers with weights there are.
     """
     by_step = [{"layer": name, "reinitialized": n, **similarities(original, values)} for name, n, values in cascaded]
