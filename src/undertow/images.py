@@ -130,8 +130,8 @@ class Preprocessing:
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ModelError(f"mean {self.mean} and std {self.std} must be three numbers each, no std of 0")
         if self.interpolation.upper() not in Image.Resampling.__members__:
-            known = ", ".join(name.lower() for name in Image.Resampling.__members__)
-            raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {known}")
+            names = ", ".join(name.lower() for name in Image.Resampling.__members__)
+            raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {names}")
         if self.order not in ("RGB", "BGR"):
             raise ModelError(f"unknown order '{self.order}' of channels; it is RGB or BGR")
 

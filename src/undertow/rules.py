@@ -86,7 +86,5 @@ def resolve(rule: str | Rule) -> tuple[str, Rule]:
         return getattr(rule, "__name__", type(rule).__name__), rule
     if isinstance(rule, str) and rule in RULES:
         return rule, RULES[rule]
-    known = ", ".join(RULES)
-    raise InputError(
-        f"unknown rule {rule!r}{did_you_mean(str(rule), RULES)} (known: {known}, or a function (g, local) -> g)"
-    )
+    hint = did_you_mean(str(rule), RULES)
+    raise InputError(f"unknown rule {rule!r}{hint} (known: {', '.join(RULES)}, or a function (g, local) -> g)")

@@ -125,7 +125,7 @@ def test_what_cannot_be_done_is_named_and_the_others_are_done(capfd, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--target", "tigr cat"], "did you mean tiger cat"),
         (["--target", "1000"], "0 to 999"),
@@ -138,10 +138,10 @@ def test_what_cannot_be_done_is_named_and_the_others_are_done(capfd, tmp_path, c
         (["--through", "side"], "swap"),
     ],
 )
-def test_wrong_words_get_one_line_and_exit_code_2(capfd, tmp_path, cat, words, said):
+def test_wrong_words_get_one_line_and_exit_code_2(capfd, tmp_path, cat, words, message):
     code, out, err = call(capfd, "explain", cat, "--model", "demo", "--out", tmp_path / "out", *words)
     assert code == 2
-    assert said in err
+    assert message in err
     assert out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()

@@ -173,6 +173,6 @@ def test_vgg_study_end_to_end(tmp_path, capsys):
 
 def test_without_imagenet_weights_the_remedy_is_named(tmp_path, capsys):
     assert vgg_batchnorm.main(["--weights", str(tmp_path / "none.pth"), "--out", str(tmp_path / "vgg")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "--networks fashion-mnist" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--networks fashion-mnist" in message

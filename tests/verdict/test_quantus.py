@@ -58,8 +58,8 @@ def test_max_sensitivity(net, x):
     theirs = metric(model=net, x_batch=x.numpy(), y_batch=target, explain_func=explained)
     maps = explained(net, noisy, np.repeat(target, 5))
     original = explained(net, x, target)[0]
-    found = stability.answer(original, list(maps), 0.02, null.Null.of(original, 19, 0), 0)
-    assert found.value == pytest.approx(theirs[0], rel=1e-4)
+    answer = stability.answer(original, list(maps), 0.02, null.Null.of(original, 19, 0), 0)
+    assert answer.value == pytest.approx(theirs[0], rel=1e-4)
 
 
 def test_deletion(x):

@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import (
-    RULES,
-    device_option,
-    for_each,
-    json_option,
-    model_option,
-    out_option,
-    photographs_argument,
-    weights_option,
-)
+from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
 from .printing import print_line
 
 if TYPE_CHECKING:
@@ -71,9 +62,7 @@ Examples:
 )
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
-@device_option
-@out_option
-@json_option(help="Print one JSON object instead of tables.")
+@output_options
 def explain(
     photographs: Sequence[Path],
     reference: str,

@@ -32,6 +32,11 @@ weights_option = partial(click.option, "--weights", metavar="FILE", type=click.P
 json_option = partial(click.option, "--json", "as_json", is_flag=True)
 
 
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --device, --out and --json to a command that fills a folder for each photograph."""
+    return device_option(out_option(json_option(help="Print one JSON object instead of tables.")(command)))
+
+
 def for_each(
     photographs: Sequence[Path],
     out: Path,

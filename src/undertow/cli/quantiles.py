@@ -15,6 +15,7 @@ class _Of(click.Choice[str]):
     """What quantiles are of; a measure may also be written as `undertow record --measure` takes it, with dashes."""
 
     def convert(self, value: Any, *context: Any) -> str:
+        """Read dashes as underscores."""
         return super().convert(str(value).replace("-", "_"), *context)
 
 

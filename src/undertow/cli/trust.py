@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import (
-    RULES,
-    device_option,
-    for_each,
-    json_option,
-    model_option,
-    out_option,
-    photographs_argument,
-    weights_option,
-)
+from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
 from .printing import print_line
 
 if TYPE_CHECKING:
@@ -50,9 +41,7 @@ Examples:
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save.")
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
-@device_option
-@out_option
-@json_option(help="Print one JSON object instead of tables.")
+@output_options
 def trust(
     photographs: Sequence[Path],
     reference: str,
