@@ -54,12 +54,11 @@ def find_data(folder: Path | None) -> Path:
     Raises:
         StudyError: there is none.
     """
-    for place in [folder] if folder else [DEBIAN]:
-        missing = [name for pair in FILES.values() for name in pair if not (place / name).is_file()]
-        if not missing:
-            return place
-        if folder:
-            raise StudyError(f"{folder} lacks {missing[0]}; --data takes the folder of Fashion-MNIST's four .gz files")
+    missing = [name for pair in FILES.values() for name in pair if not ((folder or DEBIAN) / name).is_file()]
+    if not missing:
+        return folder or DEBIAN
+    if folder:
+        raise StudyError(f"{folder} lacks {missing[0]}; --data takes the folder of Fashion-MNIST's four .gz files")
     root = Path.home() / ".cache" / "undertow"
     try:
         from torchvision.datasets import FashionMNIST
@@ -134,19 +133,19 @@ def is_finished(folder: Path) -> bool:
 
 
 def recordings(args: argparse.Namespace, model: nn.Module) -> list[Any]:
-    """Return the recordings that are still to be made, or gone on with."""
+    """Return the recordings that are still to be made or resumed."""
     measures = ["zero-fraction", "moments", "histogram", "channel-norm", *(["keep"] if args.keep else [])]
     points = "linear, relu" if args.network == "linear" else "conv, relu, pool"
-    asked = {
+    settings = {
         beside(args.out, "points"): {"sites": points, "measures": "zero-fraction", "phase": "both"},
         args.out: {"sites": args.network, "measures": measures, "diagnose": 8},
     }
-    together = {
+    shared = {
         "schedule": ut.Schedule(epoch=-1, first=args.batches, epochs=args.epochs),
         "objective": f"cross-entropy, mean over a batch of {args.batch_size}",
         "reference": label(args),
     }
-    return [ut.record(folder, model, **each, **together) for folder, each in asked.items() if not is_finished(folder)]
+    return [ut.record(folder, model, **own, **shared) for folder, own in settings.items() if not is_finished(folder)]
 
 
 def label(args: argparse.Namespace) -> str:
@@ -162,7 +161,7 @@ def train(args: argparse.Namespace) -> float:
     checkpoint = Checkpoint(args)
     begin = checkpoint.restore(model, optimizer)
     with ExitStack() as stack:
-        going = [stack.enter_context(recording) for recording in recordings(args, model)]
+        unfinished = [stack.enter_context(recording) for recording in recordings(args, model)]
         progress = stack.enter_context(bar())
         task = progress.add_task(label(args), total=len(x) * args.epochs, completed=len(x) * begin, speed="")
         for epoch in range(begin, args.epochs):
@@ -172,18 +171,18 @@ def train(args: argparse.Namespace) -> float:
                 names = [f"train/{index:05d}" for index in chosen.tolist()]
                 optimizer.zero_grad()
                 with ExitStack() as batch:
-                    for recording in going:
+                    for recording in unfinished:
                         batch.enter_context(recording.batch(names, epoch=epoch, batch=number))
                     scores = model(x[chosen].to(args.device))
                     nn.functional.cross_entropy(scores, y[chosen].to(args.device)).backward()
                 optimizer.step()
                 advance(progress, task, len(chosen))
-            for recording in going:
+            for recording in unfinished:
                 recording.flush()
             checkpoint.save(epoch + 1, model, optimizer)
-    found = accuracy(model, *load_split(folder, "test", args.limit), args.device)
-    checkpoint.save(args.epochs, model, optimizer, found)
-    return found
+    correct = accuracy(model, *load_split(folder, "test", args.limit), args.device)
+    checkpoint.save(args.epochs, model, optimizer, correct)
+    return correct
 
 
 def bar() -> Progress:
@@ -236,8 +235,10 @@ class Checkpoint:
         optimizer.load_state_dict(self.held["optimizer"])
         return int(self.held["epochs"])
 
-    def save(self, epochs: int, model: nn.Module, optimizer: torch.optim.Optimizer, found: float | None = None) -> None:
-        self.held = {"settings": self.settings, "epochs": epochs, "accuracy": found}
+    def save(
+        self, epochs: int, model: nn.Module, optimizer: torch.optim.Optimizer, correct: float | None = None
+    ) -> None:
+        self.held = {"settings": self.settings, "epochs": epochs, "accuracy": correct}
         self.held |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".aside")
@@ -267,14 +268,14 @@ def zero_fractions(run: Any) -> dict[tuple[str, str], float]:
 
 
 def points_table(run: Any) -> str:
-    found = zero_fractions(run)
-    body = [[site, *(f"{found[site, phase]:.4f}" for phase in ("backward", "forward"))] for site in run.sites]
+    zeros = zero_fractions(run)
+    body = [[site, *(f"{zeros[site, phase]:.4f}" for phase in ("backward", "forward"))] for site in run.sites]
     return table(["output of", "zeros in its gradient", "zeros in its values"], body)
 
 
 def findings(run: Any) -> str:
-    found = ut.diagnose(run)
-    return "\n".join(f"- {one.severity}, {one.cause}: {one.sentence}" for one in found) or "- nothing found"
+    lines = (f"- {finding.severity}, {finding.cause}: {finding.sentence}" for finding in ut.diagnose(run))
+    return "\n".join(lines) or "- nothing found"
 
 
 def decay(run: Any) -> str:
@@ -300,11 +301,11 @@ def greatest_difference(run: Any, rows: list[Any]) -> float:
     return worst
 
 
-def report(args: argparse.Namespace, found: float) -> int:
+def report(args: argparse.Namespace, correct: float) -> int:
     """Print and draw what the folders hold; return the exit code."""
     run = ut.Run(args.out)
     rows = run.quantiles(QUANTILES, of="magnitude")
-    print(f"{label(args)}: {100 * found:.2f} % of the test images are classified correctly\n")
+    print(f"{label(args)}: {100 * correct:.2f} % of the test images are classified correctly\n")
     batches = run.table("batches").num_rows
     print(f"Quantiles of |gradient of the mean loss|, {batches} batches of the last of {args.epochs} epochs\n")
     print(quantile_table(rows) + "\n")
@@ -313,8 +314,10 @@ def report(args: argparse.Namespace, found: float) -> int:
     print("What a diagnosis says\n")
     print(findings(run) + "\n" + decay(run) + "\n")
     for other in map(ut.Run, args.beside):
-        said = contrast([run, other])
-        print(f"Beside {other.manifest['model']['reference']}\n\n" + "\n".join(f"- {line}" for line in said) + "\n")
+        sentences = contrast([run, other])
+        print(
+            f"Beside {other.manifest['model']['reference']}\n\n" + "\n".join(f"- {line}" for line in sentences) + "\n"
+        )
     if args.plot:
         others = {other.manifest["model"]["reference"]: other for other in map(ut.Run, args.beside)}
         groups = {label(args): rows} | {name: other.quantiles(QUANTILES) for name, other in others.items()}
@@ -368,8 +371,8 @@ def main(words: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         done = is_finished(args.out) and is_finished(beside(args.out, "points"))
-        known = Checkpoint(args).held.get("accuracy") if done else None
-        return report(args, train(args) if known is None else known)
+        correct = Checkpoint(args).held.get("accuracy") if done else None
+        return report(args, train(args) if correct is None else correct)
     except (StudyError, ut.UndertowError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

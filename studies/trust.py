@@ -1,7 +1,7 @@
 """When may a map be believed? Known failures of maps, reproduced; a planted truth; and verdicts on photographs.
 
     python studies/trust.py random --out runs/trust        # one random layer: guided maps are the image
-    python studies/trust.py weights --out runs/trust       # a VGG11, last layer drawn anew; directions over depth
+    python studies/trust.py weights --out runs/trust       # a VGG11, last layer initialised anew; directions over depth
     python studies/trust.py planted --out runs/trust       # a patch decides: which map finds it, and who cheats?
     python studies/trust.py demo --out runs/trust          # rule x estimator x question on four photographs
 
@@ -26,9 +26,10 @@ from torch.nn import functional as F
 
 import undertow as ut
 from undertow import images, models
+from undertow.classifier import Classifier
 from undertow.frameworks import base
 from undertow.verdict import convergence, input, similarity
-from undertow.verdict.photograph import Judged, write
+from undertow.verdict.photograph import JudgedPhotograph, write
 
 RULES = ("gradient", "deconvnet", "guided")
 ESTIMATORS = (
@@ -71,11 +72,9 @@ def random_layer(seeds: int = 5, filters: tuple[int, ...] = FILTERS) -> list[dic
     for count in filters:
         row: dict[str, float] = {"filters": count}
         for rule in RULES:
-            found = [
-                ut.explain(OneLayer(count, s).eval(), x, rule=rule, target=[[0, 1, 2]]).numpy() for s in range(seeds)
-            ]
-            each = [similarity.correlation(m, x.numpy()) for maps in found for m in maps[0]]
-            row[rule] = float(np.mean(each))
+            networks = (OneLayer(count, seed).eval() for seed in range(seeds))
+            maps = [ut.explain(network, x, rule=rule, target=[[0, 1, 2]]).numpy()[0] for network in networks]
+            row[rule] = float(np.mean([similarity.correlation(m, x.numpy()) for of_seed in maps for m in of_seed]))
         rows.append(row)
     return rows
 
@@ -126,13 +125,13 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def last_layer(model: nn.Sequential, x: torch.Tensor) -> list[dict[str, Any]]:
-    """Draw the last layer anew, and measure how alike each image's map stays, as a mean over images."""
+    """Initialise the last layer anew, and measure how alike each image's map stays, as a mean over images."""
     inspector = base.capability("torch", "inspect.layers")
     twin = inspector.reinitialized(model, [str(len(model) - 1)], seed=0)
     classes, rows = model(x).argmax(1), []
     for rule in RULES:
         before, after = (ut.explain(m, x, rule=rule, target=classes).numpy() for m in (model, twin))
-        alike = [similarity.likeness(a, b) for a, b in zip(before, after, strict=True)]
+        alike = [similarity.similarities(a, b) for a, b in zip(before, after, strict=True)]
         rows.append({"rule": rule, **{key: float(np.mean([a[key] for a in alike])) for key in alike[0]}})
     return rows
 
@@ -145,9 +144,9 @@ def over_depth(model: nn.Sequential, x: torch.Tensor) -> dict[str, list[float]]:
     curves = {}
     for rule in RULES:
         request = base.Request(model, (x[:1],), ut.rules.RULES[rule], rule, None, "graph", "relu-like", False)
-        seen = inspector.layer_gradients(request, convolutions, drawn)
-        at = [seen.gradients[name][0] for name in reversed(convolutions)]
-        curves[rule] = [convergence.mean_cosine(g) for g in [*at, seen.at_input[0]]]
+        arrived = inspector.layer_gradients(request, convolutions, drawn)
+        gradients = [arrived.gradients[name][0] for name in reversed(convolutions)]
+        curves[rule] = [convergence.mean_cosine(g) for g in [*gradients, arrived.at_input[0]]]
     return curves
 
 
@@ -176,9 +175,8 @@ def shares(model: nn.Module, x: torch.Tensor, where: torch.Tensor) -> list[dict[
     for rule, estimator in product(RULES, ("gradient", "smoothgrad:10", "integrated:10", "input-times", "grad-cam:6")):
         maps = ut.explain(model, x, rule=rule, estimator=estimator).numpy()
         rows.append({"method": f"{rule} {estimator}", "share": share(maps, where)})
-    rows.append(
-        {"method": "the image's edges", "share": share(np.stack([input.edges(i)[None] for i in x.numpy()]), where)}
-    )
+    edges = np.stack([input.edges(image)[None] for image in x.numpy()])
+    rows.append({"method": "the image's edges", "share": share(edges, where)})
     rows.append({"method": "chance", "share": SIDE**2 / 28**2})
     return sorted(rows, key=lambda row: -row["share"])
 
@@ -193,26 +191,26 @@ def hypotheses(
     model: nn.Module, x: torch.Tensor, where: torch.Tensor, plain: torch.Tensor
 ) -> dict[str, dict[str, int]]:
     """Ask whether the garment's pixels carry the score, and whether the patch's do: maps that one might believe in."""
-    found = {}
+    counts = {}
     for name in ("garment", "patch"):
         levels, beats = [], 0
-        for place in range(len(x)):
-            order = np.random.default_rng(place).random((28, 28)) * 0.01  # ties by chance
-            garment = (plain[place, 0] > plain[place, 0].min()).numpy() & ~(where[place, 0] > 0).numpy()
-            order += garment if name == "garment" else where[place, 0].numpy()
-            verdict = ut.trust.of_map(model, x[place : place + 1], order)
+        for i in range(len(x)):
+            order = np.random.default_rng(i).random((28, 28)) * 0.01  # breaks ties
+            garment = (plain[i, 0] > plain[i, 0].min()).numpy() & ~(where[i, 0] > 0).numpy()
+            order += garment if name == "garment" else where[i, 0].numpy()
+            verdict = ut.trust.of_map(model, x[i : i + 1], order)
             answer = verdict.answers["faithfulness"]
             levels.append(answer.level)
             imputation = answer.numbers["replacements"]["imputation"]
             beats += imputation["map"]["gap"] > imputation["random"]["gap"]
-        found[name] = {level: levels.count(level) for level in ("yes", "weak", "no")} | {"imputation": beats}
-    return found
+        counts[name] = {level: levels.count(level) for level in ("yes", "weak", "no")} | {"imputation": beats}
+    return counts
 
 
-def data(args: argparse.Namespace, split: str, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+def data(args: argparse.Namespace, split: str, max_images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images and labels of the four garments, labelled 0 to 3."""
     x, y = load_split(find_data(args.data), split)
-    chosen = torch.isin(y, torch.tensor(GARMENTS)).nonzero()[:most, 0]
+    chosen = torch.isin(y, torch.tensor(GARMENTS)).nonzero()[:max_images, 0]
     return x[chosen], torch.searchsorted(torch.tensor(GARMENTS), y[chosen])
 
 
@@ -231,7 +229,7 @@ def study_weights(args: argparse.Namespace) -> dict[str, Any]:
     model = train(vgg11(), x, y, args.epochs, "VGG11")
     rows, curves = last_layer(model, test[:20]), over_depth(model, test)
     print(f"VGG11 at a quarter of its width: {100 * accuracy(model, test, labels):.1f} % of 1,000 test images\n")
-    print("How alike maps stay when the last layer is drawn anew, mean of 20 test images\n")
+    print("How alike maps stay when the last layer is initialised anew, mean of 20 test images\n")
     keys = ("spearman", "cosine", "ssim")
     print(table(["rule", *keys], [[r["rule"], *(f"{r[key]:.2f}" for key in keys)] for r in rows]) + "\n")
     print("Mean cosine of random directions, from the last convolution to the image\n")
@@ -251,29 +249,21 @@ def study_planted(args: argparse.Namespace) -> dict[str, Any]:
     print(table(["method", "share"], [[r["method"], f"{r['share']:.3f}"] for r in rows]) + "\n")
     honest = train(small_network(4), stamped(x, anything, seed=0)[0], y, args.epochs, "honest")
     cheat = train(small_network(4), stamped(x, y, seed=0)[0], y, args.epochs, "cheat")
-    found: dict[str, Any] = {"shares": rows}
-    told, heads = (
-        [],
-        [
-            "model",
-            "as trained",
-            "patch of another class",
-            "garment: yes/weak/no, imputed",
-            "patch: yes/weak/no, imputed",
-        ],
-    )
+    numbers: dict[str, Any] = {"shares": rows}
+    body = []
     for name, model, labels in (("honest", honest, asked), ("cheat", cheat, right)):
-        familiar, there = stamped(test, labels, seed=2)
+        familiar, patches = stamped(test, labels, seed=2)
         other = stamped(test, (right + 1) % 4, seed=2)[0]
-        levels = hypotheses(model, familiar[:20], there[:20], test[:20])
+        levels = hypotheses(model, familiar[:20], patches[:20], test[:20])
         pair = accuracy(model, familiar, right), accuracy(model, other, right)
-        found[name] = {"accuracy": pair, "levels": levels}
+        numbers[name] = {"accuracy": pair, "levels": levels}
         counts = [f"{c['yes']}/{c['weak']}/{c['no']}, {c['imputation']}" for c in levels.values()]
-        told.append([name, *(f"{100 * a:.1f} %" for a in pair), *counts])
+        body.append([name, *(f"{100 * a:.1f} %" for a in pair), *counts])
     print("Two models of the garment; do garment and patch carry the score? 20 test images")
     print("(imputed: of how many the pixels beat the mean of random orders where neighbours fill in)\n")
-    print(table(heads, told))
-    return found
+    hypothesis_heads = ["garment: yes/weak/no, imputed", "patch: yes/weak/no, imputed"]
+    print(table(["model", "as trained", "patch of another class", *hypothesis_heads], body))
+    return numbers
 
 
 def study_demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -287,17 +277,17 @@ def study_demo(args: argparse.Namespace) -> dict[str, Any]:
         for name, rule, estimator in pairs:
             judge_photograph(classifier, photographs[name], rule, estimator, args.out / "demo")
             progress.advance(task)
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((args.out / "demo").glob("*.json"))}
+    verdicts = {path.stem: json.loads(path.read_text()) for path in sorted((args.out / "demo").glob("*.json"))}
     questions = ("class", "weights", "input", "faithfulness", "stability", "convergence")
     for name in chosen:
-        of_it = [v for key, v in found.items() if key.startswith(f"{name}_")]
+        of_photograph = [v for key, v in verdicts.items() if key.startswith(f"{name}_")]
         order = [(e, r) for e, r in product(ESTIMATORS, RULES)]
-        of_it.sort(key=lambda v: order.index((v["estimator"], v["rule"])))
-        print(f"\n{name}: {of_it[0]['target_name']}\n")
+        of_photograph.sort(key=lambda v: order.index((v["estimator"], v["rule"])))
+        print(f"\n{name}: {of_photograph[0]['target_name']}\n")
         heads = ["estimator, rule", *questions, "seconds"]
         print(table(heads, [[f"{v['estimator']}, {v['rule']}", *(_cell(v, q) for q in questions), f"{v['seconds']:.0f}"]
-                            for v in of_it]) + "\n")  # fmt: skip
-        for v in of_it:
+                            for v in of_photograph]) + "\n")  # fmt: skip
+        for v in of_photograph:
             print(f"- {v['estimator']}, {v['rule']}: {v['sentence']}")
     return {}
 
@@ -307,7 +297,7 @@ def _cell(verdict: dict[str, Any], question: str) -> str:
     return f"{answer['level']} {answer['value']:.2f}" if answer else "-"
 
 
-def judge_photograph(classifier: models.Classifier, path: Path, rule: str, estimator: str, out: Path) -> None:
+def judge_photograph(classifier: Classifier, path: Path, rule: str, estimator: str, out: Path) -> None:
     """Write one verdict and its picture, unless they are there."""
     target = out / f"{path.stem}_{rule}_{estimator.replace(':', '-')}.json"
     if target.exists():
@@ -316,11 +306,11 @@ def judge_photograph(classifier: models.Classifier, path: Path, rule: str, estim
     x = torch.from_numpy(classifier.preprocessing.array(photograph))[None]
     verdict = ut.trust(classifier.module, x, rule=rule, estimator=estimator, names=classifier.classes)
     view = classifier.preprocessing.view(photograph)
-    write(Judged(path, view, {f"{rule} {estimator}": verdict}), classifier, out / path.stem)
+    write(JudgedPhotograph(path, view, {f"{rule} {estimator}": verdict}), classifier, out / path.stem)
     target.write_text(json.dumps(verdict.to_dict(), indent=1), encoding="utf-8")
 
 
-def draw(study: str, found: dict[str, Any], path: Path) -> None:
+def draw(study: str, numbers: dict[str, Any], path: Path) -> None:
     """Draw a study's numbers."""
     from matplotlib.figure import Figure
 
@@ -329,7 +319,7 @@ def draw(study: str, found: dict[str, Any], path: Path) -> None:
     if study == "random":
         axis = figure.subplots()
         for rule in RULES:
-            points = [(row["filters"], row[rule]) for row in found["rows"]]
+            points = [(row["filters"], row[rule]) for row in numbers["rows"]]
             axis.plot(*zip(*points, strict=True), "-o", color=colours[rule], label=rule)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("filters of one random 7 x 7 convolution")
@@ -337,12 +327,12 @@ def draw(study: str, found: dict[str, Any], path: Path) -> None:
         axis.legend(frameon=False)
     elif study == "weights":
         left, right = figure.subplots(1, 2)
-        for place, row in enumerate(found["rows"]):
-            left.bar(place, row["spearman"], color=colours[row["rule"]])
+        for position, row in enumerate(numbers["rows"]):
+            left.bar(position, row["spearman"], color=colours[row["rule"]])
         left.set_xticks(range(3), RULES)
         left.set_ylabel("rank correlation with the map before")
-        left.set_title("last layer drawn anew", fontsize=10)
-        for rule, curve in found["curves"].items():
+        left.set_title("last layer initialised anew", fontsize=10)
+        for rule, curve in numbers["curves"].items():
             right.plot(range(len(curve)), curve, "-o", color=colours[rule], label=rule)
         right.set_xticks(range(9), [*range(8, 0, -1), "image"])
         right.set_xlabel("convolution, from the top down")
@@ -350,7 +340,7 @@ def draw(study: str, found: dict[str, Any], path: Path) -> None:
         right.legend(frameon=False)
     else:
         axis = figure.subplots()
-        rows = found["shares"][::-1]
+        rows = numbers["shares"][::-1]
         figure.set_size_inches(9, 5)
         plain = ("chance", "the image's edges")
         shades = ["#888890" if r["method"] in plain else colours[r["method"].split()[0]] for r in rows]
@@ -383,13 +373,13 @@ def main(words: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        found = STUDIES[args.study](args)
+        numbers = STUDIES[args.study](args)
     except (StudyError, ut.UndertowError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.study != "demo":
-        (args.out / f"{args.study}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        draw(args.study, found, args.out / f"{args.study}.png")
+        (args.out / f"{args.study}.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        draw(args.study, numbers, args.out / f"{args.study}.png")
     return 0
 
 

@@ -50,8 +50,8 @@ class Network:
 
     name: str
     module: nn.Module
-    see: Callable[[Path], torch.Tensor]
-    said: str
+    load_photograph: Callable[[Path], torch.Tensor]
+    description: str
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def cut_crops(folder: Path) -> Path:
         if not (source / photograph).is_file():
             raise StudyError(f"scikit-image has no {photograph}; install the version in constraints.txt")
         whole = images.read(source / photograph)
-        places = np.linspace(0, 1, GRID)
-        for top in ((whole.height - SIDE) * places).astype(int).tolist():
-            for left in ((whole.width - SIDE) * places).astype(int).tolist():
+        fractions = np.linspace(0, 1, GRID)
+        for top in ((whole.height - SIDE) * fractions).astype(int).tolist():
+            for left in ((whole.width - SIDE) * fractions).astype(int).tolist():
                 path = folder / Path(photograph).stem / f"{Path(photograph).stem}-y{top:04d}-x{left:04d}.png"
                 if not path.is_file():
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def cut_crops(folder: Path) -> Path:
 def photographs(folder: Path, limit: int | None) -> Images:
     names = [str(path.relative_to(folder)) for path in images.find([folder])]
     chosen = names if limit is None else names[:: max(1, len(names) // limit)][:limit]
-    return Images("photographs", chosen, lambda network, name: network.see(folder / name))
+    return Images("photographs", chosen, lambda network, name: network.load_photograph(folder / name))
 
 
 def fashion_images(data: Path, limit: int) -> Images:
@@ -106,15 +106,15 @@ def grey(path: Path) -> torch.Tensor:
 def imagenet_networks(args: argparse.Namespace) -> Iterator[Network]:
     for name, weights in zip(NAMES, (args.weights, args.weights_bn), strict=True):
         try:
-            found = models.load(f"torchvision:{name}", weights)
+            classifier = models.load(f"torchvision:{name}", weights)
         except ut.ModelError as error:
             remedy = "pass --weights FILE --weights-bn FILE, or train small ones here: --networks fashion-mnist"
             raise StudyError(f"{error}; {remedy}") from error
-        said = f"{found.reference}, {found.weights}, sha256 {found.weights_sha256[:16]}"
-        yield Network(name, found.module, _seeing(found.preprocessing), said)
+        description = f"{classifier.reference}, {classifier.weights}, sha256 {classifier.weights_sha256[:16]}"
+        yield Network(name, classifier.module, _photograph_loader(classifier.preprocessing), description)
 
 
-def _seeing(preprocessing: images.Preprocessing) -> Callable[[Path], torch.Tensor]:
+def _photograph_loader(preprocessing: images.Preprocessing) -> Callable[[Path], torch.Tensor]:
     return lambda path: torch.from_numpy(preprocessing.array(images.read(path)))
 
 
@@ -146,16 +146,16 @@ def fashion_networks(args: argparse.Namespace, data: Path) -> Iterator[Network]:
         settings = {key: str(getattr(args, key)) for key in ("width", "seed", "train_epochs", "limit", "lr", "early")}
         if not file.is_file():
             train(args, name, module, data)
-            found = accuracy(module, *padded(data, "test", args.limit))
-            keep(file, module, settings | {"accuracy": f"{found:.4f}"})
+            correct = accuracy(module, *padded(data, "test", args.limit))
+            keep(file, module, settings | {"accuracy": f"{correct:.4f}"})
         with safe_open(file, "pt") as held:
-            told = held.metadata()
+            metadata = held.metadata()
             for key, value in settings.items():
-                if told[key] != value:
-                    raise StudyError(f"{file} was made with {key} {told[key]}, not {value}; choose another --out")
+                if metadata[key] != value:
+                    raise StudyError(f"{file} was made with {key} {metadata[key]}, not {value}; choose another --out")
             module.load_state_dict({key: held.get_tensor(key) for key in held.keys()})  # noqa: SIM118
-        said = f"{100 * float(told['accuracy']):.2f} % of the test images are classified correctly"
-        yield Network(name, module.eval(), grey, said)
+        description = f"{100 * float(metadata['accuracy']):.2f} % of the test images are classified correctly"
+        yield Network(name, module.eval(), grey, description)
 
 
 def padded(data: Path, split: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,30 +197,30 @@ def begun(folder: Path, module: nn.Module, stack: ExitStack, **settings: Any) ->
 
 
 def refuse_other(folder: Path, network: Network, shown: Images) -> None:
-    """See to it that a finished run is of this network and these images.
+    """Check that a finished run is of this network and these images.
 
     Raises:
         StudyError: it is not.
     """
     if is_finished(folder):
         run = ut.Run(folder)
-        alike = {
-            "another network": run.manifest["model"]["reference"] == network.said,
+        same = {
+            "another network": run.manifest["model"]["reference"] == network.description,
             "other images": run.table("samples")["name"].to_pylist() == list(shown.names),
         }
-        for what, same in alike.items():
-            if not same:
-                raise StudyError(f"{folder} is a run of {what}; choose another --out")
+        for difference, equal in same.items():
+            if not equal:
+                raise StudyError(f"{folder} is a run of {difference}; choose another --out")
 
 
 def show(network: Network, shown: Images, folder: Path, size: int) -> Path:
     """Record, for each image, the gradients of the predicted class's score; batched, since the sum keeps them apart."""
-    asked = {"loss_reduction": "sum", "objective": "score of the predicted class", "reference": network.said}
+    settings = {"loss_reduction": "sum", "objective": "score of the predicted class", "reference": network.description}
     refuse_other(folder, network, shown)
     network.module.requires_grad_(False)  # nobody asks for the weights' gradients here
     start, done = time.perf_counter(), 0
     with ExitStack() as stack:
-        recording = begun(folder, network.module, stack, **asked)
+        recording = begun(folder, network.module, stack, **settings)
         for number, first in enumerate(range(0, len(shown.names), size) if recording else ()):
             names = shown.names[first : first + size]
             with recording.batch(names, batch=number) as wanted:
@@ -239,10 +239,10 @@ def quantile_table(folders: Sequence[Path]) -> str:
     heads = ["", *(f"{100 * q:g} %" for q in SHOWN), "95 % / 5 %", "95 % / 50 %", "zeros"]
     body: list[list[Any]] = []
     for row in ut.compare([ut.Run(folder) for folder in folders], SHOWN, of="channel_norm"):
-        for name, found, spread in zip(NAMES, row.quantiles, row.spreads, strict=True):
-            upper = found.values[-1] / found.values[2] if found.values[2] else float("inf")
-            ends = [digits(spread), digits(upper), f"{found.zeros / found.count:.4f}"]
-            body.append([f"convolution {row.place + 1}, {name}", *map(digits, found.values), *ends])
+        for name, quantiles, spread in zip(NAMES, row.quantiles, row.spreads, strict=True):
+            upper = quantiles.values[-1] / quantiles.values[2] if quantiles.values[2] else float("inf")
+            ends = [digits(spread), digits(upper), f"{quantiles.zeros / quantiles.count:.4f}"]
+            body.append([f"convolution {row.place + 1}, {name}", *map(digits, quantiles.values), *ends])
         body.append(["ratio", *map(digits, row.ratios[1]), "", "", ""])
     return table(heads, body)
 
@@ -254,30 +254,30 @@ def spread_table(folders: Sequence[Path], networks: Sequence[Network] = ()) -> s
     further row has the gradients of the values so divided: those of the recorded ones times the deviation.
     """
     body = []
-    for place in range(2):
+    for position in range(2):
         for i, (name, folder) in enumerate(zip(NAMES, folders, strict=True)):
             run = ut.Run(folder)
             rows = run.table("channel_norm").to_pylist()
-            norms = np.array([row["values"] for row in rows if row["site"] == run.sites[place]])
-            body.append([f"convolution {place + 1}, {name}", *spreads(norms)])
-            divided = deviations(networks[i].module, run.sites[place]) if networks else None
+            norms = np.array([row["values"] for row in rows if row["site"] == run.sites[position]])
+            body.append([f"convolution {position + 1}, {name}", *spreads(norms)])
+            divided = deviations(networks[i].module, run.sites[position]) if networks else None
             if divided is not None:
-                body.append([f"convolution {place + 1}, {name}, times deviation", *spreads(norms * divided)])
+                body.append([f"convolution {position + 1}, {name}, times deviation", *spreads(norms * divided)])
     return table(["95 % / 5 %", "of all norms", "of the images' medians", "of the channels' medians"], body)
 
 
 def spreads(norms: np.ndarray) -> list[str]:
     """Return 95 % over 5 % of norms (images, channels), of each image's median and of each channel's."""
-    several = (norms, np.median(norms, 1), np.median(norms, 0))
-    ends = [np.quantile(some, (0.05, 0.95), method="inverted_cdf").tolist() for some in several]
+    groups = (norms, np.median(norms, 1), np.median(norms, 0))
+    ends = [np.quantile(values, (0.05, 0.95), method="inverted_cdf").tolist() for values in groups]
     return [digits(high / low) if low else "inf" for low, high in ends]
 
 
 def deviations(module: nn.Module, site: str) -> np.ndarray | None:
     """Return by what the batch norm behind a convolution divides each channel, or None where there is none."""
-    folder, _, place = site.rpartition(".")
-    behind = module.get_submodule(f"{folder}.{int(place) + 1}")
-    return (behind.running_var + behind.eps).sqrt().numpy() if isinstance(behind, nn.BatchNorm2d) else None
+    parent, _, index = site.rpartition(".")
+    following = module.get_submodule(f"{parent}.{int(index) + 1}")
+    return (following.running_var + following.eps).sqrt().numpy() if isinstance(following, nn.BatchNorm2d) else None
 
 
 def report(title: str, folders: Sequence[Path], plot: Path | None, networks: Sequence[Network] = ()) -> None:
@@ -296,7 +296,7 @@ def study(args: argparse.Namespace) -> None:
     if data:
         sets.append(fashion_images(data, args.limit_images or 250))
     for network in networks:
-        print(f"{network.name}: {network.said}")
+        print(f"{network.name}: {network.description}")
     print()
     for shown in sets:
         folders = [

@@ -73,8 +73,8 @@ def message(call: Callable[[], Any], kind: type[Exception] = ModelError) -> str:
 def test_the_demo_knows_the_photographs(
     demo: Classifier, photograph: str, expected: list[tuple[int, str, float]]
 ) -> None:
-    probabilities, found = scores(demo, photograph).softmax(0).topk(len(expected))
-    assert [(int(i), demo.classes[i]) for i in found] == [row[:2] for row in expected]
+    probabilities, class_ids = scores(demo, photograph).softmax(0).topk(len(expected))
+    assert [(int(i), demo.classes[i]) for i in class_ids] == [row[:2] for row in expected]
     assert probabilities.tolist() == pytest.approx([row[2] for row in expected], abs=0.01)
 
 
@@ -156,11 +156,11 @@ def test_unknown_models_are_told_with_near_names(reference: str, expected: str) 
 
 def test_no_network_is_one_line_and_quick(offline: Path, capfd: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
-    told = message(lambda: load("torchvision:vgg16"))
-    assert told.startswith("could not download the weights of torchvision:vgg16 (Name or service not known)")
-    assert told.endswith("give --weights FILE or use torchvision:vgg16@none")
-    told = message(lambda: load("timm:resnet18.a1_in1k"))
-    assert told.endswith("give --weights FILE or use timm:resnet18@none")
+    text = message(lambda: load("torchvision:vgg16"))
+    assert text.startswith("could not download the weights of torchvision:vgg16 (Name or service not known)")
+    assert text.endswith("give --weights FILE or use torchvision:vgg16@none")
+    text = message(lambda: load("timm:resnet18.a1_in1k"))
+    assert text.endswith("give --weights FILE or use timm:resnet18@none")
     assert time.monotonic() - started < 20
     assert capfd.readouterr() == ("", "")
 
@@ -169,8 +169,8 @@ def test_the_network_is_asked_with_a_limit() -> None:
     assert "refused" in downloading._unreachable("http://127.0.0.1:9/weights.pth")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         started = time.monotonic()
-        told = downloading._unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth", seconds=0.5)
-        assert "no answer from 127.0.0.1" in told or "timed out" in told
+        text = downloading._unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth", seconds=0.5)
+        assert "no answer from 127.0.0.1" in text or "timed out" in text
         assert time.monotonic() - started < 5
 
 
@@ -193,15 +193,15 @@ def test_weights_in_torchs_cache_need_no_network(offline: Path) -> None:
     cached = offline / "checkpoints" / entry.url.rpartition("/")[2]
     cached.parent.mkdir()
     assert row("torchvision:squeezenet1_1").offline is False
-    made = load(SMALL)
-    torch.save(made.module.state_dict(), cached)
+    classifier = load(SMALL)
+    torch.save(classifier.module.state_dict(), cached)
     assert row("torchvision:squeezenet1_1").offline is True
     assert row("torchvision:squeezenet1_1").why == "downloaded already"
     assert (load("torchvision:squeezenet1_1").weights, load("torchvision:squeezenet1_1@IMAGENET1K_V1").weights) == (
         "IMAGENET1K_V1",
         "IMAGENET1K_V1",
     )
-    assert load("torchvision:squeezenet1_1").weights_sha256 == made.weights_sha256
+    assert load("torchvision:squeezenet1_1").weights_sha256 == classifier.weights_sha256
     cached.write_bytes(b"cut short")
     assert "could not get the weights of torchvision:squeezenet1_1" in message(
         lambda: load("torchvision:squeezenet1_1")
@@ -209,14 +209,14 @@ def test_weights_in_torchs_cache_need_no_network(offline: Path) -> None:
 
 
 def test_weights_in_hugging_faces_cache_need_no_network(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = load("timm:resnet18@none")
-    safetensors.torch.save_file(made.module.state_dict(), offline / "model.safetensors")
+    classifier = load("timm:resnet18@none")
+    safetensors.torch.save_file(classifier.module.state_dict(), offline / "model.safetensors")
     cached = {("timm/resnet18.a1_in1k", "model.safetensors"): str(offline / "model.safetensors")}
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache", lambda repository, name, revision=None: cached.get((repository, name))
     )
     loaded = load("timm:resnet18")
-    assert (loaded.weights, loaded.weights_sha256) == ("a1_in1k", made.weights_sha256)
+    assert (loaded.weights, loaded.weights_sha256) == ("a1_in1k", classifier.weights_sha256)
     assert row("timm:resnet18.a1_in1k").offline is True
     assert row("timm:resnet18.a2_in1k").offline is False
 
@@ -321,8 +321,8 @@ def test_files_that_are_no_weights_are_refused(small: Classifier, tmp_path: Path
         "empty.pt": "it is empty",
         "missing.pt": "there is no such file",
     }
-    for name, told in expected.items():
-        assert told in message(lambda name=name: load(SMALL, tmp_path / name)), name
+    for name, text in expected.items():
+        assert text in message(lambda name=name: load(SMALL, tmp_path / name)), name
 
 
 def test_weights_that_do_not_fit_are_counted(other: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -331,11 +331,11 @@ def test_weights_that_do_not_fit_are_counted(other: dict[str, torch.Tensor], tmp
         "classifier.1.weight": torch.zeros(10, 512, 1, 1)
     }
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    told = message(lambda: load(SMALL, tmp_path / "w.safetensors"))
-    assert "2 missing (features.0.weight, features.0.bias);" in told
-    assert "5 unexpected (extra.0, extra.1, extra.2, ...);" in told
-    assert "1 of another shape (classifier.1.weight is (10, 512, 1, 1), not (1000, 512, 1, 1));" in told
-    assert told.endswith("for a changed network use FILE.py:FUNCTION")
+    text = message(lambda: load(SMALL, tmp_path / "w.safetensors"))
+    assert "2 missing (features.0.weight, features.0.bias);" in text
+    assert "5 unexpected (extra.0, extra.1, extra.2, ...);" in text
+    assert "1 of another shape (classifier.1.weight is (10, 512, 1, 1), not (1000, 512, 1, 1));" in text
+    assert text.endswith("for a changed network use FILE.py:FUNCTION")
 
 
 def test_weights_files_for_the_demo_and_timm(demo: Classifier, tmp_path: Path) -> None:
@@ -350,12 +350,12 @@ def test_weights_files_for_the_demo_and_timm(demo: Classifier, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_published_files_of_peculiar_networks_fit(tmp_path: Path) -> None:
-    made = importing.import_torchvision().models.get_model("densenet121")
-    published = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): value for key, value in made.state_dict().items()}
+    network = importing.import_torchvision().models.get_model("densenet121")
+    published = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", key): value for key, value in network.state_dict().items()}
     assert "features.denseblock1.denselayer1.norm.1.weight" in published
     torch.save(published, tmp_path / "densenet121-a639ec97.pth")
     loaded = load("torchvision:densenet121", tmp_path / "densenet121-a639ec97.pth")
-    assert loaded.weights_sha256 == weights.weights_sha256(made)
+    assert loaded.weights_sha256 == weights.weights_sha256(network)
 
     full = load("torchvision:googlenet@none").module
     torch.save(full.state_dict(), tmp_path / "full.pth")  # as published: with the auxiliary heads
@@ -409,30 +409,30 @@ def own(tmp_path: Path) -> Path:
 
 def test_a_function_that_returns_a_network(own: Path, tmp_path: Path) -> None:
     path, state = list(sys.path), torch.get_rng_state()
-    made = load(f"{own}:net")
-    assert (sys.path, made.classes) == (path, ("class 0", "class 1", "class 2"))
+    classifier = load(f"{own}:net")
+    assert (sys.path, classifier.classes) == (path, ("class 0", "class 1", "class 2"))
     assert torch.equal(torch.get_rng_state(), state)
-    assert made.preprocessing == Preprocessing()
-    assert made.weights == f"made by {own}:net"
-    assert not made.module.training
-    assert load(f"{own}:net").weights_sha256 == made.weights_sha256
-    torch.save({key: value + 1 for key, value in made.module.state_dict().items()}, tmp_path / "mine.pt")
+    assert classifier.preprocessing == Preprocessing()
+    assert classifier.weights == f"made by {own}:net"
+    assert not classifier.module.training
+    assert load(f"{own}:net").weights_sha256 == classifier.weights_sha256
+    torch.save({key: value + 1 for key, value in classifier.module.state_dict().items()}, tmp_path / "mine.pt")
     loaded = load(f"{own}:net", tmp_path / "mine.pt")
     assert loaded.weights == "mine.pt"
-    assert torch.equal(loaded.module[0].weight, made.module[0].weight + 1)
+    assert torch.equal(loaded.module[0].weight, classifier.module[0].weight + 1)
 
 
 def test_a_function_that_returns_the_parts_or_a_classifier(own: Path) -> None:
     for name in ("whole", "again"):
-        made = load(f"{own}:{name}")
-        assert made.preprocessing == Preprocessing(40, (32, 30), interpolation="bicubic")
-        assert made.classes == ("cat", "dog", "newt")
-        assert find_class(made, "hound") == 1
-        assert made.reference == f"{own}:{name}"
+        classifier = load(f"{own}:{name}")
+        assert classifier.preprocessing == Preprocessing(40, (32, 30), interpolation="bicubic")
+        assert classifier.classes == ("cat", "dog", "newt")
+        assert find_class(classifier, "hound") == 1
+        assert classifier.reference == f"{own}:{name}"
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "text"),
     [
         ("few", "names 1 classes but scores 3"),
         ("odd", "not unknown clases"),
@@ -447,9 +447,9 @@ def test_a_function_that_returns_the_parts_or_a_classifier(own: Path) -> None:
         ("zzzzz", "has no function 'zzzzz'; it has "),
     ],
 )
-def test_what_goes_wrong_in_a_persons_file_is_one_line(own: Path, function: str, told: str) -> None:
+def test_what_goes_wrong_in_a_persons_file_is_one_line(own: Path, function: str, text: str) -> None:
     path = list(sys.path)
-    assert re.search(told, message(lambda: load(f"{own}:{function}")))
+    assert re.search(text, message(lambda: load(f"{own}:{function}")))
     assert sys.path == path
 
 
@@ -482,7 +482,7 @@ def test_find_class(demo: Classifier, word: str, index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "text"),
     [
         ("1000", "class 1000 is out of range; the model's 1,000 classes are 0 to 999"),
         ("-1", "class -1 is out of range"),
@@ -494,8 +494,8 @@ def test_find_class(demo: Classifier, word: str, index: int) -> None:
         ("(", r"no class '\('"),
     ],
 )
-def test_classes_that_are_not_there(demo: Classifier, word: str, told: str) -> None:
-    assert re.search(told, message(lambda: find_class(demo, word), TargetError))
+def test_classes_that_are_not_there(demo: Classifier, word: str, text: str) -> None:
+    assert re.search(text, message(lambda: find_class(demo, word), TargetError))
 
 
 def test_find_class_in_plain_names() -> None:
@@ -542,9 +542,9 @@ def test_a_torchvision_for_another_torch(fake: Callable[[str, str], str], requir
 
 
 def test_a_torchvision_that_is_broken(fake: Callable[[str, str], str]) -> None:
-    told = fake(BROKEN, "torch==2.13.0")
-    assert told.startswith("torchvision 0.99.2 cannot be imported (operator torchvision::nms does not exist); run: pip")
-    assert told.count("\n") == 1
+    text = fake(BROKEN, "torch==2.13.0")
+    assert text.startswith("torchvision 0.99.2 cannot be imported (operator torchvision::nms does not exist); run: pip")
+    assert text.count("\n") == 1
 
 
 def test_the_missing_operators_are_declared_before_the_import(fake: Callable[[str, str], str]) -> None:

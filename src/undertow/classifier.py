@@ -1,4 +1,4 @@
-"""A classifier and how its classes are named: plain data, whatever the framework."""
+"""A classifier and the names of its classes: plain data, whatever the framework."""
 
 import importlib.util
 import json
@@ -16,10 +16,10 @@ RANDOM = "random (seed 0)"
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network that scores classes, with all that is needed to show it a photograph and to read its answer.
+    """A network that scores classes, with what is needed to give it a photograph and to name its classes.
 
     Args:
-        reference: what named it, as given.
+        reference: as it was given to `undertow.models.load`.
         module: a `torch.nn.Module` in eval mode on the CPU, (B, 3, H, W) float32 to (B, classes) scores; or a Keras
             model, (B, H, W, 3).
         preprocessing: from a photograph to its input.
@@ -41,7 +41,7 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Reference:
-    """One row of `undertow models`: what can be named, and whether it works without a network connection."""
+    """One row of `undertow models`: a model's name, and whether it can be loaded without a network connection."""
 
     reference: str
     source: str
@@ -57,7 +57,7 @@ def find_class(classes: Classifier | Sequence[str], word: str) -> int:
     whole words that only one class has.
 
     Raises:
-        TargetError: no such class (near names follow), or several.
+        TargetError: no such class (similar names are listed), or several.
 
     >>> find_class(["tench", "tabby cat", "tiger cat"], "Tiger Cat")
     2
@@ -70,20 +70,20 @@ def find_class(classes: Classifier | Sequence[str], word: str) -> int:
     word = word.strip()
     if re.fullmatch(r"[+-]?\d+", word):
         return _in_range(int(word), len(names))
-    every = [(name, *others) for name, others in zip(names, synonyms or [()] * len(names), strict=True)]
-    lowered = [[name.lower() for name in row] for row in every]
+    all_names = [(name, *others) for name, others in zip(names, synonyms or [()] * len(names), strict=True)]
+    lowered = [[name.lower() for name in row] for row in all_names]
     low = word.lower()
     whole = re.compile(rf"\b{re.escape(low)}\b" if low else "(?!)")
-    for found in (  # from the strictest reading to the loosest; the first that finds anything decides
+    for matches in (  # from the strictest reading to the loosest; the first with a match decides
         [i for i, name in enumerate(names) if name == word],
         [i for i, row in enumerate(lowered) if row[0] == low],
         [i for i, row in enumerate(lowered) if low in row],
         [i for i, row in enumerate(lowered) if any(whole.search(name) for name in row)],
     ):
-        if found:
-            return _only(word, found, names)
-    known = did_you_mean(word, (name for row in every for name in row)) or "; give its number or its name"
-    raise TargetError(f"no class '{printable(word)}' among {len(names):,}{known}")
+        if matches:
+            return _only(word, matches, names)
+    hint = did_you_mean(word, (name for row in all_names for name in row)) or "; give its number or its name"
+    raise TargetError(f"no class '{printable(word)}' among {len(names):,}{hint}")
 
 
 def imagenet_names() -> tuple[tuple[str, ...], ...]:
@@ -109,8 +109,8 @@ def _in_range(index: int, count: int) -> int:
     return index
 
 
-def _only(word: str, found: list[int], names: Sequence[str]) -> int:
-    if len(found) > 1:
-        some = ", ".join(f"{index} {names[index]}" for index in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise TargetError(f"'{printable(word)}' could be {some}; give the whole name or the number")
-    return found[0]
+def _only(word: str, matches: list[int], names: Sequence[str]) -> int:
+    if len(matches) > 1:
+        listed = ", ".join(f"{index} {names[index]}" for index in matches[:5]) + (", ..." if len(matches) > 5 else "")
+        raise TargetError(f"'{printable(word)}' could be {listed}; give the whole name or the number")
+    return matches[0]

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree. Every message is one line that names the thing and says what to do.
+"""What can go wrong, as one tree. Every message is one line that names what failed and says what to do.
 
 UndertowError
 ├── InputError (also ValueError)      an argument that cannot be used
@@ -6,8 +6,8 @@ UndertowError
 │   ├── ModelError                    a model reference, its weights or its output
 │   └── TargetError                   a class that is not there
 ├── RuleError                         the rule cannot be applied to this network: nothing to rewire,
-│                                     or a place in the graph that cannot be seen into
-├── RunError                          a run folder that cannot be read, written or gone on with
+│                                     or a node of the graph that hides a computation
+├── RunError                          a run folder that cannot be read, written or resumed
 └── FrameworkError (also ImportError) a package that is missing or does not fit another
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class UndertowError(Exception):
-    """The root: `except UndertowError` catches all that this library raises on purpose."""
+    """The root: `except UndertowError` catches every error that this library raises on purpose."""
 
 
 class InputError(UndertowError, ValueError):
@@ -40,7 +40,7 @@ class RuleError(UndertowError):
 
 
 class RunError(UndertowError):
-    """A run folder that cannot be read, written or gone on with."""
+    """A run folder that cannot be read, written or resumed."""
 
 
 class FrameworkError(UndertowError, ImportError):

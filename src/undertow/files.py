@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and safe file names."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Give a path to write aside; on success it takes the place of `path` at once, on an exception it is gone.
+    """Give a temporary path to write to; on success it replaces `path` atomically, on an exception it is deleted.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -40,16 +40,16 @@ def _umask() -> int:
     return mask
 
 
-def readable(name: str, most: int = 80) -> str:
+def readable(name: str, max_bytes: int = 80) -> str:
     """Reduce any name to one that is safe as part of a file name: letters, digits, `.`, `_`, `-`, in any script.
 
-    Not unique: several names may give one. `most` bounds its bytes in UTF-8.
+    Not unique: several names may give one. `max_bytes` bounds its bytes in UTF-8.
 
     >>> readable("../a b/猫.jpg")
     'a_b_猫.jpg'
     """
-    kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._- ")
-    return kept.encode()[:most].decode(errors="ignore") or "unnamed"
+    safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in name).strip("._- ")
+    return safe.encode()[:max_bytes].decode(errors="ignore") or "unnamed"
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -61,6 +61,6 @@ def distinct(names: Sequence[str]) -> list[str]:
     ['a_x.jpg-7ec9164c', 'A_x.jpg-0ec0354d', 'y.jpg']
     """
     short = [readable(name) for name in names]
-    times = Counter(name.casefold() for name in short)
+    counts = Counter(name.casefold() for name in short)
     digests = (hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8] for name in names)
-    return [s if times[s.casefold()] == 1 else f"{s}-{d}" for s, d in zip(short, digests, strict=True)]
+    return [s if counts[s.casefold()] == 1 else f"{s}-{d}" for s, d in zip(short, digests, strict=True)]

@@ -22,8 +22,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import FrameworkError, ModelError, PhotographError
 
-MOST_PIXELS = 178_956_970
-"""Larger images are refused from their header alone; it is where Pillow itself raises (half a gigabyte as RGB)."""
+MAX_PIXELS = 178_956_970
+"""Larger images are refused by their header alone; Pillow itself raises at the same size (half a gigabyte as RGB)."""
 
 SUFFIXES = (".avif", ".bmp", ".gif", ".ico", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """The file names that `find` takes for photographs in a folder, in any case."""
@@ -55,17 +55,17 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
     name = printable(path)
     _refuse_non_file(path, name)
     try:
-        with _quiet(), Image.open(path, formats=_formats()) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
+        with _without_warnings(), Image.open(path, formats=_formats()) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             opened.load()
             return _rgb(_upright(opened))
     except Image.DecompressionBombError as error:
-        raise PhotographError(f"{name} is too large: over {MOST_PIXELS:,} pixels; make it smaller first") from error
+        raise PhotographError(f"{name} is too large: over {MAX_PIXELS:,} pixels; make it smaller first") from error
     except UnidentifiedImageError as error:
         raise PhotographError(f"{name} is not a photograph that can be read; save it as JPEG or PNG") from error
     except Exception as error:  # a damaged file can raise nearly anything in some decoder
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
+        reason = one_line(error)
         raise PhotographError(f"{name} cannot be read ({reason}); save or copy it again as JPEG or PNG") from error
 
 
@@ -77,10 +77,10 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     Raises:
         PhotographError: nothing was given, or a folder holds no photograph or cannot be listed.
     """
-    found = [photograph for path in paths for photograph in _expand(Path(path))]
-    if not found:
+    photographs = [photograph for path in paths for photograph in _expand(Path(path))]
+    if not photographs:
         raise PhotographError("no photograph was given; name files or folders")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(photographs))
 
 
 def demo_photographs() -> dict[str, Path]:
@@ -130,33 +130,33 @@ class Preprocessing:
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ModelError(f"mean {self.mean} and std {self.std} must be three numbers each, no std of 0")
         if self.interpolation.upper() not in Image.Resampling.__members__:
-            known = ", ".join(name.lower() for name in Image.Resampling.__members__)
-            raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {known}")
+            names = ", ".join(name.lower() for name in Image.Resampling.__members__)
+            raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {names}")
         if self.order not in ("RGB", "BGR"):
             raise ModelError(f"unknown order '{self.order}' of channels; it is RGB or BGR")
 
     def view(self, image: Image.Image) -> NDArray[np.uint8]:
-        """What the network looks at: resized and cropped, uint8 (H, W, 3).
+        """Return a photograph as the network's input shows it: resized and cropped, uint8 (H, W, 3).
 
         Raises:
             PhotographError: so elongated that the resized picture would be too large.
         """
         image = _rgb(image) if image.mode != "RGB" else image
         size = self._resized(image.size)
-        if size[0] * size[1] > MOST_PIXELS:
+        if size[0] * size[1] > MAX_PIXELS:
             raise PhotographError(f"a photograph of {image.width} x {image.height} pixels is too elongated; crop it")
         resized = image.resize(size, Image.Resampling[self.interpolation.upper()])
         return np.asarray(_centre(resized, _pair(self.crop)))
 
     def array(self, image: Image.Image) -> NDArray[np.float32]:
-        """The network's input for one photograph: float32 (3, H, W), normalised. Raises as `view` does."""
+        """Return the network's input for one photograph: float32 (3, H, W), normalised. Raises as `view` does."""
         scaled = self.view(image).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
         mean, std = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (self.mean, self.std))
         normalised = (scaled - mean) / std
         return np.ascontiguousarray(normalised[::-1] if self.order == "BGR" else normalised)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `result.json`; `Preprocessing(**d)` gives the same preprocessing back.
+        """Return plain data for `result.json`; `Preprocessing(**d)` gives the same preprocessing back.
 
         >>> Preprocessing(**Preprocessing(resize=232).to_dict()) == Preprocessing(resize=232)
         True
@@ -167,7 +167,7 @@ class Preprocessing:
         }
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height after the resize, rounded down as torchvision does."""
+        """Return width and height after the resize, rounded down as torchvision does."""
         if not isinstance(self.resize, int):
             return self.resize[1], self.resize[0]
         width, height = size
@@ -176,7 +176,7 @@ class Preprocessing:
 
 
 def printable(text: object) -> str:
-    """A path or any text so that an error stays one line and can be printed, whatever the bytes.
+    """Escape a path or any text, so that an error stays one line and can be printed, whatever the bytes.
 
     >>> printable("two\\nlines.png")
     'two\\\\nlines.png'
@@ -185,7 +185,7 @@ def printable(text: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text, or else its kind, on one line."""
+    """Return an error's text, or else its kind, on one line."""
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
@@ -209,23 +209,23 @@ def _expand(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     try:
-        found = sorted(_within(path))
+        photographs = sorted(_within(path))
     except OSError as error:
         raise PhotographError(f"{printable(path)} cannot be listed ({error.strerror}); check your rights") from error
-    if not found:
+    if not photographs:
         raise PhotographError(f"no photograph in the folder {printable(path)}; it must hold .jpg, .png or the like")
-    return found
+    return photographs
 
 
 def _within(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(place, name)
+                yield Path(parent, name)
 
 
 def _refuse_non_file(path: Path, name: str) -> None:
@@ -248,7 +248,7 @@ def _formats() -> tuple[str, ...]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF hides no pixel: show the photograph as it lies, as viewers do
+    except Exception:  # damaged EXIF damages no pixel: leave the photograph as stored, as viewers do
         orientation = 1
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
@@ -259,9 +259,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    over = Image.new("RGBA", image.size, "white")
-    over.alpha_composite(image.convert("RGBA"))
-    return over.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -283,13 +283,13 @@ def _white(mode: str, high: float) -> float:
 
 
 _lock = threading.Lock()
-_silence = ExitStack()
+_filters = ExitStack()
 _readers = 0
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back Pillow's warnings. The filters are the process's, so threads share one silence: first in, last out."""
+def _without_warnings() -> Iterator[None]:
+    """Suppress Pillow's warnings. The filters are per process: the first thread sets them, the last resets them."""
     global _readers
     if getattr(sys.flags, "context_aware_warnings", False):  # from Python 3.14 on, the filters can be the thread's own
         with warnings.catch_warnings(action="ignore"):
@@ -298,11 +298,11 @@ def _quiet() -> Iterator[None]:
     with _lock:
         _readers += 1
         if _readers == 1:
-            _silence.enter_context(warnings.catch_warnings(action="ignore"))
+            _filters.enter_context(warnings.catch_warnings(action="ignore"))
     try:
         yield
     finally:
         with _lock:
             _readers -= 1
             if not _readers:
-                _silence.close()
+                _filters.close()

@@ -30,7 +30,7 @@ from .images import printable
 
 FORMS = "demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras or FILE.py:FUNCTION"
 SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "keras": "keras"}
-"""The framework that loads what stands before the colon of a reference."""
+"""The framework that loads each source, the part of a reference before the colon."""
 
 
 def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Classifier:
@@ -57,7 +57,7 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
         return _zoo("keras").load("file", reference, "", file)
     if path.endswith(".py"):
         return _from_file(reference, Path(path).expanduser(), function, file)
-    raise ModelError(f"unknown model '{printable(reference)}'; a reference is {FORMS}{_meant(reference)}")
+    raise ModelError(f"unknown model '{printable(reference)}'; a reference is {FORMS}{_similar(reference)}")
 
 
 def listing(word: str | None = None) -> list[Reference]:
@@ -76,7 +76,9 @@ def listing(word: str | None = None) -> list[Reference]:
         except FrameworkError as error:
             rows.append(Reference(f"{source}:NAME", source, "", False, str(error)))
     if word and not rows:
-        raise ModelError(f"no model contains '{printable(word)}'; `undertow models` shows what there is{_meant(word)}")
+        raise ModelError(
+            f"no model contains '{printable(word)}'; `undertow models` shows what there is{_similar(word)}"
+        )
     return rows
 
 
@@ -98,13 +100,13 @@ def _demo_rows() -> list[Reference]:
     return [Reference("demo", "packaged", "ImageNet, packaged", not missing, why)]
 
 
-def _meant(word: str) -> str:
-    """The full reference for a bare or misspelt name, as the end of an error line."""
+def _similar(word: str) -> str:
+    """Return the full references similar to a bare or misspelt name, as the end of an error line."""
     try:
-        known = _zoo("torch").names()
+        names = _zoo("torch").names()
     except FrameworkError:
         return ""
-    bare = {name.rpartition(":")[2]: name for name in [*reversed(known), "demo"]}
+    bare = {name.rpartition(":")[2]: name for name in [*reversed(names), "demo"]}
     close = difflib.get_close_matches(word.lower().rpartition(":")[2], bare, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(bare[name] for name in close)}?" if close else ""
 
@@ -113,15 +115,15 @@ def _from_file(reference: str, path: Path, function: str, weights: Path | None) 
     """Run the function and complete what it returns: class names, preprocessing, eval mode, weights."""
     if not path.is_file():
         raise ModelError(f"no file {printable(path)}; a reference is {FORMS}")
-    with _seeded(), _beside(path):
+    with _seeded(), _neighbours_importable(path):
         try:
-            made = _function(path, function)()
+            network = _function(path, function)()
         except UndertowError:
             raise
         except (Exception, SystemExit) as error:
-            raise ModelError(f"{printable(path)} failed{_where(error, path)}; correct it, then try again") from error
-    module = made.get("module") if isinstance(made, dict) else getattr(made, "module", made)
-    return _zoo(framework_of_model(module)).from_object(reference, made, weights)
+            raise ModelError(f"{printable(path)} failed{_location(error, path)}; correct it, then try again") from error
+    module = network.get("module") if isinstance(network, dict) else getattr(network, "module", network)
+    return _zoo(framework_of_model(module)).from_object(reference, network, weights)
 
 
 @contextmanager
@@ -136,23 +138,23 @@ def _seeded() -> Iterator[None]:
 
 
 def _function(path: Path, function: str) -> Any:
-    """Execute a person's file under a name of its own and return the function that makes the network."""
+    """Execute a person's file as a module of its own, and return the function that builds the network."""
     spec = importlib.util.spec_from_file_location(f"undertow_reference_{path.stem}", path)
     assert spec is not None  # for a name that ends in .py neither is ever None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickles look their module up by name
     spec.loader.exec_module(module)
-    made = getattr(module, function, None)
-    if not callable(made):
-        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        hint = did_you_mean(function, known) or f"; it has {', '.join(known[:5]) or 'none'}"
+    build = getattr(module, function, None)
+    if not callable(build):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        hint = did_you_mean(function, names) or f"; it has {', '.join(names[:5]) or 'none'}"
         raise ModelError(f"{printable(path)} has no function '{printable(function)}'{hint}")
-    return made
+    return build
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[None]:
+def _neighbours_importable(path: Path) -> Iterator[None]:
     """Let a person's file import its neighbours, as `python file.py` would."""
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
@@ -162,8 +164,8 @@ def _beside(path: Path) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def _where(error: BaseException, path: Path) -> str:
-    """The line of the person's file at which an error arose, and the error, in one line."""
+def _location(error: BaseException, path: Path) -> str:
+    """Return the line of the person's file at which an error arose, and the error, in one line."""
     lines, trace = [], error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):

@@ -1,4 +1,4 @@
-"""Photographs for a classifier: as batches on a device, and the folder that holds what came of one."""
+"""Photographs for a classifier: as batches on a device, and the folder that holds the results of one."""
 
 import json
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def batch_of_file(classifier: Classifier, path: Path, device: str = "cpu") -> An
     return batch_of(classifier, images.read(path), device)
 
 
-def facts_of(path: Path, classifier: Classifier) -> dict[str, Any]:
+def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:
     """Return which photograph and which network a result is of, ready for JSON."""
     return {
         "photograph": str(path),

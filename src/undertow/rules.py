@@ -4,7 +4,7 @@ A rule is a function `(g, local) -> g`. `g` is the gradient that arrives at the 
 activation's own backward, `h -> f'(x) * h`. What the rule returns is the gradient at the activation's input, with the
 shape and dtype of `g`. Rules are framework-free: they touch arrays through `relu` and arithmetic alone.
 
-At the places where people ask (x is the pre-activation):
+Where the rules differ (x is the pre-activation):
 
 | activation | where | gradient | deconvnet | guided |
 |---|---|---|---|---|
@@ -86,7 +86,5 @@ def resolve(rule: str | Rule) -> tuple[str, Rule]:
         return getattr(rule, "__name__", type(rule).__name__), rule
     if isinstance(rule, str) and rule in RULES:
         return rule, RULES[rule]
-    known = ", ".join(RULES)
-    raise InputError(
-        f"unknown rule {rule!r}{did_you_mean(str(rule), RULES)} (known: {known}, or a function (g, local) -> g)"
-    )
+    hint = did_you_mean(str(rule), RULES)
+    raise InputError(f"unknown rule {rule!r}{hint} (known: {', '.join(RULES)}, or a function (g, local) -> g)")

@@ -50,38 +50,38 @@ def answer(model, x, rule="gradient", estimator="smoothgrad:3", seed=0, **more):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_smoothgrad_without_noise_is_the_gradient(x, rule):
-    found = answer(net(), x, rule, "smoothgrad:3", noise=0.0).maps[0]
-    assert torch.allclose(found, ut.explain(net(), x, rule=rule).values, rtol=1e-5, atol=1e-7)
+    attribution = answer(net(), x, rule, "smoothgrad:3", noise=0.0).maps[0]
+    assert torch.allclose(attribution, ut.explain(net(), x, rule=rule).values, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_smoothgrad_is_the_mean_over_noisy_inputs(x, rule):
-    found = ut.explain(net(), x, rule=rule, estimator="smoothgrad:5", seed=7)
+    attribution = ut.explain(net(), x, rule=rule, estimator="smoothgrad:5", seed=7)
     generator, classes = np.random.default_rng(7), net()(x).argmax(1)
     reach = 0.1 * (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).reshape(2, 1, 1, 1)
     total = torch.zeros_like(x)
     for _ in range(5):
         noise = torch.from_numpy(generator.standard_normal(x.shape)) * reach
         total += ut.explain(net(), x + noise, rule=rule, target=classes).values
-    assert torch.allclose(found.values, total / 5, rtol=1e-4, atol=1e-6)
-    assert torch.equal(found.targets, classes)
-    assert found.estimator == "smoothgrad:5"
-    assert not torch.allclose(found.values, ut.explain(net(), x, rule=rule, estimator="smoothgrad:5").values)
+    assert torch.allclose(attribution.values, total / 5, rtol=1e-4, atol=1e-6)
+    assert torch.equal(attribution.targets, classes)
+    assert attribution.estimator == "smoothgrad:5"
+    assert not torch.allclose(attribution.values, ut.explain(net(), x, rule=rule, estimator="smoothgrad:5").values)
 
 
 def test_integrated_gradients_are_complete(x):
     model = net()
-    found = ut.explain(model, x, rule="gradient", estimator="integrated:400", target=[1, 3])
+    attribution = ut.explain(model, x, rule="gradient", estimator="integrated:400", target=[1, 3])
     with torch.no_grad():
         difference = (model(x) - model(torch.zeros_like(x)))[[0, 1], [1, 3]]
-    assert torch.allclose(found.values.sum((1, 2, 3)), difference, rtol=1e-3)
+    assert torch.allclose(attribution.values.sum((1, 2, 3)), difference, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_input_times_the_gradient(x, rule):
-    found = ut.explain(net(), x, rule=rule, estimator="input-times", target="top:2")
-    assert found.values.shape == (2, 2, 3, 12, 16)
-    assert torch.allclose(found.values, x[:, None] * ut.explain(net(), x, rule=rule, target="top:2").values)
+    attribution = ut.explain(net(), x, rule=rule, estimator="input-times", target="top:2")
+    assert attribution.values.shape == (2, 2, 3, 12, 16)
+    assert torch.allclose(attribution.values, x[:, None] * ut.explain(net(), x, rule=rule, target="top:2").values)
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,19 @@ def test_targets_of_a_sample_are_as_if_asked_alone(x, estimator, rule):
 
 def test_a_function_as_target_sees_the_batch_as_it_is(x):
     places = torch.arange(2)
-    found = ut.explain(net(), x, estimator="integrated:3", target=lambda out: out[places, torch.tensor([4, 1])])
-    assert torch.allclose(found.values, ut.explain(net(), x, estimator="integrated:3", target=[4, 1]).values, atol=1e-6)
+    attribution = ut.explain(net(), x, estimator="integrated:3", target=lambda out: out[places, torch.tensor([4, 1])])
+    assert torch.allclose(
+        attribution.values, ut.explain(net(), x, estimator="integrated:3", target=[4, 1]).values, atol=1e-6
+    )
 
 
 def test_integers_in_a_tuple_get_no_map():
     table = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
     head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     v, ids = torch.randn(3, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([1, 2, 5])
-    found = ut.explain(lambda v, i: head(v + table[i]), (v, ids), estimator="smoothgrad:2")
-    assert found.values[0].shape == (3, 4)
-    assert found.values[1] is None
+    attribution = ut.explain(lambda v, i: head(v + table[i]), (v, ids), estimator="smoothgrad:2")
+    assert attribution.values[0].shape == (3, 4)
+    assert attribution.values[1] is None
 
 
 def by_hand(model: Net, x: torch.Tensor, target: int, rule: str) -> torch.Tensor:
@@ -121,12 +123,12 @@ def by_hand(model: Net, x: torch.Tensor, target: int, rule: str) -> torch.Tensor
 
 @pytest.mark.parametrize("rule", ["gradient", "guided"])
 def test_grad_cam_of_a_layer_before_an_in_place_relu(x, rule):
-    found = ut.explain(net(), x, rule=rule, estimator="grad-cam:second", target=2)
+    attribution = ut.explain(net(), x, rule=rule, estimator="grad-cam:second", target=2)
     small = by_hand(net(), x, 2, rule)
     assert small.max() > 0
     expected = F.interpolate(small, x.shape[-2:], mode="bilinear", align_corners=False)
-    assert found.values.shape == (2, 1, 12, 16)
-    assert torch.allclose(found.values, expected, atol=1e-6)
+    assert attribution.values.shape == (2, 1, 12, 16)
+    assert torch.allclose(attribution.values, expected, atol=1e-6)
 
 
 def for_peers() -> Net:
@@ -141,17 +143,17 @@ def test_captum_gives_the_same(x):
 
     peer = for_peers()
     small = LayerGradCam(peer, peer.second).attribute(x, target=2, relu_attributions=True)
-    found = ut.explain(net(), x, rule="gradient", estimator="grad-cam:second", target=2).values
-    assert torch.allclose(found, LayerAttribution.interpolate(small, x.shape[-2:], "bilinear"), atol=1e-6)
+    attribution = ut.explain(net(), x, rule="gradient", estimator="grad-cam:second", target=2).values
+    assert torch.allclose(attribution, LayerAttribution.interpolate(small, x.shape[-2:], "bilinear"), atol=1e-6)
 
     line = IntegratedGradients(peer).attribute(x, torch.zeros_like(x), 2, n_steps=7, method="riemann_middle")
-    found = ut.explain(net(), x, rule="gradient", estimator="integrated:7", target=2).values
-    assert torch.allclose(found, line, atol=1e-5)
+    attribution = ut.explain(net(), x, rule="gradient", estimator="integrated:7", target=2).values
+    assert torch.allclose(attribution, line, atol=1e-5)
 
     with warnings.catch_warnings(action="ignore"):  # it says that its backward hooks are set
         both = GuidedGradCam(peer, peer.second).attribute(x, target=2, interpolate_mode="bilinear")
-    found = ut.explain(net(), x, rule="guided", estimator="guided-grad-cam:second", target=2).values
-    assert torch.allclose(found, both, atol=1e-6)
+    attribution = ut.explain(net(), x, rule="guided", estimator="guided-grad-cam:second", target=2).values
+    assert torch.allclose(attribution, both, atol=1e-6)
 
 
 def test_pytorch_grad_cam_gives_the_same_on_its_scale(x):
@@ -162,16 +164,16 @@ def test_pytorch_grad_cam_gives_the_same_on_its_scale(x):
     peer = for_peers()
     with GradCAM(peer, [peer.second]) as cam:
         theirs = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(2)] * 2))
-    found = ut.explain(net(), x, rule="gradient", estimator="grad-cam:second", target=2).values[:, 0]
-    low, high = found.amin((1, 2), keepdim=True), found.amax((1, 2), keepdim=True)
-    assert torch.allclose((found - low) / (high - low), theirs.double(), atol=1e-4)
+    attribution = ut.explain(net(), x, rule="gradient", estimator="grad-cam:second", target=2).values[:, 0]
+    low, high = attribution.amin((1, 2), keepdim=True), attribution.amax((1, 2), keepdim=True)
+    assert torch.allclose((attribution - low) / (high - low), theirs.double(), atol=1e-4)
 
 
 def test_guided_grad_cam_is_the_guided_map_times_the_plain_grad_cam(x):
-    found = ut.explain(net(), x, rule="guided", estimator="guided-grad-cam:second", target=2)
+    attribution = ut.explain(net(), x, rule="guided", estimator="guided-grad-cam:second", target=2)
     cam = ut.explain(net(), x, rule="gradient", estimator="grad-cam:second", target=2).values
-    assert torch.allclose(found.values, cam * ut.explain(net(), x, target=2).values)
-    assert found.values.shape == x.shape
+    assert torch.allclose(attribution.values, cam * ut.explain(net(), x, target=2).values)
+    assert attribution.values.shape == x.shape
 
 
 def test_the_model_is_left_as_it_was(x):
@@ -184,7 +186,7 @@ def test_the_model_is_left_as_it_was(x):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "said"),
+    ("estimator", "message"),
     [
         ("smothgrad", "did you mean smoothgrad"),
         ("smoothgrad:0", "write a number of inputs, as in smoothgrad:25"),
@@ -195,8 +197,8 @@ def test_the_model_is_left_as_it_was(x):
         ("grad-cam:head", r"needs a layer of channels on a plane, \(B, C, H, W\); 'head' gives \(2, 5\)"),
     ],
 )
-def test_an_estimator_that_cannot_be_is_said(x, estimator, said):
-    with pytest.raises(ut.InputError, match=said):
+def test_an_estimator_that_cannot_be_is_said(x, estimator, message):
+    with pytest.raises(ut.InputError, match=message):
         ut.explain(net(), x, estimator=estimator)
 
 
@@ -206,5 +208,5 @@ def test_layers_are_read_through_the_graph_alone(x):
 
 
 def test_bfloat16_stays_bfloat16(x):
-    found = ut.explain(net().bfloat16(), x.bfloat16(), estimator="smoothgrad:2")
-    assert found.values.dtype == torch.bfloat16
+    attribution = ut.explain(net().bfloat16(), x.bfloat16(), estimator="smoothgrad:2")
+    assert attribution.values.dtype == torch.bfloat16

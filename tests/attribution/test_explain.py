@@ -92,7 +92,7 @@ def test_each_sample_of_a_batch_has_its_own_map(x):
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         (5, "target 5 is out of range: the model has classes 0 to 4"),
         (-1, "target -1 is out of range"),
@@ -105,8 +105,8 @@ def test_each_sample_of_a_batch_has_its_own_map(x):
         (lambda out: out, "one score for each sample"),
     ],
 )
-def test_a_wrong_target_is_said(x, target, said):
-    with pytest.raises(ut.TargetError, match=said):
+def test_a_wrong_target_is_said(x, target, message):
+    with pytest.raises(ut.TargetError, match=message):
         ut.explain(small(), x, target=target)
 
 
@@ -141,7 +141,7 @@ def test_values_have_the_dtype_of_x(x, dtype):
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "error", "said"),
+    ("model", "given", "error", "message"),
     [
         (torch.relu, np.ones((1, 2)), ut.InputError, "torch.from_numpy"),
         (torch.relu, torch.ones(2, 2, dtype=torch.long), ut.InputError, r"x.float\(\)"),
@@ -157,8 +157,8 @@ def test_values_have_the_dtype_of_x(x, dtype):
         ("vgg16", torch.ones(2, 2), ut.InputError, "cannot be called"),
     ],
 )
-def test_what_cannot_be_explained_is_said(model, given, error, said):
-    with pytest.raises(error, match=said):
+def test_what_cannot_be_explained_is_said(model, given, error, message):
+    with pytest.raises(error, match=message):
         ut.explain(model, given)
 
 
@@ -206,9 +206,9 @@ def test_nodes_that_hide_a_computation_are_refused(x):
         "use_reentrant=False": lambda v: checkpoint(net, v, use_reentrant=True),
         "given to torch.compile": lambda v: compiled(v) * 1,
     }
-    for said, model in hidden.items():
+    for message, model in hidden.items():
         for rule in ("guided", "deconvnet", own):
-            with pytest.raises(ut.RuleError, match=said):
+            with pytest.raises(ut.RuleError, match=message):
                 ut.explain(model, x, rule=rule)
     with pytest.raises(ut.RuleError, match="use_reentrant=False"):
         ut.explain(hidden["use_reentrant=False"], x, rule="gradient")
@@ -219,14 +219,14 @@ def test_a_scripted_graph_is_right_or_refused(x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(net)
-    said = []
+    messages = []
     for _ in range(3):  # TorchScript fuses after the first call
         try:
             assert torch.equal(ut.explain(scripted, x, target=1).values, ut.explain(net, x, target=1).values)
         except ut.RuleError as error:
-            said.append(str(error))
-    assert said
-    assert all("the Python module that was scripted" in text for text in said)
+            messages.append(str(error))
+    assert messages
+    assert all("the Python module that was scripted" in text for text in messages)
 
 
 def test_an_activation_in_place_on_a_view_is_refused_and_an_assignment_is_not(x):
@@ -433,6 +433,7 @@ def resident_kib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["'guided'", "'deconvnet'", "test_explain.own"])
 def test_memory_is_flat_over_5000_explanations_without_a_garbage_collector(rule):
     # in a process of its own: what earlier tests left to the allocator would be counted too

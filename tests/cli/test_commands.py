@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import undertow as ut
 from undertow import images, models
 from undertow.cli import app, main
+from undertow.cli.errors import debugging
 
 
 def call(capfd, *words: object) -> tuple[int, str, str]:
@@ -124,7 +125,7 @@ def test_what_cannot_be_done_is_named_and_the_others_are_done(capfd, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--target", "tigr cat"], "did you mean tiger cat"),
         (["--target", "1000"], "0 to 999"),
@@ -137,10 +138,10 @@ def test_what_cannot_be_done_is_named_and_the_others_are_done(capfd, tmp_path, c
         (["--through", "side"], "swap"),
     ],
 )
-def test_wrong_words_get_one_line_and_exit_code_2(capfd, tmp_path, cat, words, said):
+def test_wrong_words_get_one_line_and_exit_code_2(capfd, tmp_path, cat, words, message):
     code, out, err = call(capfd, "explain", cat, "--model", "demo", "--out", tmp_path / "out", *words)
     assert code == 2
-    assert said in err
+    assert message in err
     assert out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
@@ -182,7 +183,24 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in done.stderr
 
 
-def test_the_version_tells_that_the_c_part_was_built(capfd):
+@pytest.mark.parametrize("command", ["explain", "trust"])
+def test_debug_raises_the_error_of_a_photograph_when_called_from_python(capfd, tmp_path, tiny, command):
+    words = [command, str(tmp_path / "no.jpg"), "--model", tiny, "--out", str(tmp_path / "out")]
+    code, _, err = call(capfd, *words)
+    assert code == 2
+    assert "error: " in err
+    assert "no.jpg does not exist" in err
+    assert "Traceback" not in err
+    with pytest.raises(ut.PhotographError, match=r"no\.jpg does not exist"):
+        main([*words, "--debug"])
+    assert app.main(words, standalone_mode=False) == 2  # click's own call, which knows nothing of --debug
+
+
+def test_outside_a_command_there_is_no_debug():
+    assert not debugging()
+
+
+def test_the_version(capfd):
     assert call(capfd, "--version") == (0, "undertow 0.1.0\n", "")
 
 

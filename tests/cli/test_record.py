@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import call
 
 import undertow as ut
+from cli.test_commands import call
 from undertow import images, models
 from undertow.recording.photographs import record_photographs
 
@@ -32,14 +32,14 @@ class Net(torch.nn.Module):
         self.head = torch.nn.Linear(4, 3)
     def forward(self, x):
         return self.head(self.features(x).mean((2, 3)))
-def made(norm):
+def build(norm):
     torch.manual_seed(1)
     size = {"resize": 40, "crop": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     return {"module": Net(norm), "preprocessing": size, "classes": ["cat", "cup", "man"]}
-def plain(): return made(0)
-def normed(): return made(1)
+def plain(): return build(0)
+def normed(): return build(1)
 def slow():
-    net = made(0)
+    net = build(0)
     net["module"].register_forward_hook(lambda *_: time.sleep(0.4))
     return net
 """
@@ -100,10 +100,10 @@ def test_record_quantiles_compare(capfd, tmp_path, network, folder):
         assert row["spread"] == (pytest.approx(row["p95"] / row["p5"]) if row["p5"] else None)
     assert (tmp_path / "c.svg").stat().st_size > 1000
 
-    found = duckdb.sql(
+    counts = duckdb.sql(
         f"SELECT site, count(*) FROM '{runs['plain']}/channel_norm/*.parquet' GROUP BY site ORDER BY site"
     )
-    assert found.fetchall() == [("features.0", 20), ("features.2", 20)]
+    assert counts.fetchall() == [("features.0", 20), ("features.2", 20)]
 
 
 @pytest.mark.parametrize("objective", ["predicted", "label", "loss"])
@@ -147,6 +147,7 @@ def test_a_watched_recording_is_diagnosed(capfd, tmp_path, network, folder):
     assert json.loads(out)[0]["checked"]["pooling"] == "checked"
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(tmp_path, network, folder):
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = [sys.executable, "-m", "undertow", "record", str(folder), "--model", f"{network}:slow", "--batch-size", "2"]
@@ -178,7 +179,7 @@ def test_interrupted_and_resumed(tmp_path, network, folder):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--sites", "convv"], "did you mean conv"),
         (["--sites", "conv[9]"], "select nothing"),
@@ -186,12 +187,12 @@ def test_interrupted_and_resumed(tmp_path, network, folder):
         (["--measure", "norms"], "channel-norm"),
     ],
 )
-def test_wrong_words(capfd, tmp_path, network, folder, words, said):
+def test_wrong_words(capfd, tmp_path, network, folder, words, message):
     (folder / "other").mkdir()
     (folder / "cat" / "1.png").rename(folder / "other" / "1.png")
     code, _, err = call(capfd, "record", folder, "--model", f"{network}:plain", "--out", tmp_path / "run", *words)
     assert code == 2
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 

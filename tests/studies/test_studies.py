@@ -73,6 +73,7 @@ def test_a_folder_without_the_images_is_one_line(tmp_path):
     assert "train-images-idx3-ubyte.gz" in done.stderr
 
 
+@pytest.mark.slow
 def test_fashion_mnist_study_end_to_end(tmp_path, capsys):
     out, plot = tmp_path / "run", tmp_path / "bars.png"
     line = ["--out", out, "--limit", "256", "--epochs", "2", "--batches", "3", "--keep", "--plot", plot]
@@ -140,6 +141,7 @@ def test_the_small_vggs_are_numbered_as_torchvisions(batch_norm, second):
     assert net.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_vgg_study_end_to_end(tmp_path, capsys):
     line = ["--networks", "fashion-mnist", "--limit", "256", "--train-epochs", "1", "--width", "4", "--early", "2"]
     line += ["--limit-images", "10", "--batch-size", "4", "--out", tmp_path / "vgg", "--plot", tmp_path / "curves.png"]
@@ -171,6 +173,6 @@ def test_vgg_study_end_to_end(tmp_path, capsys):
 
 def test_without_imagenet_weights_the_remedy_is_named(tmp_path, capsys):
     assert vgg_batchnorm.main(["--weights", str(tmp_path / "none.pth"), "--out", str(tmp_path / "vgg")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "--networks fashion-mnist" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--networks fashion-mnist" in message

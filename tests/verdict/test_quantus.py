@@ -58,8 +58,8 @@ def test_max_sensitivity(net, x):
     theirs = metric(model=net, x_batch=x.numpy(), y_batch=target, explain_func=explained)
     maps = explained(net, noisy, np.repeat(target, 5))
     original = explained(net, x, target)[0]
-    found = stability.answer(original, list(maps), 0.02, null.Null.of(original, 19, 0), 0)
-    assert found.value == pytest.approx(theirs[0], rel=1e-4)
+    answer = stability.answer(original, list(maps), 0.02, null.Null.of(original, 19, 0), 0)
+    assert answer.value == pytest.approx(theirs[0], rel=1e-4)
 
 
 def test_deletion(x):
@@ -75,8 +75,10 @@ def test_deletion(x):
         with torch.no_grad():
             return model(torch.from_numpy(images)).numpy()[:, target].astype(np.float64)
 
-    ends = scores(np.stack([image, fill.meaned(image)]))
-    ours = faithfulness._replaced({"map": values[0, 0]}, image, fill.meaned(image), scores, tuple(ends), steps=8)["map"]
+    ends = scores(np.stack([image, fill.mean_image(image)]))
+    ours = faithfulness._replaced({"map": values[0, 0]}, image, fill.mean_image(image), scores, tuple(ends), steps=8)[
+        "map"
+    ]
     flipping = quantus.PixelFlipping(features_in_step=32, perturb_baseline=float(image.mean()), **QUIET)
     theirs = flipping(model=model, x_batch=image[None], y_batch=np.array([target]), a_batch=values, softmax=False)
     expected = (np.array(theirs[0]) - ends[1]) / abs(ends[0] - ends[1])

@@ -32,15 +32,15 @@ def mixed(share: float, seed: int) -> np.ndarray:
     ("share", "level"), [(1.0, "no"), (0.9, "no"), (0.25, "weak"), (0.0, "yes")], ids=lambda v: str(v)
 )
 def test_class_by_how_much_of_the_map_is_shared(share, level):
-    found = ask_class([mixed(share, seed) for seed in (20, 30, 40)])
-    assert found.level == level
-    assert [row["role"] for row in found.numbers["classes"]] == list(ROLES.values())
+    answer = ask_class([mixed(share, seed) for seed in (20, 30, 40)])
+    assert answer.level == level
+    assert [row["role"] for row in answer.numbers["classes"]] == list(ROLES.values())
 
 
 def test_a_map_that_is_the_same_whatever_the_class_is_said_with_names():
-    found = ask_class([ORIGINAL] * 3)
-    assert (found.level, found.value) == ("no", 1.0)
-    assert found.sentence == (
+    answer = ask_class([ORIGINAL] * 3)
+    assert (answer.level, answer.value) == ("no", 1.0)
+    assert answer.sentence == (
         "Asked about *tabby* instead of *Egyptian cat* the map is the same (1.00): "
         "it shows what the network sees, not why it chose this class."
     )
@@ -54,8 +54,8 @@ def test_a_map_of_zeros_does_not_depend_on_anything():
 
 
 def test_the_same_places_with_other_signs_are_weak():
-    found = ask_class([-ORIGINAL] * 3)
-    assert (found.level, found.value, found.numbers["correlation"]) == ("weak", 1.0, -1.0)
+    answer = ask_class([-ORIGINAL] * 3)
+    assert (answer.level, answer.value, answer.numbers["correlation"]) == ("weak", 1.0, -1.0)
 
 
 def test_the_plain_gradient_stands_beside():
@@ -66,22 +66,22 @@ def test_the_plain_gradient_stands_beside():
 
 def test_other_classes_are_the_runner_up_the_least_likely_and_random_ones():
     scores = np.array([3.0, 9.0, 5.0, -7.0, 1.0, 2.0, 0.0, 4.0])
-    found = class_.others(scores, 1, seed=0)
-    assert list(found.items())[:2] == [(2, "runner-up"), (3, "least likely")]
-    assert len(found) == 5
-    assert 1 not in found
-    assert class_.others(scores, 3, seed=0)[1] == "runner-up"
-    assert found != class_.others(scores, 1, seed=1)
-    assert class_.others(np.array([1.0, 2.0]), 0, seed=0) == {1: "least likely"}
-    assert class_.others(np.array([1.0]), 0, seed=0) == {}
+    roles = class_.other_classes(scores, 1, seed=0)
+    assert list(roles.items())[:2] == [(2, "runner-up"), (3, "least likely")]
+    assert len(roles) == 5
+    assert 1 not in roles
+    assert class_.other_classes(scores, 3, seed=0)[1] == "runner-up"
+    assert roles != class_.other_classes(scores, 1, seed=1)
+    assert class_.other_classes(np.array([1.0, 2.0]), 0, seed=0) == {1: "least likely"}
+    assert class_.other_classes(np.array([1.0]), 0, seed=0) == {}
 
 
 def test_weights_by_the_mean_over_the_cascade():
     gone = [("head", 1, lumpy(4)), ("stem", 2, lumpy(5))]
     kept = [("head", 1, ORIGINAL), ("stem", 2, ORIGINAL)]
     assert weights.answer(ORIGINAL, gone, gone, 2, MARKS).level == "yes"
-    found = weights.answer(ORIGINAL, kept, gone, 2, MARKS)
-    assert (found.level, found.value) == ("no", 1.0)
+    answer = weights.answer(ORIGINAL, kept, gone, 2, MARKS)
+    assert (answer.level, answer.value) == ("no", 1.0)
     half = weights.answer(ORIGINAL, [kept[0], gone[1]], gone, 2, MARKS)
     assert half.value == pytest.approx((half.numbers["top"] + half.numbers["all"]) / 2)
     assert (half.numbers["top"], round(half.numbers["all"], 1)) == (1.0, 0.0)
@@ -124,13 +124,13 @@ def test_pixels_that_carry_the_score_are_told_from_others():
     image = np.random.default_rng(9).standard_normal(SHAPE).astype(np.float32)
     marked = np.full(SHAPE, 0.01) * np.random.default_rng(3).random(SHAPE)
     marked[:, 4:12, 22:30] += 1
-    found = planted(marked, image)
-    assert (found.level, found.numbers["p"]) == ("yes", 0.05)
-    assert found.value > 0.7
+    answer = planted(marked, image)
+    assert (answer.level, answer.numbers["p"]) == ("yes", 0.05)
+    assert answer.value > 0.7
     elsewhere = planted(np.roll(marked, 15, axis=1), image)
     assert elsewhere.level == "no"
     assert abs(elsewhere.value) < 0.1
-    for kind, curves in found.numbers["replacements"].items():
+    for kind, curves in answer.numbers["replacements"].items():
         assert curves["map"]["gap"] > curves["random"]["gap"], kind
 
 
@@ -139,37 +139,37 @@ def test_an_order_that_edges_beat_is_weak():
     image[:, 4:12, 22:30] += np.indices((8, 8)).sum(0) % 4 - 1.5  # the score's pixels are the steep ones
     marked = lumpy(11, width=0.5) * 0.1
     marked[:, 4:12, 22:27] += 1
-    found = planted(marked, image)
-    assert (found.level, found.numbers["p"]) == ("weak", 0.05)
-    assert found.numbers["edges"] > found.value
+    answer = planted(marked, image)
+    assert (answer.level, answer.numbers["p"]) == ("weak", 0.05)
+    assert answer.numbers["edges"] > answer.value
 
 
 def test_curves_by_hand():
     """Three pixels of weights 4, 2, 1 and a blank of zeros, two steps: one and a half pixels, rounded to two."""
     image = np.array([[[4.0, 2.0, 1.0, 0.0]]], np.float32)
-    found = faithfulness._replaced(
+    curve = faithfulness._replaced(
         {"map": np.array([[3.0, 2.0, 1.0, 0.0]])}, image, np.zeros_like(image),
         lambda images: images.sum((1, 2, 3)), (7.0, 0.0), steps=2,
     )["map"]  # fmt: skip
-    assert found.deletion == pytest.approx([1, 1 / 7, 0])
-    assert found.insertion == pytest.approx([0, 6 / 7, 1])
-    assert found.gap == pytest.approx(((6 / 7) / 2 + (1 + 6 / 7) / 2) / 2 - ((1 + 1 / 7) / 2 + (1 / 7) / 2) / 2)
+    assert curve.deletion == pytest.approx([1, 1 / 7, 0])
+    assert curve.insertion == pytest.approx([0, 6 / 7, 1])
+    assert curve.gap == pytest.approx(((6 / 7) / 2 + (1 + 6 / 7) / 2) / 2 - ((1 + 1 / 7) / 2 + (1 / 7) / 2) / 2)
 
 
 def test_the_number_of_images_is_known_beforehand():
     seen = []
     image = lumpy(12).astype(np.float32)
     faithfulness.answer(ORIGINAL, image, lambda images: (seen.append(len(images)), images.sum((1, 2, 3)))[1], 21, 0)
-    assert sum(seen) == faithfulness.images(21)
+    assert sum(seen) == faithfulness.n_images(21)
 
 
 def test_max_sensitivity_by_hand():
     original = np.array([[[3.0, 4.0]]])
     maps = [np.array([[[3.0, 3.0]]]), np.array([[[0.0, 4.0]]])]
-    found = stability.answer(original, maps, 0.02, MARKS, 0)
-    assert found.value == pytest.approx(3 / 5)
-    assert found.numbers["mean"] == pytest.approx((1 / 5 + 3 / 5) / 2)
-    assert found.numbers["interval"][0] <= found.numbers["mean"] <= found.numbers["interval"][1]
+    answer = stability.answer(original, maps, 0.02, MARKS, 0)
+    assert answer.value == pytest.approx(3 / 5)
+    assert answer.numbers["mean"] == pytest.approx((1 / 5 + 3 / 5) / 2)
+    assert answer.numbers["interval"][0] <= answer.numbers["mean"] <= answer.numbers["interval"][1]
 
 
 def test_stability_by_how_much_of_the_map_stays():

@@ -54,14 +54,14 @@ def test_random_maps_have_the_values_and_the_spectrum_but_not_the_places():
 
 def test_a_field_keeps_the_spectrum_exactly():
     own = lumpy(8)
-    drawn = null.field(own, np.random.default_rng(1))
+    drawn = null.phase_randomized(own, np.random.default_rng(1))
     assert np.allclose(np.abs(np.fft.rfft2(drawn))[1:, 1:-1], np.abs(np.fft.rfft2(own))[1:, 1:-1])
     assert drawn.mean() == pytest.approx(own.mean())
 
 
 def test_the_first_mark_lets_at_most_one_in_twenty_unrelated_maps_pass_and_few_related_ones():
     # one map's own spectrum is spikier than the one it was drawn from, so the mark errs on the side of "unrelated"
-    marks = null.marks(lumpy(9), {"m": similarity.spearman}, 200, np.random.default_rng(0))["m"]
+    marks = null.thresholds(lumpy(9), {"m": similarity.spearman}, 200, np.random.default_rng(0))["m"]
     pairs = [(lumpy(100 + i), lumpy(600 + i)) for i in range(200)]
     above = [similarity.spearman(a, b) > marks.unrelated for a, b in pairs]
     related = [similarity.spearman(a, a + b) > marks.unrelated for a, b in pairs]
@@ -72,7 +72,7 @@ def test_the_first_mark_lets_at_most_one_in_twenty_unrelated_maps_pass_and_few_r
 @pytest.mark.parametrize("seed", range(5))
 def test_lumps_make_unrelated_maps_more_alike(seed):
     fine, coarse = (
-        null.marks(lumpy(9 + seed, width=w), {"m": similarity.spearman}, 60, np.random.default_rng(seed))["m"]
+        null.thresholds(lumpy(9 + seed, width=w), {"m": similarity.spearman}, 60, np.random.default_rng(seed))["m"]
         for w in (0.5, 4)
     )
     assert 2 * fine.unrelated < coarse.unrelated
@@ -80,15 +80,15 @@ def test_lumps_make_unrelated_maps_more_alike(seed):
 
 
 def test_half_is_what_maps_that_share_half_of_their_variance_have():
-    marks = null.marks(lumpy(10, (64, 64)), {"m": similarity.correlation}, 60, np.random.default_rng(0))["m"]
+    marks = null.thresholds(lumpy(10, (64, 64)), {"m": similarity.correlation}, 60, np.random.default_rng(0))["m"]
     assert marks.half == pytest.approx(0.5, abs=0.05)
-    against = null.marks_against(lumpy(10, (64, 64)), lumpy(11, (64, 64)), 60, np.random.default_rng(0))
+    against = null.thresholds_against(lumpy(10, (64, 64)), lumpy(11, (64, 64)), 60, np.random.default_rng(0))
     assert against.half == pytest.approx(np.sqrt(0.5), abs=0.07)
 
 
 def test_the_same_places_with_other_signs_are_neither_the_same_nor_another():
     marks = null.Null.of(lumpy(12, (2, 40, 40)), 19, 0)
-    assert [marks.place(1, 1), marks.place(1, -1), marks.place(-0.2, -0.2)] == ["high", "between", "low"]
+    assert [marks.classify(1, 1), marks.classify(1, -1), marks.classify(-0.2, -0.2)] == ["no", "weak", "yes"]
 
 
 def test_blur_is_scipys_away_from_borders():
@@ -122,10 +122,12 @@ def test_imputed_pixels_solve_the_linear_system(share):
     image, order = lumpy(14, (2, 17, 22)), lumpy(15, (17, 22), width=1)
     missing = order > np.quantile(order, 1 - share)
     exact = solved(image, missing)
-    assert np.allclose(fill.imputed(image, missing, np.random.default_rng(0), 0.0, most=500), exact, atol=1e-4)
+    assert np.allclose(fill.imputed(image, missing, np.random.default_rng(0), 0.0, max_steps=500), exact, atol=1e-4)
     quick = fill.imputed(image, missing, np.random.default_rng(0), 0.0)
     assert np.abs(quick - exact).max() < 0.05 * np.ptp(image)
-    noisy = np.concatenate([fill.imputed(image, missing, np.random.default_rng(s), 0.1, most=500) for s in range(4)])
+    noisy = np.concatenate(
+        [fill.imputed(image, missing, np.random.default_rng(s), 0.1, max_steps=500) for s in range(4)]
+    )
     noisy -= np.tile(exact, (4, 1, 1))
     assert np.std(noisy[:, missing]) == pytest.approx(0.1, rel=0.15)  # five standard deviations of 600 values' own
     assert np.allclose(noisy[:, ~missing], 0, atol=1e-6)

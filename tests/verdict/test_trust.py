@@ -79,8 +79,8 @@ def test_passes_are_as_said_beforehand(x, rule, estimator):
     cost = ut.trust.cost(model, x, rule=rule, estimator=estimator)
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     moved = []
-    found = ut.trust(model, x, rule=rule, estimator=estimator, advance=moved.append)
-    assert found.passes == {"forward": cost.forward, "backward": cost.backward}
+    judged = ut.trust(model, x, rule=rule, estimator=estimator, advance=moved.append)
+    assert judged.passes == {"forward": cost.forward, "backward": cost.backward}
     assert sum(moved) == cost.forward + cost.backward
     once_for_six_directions = 5
     assert sum(seen) == cost.forward + cost.backward - once_for_six_directions
@@ -121,7 +121,7 @@ def test_layers_are_in_the_order_in_which_they_run(x):
     assert inspector.layers(lambda v: v, x) == []
 
 
-def test_redrawn_layers_are_new_and_the_rest_is_the_same_weights(x):
+def test_reinitialized_layers_are_new_and_the_rest_is_the_same_weights(x):
     inspector, model = base.capability("torch", "inspect.layers"), net()
     twin = inspector.reinitialized(model, ["norm", "head"], seed=3)
     assert twin.stem.weight is model.stem.weight
@@ -156,7 +156,7 @@ def test_weights_that_no_module_knows_how_to_draw_are_shuffled():
     assert drawn.out_proj.weight is not attention.out_proj.weight
 
 
-def test_inside_gives_gradients_of_directions(x):
+def test_layer_gradients_of_directions(x):
     inspector, model = base.capability("torch", "inspect.layers"), net()
     directions = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32)
     request = base.Request(model, (x,), ut.rules.gradient, "gradient", None, "graph", "relu-like", False)
@@ -175,9 +175,9 @@ def test_what_cannot_be_asked_says_why(x):
     def function(images):
         return F.relu(images.mean((2, 3))) @ torch.linspace(-1, 2, 12).reshape(3, 4)
 
-    found = ut.trust(function, x.abs(), rule="gradient")
-    assert "plain function" in found.unanswered["weights"]
-    assert set(found.answers) == {"class", "input", "faithfulness", "stability", "convergence"}
+    judged = ut.trust(function, x.abs(), rule="gradient")
+    assert "plain function" in judged.unanswered["weights"]
+    assert set(judged.answers) == {"class", "input", "faithfulness", "stability", "convergence"}
     assert "one class alone" in ut.trust(net(classes=1), x).unanswered["class"]
 
 
@@ -201,10 +201,10 @@ def test_a_model_that_ignores_the_class_gets_no():
 @pytest.mark.parametrize("shape", [(20, 24), (3, 20, 24), (1, 20, 24), (1, 3, 20, 24)])
 def test_a_map_of_another_tool_in_any_shape(x, shape):
     values = np.random.default_rng(0).random(shape)
-    found = ut.trust.of_map(net(), x, values, target=2)
-    assert set(found.answers) == {"input", "faithfulness"}
-    assert set(found.unanswered) == {"class", "weights", "stability", "convergence"}
-    assert (found.rule, found.target_name) == ("given", "class 2")
+    judged = ut.trust.of_map(net(), x, values, target=2)
+    assert set(judged.answers) == {"input", "faithfulness"}
+    assert set(judged.unanswered) == {"class", "weights", "stability", "convergence"}
+    assert (judged.rule, judged.target_name) == ("given", "class 2")
 
 
 def test_a_tool_that_makes_our_maps_gets_our_verdict(x, verdict):
@@ -212,15 +212,15 @@ def test_a_tool_that_makes_our_maps_gets_our_verdict(x, verdict):
         return ut.explain(model, images, target=target).numpy()
 
     values = ut.explain(net(), x).numpy()
-    found = ut.trust.of_map(net(), x, values, explainer=guided, names=list("abcdef"))
+    judged = ut.trust.of_map(net(), x, values, explainer=guided, names=list("abcdef"))
     for question in ("weights", "input", "faithfulness", "stability"):
-        assert found.answers[question] == verdict.answers[question]
-    assert found.answers["class"].value == verdict.answers["class"].value
-    assert "convergence" in found.unanswered
+        assert judged.answers[question] == verdict.answers[question]
+    assert judged.answers["class"].value == verdict.answers["class"].value
+    assert "convergence" in judged.unanswered
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"target": 6}, "target 6 is out of range: the model has classes 0 to 5"),
         ({"target": "cat"}, "pass its id, or None"),
@@ -230,8 +230,8 @@ def test_a_tool_that_makes_our_maps_gets_our_verdict(x, verdict):
         ({"rule": "gided"}, "did you mean guided"),
     ],
 )
-def test_a_wrong_argument_is_said(x, more, said):
-    with pytest.raises(ut.InputError, match=said):
+def test_a_wrong_argument_is_said(x, more, message):
+    with pytest.raises(ut.InputError, match=message):
         ut.trust(net(), x, **more)
 
 
@@ -295,11 +295,11 @@ def call(capfd, *words: object) -> tuple[int, str, str]:
 def test_trust_writes_a_folder_and_names_what_cannot_be_read(capfd, tiny, photographs, tmp_path):
     words = ("trust", photographs, "--model", tiny, "--rule", "guided", "--rule", "gradient", "--out", tmp_path / "o")
     code, out, err = call(capfd, *words, "--json")
-    told = json.loads(out)
+    summary = json.loads(out)
     assert code == 2
-    assert "bad.png is not a photograph" in told["failed"][0]["error"]
+    assert "bad.png is not a photograph" in summary["failed"][0]["error"]
     assert "2 map(s) of each; for a photograph:" in err
-    (result,) = told["results"]
+    (result,) = summary["results"]
     written = json.loads((tmp_path / "o" / "good" / "verdict.json").read_text())
     assert {**written, "folder": result["folder"]} == result
     assert set(result["verdicts"]) == {"guided", "gradient"}
@@ -319,6 +319,13 @@ def test_trust_prints_its_sentence(capfd, tiny, photographs, tmp_path):
     assert all(question in out for question in QUESTIONS)
 
 
+def test_tables_go_to_stdout_although_the_bar_is_on_a_terminal(capfd, tiny, photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    code, out, _ = call(capfd, "trust", photographs / "good.png", "--model", tiny, "--out", tmp_path / "o")
+    assert code == 0
+    assert all(question in out for question in QUESTIONS)
+
+
 def test_explain_says_the_sentence_next_to_the_map(capfd, tiny, photographs, tmp_path):
     words = ("explain", photographs / "good.png", "--model", tiny, "--rule", "guided", "--out", tmp_path / "o")
     code, out, _ = call(capfd, *words, "--estimator", "smoothgrad:2", "--trust", "--json")
@@ -326,25 +333,25 @@ def test_explain_says_the_sentence_next_to_the_map(capfd, tiny, photographs, tmp
     assert code == 0
     assert result["rules"]["guided"]["estimator"] == "smoothgrad:2"
     assert result["verdicts"]["guided"]["estimator"] == "smoothgrad:2"
-    with Image.open(tmp_path / "o" / "good" / "panel.png") as told:
-        height = told.height
+    with Image.open(tmp_path / "o" / "good" / "panel.png") as panel:
+        height = panel.height
     call(capfd, *words)
-    with Image.open(tmp_path / "o" / "good" / "panel.png") as untold:
-        assert untold.height < height
+    with Image.open(tmp_path / "o" / "good" / "panel.png") as panel:
+        assert panel.height < height
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--estimator", "smoth"), "unknown estimator 'smoth'"),
         (("--target", "zebra"), "no class 'zebra'"),
         (("--samples", "3"), "19 are the fewest"),
     ],
 )
-def test_a_wrong_option_is_one_line(capfd, tiny, photographs, tmp_path, words, said):
+def test_a_wrong_option_is_one_line(capfd, tiny, photographs, tmp_path, words, message):
     code, _, err = call(capfd, "trust", photographs / "good.png", "--model", tiny, "--out", tmp_path / "o", *words)
     assert code == 2
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
 
 

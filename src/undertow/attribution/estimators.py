@@ -1,12 +1,12 @@
-"""How gradients are averaged over inputs, or weighed by a layer: each around any rule, on any framework.
+"""How gradients are averaged over inputs, or weighted by a layer: each with any rule, on any framework.
 
 | estimator | values, each of the input's shape unless said | passes |
 |---|---|---|
 | gradient | one backward pass at the input itself | 1 |
 | smoothgrad:N | the mean over N inputs with normal noise, a tenth of each sample's range of values | 1 + N |
-| integrated:N | the mean over N points of the straight line from zero to the input, times the input | 1 + N |
+| integrated:N | the mean over N points on the straight line from zero to the input, times the input | 1 + N |
 | input-times | the gradient times the input | 1 |
-| grad-cam:LAYER | the layer's channels weighed by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
+| grad-cam:LAYER | the layer's channels weighted by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
 | guided-grad-cam:LAYER | the rule's map times the Grad-CAM of the plain gradient | 2 |
 
 Targets are those of the input itself: noise does not change the class that is explained.
@@ -30,12 +30,12 @@ KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "gui
 COUNTS = {"smoothgrad": 25, "integrated": 50}
 LAYERED = ("grad-cam", "guided-grad-cam")
 NOISE = 0.1
-TOGETHER = 8  # inputs in one pass: a larger batch gains nothing on a CPU and costs memory
+MAX_BATCH = 8  # inputs in one pass: a larger batch gains nothing on a CPU and costs memory
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """An estimator as asked for.
+    """An estimator and its settings.
 
     Attributes:
         kind: one of `KINDS`.
@@ -60,10 +60,10 @@ class Estimator:
 
 
 def resolve(word: str) -> Estimator:
-    """Return the estimator that a word means.
+    """Parse an estimator's name, such as "smoothgrad:10".
 
     Raises:
-        InputError: no such estimator, a number that is none, or a layer that is missing.
+        InputError: no such estimator, not a number of inputs, or no layer.
 
     >>> resolve("smoothgrad:10")
     Estimator(kind='smoothgrad', count=10, layer='')
@@ -102,71 +102,72 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int, 
         arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
     """
     if estimator.kind in LAYERED:
-        return _by_layer(framework, request, estimator)
+        return _estimate_grad_cam(framework, request, estimator)
     explanation = capability(framework, "explain").explain(request)
     if estimator.kind == "gradient":
         return explanation
     arrays = capability(framework, "arrays")
     inputs = [arrays.to_numpy(x) for x in request.inputs]
-    wide = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
+    values = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
     if estimator.kind == "smoothgrad":
-        wide = _mean(framework, request, explanation, _noisy(inputs, wide, estimator.count, seed, noise))
+        values = _mean(framework, request, explanation, _noisy(inputs, values, estimator.count, seed, noise))
     elif estimator.kind == "integrated":
-        wide = _mean(framework, request, explanation, _on_the_line(inputs, wide, estimator.count))
+        values = _mean(framework, request, explanation, _on_the_line(inputs, values, estimator.count))
     if estimator.kind != "smoothgrad":
-        wide = [_times(m, x, explanation.scores) for m, x in zip(wide, inputs, strict=True)]
-    maps = (None if m is None else arrays.like(m, x) for m, x in zip(wide, request.inputs, strict=True))
+        values = [_times(v, x, explanation.scores) for v, x in zip(values, inputs, strict=True)]
+    maps = (None if v is None else arrays.like(v, x) for v, x in zip(values, request.inputs, strict=True))
     return replace(explanation, maps=tuple(maps))
 
 
 def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
-    """Multiply by the input; with K targets a sample, each target's map."""
+    """Multiply a map by the input; with K targets per sample, each target's map."""
     if values is None:
         return None
     return values * (x if scores.ndim == 1 else x[:, None])
 
 
 def _noisy(inputs: list[Array], maps: list[Any], count: int, seed: int, noise: float) -> Iterator[list[Array]]:
+    """Yield `count` noisy copies of the inputs; those without a map, which are integers, stay."""
     generator = np.random.default_rng(seed)
     for _ in range(count):
-        yield [x if m is None else x + _of_range(x, generator, noise) for x, m in zip(inputs, maps, strict=True)]
+        yield [x if m is None else x + _normal_noise(x, generator, noise) for x, m in zip(inputs, maps, strict=True)]
 
 
-def _of_range(x: Array, generator: np.random.Generator, noise: float) -> Array:
+def _normal_noise(x: Array, generator: np.random.Generator, noise: float) -> Array:
     axes = tuple(range(1, x.ndim))
-    spread = x.max(axes, keepdims=True) - x.min(axes, keepdims=True)
-    drawn: Array = generator.standard_normal(x.shape) * noise * spread
+    value_range = x.max(axes, keepdims=True) - x.min(axes, keepdims=True)
+    drawn: Array = generator.standard_normal(x.shape) * noise * value_range
     return drawn.astype(x.dtype)
 
 
 def _on_the_line(inputs: list[Array], maps: list[Any], count: int) -> Iterator[list[Array]]:
-    """Yield the midpoints of `count` equal parts of the way from zero to the input."""
+    """Yield the midpoints of `count` equal parts of the line from zero to the input."""
     for i in range(count):
         share = np.float32((i + 0.5) / count)
         yield [x if m is None else x * share for x, m in zip(inputs, maps, strict=True)]
 
 
 def _mean(framework: str, request: Request, first: Explanation, points: Iterator[list[Array]]) -> list[Array | None]:
-    """Return the mean of the maps at the points, several points in one pass."""
+    """Return the mean of the maps at the points, each `(B, ...)` float64; several points go in one pass."""
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
     batch = len(request.inputs[0])
-    # a function of the scores may know the positions in the batch, so it sees the batch as it is
-    together = 1 if first.targets is None else max(1, TOGETHER // max(batch, 1))
+    # a target function may depend on positions in the batch, so it is given the batch as it is
+    points_per_pass = 1 if first.targets is None else max(1, MAX_BATCH // max(batch, 1))
     totals: list[Any] = [0.0] * len(request.inputs)
     count = 0
-    while chunk := list(islice(points, together)):
+    while chunk := list(islice(points, points_per_pass)):
         count += len(chunk)
         inputs = [np.concatenate(parts) for parts in zip(*chunk, strict=True)]
         ids = request.target if first.targets is None else np.concatenate([arrays.to_numpy(first.targets)] * len(chunk))
-        fed = tuple(arrays.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
-        for i, values in enumerate(explainer.explain(replace(request, inputs=fed, target=ids)).maps):
+        tensors = tuple(arrays.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
+        for i, values in enumerate(explainer.explain(replace(request, inputs=tensors, target=ids)).maps):
             if values is not None:
                 array = arrays.to_numpy(values).astype(np.float64)
                 totals[i] = totals[i] + array.reshape(len(chunk), batch, *array.shape[1:]).sum(0)
     return [total / count if isinstance(total, np.ndarray) else None for total in totals]
 
 
-def _by_layer(framework: str, request: Request, estimator: Estimator) -> Explanation:
+def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -> Explanation:
     guided = estimator.kind == "guided-grad-cam"
     x = request.inputs[0]
     plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
@@ -188,7 +189,7 @@ def _by_layer(framework: str, request: Request, estimator: Estimator) -> Explana
 
 
 def grad_cam(values: Array, gradients: Array) -> Array:
-    """Weigh a layer's channels by their mean gradients and keep the positive part.
+    """Weight a layer's channels by their mean gradients, and keep the positive part of the sum.
 
     Args:
         values: the layer's output, `(B, C, h, w)`.
@@ -218,7 +219,7 @@ def upsampled(planes: Array, size: tuple[int, int]) -> Array:
 
 
 def _weights(old: int, new: int) -> Array:
-    """How much of each old pixel is in each new one, `(new, old)`."""
+    """Return the weight of each old pixel in each new one, `(new, old)`."""
     positions = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    shares: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)))
-    return shares
+    weights: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)))
+    return weights

@@ -1,4 +1,4 @@
-"""The verb: check what was asked for, let the framework answer, hand over an Attribution."""
+"""The verb: check the arguments, let the framework compute the map, return an Attribution."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,22 +68,22 @@ def explain(
     (tensor([[1., 0.]]), tensor([1.]), 1)
     """
     name, function = resolve(rule)
-    averaging = resolve_estimator(estimator)
-    _one_of("through", through, THROUGH)
-    _one_of("activations", activations, ACTIVATIONS)
+    resolved = resolve_estimator(estimator)
+    _check_choice("through", through, THROUGH)
+    _check_choice("activations", activations, ACTIVATIONS)
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
     request = Request(model, inputs, function, name, target, through, activations, training)
-    explanation = estimate(framework_of_input(inputs[0], model), request, averaging, seed)
+    explanation = estimate(framework_of_input(inputs[0], model), request, resolved, seed)
     return Attribution(
         values=explanation.maps if isinstance(x, tuple) else explanation.maps[0],
         targets=explanation.targets,
         scores=explanation.scores,
         rule=name,
-        estimator=averaging.name,
+        estimator=resolved.name,
         through=through,
         activations=activations,
         rewired=explanation.stats.rewired,
@@ -94,6 +94,6 @@ def explain(
     )
 
 
-def _one_of(option: str, word: str, choices: tuple[str, ...]) -> None:
+def _check_choice(option: str, word: str, choices: tuple[str, ...]) -> None:
     if word not in choices:
         raise InputError(f"unknown {option} {word!r}{did_you_mean(str(word), choices)} (known: {', '.join(choices)})")

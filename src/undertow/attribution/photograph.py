@@ -1,4 +1,4 @@
-"""One photograph through one classifier: what it sees, every rule's map, and a folder that keeps both."""
+"""One photograph explained: the classifier's predictions, every rule's map, and the folder that keeps both."""
 
 import platform
 import time
@@ -16,28 +16,28 @@ from ..classifier import Classifier
 from ..errors import ModelError
 from ..files import published, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import batch_of, facts_of, result_folder
+from ..photographs import batch_of, provenance, result_folder
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
 from .result import Attribution
 
-TOP = 5
+N_PREDICTIONS = 5
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What one photograph gave.
+class ExplainedPhotograph:
+    """The predictions and maps of one photograph.
 
     Attributes:
         path: where the photograph is.
-        view: `(H, W, 3)` uint8, what the network looked at.
+        view: `(H, W, 3)` uint8, the photograph as the network's input shows it.
         predictions: the five likeliest classes as (id, name, probability), most likely first.
         targets: the explained classes as (id, name, score).
         maps: an attribution for each rule, of `(1, K, 3, H, W)` values.
         seconds: wall time for each rule.
         device: where it ran.
-        verdicts: what `undertow.trust` says of each rule's map of the first target, as plain data; empty if not asked.
+        verdicts: of `undertow.trust` on each rule's map of the first target, as plain data; empty if not asked for.
     """
 
     path: Path
@@ -60,7 +60,7 @@ def explain_photograph(
     activations: str = "relu-like",
     estimator: str = "gradient",
     device: str = "cpu",
-) -> Explained:
+) -> ExplainedPhotograph:
     """Explain one photograph under several rules.
 
     Args:
@@ -91,7 +91,7 @@ def explain_photograph(
     first = maps[rules[0]]
     ids = as_numpy(first.targets)[0].tolist()
     scores = as_numpy(first.scores)[0].tolist()
-    return Explained(
+    return ExplainedPhotograph(
         path=path,
         view=classifier.preprocessing.view(photograph),
         predictions=predictions,
@@ -107,12 +107,12 @@ def _predictions(classifier: Classifier, probabilities: npt.NDArray[Any]) -> lis
         raise ModelError(
             f"{classifier.reference} gives {len(probabilities)} scores but has {len(classifier.classes)} class names"
         )
-    best = np.argsort(-probabilities, kind="stable")[:TOP]
+    best = np.argsort(-probabilities, kind="stable")[:N_PREDICTIONS]
     return [(int(i), classifier.classes[i], float(probabilities[i])) for i in best]
 
 
-def write(explained: Explained, classifier: Classifier, folder: Path) -> dict[str, Any]:
-    """Write the panel, each map as pictures and as safetensors, and `result.json` last; return what it says.
+def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
+    """Write the panel, each map as pictures and as safetensors, and `result.json` last; return the latter's content.
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
@@ -125,7 +125,7 @@ def write(explained: Explained, classifier: Classifier, folder: Path) -> dict[st
                 suffix = f"-{class_id}" if len(explained.targets) > 1 else ""
                 values = _in_colour(attribution, k, classifier)
                 files += _write_pictures(explained.view, values, folder, f"{readable(rule)}{suffix}")
-        result |= {**_facts(explained, classifier), "files": files}
+        result |= {**_result(explained, classifier), "files": files}
     return result
 
 
@@ -150,7 +150,7 @@ def _write_image(image: Any, path: Path) -> None:
         image.save(aside, format="PNG")
 
 
-def draw_panel(explained: Explained, classifier: Classifier) -> Any:
+def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
     """Draw one photograph's panel, a row for each target."""
     rows = [
         PanelRow(f"{class_id} {name}", [(_heading(a), _in_colour(a, k, classifier)) for a in explained.maps.values()])
@@ -161,8 +161,8 @@ def draw_panel(explained: Explained, classifier: Classifier) -> Any:
     return panel(explained.view, title, rows, [*notes(explained.maps), *_sentences(explained)])
 
 
-def _sentences(explained: Explained) -> list[str]:
-    """The sentence of each verdict, to stand next to the maps."""
+def _sentences(explained: ExplainedPhotograph) -> list[str]:
+    """Return each verdict's sentence, to be printed next to the maps."""
     target = explained.targets[0][1]
     return [f"May it be believed? {rule}, {target}: {v['sentence']}" for rule, v in explained.verdicts.items()]
 
@@ -173,10 +173,10 @@ def _heading(attribution: Attribution) -> str:
     return f"{attribution.rule}{how}{rewired}"
 
 
-def likeness(maps: Sequence[npt.NDArray[Any]]) -> float:
-    """Return the mean correlation between the maps of different photographs: near 1, they say nothing of any one.
+def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:
+    """Return the mean correlation between maps of different photographs; near 1, a map hardly depends on its own.
 
-    >>> likeness([np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([2.0, 1.0, 0.0])])
+    >>> mean_correlation([np.array([0.0, 1.0, 2.0]), np.array([0.0, 2.0, 4.0]), np.array([2.0, 1.0, 0.0])])
     -0.3333333333333333
     """
     table = np.corrcoef([np.asarray(values, np.float64).ravel() for values in maps])
@@ -184,7 +184,7 @@ def likeness(maps: Sequence[npt.NDArray[Any]]) -> float:
 
 
 def notes(maps: dict[str, Attribution]) -> list[str]:
-    """Say beside the maps what a reader would otherwise take for an insight."""
+    """Return the warnings that belong beside the maps, lest an artefact be taken for an insight."""
     remarks = []
     deconvnet = maps.get("deconvnet")
     if deconvnet is not None and not deconvnet.switches:
@@ -200,10 +200,10 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
     return remarks
 
 
-def _facts(explained: Explained, classifier: Classifier) -> dict[str, Any]:
+def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str, Any]:
     packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
-        **facts_of(explained.path, classifier),
+        **provenance(explained.path, classifier),
         "preprocessing": classifier.preprocessing.to_dict(),
         "predictions": [{"class": i, "name": n, "probability": round(p, 6)} for i, n, p in explained.predictions],
         "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],

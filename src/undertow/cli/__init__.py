@@ -48,12 +48,12 @@ for command in (demo, explain, trust, models, sites, record, quantiles, compare,
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 done, 2 something could not be done, 130 interrupted, 1 a fault of our own."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow writes of its own affairs past Python
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [word for word in given if word != "--debug"]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow logs from C++, past Python
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     try:
-        code = app.main(given, prog_name="undertow", standalone_mode=False, obj=debug)
+        code = app.main(words, prog_name="undertow", standalone_mode=False, obj=debug)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

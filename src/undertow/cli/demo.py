@@ -22,16 +22,16 @@ from .photographs import RULES, device_option
 def demo(out: Path, device: str) -> int:
     """Explain four packaged photographs with a packaged ImageNet classifier, offline, under all three rules."""
     from .. import images, models
-    from ..attribution.photograph import Explained, likeness
+    from ..attribution.photograph import ExplainedPhotograph, mean_correlation
 
-    results: list[Explained] = []
+    results: list[ExplainedPhotograph] = []
     options = {"rules": RULES, "target": "top:1"}
     photographs = list(images.demo_photographs().values())
-    code = explain_all(models.load("demo"), photographs, options, device, out, keep=results.append)
+    code = explain_all(models.load("demo"), photographs, options, device, out, then=results.append)
     click.echo("How alike a rule's maps of the different photographs are (mean correlation; 1 is the same map):")
     for rule in RULES:
         maps = [explained.maps[rule].numpy() for explained in results]
-        click.echo(f"  {rule:<10}{likeness(maps):6.2f}")
+        click.echo(f"  {rule:<10}{mean_correlation(maps):6.2f}")
     if results and not results[0].maps["deconvnet"].switches:
         click.echo("deconvnet's maps are alike because this network has no max-pooling: do not read them.")
     click.echo("\nNext, your own photograph:\n  undertow explain PHOTO.jpg --model demo --target top:3")

@@ -13,5 +13,6 @@ def error_line(error: BaseException) -> str:
 
 
 def debugging() -> bool:
-    """Whether `--debug` was given."""
-    return bool(click.get_current_context().find_root().obj)
+    """Whether `--debug` was given, which `main` passes on as click's `obj`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().obj)

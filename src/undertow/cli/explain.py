@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import RULES, device_option, for_each, json_option, out_option, photographs_argument
+from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
+from .printing import print_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..attribution.photograph import Explained
+    from ..attribution.photograph import ExplainedPhotograph
     from ..classifier import Classifier
 
 EXAMPLES = """\b
@@ -27,13 +28,7 @@ Examples:
 
 @click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
 @photographs_argument
-@click.option(
-    "--model",
-    "reference",
-    metavar="REF",
-    required=True,
-    help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION.",
-)
+@model_option(help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION.")
 @click.option(
     "--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; all three if left out."
 )
@@ -66,15 +61,8 @@ Examples:
     help="smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER.",
 )
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
-@click.option(
-    "--weights",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.",
-)
-@device_option
-@out_option
-@json_option
+@weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
+@output_options
 def explain(
     photographs: Sequence[Path],
     reference: str,
@@ -98,7 +86,7 @@ def explain(
     paths = images.find(photographs)
     classifier = models.load(reference, weights)
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
-    return explain_all(classifier, paths, options, device, out, as_json, judge=judge)
+    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
 
 
 def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
@@ -126,22 +114,30 @@ def explain_all(
     out: Path,
     as_json: bool = False,
     *,
-    keep: "Callable[[Explained], object]" = lambda _: None,
-    judge: bool = False,
+    then: "Callable[[ExplainedPhotograph], object]" = lambda _: None,
+    with_verdicts: bool = False,
 ) -> int:
-    """Explain, judge where asked to, and write every photograph; print what came of each; return the exit code."""
+    """Explain and write every photograph, and print each result; return the exit code.
+
+    Args:
+        options: of `explain_photograph`.
+        then: called with each photograph's maps.
+        with_verdicts: also judge each map.
+    """
+    from rich.console import Console
+
     from ..attribution.photograph import explain_photograph, write
     from ..photographs import on_device
 
     device = on_device(classifier, device)
-    numbers = {path: i + 1 for i, path in enumerate(photographs)}
+    positions = {path: f"{i} of {len(photographs)}" for i, path in enumerate(photographs, 1)}
 
     def work(path: Path, folder: Path) -> dict[str, Any]:
-        with _status(f"{path.name} ({numbers[path]} of {len(photographs)})"):
+        with Console(stderr=True).status(f"{path.name} ({positions[path]})"):
             explained = explain_photograph(classifier, path, **options, device=device)
-            explained = _judged(explained, classifier, device) if judge else explained
+            explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
             result = write(explained, classifier, folder)
-        keep(explained)
+        then(explained)
         if not as_json:
             _print(explained, folder)
         return result
@@ -149,7 +145,7 @@ def explain_all(
     return for_each(photographs, out, work, verb="explained", as_json=as_json)
 
 
-def _judged(explained: "Explained", classifier: "Classifier", device: str) -> "Explained":
+def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", device: str) -> "ExplainedPhotograph":
     """Add a verdict on each rule's map of the first target."""
     from dataclasses import replace
 
@@ -161,13 +157,7 @@ def _judged(explained: "Explained", classifier: "Classifier", device: str) -> "E
     return replace(explained, verdicts={rule: verdict.to_dict() for rule, verdict in verdicts})
 
 
-def _status(text: str) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True).status(text)
-
-
-def _print(explained: "Explained", folder: Path) -> None:
+def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -180,10 +170,10 @@ def _print(explained: "Explained", folder: Path) -> None:
     console = Console()
     console.print(table)
     for line in _lines(explained, folder):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
 
 
-def _lines(explained: "Explained", folder: Path) -> Iterator[str]:
+def _lines(explained: "ExplainedPhotograph", folder: Path) -> Iterator[str]:
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
     yield f"explained: {names}"
     for rule, attribution in explained.maps.items():

@@ -1,9 +1,11 @@
 """`undertow models`: what can be named."""
 
-import json
 from dataclasses import asdict
 
 import click
+
+from .photographs import json_option
+from .printing import print_json
 
 
 @click.command(
@@ -11,17 +13,17 @@ import click
     epilog="\b\nExamples:\n  undertow models\n  undertow models resnet\n  undertow models vgg --json",
 )
 @click.argument("word", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON list instead of a table.")
+@json_option(help="Print one JSON list instead of a table.")
 def models(word: str | None, as_json: bool) -> int:
     """List the models whose reference contains WORD, and which of them work offline."""
     from rich.console import Console
     from rich.table import Table
 
-    from .. import models as known
+    from ..models import listing
 
-    rows = known.listing(word)
+    rows = listing(word)
     if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=1))
+        print_json([asdict(row) for row in rows])
         return 0
     table = Table(box=None)
     for heading in ("reference", "weights", "offline", "why"):

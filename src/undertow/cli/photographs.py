@@ -3,6 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,15 @@ out_option = click.option(
     show_default=True,
     help="Gets a folder for each photograph; files of the same names are replaced.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+# these differ in their help
+model_option = partial(click.option, "--model", "reference", metavar="REF", required=True)
+weights_option = partial(click.option, "--weights", metavar="FILE", type=click.Path(path_type=Path))
+json_option = partial(click.option, "--json", "as_json", is_flag=True)
 
 
-def complain(text: str) -> None:
-    """Print a line on stderr."""
-    click.echo(text, err=True)
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --device, --out and --json to a command that fills a folder for each photograph."""
+    return device_option(out_option(json_option(help="Print one JSON object instead of tables.")(command)))
 
 
 def for_each(
@@ -39,29 +44,33 @@ def for_each(
     *,
     verb: str,
     as_json: bool,
-    complain: Callable[[str], None] = complain,
+    print_error: Callable[[str], object] | None = None,
+    bar: AbstractContextManager[object] | None = None,
 ) -> int:
-    """Do the work for each photograph, with a folder of its own; return the exit code.
+    """Do the work for each photograph, with a folder of its own; return the exit code, 2 if one failed.
 
     Args:
-        work: from a photograph and its folder to the result for JSON.
+        work: from a photograph and its folder to the result for JSON; prints what is to be printed without --json.
         verb: what was done, for the summary: "explained".
-        complain: prints a line about a photograph that failed.
+        print_error: prints a line on stderr; click does it if None.
+        bar: entered while the work goes on, and left before the summary is printed.
     """
     from ..files import distinct
 
+    print_error = print_error or partial(click.echo, err=True)
     started = time.perf_counter()
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    folders = distinct([_label(path, photographs) for path in photographs])
-    for path, folder in zip(photographs, folders, strict=True):
-        try:
-            results.append({**work(path, out / folder), "folder": str(out / folder)})
-        except Exception as error:
-            if debugging():
-                raise
-            failed.append({"photograph": str(path), "error": error_line(error)})
-            complain(f"error: {error_line(error)}")
+    folders = [out / name for name in distinct([_label(path, photographs) for path in photographs])]
+    with bar or nullcontext():
+        for path, folder in zip(photographs, folders, strict=True):
+            try:
+                results.append({**work(path, folder), "folder": str(folder)})
+            except Exception as error:
+                if debugging():
+                    raise
+                failed.append({"photograph": str(path), "error": error_line(error)})
+                print_error(f"error: {error_line(error)}")
     if as_json:
         summary = {"results": results, "failed": failed, "seconds": round(time.perf_counter() - started, 3)}
         click.echo(json.dumps(summary, indent=1, ensure_ascii=False))

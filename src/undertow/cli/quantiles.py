@@ -1,20 +1,22 @@
-"""`undertow quantiles` and `undertow compare`: what a run says, as tables, CSV and charts."""
+"""`undertow quantiles` and `undertow compare`: the quantiles of runs, as tables, CSV and charts."""
 
 import csv
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .photographs import json_option
+from .printing import print_json
+
 
 class _Of(click.Choice[str]):
-    """What quantiles are of; the measure may be written as it was to record it."""
+    """What quantiles are of; a measure may also be written as `undertow record --measure` takes it, with dashes."""
 
-    def convert(self, value: Any, *where: Any) -> str:
-        return super().convert(str(value).replace("-", "_"), *where)
+    def convert(self, value: Any, *context: Any) -> str:
+        """Read dashes as underscores."""
+        return super().convert(str(value).replace("-", "_"), *context)
 
 
 _of = click.option(
@@ -24,7 +26,7 @@ _of = click.option(
 )
 _plot = click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="A .png, .svg or .pdf.")
 _csv = click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="All of it, as CSV.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_json = json_option(help="Print JSON instead of a table.")
 _from = click.option("--from", "start", type=click.FloatRange(0, 1), default=0.05, show_default=True)
 _to = click.option("--to", "stop", type=click.FloatRange(0, 1), default=0.95, show_default=True)
 _step = click.option("--step", type=click.FloatRange(0.0001, 1), default=0.05, show_default=True)
@@ -97,16 +99,10 @@ def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path
         for i, run in enumerate(runs):
             site = row.quantiles[i]
             if site is not None:
-                flat.append(
-                    {
-                        "run": str(run),
-                        **site.to_dict(),
-                        "spread": row.spreads[i],
-                        "ratio_of_medians": row.ratios[i][middle],
-                    }
-                )
-                shown = (site.values[0], site.values[middle], site.values[-1], row.ratios[i][middle], row.spreads[i])
-                lines.append((site.site, str(run), *(f"{value:.4g}" for value in shown)))
+                spread, ratio = row.spreads[i], row.ratios[i][middle]
+                flat.append({"run": str(run), **site.to_dict(), "spread": spread, "ratio_of_medians": ratio})
+                cells = (site.values[0], site.values[middle], site.values[-1], ratio, spread)
+                lines.append((site.site, str(run), *(f"{value:.4g}" for value in cells)))
     _write_and_print(flat, table, as_json, lines)
     for sentence in contrast(opened) if not as_json else ():
         click.echo(sentence)
@@ -156,22 +152,14 @@ def _write_and_print(
             writer.writeheader()
             writer.writerows(flat)
     if as_json:
-        plain = [{key: None if _is_no_number(value) else value for key, value in row.items()} for row in flat]
-        click.echo(json.dumps(plain, indent=1, allow_nan=False))
+        print_json(flat)
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
     for column, heading in enumerate(lines[0]):
-        table.add_column(
-            str(heading), justify="right" if column > 1 or (isinstance(lines[0][0], str) and column) else "left"
-        )
+        table.add_column(str(heading), justify="right" if column else "left")
     for line in lines[1:]:
         table.add_row(*(str(cell) for cell in line), style="bold" if "median" in str(line[0]) else "")
     Console().print(table)
-
-
-def _is_no_number(value: object) -> bool:
-    """Whether JSON has no word for it: infinity, or not a number."""
-    return isinstance(value, float) and not math.isfinite(value)

@@ -1,4 +1,4 @@
-"""`undertow sites` and `undertow record`: choose places in a network, and record what flows through them."""
+"""`undertow sites` and `undertow record`: choose modules of a network, and record what flows through them."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,20 +9,21 @@ from typing import Any
 
 import click
 
-from .photographs import device_option
+from .photographs import device_option, json_option, model_option, weights_option
+from .printing import print_json
 
 MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
 
 @click.command(
-    short_help="Which places of a network a selection names.",
+    short_help="Which modules of a network a selection names.",
     epilog="\b\nExamples:\n  undertow sites --model torchvision:vgg16@none 'conv[:2]'\n"
     "  undertow sites --model demo 'conv, linear' --json",
 )
-@click.argument("what", metavar="[SITES]", default="**")
-@click.option("--model", "reference", metavar="REF", required=True, help="As in `undertow explain`.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON list instead of a table.")
-def sites(what: str, reference: str, as_json: bool) -> int:
+@click.argument("selection", metavar="[SITES]", default="**")
+@model_option(help="As in `undertow explain`.")
+@json_option(help="Print one JSON list instead of a table.")
+def sites(selection: str, reference: str, as_json: bool) -> int:
     """Print the modules that SITES selects, in order of execution: name, kind, output shape, calls.
 
     SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
@@ -38,9 +39,9 @@ def sites(what: str, reference: str, as_json: bool) -> int:
 
     classifier = models.load(reference)
     black = Image.new("RGB", (64, 64))
-    selected = select(classifier.module, what, example=batch_of(classifier, black))
+    selected = select(classifier.module, selection, example=batch_of(classifier, black))
     if as_json:
-        click.echo(json.dumps([asdict(site) for site in selected], indent=1))
+        print_json([asdict(site) for site in selected])
         return 0
     table = Table(box=None)
     for heading in ("name", "kind", "output shape", "calls"):
@@ -63,11 +64,11 @@ def _shape(shape: Any) -> str:
     "  undertow record flowers/ --model nets.py:load --objective loss --measure channel-norm --out runs/flowers",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--model", "reference", metavar="REF", required=True, help="As in `undertow explain`.")
+@model_option(help="As in `undertow explain`.")
 @click.option(
     "--out", metavar="RUN", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder."
 )
-@click.option("--sites", "what", default="conv", show_default=True, help="See `undertow sites --help`.")
+@click.option("--sites", "selection", default="conv", show_default=True, help="See `undertow sites --help`.")
 @click.option(
     "--measure", "measures", multiple=True, type=click.Choice(MEASURES), help="May be repeated. Default: channel-norm."
 )
@@ -83,16 +84,16 @@ def _shape(shape: Any) -> str:
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="At most N photographs, in order of name.")
 @click.option("--batch-size", metavar="N", type=click.IntRange(1), help="Default: 4 on a CPU, 32 elsewhere.")
 @click.option("--workers", metavar="N", type=click.IntRange(1), default=2, show_default=True, help="Threads that read.")
-@click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="As in `undertow explain`.")
+@weights_option(help="As in `undertow explain`.")
 @device_option
 @click.option("--diagnose", is_flag=True, help="Watch every 8th batch more closely, for `undertow diagnose`.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option(help="Print one JSON object.")
 def record(
     folder: Path,
     reference: str,
     out: Path,
-    what: str,
+    selection: str,
     measures: tuple[str, ...],
     weights: Path | None,
     device: str,
@@ -121,7 +122,7 @@ def record(
             classifier,
             folder,
             out,
-            sites=what,
+            sites=selection,
             measures=measures or ("channel-norm",),
             limit=limit,
             device=device,
@@ -150,8 +151,8 @@ def _progress(count: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=count, speed="")
 
-        def advance(more: int) -> None:
-            progress.advance(bar, more)
+        def advance(photographs: int) -> None:
+            progress.advance(bar, photographs)
             speed = progress.tasks[0].speed
             progress.update(bar, speed=f"{speed:.1f} images/s" if speed else "")
 

@@ -1,15 +1,22 @@
 """`undertow trust`: may the maps of these photographs be believed?"""
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import RULES, device_option, for_each, json_option, out_option, photographs_argument
+from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
+from .printing import print_line
 
 if TYPE_CHECKING:
-    from ..verdict.photograph import Judged
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..classifier import Classifier
+    from ..verdict.photograph import JudgedPhotograph
 
 EXAMPLES = """\b
 Examples:
@@ -21,9 +28,7 @@ Examples:
 
 @click.command(short_help="May a map be believed? Six questions, and a sentence.", epilog=EXAMPLES)
 @photographs_argument
-@click.option(
-    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
-)
+@model_option(help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.")
 @click.option("--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; guided if left out.")
 @click.option(
     "--estimator",
@@ -33,17 +38,10 @@ Examples:
     help="gradient, smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER.",
 )
 @click.option("--target", metavar="CLASS", help="A number or a name. Default: the predicted class.")
-@click.option(
-    "--weights",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="A .safetensors file, or a state dict saved by torch.save.",
-)
+@weights_option(help="A .safetensors file, or a state dict saved by torch.save.")
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
-@device_option
-@out_option
-@json_option
+@output_options
 def trust(
     photographs: Sequence[Path],
     reference: str,
@@ -63,6 +61,8 @@ def trust(
     takes is said beforehand. A photograph that cannot be judged is named, the others are done all the same, and the
     exit code is 2.
     """
+    from rich.console import Console
+
     from .. import images, models
     from ..attribution.estimators import resolve
     from ..classifier import find_class
@@ -75,70 +75,58 @@ def trust(
     classifier = models.load(reference, weights)
     class_id = None if target is None else find_class(classifier, target)
     device = on_device(classifier, device)
-    with PassesBar(classifier, paths, pairs, device, options["samples"]) as bar:
+    console = Console(stderr=True)
+    bar = passes_bar(console)
+    task = bar.add_task("", total=total_passes(console, classifier, paths, pairs, device, options["samples"]))
 
-        def work(path: Path, folder: Path) -> dict[str, Any]:
-            judged = trust_photograph(
-                classifier, path, pairs=pairs, target=class_id, device=device, advance=bar.advance, **options
-            )
-            result = write(judged, classifier, folder)
-            if not as_json:
-                print_verdicts(judged, folder)
-                for note in result["notes"]:
-                    bar.print(f"no picture: {note}")
-            return result
+    def work(path: Path, folder: Path) -> dict[str, Any]:
+        judged = trust_photograph(
+            classifier, path, pairs=pairs, target=class_id, device=device, advance=partial(bar.advance, task), **options
+        )
+        result = write(judged, classifier, folder)
+        if not as_json:
+            print_verdicts(judged, folder)
+            for note in result["notes"]:
+                print_line(console, f"no picture: {note}")
+        return result
 
-        return for_each(paths, out, work, verb="judged", as_json=as_json, complain=bar.print)
-
-
-class PassesBar:
-    """A bar on stderr that counts images through the network, after a line that says how many there will be."""
-
-    def __init__(
-        self, classifier: Any, photographs: Sequence[Path], pairs: Sequence[tuple[str, str]], device: str, samples: int
-    ) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._cost_arguments = (classifier, photographs, pairs, device, samples)
-        self.console = Console(stderr=True)
-        columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, console=self.console, transient=True)
-
-    def __enter__(self) -> "PassesBar":
-        total = self._total()
-        self.progress.start()
-        self.task = self.progress.add_task("", total=total)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def _total(self) -> int | None:
-        """Return the number of images through the network, and print it, by the first photograph that can be read."""
-        from ..errors import PhotographError
-        from ..verdict.photograph import cost_of
-
-        classifier, photographs, pairs, device, samples = self._cost_arguments
-        for path in photographs:
-            try:
-                cost = cost_of(classifier, path, pairs, device, samples)
-            except PhotographError:
-                continue
-            self.print(f"{len(photographs)} photograph(s), {len(pairs)} map(s) of each; for a photograph: {cost}")
-            return len(photographs) * (cost.forward + cost.backward)
-        return None
-
-    def advance(self, images: int) -> None:
-        """Move the bar on."""
-        self.progress.advance(self.task, images)
-
-    def print(self, text: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    print_error = partial(print_line, console)
+    return for_each(paths, out, work, verb="judged", as_json=as_json, print_error=print_error, bar=bar)
 
 
-def print_verdicts(judged: "Judged", folder: Path) -> None:
+def total_passes(
+    console: "Console",
+    classifier: "Classifier",
+    photographs: Sequence[Path],
+    pairs: Sequence[tuple[str, str]],
+    device: str,
+    samples: int,
+) -> int | None:
+    """Return how many images will go through the network, and print it, by the first photograph that can be read."""
+    from ..errors import PhotographError
+    from ..verdict.photograph import cost_of
+
+    for path in photographs:
+        try:
+            cost = cost_of(classifier, path, pairs, device, samples)
+        except PhotographError:
+            continue
+        counts = f"{len(photographs)} photograph(s), {len(pairs)} map(s) of each"
+        print_line(console, f"{counts}; for a photograph: {cost}")
+        return len(photographs) * (cost.forward + cost.backward)
+    return None
+
+
+def passes_bar(console: "Console") -> "Progress":
+    """Return a bar for a terminal, of images that went through the network."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.percentage:3.0f} %"), BarColumn(), TimeRemainingColumn())
+    # rich would send what is printed on stdout to the bar's console, stderr, also where stdout is a file
+    return Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+
+
+def print_verdicts(judged: "JudgedPhotograph", folder: Path) -> None:
     """Print each verdict as a table with its sentence."""
     from rich.console import Console
     from rich.table import Table
@@ -146,12 +134,12 @@ def print_verdicts(judged: "Judged", folder: Path) -> None:
     console = Console()
     for name, verdict in judged.verdicts.items():
         table = Table(title=f"{judged.path.name}: {name}, {verdict.target_name}", title_justify="left", box=None)
-        for column, justify in (("question", "left"), ("answer", "left"), ("value", "right"), ("", "left")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for column in ("question", "answer", "value", ""):
+            table.add_column(column, justify="right" if column == "value" else "left")
         for question, answer in verdict.answers.items():
             table.add_row(question, answer.level, f"{answer.value:.2f}", answer.sentence)
-        for question, why in verdict.unanswered.items():
-            table.add_row(question, "-", "", why)
+        for question, reason in verdict.unanswered.items():
+            table.add_row(question, "-", "", reason)
         console.print(table)
-        console.print(verdict.sentence, highlight=False, markup=False, soft_wrap=True, style="bold")
-        console.print(f"  {verdict.seconds:.1f} s -> {folder}\n", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, verdict.sentence, "bold")
+        print_line(console, f"  {verdict.seconds:.1f} s -> {folder}\n")

@@ -81,13 +81,13 @@ def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:
 def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:
     layers = numbers["layers"]
     for rows, count, label, style in (
-        (numbers["cascade"], "redrawn", "from the top down", "-o"),
+        (numbers["cascade"], "reinitialized", "from the top down", "-o"),
         (numbers["single"], "from_top", "this layer alone", ":s"),
     ):
         axis.plot([row[count] for row in rows], [row["spearman"] for row in rows], style, markersize=4, label=label)
     _marks(axis, numbers["null"]["spearman"])
     axis.set_xscale("log")
-    ticks = [row["redrawn"] for row in numbers["cascade"]]
+    ticks = [row["reinitialized"] for row in numbers["cascade"]]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_ylim(min(-0.1, *axis.get_ylim()), 1.05)

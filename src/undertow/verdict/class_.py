@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .null import HIGH, LOW, Null
-from .result import NO, WEAK, YES, Answer
-from .similarity import likeness
+from .null import Null
+from .result import NO, YES, Answer
+from .similarity import similarities
 
 Array = npt.NDArray[Any]
-LEVELS = {HIGH: NO, LOW: YES}
-RANDOM = 3  # further classes, beside the runner-up and the least likely
+N_RANDOM = 3  # random classes, beside the runner-up and the least likely
 SOURCE = "Nie et al. 2018, arXiv 1805.07039; Adebayo et al. 2018, arXiv 1810.03292"
 DEFINITION = (
     "Does the map depend on the class? Asked about the runner-up, the least likely class and random others, how alike "
@@ -21,13 +20,13 @@ DEFINITION = (
 )
 
 
-def others(scores: Array, target: int, seed: int) -> dict[int, str]:
+def other_classes(scores: Array, target: int, seed: int) -> dict[int, str]:
     """Choose the classes to ask about instead of the target: each with its role, the runner-up first.
 
     Args:
         scores: `(classes,)`.
 
-    >>> others(np.array([0.1, 3.0, 2.0, -1.0]), 1, seed=0)
+    >>> other_classes(np.array([0.1, 3.0, 2.0, -1.0]), 1, seed=0)
     {2: 'runner-up', 3: 'least likely', 0: 'random'}
     """
     order = [int(i) for i in np.argsort(-scores, kind="stable") if i != target]
@@ -35,7 +34,7 @@ def others(scores: Array, target: int, seed: int) -> dict[int, str]:
         return {}
     chosen = {order[0]: "runner-up", order[-1]: "least likely"}
     rest = sorted(set(order) - set(chosen))
-    drawn = np.random.default_rng(seed).choice(len(rest), min(RANDOM, len(rest)), replace=False)
+    drawn = np.random.default_rng(seed).choice(len(rest), min(N_RANDOM, len(rest)), replace=False)
     return {**chosen, **{rest[i]: "random" for i in drawn}}
 
 
@@ -53,17 +52,17 @@ def answer(
     Args:
         original: the map, `(C, H, W)`.
         maps: of the other classes, by id.
-        roles: what each of them is, as `others` says.
-        names: of all classes that were asked about.
+        roles: what each of them is, as `other_classes` gives it.
+        names: of all these classes and of the target.
         plain: the plain gradient's maps of the target and then of the same others, for comparison; empty where the
-            map is that gradient, or there is none.
+            map is that gradient itself, or was given as an array.
     """
-    alike = {i: likeness(original, values) for i, values in maps.items()}
+    alike = {i: similarities(original, values) for i, values in maps.items()}
     value = float(np.median([a["spearman"] for a in alike.values()]))
     signed = float(np.median([a["correlation"] for a in alike.values()]))
-    level = LEVELS.get(null.place(value, signed), WEAK)
+    level = null.classify(value, signed)
     rows = [{"class": i, "name": names[i], "role": roles[i], **alike[i]} for i in alike]
-    gradient = [likeness(plain[0], values)["spearman"] for values in plain[1:]]
+    gradient = [similarities(plain[0], values)["spearman"] for values in plain[1:]]
     numbers = {"classes": rows, "correlation": signed, "gradient": _median(gradient), "null": null.to_dict()}
     first = next(iter(alike))
     return Answer(

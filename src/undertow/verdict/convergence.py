@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .null import Marks
-from .result import NO, WEAK, YES, Answer
+from .null import Thresholds
+from .result import NO, YES, Answer
 
 Array = npt.NDArray[Any]
 DIRECTIONS = 6
@@ -45,15 +45,15 @@ def _mean(table: npt.NDArray[np.float64]) -> float:
     return float(table[np.triu_indices(len(table), 1)].mean())
 
 
-def flipped(vectors: Array, count: int, seed: int) -> Marks:
-    """Return the marks of the mean cosine, by `count` random flips of the vectors' signs."""
+def sign_flip_thresholds(vectors: Array, count: int, seed: int) -> Thresholds:
+    """Return the thresholds of the mean cosine, the lower one by `count` random flips of the vectors' signs."""
     table, generator = cosines(vectors), np.random.default_rng(seed)
     signs = generator.choice((-1.0, 1.0), (count, len(table)))
-    return Marks(float(np.quantile([_mean(table * np.outer(s, s)) for s in signs], 0.95)), HALF)
+    return Thresholds(float(np.quantile([_mean(table * np.outer(s, s)) for s in signs], 0.95)), HALF)
 
 
 def answer(gradients: Mapping[str, Array], at_input: Array, samples: int, seed: int) -> Answer:
-    """Follow how alike random directions become on their way back.
+    """Measure how alike random directions become as they are sent back.
 
     Args:
         gradients: what arrived at each layer, `(K, ...)` for K directions, from the input up.
@@ -61,8 +61,8 @@ def answer(gradients: Mapping[str, Array], at_input: Array, samples: int, seed: 
         samples: sign flips are drawn this many times ten.
     """
     value = mean_cosine(at_input)
-    null = flipped(at_input, 10 * samples, seed)
-    level = {"high": NO, "low": YES}.get(null.place(value), WEAK)
+    null = sign_flip_thresholds(at_input, 10 * samples, seed)
+    level = null.classify(value)
     depths = [{"layer": name, "cosine": mean_cosine(g)} for name, g in reversed(list(gradients.items()))]
     numbers = {"depths": depths, "directions": len(at_input), "null": null.to_dict()}
     return Answer(value, numbers, level, _sentence(level, value), DEFINITION, SOURCE)

@@ -1,4 +1,4 @@
-"""What stands in the place of a pixel that is taken away: a blur, a mean, or what its neighbours suggest."""
+"""What replaces a pixel that is taken away: a blur, a mean, or an interpolation of its neighbours."""
 
 from typing import Any
 
@@ -13,39 +13,43 @@ WEIGHTS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in
 
 
 def blurred(image: Array) -> Image:
-    """Blur an image `(C, H, W)` by a Gaussian of a tenth of its longer side; at borders the rest counts more.
+    """Blur an image `(C, H, W)` by a Gaussian of a tenth of its longer side, weights renormalised at borders.
 
     >>> blurred(np.ones((1, 2, 3))).round(3).tolist()
     [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
     """
     height, width = image.shape[-2:]
-    width_of_blur = BLUR * max(height, width)
-    rows, columns = (_gaussian(size, width_of_blur) for size in (height, width))
+    deviation = BLUR * max(height, width)
+    rows, columns = (_gaussian(size, deviation) for size in (height, width))
     return np.asarray(rows @ image @ columns.T, np.float32)
 
 
 def _gaussian(size: int, deviation: float) -> npt.NDArray[np.float64]:
-    away = np.subtract.outer(np.arange(size), np.arange(size))
-    weights = np.exp(-0.5 * (away / deviation) ** 2)
+    distance = np.subtract.outer(np.arange(size), np.arange(size))
+    weights = np.exp(-0.5 * (distance / deviation) ** 2)
     return weights / weights.sum(1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def meaned(image: Array) -> Image:
+def mean_image(image: Array) -> Image:
     """Return an image of each channel's mean.
 
-    >>> meaned(np.array([[[1.0, 3.0]]])).tolist()
+    >>> mean_image(np.array([[[1.0, 3.0]]])).tolist()
     [[[2.0, 2.0]]]
     """
     return np.broadcast_to(np.mean(image, (-2, -1), keepdims=True), image.shape).astype(np.float32)
 
 
 def imputed(
-    image: Array, missing: npt.NDArray[np.bool_], generator: np.random.Generator, noise: float = NOISE, most: int = 25
+    image: Array,
+    missing: npt.NDArray[np.bool_],
+    generator: np.random.Generator,
+    noise: float = NOISE,
+    max_steps: int = 25,
 ) -> Image:
     """Fill missing pixels so that each is the weighted mean of its eight neighbours, plus a little noise.
 
     Direct neighbours weigh 1/6, diagonal ones 1/12, those beyond the border nothing. The linear system is solved by
-    conjugate gradients from a coarse guess, which after `most` steps leaves what nobody sees; more steps leave less.
+    conjugate gradients from a coarse guess, which after `max_steps` steps leaves an error that nobody sees.
 
     Args:
         image: `(C, H, W)`.
@@ -54,56 +58,56 @@ def imputed(
 
     Source: noisy linear imputation, Rong et al. 2022, arXiv 2202.00449, section 4.
     """
-    known = np.where(missing, np.float32(0), np.asarray(image, np.float32))
+    present = np.where(missing, np.float32(0), np.asarray(image, np.float32))
     degree = _neighbours(np.ones(missing.shape, np.float32))
-    guess = np.where(missing, _coarse(known, ~missing), np.float32(0))
-    # unknowns u: degree * u - (their missing neighbours) = (their known neighbours); symmetric and positive definite
+    guess = np.where(missing, _coarse(present, ~missing), np.float32(0))
+    # unknowns u: degree * u - (sum of missing neighbours) = (sum of present ones); symmetric and positive definite
     solved = _conjugate_gradients(lambda u: missing * (degree * u - _neighbours(u)),
-                                  missing * _neighbours(known), guess, most)  # fmt: skip
-    drawn = noise * generator.standard_normal(known.shape)
-    return np.where(missing, solved + drawn, known).astype(np.float32)
+                                  missing * _neighbours(present), guess, max_steps)  # fmt: skip
+    drawn = noise * generator.standard_normal(present.shape)
+    return np.where(missing, solved + drawn, present).astype(np.float32)
 
 
 def _neighbours(values: Array) -> Array:
-    """Return at each pixel the weighted sum of its neighbours; beyond the border there is nothing."""
+    """Return at each pixel the weighted sum of its neighbours, zero beyond the border."""
     height, width = values.shape[-2:]
     padded = np.pad(values, [(0, 0)] * (values.ndim - 2) + [(1, 1), (1, 1)])
     sides = 0.5 * (padded[..., :, :-2] + padded[..., :, 2:]) + padded[..., :, 1:-1]
-    total = (sides[..., :-2, :] + sides[..., 2:, :]) / 6
+    rows = (sides[..., :-2, :] + sides[..., 2:, :]) / 6
     middle = padded[..., 1 : height + 1, :]
-    return np.asarray(total + (middle[..., :width] + middle[..., 2:]) / 6)
+    return np.asarray(rows + (middle[..., :width] + middle[..., 2:]) / 6)
 
 
-def _coarse(known: Image, there: npt.NDArray[np.bool_]) -> Image:
-    """Guess missing pixels by the mean of the smallest aligned block, of 2, 4, 8, ... pixels, that knows any."""
-    if there.all() or not there.any():
-        return known
-    height, width = there.shape
+def _coarse(image: Image, present: npt.NDArray[np.bool_]) -> Image:
+    """Guess missing pixels by the mean of the smallest aligned block, of 2, 4, 8, ... pixels, with any present."""
+    if present.all() or not present.any():
+        return image
+    height, width = present.shape
     even = [(0, height % 2), (0, width % 2)]
-    count = _blocks(np.pad(there.astype(np.float32), even))
-    total = _blocks(np.pad(known * there, [(0, 0), *even]))
+    count = _block_sums(np.pad(present.astype(np.float32), even))
+    total = _block_sums(np.pad(image * present, [(0, 0), *even]))
     mean = np.divide(total, count, out=np.zeros_like(total), where=count > 0)
-    above = np.where(count > 0, mean, _coarse(mean, count > 0))
-    return np.where(there, known, above.repeat(2, -2).repeat(2, -1)[..., :height, :width])
+    coarser = np.where(count > 0, mean, _coarse(mean, count > 0))
+    return np.where(present, image, coarser.repeat(2, -2).repeat(2, -1)[..., :height, :width])
 
 
-def _blocks(values: Image) -> Image:
+def _block_sums(values: Image) -> Image:
     return values[..., ::2, ::2] + values[..., 1::2, ::2] + values[..., ::2, 1::2] + values[..., 1::2, 1::2]
 
 
-def _conjugate_gradients(apply: Any, right: Array, guess: Array, most: int) -> Image:
-    """Solve a symmetric positive definite system, all channels in one; stop where the residual is rounding."""
+def _conjugate_gradients(apply: Any, right: Array, guess: Array, max_steps: int) -> Image:
+    """Solve a symmetric positive definite system, all channels at once; stop where the residual is rounding."""
     solution = guess.copy()
     residual = right - apply(solution)
     direction, size = residual.copy(), float(np.vdot(residual, residual))
-    enough = 1e-12 * float(np.vdot(right, right))
-    for _ in range(most):
-        if size <= enough:
+    tolerance = 1e-12 * float(np.vdot(right, right))
+    for _ in range(max_steps):
+        if size <= tolerance:
             break
-        moved = apply(direction)
-        step = size / float(np.vdot(direction, moved))
+        product = apply(direction)
+        step = size / float(np.vdot(direction, product))
         solution += np.float32(step) * direction
-        residual -= np.float32(step) * moved
-        before, size = size, float(np.vdot(residual, residual))
-        direction = residual + np.float32(size / before) * direction
+        residual -= np.float32(step) * product
+        previous, size = size, float(np.vdot(residual, residual))
+        direction = residual + np.float32(size / previous) * direction
     return solution

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .class_ import LEVELS
-from .null import marks_against
-from .result import NO, WEAK, YES, Answer
+from .null import thresholds_against
+from .result import NO, YES, Answer
 from .similarity import correlation, plane, spearman, ssim
 
 Array = npt.NDArray[Any]
@@ -20,7 +19,7 @@ DEFINITION = (
 
 
 def edges(image: Array) -> npt.NDArray[np.float64]:
-    """Return how steep an image `(C, H, W)` is at each pixel, `(H, W)`: the length of the Sobel gradient of its grey.
+    """Return the length of the Sobel gradient of an image's grey values at each pixel, `(C, H, W)` to `(H, W)`.
 
     Borders are mirrored. Unit: that of the image, per pixel.
 
@@ -40,15 +39,15 @@ def answer(values: Array, image: Array, samples: int, seed: int) -> Answer:
 
     Args:
         values: the map, `(C, H, W)`.
-        image: the input, `(C, H, W)`, on the same plane.
+        image: the input, `(C, H, W)`, of the same height and width.
     """
-    magnitudes, steep = plane(values), edges(image)
-    value = spearman(magnitudes, steep)
-    null = marks_against(magnitudes, steep, samples, np.random.default_rng(seed))
-    level = LEVELS.get(null.place(value), WEAK)
+    magnitudes, steepness = plane(values), edges(image)
+    value = spearman(magnitudes, steepness)
+    null = thresholds_against(magnitudes, steepness, samples, np.random.default_rng(seed))
+    level = null.classify(value)
     numbers = {
         "edges": value,
-        "edges_ssim": ssim(magnitudes, steep),
+        "edges_ssim": ssim(magnitudes, steepness),
         "image": correlation(np.mean(values, 0), np.mean(image, 0)),
         "null": null.to_dict(),
     }

@@ -1,4 +1,4 @@
-"""One photograph through one classifier and before the six questions, for each rule and estimator; and its files."""
+"""Verdicts on the maps of one photograph, for each rule and estimator; and the files that keep them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ from .. import images
 from ..classifier import Classifier
 from ..errors import FrameworkError
 from ..files import readable
-from ..photographs import batch_of, batch_of_file, facts_of, result_folder
+from ..photographs import batch_of, batch_of_file, provenance, result_folder
 from ..show import verdict as show
-from .judge import Cost
+from .evaluation import Cost
 from .result import Verdict
 from .trust import SAMPLES, trust
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What came of one photograph.
+class JudgedPhotograph:
+    """The verdicts on one photograph's maps.
 
     Attributes:
-        path: where it is.
-        view: `(H, W, 3)` uint8, what the network looked at.
+        path: the photograph's file.
+        view: `(H, W, 3)` uint8, the photograph as the network's input shows it.
         verdicts: one for each rule and estimator, by `label`.
     """
 
@@ -49,7 +49,7 @@ def pairs_of(rules: Sequence[str], estimators: Sequence[str]) -> list[tuple[str,
 
 
 def cost_of(classifier: Classifier, path: Path, pairs: Sequence[tuple[str, str]], device: str, samples: int) -> Cost:
-    """Say what `trust_photograph` with the same arguments takes.
+    """Return what `trust_photograph` with the same arguments will take.
 
     Raises:
         PhotographError, InputError, ModelError: as `trust_photograph`.
@@ -69,7 +69,7 @@ def trust_photograph(
     seed: int = 0,
     samples: int = SAMPLES,
     advance: Callable[[int], object] = lambda _: None,
-) -> Judged:
+) -> JudgedPhotograph:
     """Judge the maps of one photograph.
 
     Args:
@@ -96,11 +96,11 @@ def trust_photograph(
             samples=samples,
             advance=advance,
         )
-    return Judged(path, classifier.preprocessing.view(photograph), verdicts)
+    return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
 
 
-def write(judged: Judged, classifier: Classifier, folder: Path) -> dict[str, Any]:
-    """Write a picture for each verdict, and `verdict.json` last; return what it says.
+def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
+    """Write a picture for each verdict, and `verdict.json` last; return the latter's content.
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
     """
@@ -114,5 +114,5 @@ def write(judged: Judged, classifier: Classifier, folder: Path) -> dict[str, Any
             except FrameworkError as error:
                 notes = [str(error)]
         verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}
-        result |= {**facts_of(judged.path, classifier), "verdicts": verdicts, "notes": notes, "files": files}
+        result |= {**provenance(judged.path, classifier), "verdicts": verdicts, "notes": notes, "files": files}
     return result

@@ -1,4 +1,4 @@
-"""What `trust` says: plain data that can be printed, saved and drawn."""
+"""The result of `trust`: plain data that can be printed, saved and drawn."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -15,7 +15,7 @@ class Answer:
 
     Attributes:
         value: its main number; what it is stands in `definition`.
-        numbers: all others, ready for JSON.
+        numbers: all other numbers, ready for JSON.
         level: "yes", "weak" or "no", by a null distribution of random maps that `numbers` holds.
         sentence: the answer in words.
         definition: the question, the number and the levels, in words.
@@ -32,7 +32,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of one map.
+    """The answers about one map.
 
     Attributes:
         answers: by question: "class", "weights", "input", "faithfulness", "stability", "convergence".
@@ -40,10 +40,10 @@ class Verdict:
         sentence: the one to read.
         rule, estimator: of the map; both "given" for a map that was passed as an array.
         target, target_name: the explained class.
-        seed, samples: what the chance in it depends on: random maps drawn for a null distribution, and their seed.
+        seed, samples: of the random maps that were drawn for null distributions, their seed and number.
         passes: images that went through the network, forward alone and forward and backward.
         seconds: wall time.
-        values: the judged map, `(C, H, W)`; not among the facts.
+        values: the judged map, `(C, H, W)`; not in `to_dict`.
     """
 
     answers: dict[str, Answer]
@@ -72,12 +72,12 @@ class Verdict:
 
 
 def verdict_sentence(answers: dict[str, Answer], unanswered: dict[str, str]) -> str:
-    """Choose the sentence to read: the first question answered "no", in the order in which it would damn a map."""
+    """Choose the sentence to read: that of the first question answered "no", the most damning first."""
     order = ("class", "weights", "faithfulness", "input", "stability", "convergence")
-    asked = [answers[name] for name in order if name in answers]
-    if not asked:
+    answered = [answers[name] for name in order if name in answers]
+    if not answered:
         return "No question could be asked: " + "; ".join(f"{name}: {why}" for name, why in unanswered.items())
-    against = [a for a in asked if a.level == NO]
+    against = [answer for answer in answered if answer.level == NO]
     if against:
         return against[0].sentence
     weak = [name for name in order if name in answers and answers[name].level == WEAK]

@@ -1,6 +1,6 @@
 """How alike two maps are. NumPy in, numbers out; no framework.
 
-Maps are `(C, H, W)`. Where on the photograph a map points is its plane: the largest |value| over its channels.
+Maps are `(C, H, W)`. Which pixels a map marks is its plane: the largest |value| over its channels.
 """
 
 from typing import Any
@@ -47,10 +47,10 @@ def cosine(a: Array, b: Array) -> float:
     >>> round(cosine(np.array([1.0, 0.0]), np.array([1.0, 1.0])), 4)
     0.7071
     """
-    one, other = (_unit(np.ravel(v).astype(np.float64)) for v in (a, b))
-    if one is None or other is None:
-        return float(one is other)
-    return float(np.clip(one @ other, -1, 1).round(12))
+    unit_a, unit_b = (_unit(np.ravel(v).astype(np.float64)) for v in (a, b))
+    if unit_a is None or unit_b is None:
+        return float(unit_a is unit_b)
+    return float(np.clip(unit_a @ unit_b, -1, 1).round(12))
 
 
 def _unit(flat: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
@@ -63,7 +63,7 @@ def _unit(flat: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
 
 
 def spearman(a: Array, b: Array) -> float:
-    """Return Spearman's rank correlation of two arrays in [-1, 1]: whether the same places are strong in both.
+    """Return Spearman's rank correlation of two arrays in [-1, 1]: whether the same pixels are strong in both.
 
     >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 9.0, 5.0])), 4)
     0.5
@@ -87,14 +87,14 @@ def ssim(a: Array, b: Array) -> float:
     mean_x, mean_y = _means(x, size), _means(y, size)
     covariance = unbiased * (_means(x * y, size) - mean_x * mean_y)
     variances = unbiased * (_means(x * x, size) - mean_x**2 + _means(y * y, size) - mean_y**2)
-    top = (2 * mean_x * mean_y + 0.01**2) * (2 * covariance + 0.03**2)
-    return float((top / ((mean_x**2 + mean_y**2 + 0.01**2) * (variances + 0.03**2))).mean().round(12))
+    numerator = (2 * mean_x * mean_y + 0.01**2) * (2 * covariance + 0.03**2)
+    return float((numerator / ((mean_x**2 + mean_y**2 + 0.01**2) * (variances + 0.03**2))).mean().round(12))
 
 
 def _scaled(values: Array) -> npt.NDArray[np.float64]:
-    wide = np.asarray(values, np.float64)
-    top = float(np.percentile(wide, 99)) or float(wide.max())
-    scaled: npt.NDArray[np.float64] = np.clip(wide / top, 0, 1) if top > 0 else np.zeros_like(wide)
+    values = np.asarray(values, np.float64)
+    top = float(np.percentile(values, 99)) or float(values.max())
+    scaled: npt.NDArray[np.float64] = np.clip(values / top, 0, 1) if top > 0 else np.zeros_like(values)
     return scaled
 
 
@@ -104,16 +104,16 @@ def _means(values: Array, size: int) -> npt.NDArray[np.float64]:
     return windows.mean((-2, -1))  # type: ignore[no-any-return]
 
 
-def likeness(a: Array, b: Array) -> dict[str, float]:
+def similarities(a: Array, b: Array) -> dict[str, float]:
     """Compare two maps `(C, H, W)`: rank correlation and SSIM of magnitudes, cosine and correlation of signed values.
 
-    >>> likeness(np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]], -np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]])
+    >>> similarities(np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]], -np.ones((1, 2, 2)) * [[[1, 2], [3, 4]]])
     {'spearman': 1.0, 'ssim': 1.0, 'cosine': -1.0, 'correlation': -1.0}
     """
-    one, other = plane(a), plane(b)
+    plane_a, plane_b = plane(a), plane(b)
     return {
-        "spearman": spearman(one, other),
-        "ssim": ssim(one, other),
+        "spearman": spearman(plane_a, plane_b),
+        "ssim": ssim(plane_a, plane_b),
         "cosine": cosine(a, b),
         "correlation": correlation(a, b),
     }

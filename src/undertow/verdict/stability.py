@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from .null import Null
 from .result import NO, WEAK, YES, Answer
-from .similarity import likeness
+from .similarity import similarities
 
 Array = npt.NDArray[Any]
 DRAWS = 8
@@ -38,9 +38,9 @@ def sensitivity(original: Array, other: Array) -> float:
     >>> sensitivity(np.array([3.0, 4.0]), np.array([3.0, 1.0]))
     0.6
     """
-    wide, moved = (np.asarray(v, np.float64) for v in (original, other))
-    away, length = (float(np.linalg.norm(v)) for v in (moved - wide, wide))
-    return away / length if length else float("inf") if away else 0.0
+    a, b = (np.asarray(values, np.float64) for values in (original, other))
+    distance, length = (float(np.linalg.norm(values)) for values in (b - a, a))
+    return distance / length if length else float("inf") if distance else 0.0
 
 
 def answer(original: Array, maps: Sequence[Array], radius: float, null: Null, seed: int) -> Answer:
@@ -52,32 +52,32 @@ def answer(original: Array, maps: Sequence[Array], radius: float, null: Null, se
         radius: of the noise, as `noisy` takes it.
         seed: of the interval of the mean.
     """
-    found = [sensitivity(original, values) for values in maps]
-    alike = [likeness(original, values)["spearman"] for values in maps]
-    value = max(found)
+    changes = [sensitivity(original, values) for values in maps]
+    alike = [similarities(original, values)["spearman"] for values in maps]
+    value = max(changes)
     # random maps have the map's own length, so that between two of them the change and the cosine are one number
     unrelated, half = (float(np.sqrt(2 - 2 * cosine)) for cosine in (null.cosine.unrelated, null.cosine.half))
     level = YES if value <= half else NO if value >= unrelated else WEAK
     numbers = {
-        "mean": float(np.mean(found)),
-        "interval": _interval(found, seed),
+        "mean": float(np.mean(changes)),
+        "interval": _interval(changes, seed),
         "spearman": float(np.mean(alike)),
-        "draws": len(found),
+        "draws": len(changes),
         "radius": radius,
         "null": {"unrelated": round(unrelated, 4), "half": round(half, 4)},
     }
-    return Answer(value, numbers, level, _sentence(level, value, radius, len(found)), DEFINITION, SOURCE)
+    return Answer(value, numbers, level, _sentence(level, value, radius, len(changes)), DEFINITION, SOURCE)
 
 
 def _interval(values: list[float], seed: int) -> list[float]:
-    """Bound the mean over draws by its 95 % interval, from 1,000 bootstrap samples."""
+    """Return the 95 % interval of the mean over draws, from 1,000 bootstrap samples."""
     drawn = np.random.default_rng(seed).choice(values, (1000, len(values)))
     return [float(q) for q in np.quantile(drawn.mean(1), (0.025, 0.975))]
 
 
 def _sentence(level: str, value: float, radius: float, draws: int) -> str:
-    told = f"it changes by up to {100 * value:.0f} % of its length in {draws} draws"
+    change = f"it changes by up to {100 * value:.0f} % of its length in {draws} draws"
     noise = f"Under noise of {100 * radius:g} % of the image's range the map"
     if level == YES:
-        return f"{noise} stays more itself than not ({told})."
-    return f"{noise} becomes another one ({told})." if level == NO else f"{noise} stays in part ({told})."
+        return f"{noise} stays more itself than not ({change})."
+    return f"{noise} becomes another one ({change})." if level == NO else f"{noise} stays in part ({change})."

@@ -1,4 +1,4 @@
-"""The verb: ask a map six questions, and say in a sentence what came of them."""
+"""The verb: ask six questions about a map, and sum the answers up in a sentence."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,14 +13,13 @@ from ..attribution.explain import explain
 from ..errors import InputError, UndertowError
 from ..frameworks.base import capability, framework_of_input
 from ..rules import Rule, resolve
-from .judge import Cost, Explainer, Judge, as_maps, checked_target
-from .judge import cost as cost_of
+from .evaluation import Cost, Evaluation, MapFunction, check_maps, check_target
 from .null import Null
 from .result import QUESTIONS, Answer, Verdict, verdict_sentence
 
 Array = npt.NDArray[Any]
 SAMPLES = 19
-UNMADE = "the map was given as an array; pass explainer= to make others"
+NO_EXPLAINER = "the map was given as an array; pass explainer= to make others"
 
 
 @final
@@ -30,7 +29,7 @@ class Trust:
     pixels carry the score; does it stay under noise; do backward directions stay distinct?
 
     `undertow.trust` is the one instance: `ut.trust(...)` judges a map of `ut.explain`, `ut.trust.of_map(...)` any
-    array, `ut.trust.cost(...)` says beforehand what it takes.
+    array, `ut.trust.cost(...)` returns beforehand what it will take.
     """
 
     def __call__(
@@ -48,8 +47,8 @@ class Trust:
     ) -> Verdict:
         """Judge the map that `ut.explain` makes of one image.
 
-        The model, its weights, hooks and modes and the random state are as before afterwards: weights are drawn anew
-        in copies. The same seed gives the same verdict.
+        The model, its weights, hooks and modes and the random state are as before afterwards: weights are
+        initialised anew in copies. The same seed gives the same verdict.
 
         Args:
             model: as `ut.explain` takes it, in eval mode; scores `(B, classes)`. The weights of a plain function are
@@ -80,22 +79,30 @@ class Trust:
         """
         started = time.perf_counter()
         name, _ = resolve(rule)
-        how = estimators.resolve(estimator)
-        judge = _judge(
-            model, x, target, names, seed, samples, advance, own_explainer(rule, estimator, seed), how.passes
+        resolved = estimators.resolve(estimator)
+        evaluation = _evaluation(
+            model,
+            x,
+            target=target,
+            names=names,
+            seed=seed,
+            samples=samples,
+            advance=advance,
+            map_function=own_map_function(rule, estimator, seed),
+            passes_per_map=resolved.passes,
         )
-        original = judge.maps(judge.image[None], [judge.target])[0]
-        plain = name == "gradient" and how.kind == "gradient"
+        original = evaluation.compute_maps(evaluation.image[None], [evaluation.target])[0]
+        plain = name == "gradient" and resolved.kind == "gradient"
         null = Null.of(original, samples, seed)
-        asked: dict[str, Callable[[], Answer]] = {
-            "class": lambda: judge.ask_class(original, null, compare=not plain),
-            "weights": lambda: judge.ask_weights(original, null),
-            "input": lambda: judge.ask_input(original),
-            "faithfulness": lambda: judge.ask_faithfulness(original),
-            "stability": lambda: judge.ask_stability(original, null),
-            "convergence": lambda: judge.ask_convergence(rule, how),
+        questions: dict[str, Callable[[], Answer]] = {
+            "class": lambda: evaluation.ask_class(original, null, compare=not plain),
+            "weights": lambda: evaluation.ask_weights(original, null),
+            "input": lambda: evaluation.ask_input(original),
+            "faithfulness": lambda: evaluation.ask_faithfulness(original),
+            "stability": lambda: evaluation.ask_stability(original, null),
+            "convergence": lambda: evaluation.ask_convergence(rule, resolved),
         }
-        return _verdict(judge, original, asked, {}, name, how.name, started)
+        return _verdict(evaluation, original, questions, rule=name, estimator=resolved.name, started=started)
 
     def of_map(
         self,
@@ -103,7 +110,7 @@ class Trust:
         x: Any,
         values: Any,
         *,
-        explainer: Explainer | None = None,
+        explainer: MapFunction | None = None,
         target: int | None = None,
         names: Sequence[str] | None = None,
         seed: int = 0,
@@ -116,9 +123,9 @@ class Trust:
             model: a callable from images `(B, C, H, W)` to scores `(B, classes)`.
             x: the image, `(1, C, H, W)`.
             values: its map: `(H, W)`, `(C, H, W)`, `(1, H, W)` or `(1, C, H, W)`, an array or a tensor.
-            explainer: `(model, images, class ids) -> maps` as the tool makes them, for the questions that need other
-                maps (class, weights, stability); without it those stay unanswered. Convergence always does: it is
-                about a rule of this library.
+            explainer: the tool's function `(model, images, class ids) -> maps`, for the questions that need other maps
+                (class, weights, stability); without it those stay unanswered. Convergence always does: it is about
+                a rule of this library.
             target, names, seed, samples, advance: as `ut.trust`.
 
         Raises:
@@ -131,25 +138,34 @@ class Trust:
         (['faithfulness', 'input'], 'the map was given as an array; pass explainer= to make others')
         """
         started = time.perf_counter()
-        judge = _judge(model, x, target, names, seed, samples, advance, explainer, 1)
+        evaluation = _evaluation(
+            model, x, target=target, names=names, seed=seed, samples=samples, advance=advance, map_function=explainer
+        )
         array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-        original = as_maps(array[None] if array.ndim == 2 or array.shape[0] != 1 else array, 1, judge.image.shape[-2:])[
-            0
-        ]
-        asked: dict[str, Callable[[], Answer]] = {
-            "input": lambda: judge.ask_input(original),
-            "faithfulness": lambda: judge.ask_faithfulness(original),
+        maps = array[None] if array.ndim == 2 or array.shape[0] != 1 else array
+        original = check_maps(maps, 1, evaluation.image.shape[-2:])[0]
+        questions: dict[str, Callable[[], Answer]] = {
+            "input": lambda: evaluation.ask_input(original),
+            "faithfulness": lambda: evaluation.ask_faithfulness(original),
         }
         if explainer is not None:
             null = Null.of(original, samples, seed)
-            asked |= {
-                "class": lambda: judge.ask_class(original, null, compare=False),
-                "weights": lambda: judge.ask_weights(original, null),
-                "stability": lambda: judge.ask_stability(original, null),
+            questions |= {
+                "class": lambda: evaluation.ask_class(original, null, compare=False),
+                "weights": lambda: evaluation.ask_weights(original, null),
+                "stability": lambda: evaluation.ask_stability(original, null),
             }
-        unasked = {name: UNMADE for name in ("class", "weights", "stability") if explainer is None}
-        unasked["convergence"] = "it is about a rule of this library, and the map was given as an array"
-        return _verdict(judge, original, asked, unasked, "given", "given", started)
+        unanswered = {name: NO_EXPLAINER for name in ("class", "weights", "stability") if explainer is None}
+        unanswered["convergence"] = "it is about a rule of this library, and the map was given as an array"
+        return _verdict(
+            evaluation,
+            original,
+            questions,
+            rule="given",
+            estimator="given",
+            started=started,
+            unanswered=unanswered,
+        )
 
     def cost(
         self,
@@ -161,37 +177,28 @@ class Trust:
         target: int | None = None,
         samples: int = SAMPLES,
     ) -> Cost:
-        """Say what `ut.trust` with the same arguments takes: passes, and seconds by two timed passes of each kind.
+        """Return what `ut.trust` with the same arguments will take: passes, and seconds from two timed of each.
 
         Raises:
             InputError, TargetError, ModelError, FrameworkError: as `ut.trust`.
         """
         name, _ = resolve(rule)
-        how = estimators.resolve(estimator)
-        judge = _judge(model, x, target, None, 0, samples, lambda _: None, None, how.passes)
-        return cost_of(judge, plain=name == "gradient" and how.kind == "gradient")
+        resolved = estimators.resolve(estimator)
+        evaluation = _evaluation(model, x, target=target, samples=samples, passes_per_map=resolved.passes)
+        return evaluation.cost(plain=name == "gradient" and resolved.kind == "gradient")
 
 
-def own_explainer(rule: str | Rule, estimator: str, seed: int) -> Explainer:
-    """Return what makes the maps of a rule and an estimator."""
-
-    def make(model: Any, x: Any, target: list[int]) -> Any:
-        return explain(model, x, rule=rule, estimator=estimator, target=target, seed=seed).numpy()
-
-    return make
+def own_map_function(rule: str | Rule, estimator: str, seed: int) -> MapFunction:
+    """Return the function that computes the maps of a rule and an estimator."""
+    return lambda model, x, target: explain(model, x, rule=rule, estimator=estimator, target=target, seed=seed).numpy()
 
 
-def _judge(
-    model: Any,
-    x: Any,
-    target: Any,
-    names: Sequence[str] | None,
-    seed: int,
-    samples: int,
-    advance: Callable[[int], object],
-    explainer: Explainer | None,
-    passes_per_map: int,
-) -> Judge:
+def _evaluation(model: Any, x: Any, *, target: Any, samples: int, **settings: Any) -> Evaluation:
+    """Check what a verdict is asked about, and compute the image's scores.
+
+    Args:
+        settings: further attributes of `Evaluation`.
+    """
     framework = framework_of_input(x, model)
     inspector = capability(framework, "inspect.layers")
     shape = tuple(x.shape)
@@ -200,30 +207,39 @@ def _judge(
     if samples < SAMPLES:
         raise InputError(f"samples={samples} are too few: {SAMPLES} are the fewest that can tell at 5 %")
     scores = inspector.scores(model, x)[0]
-    chosen = checked_target(target, scores)
-    if names is not None and len(names) != len(scores):
-        raise InputError(f"there are {len(names)} names for {len(scores)} classes")
-    advance(1)
-    arrays = capability(framework, "arrays")
-    return Judge(arrays, inspector, model, x, chosen, scores, names, seed, samples, explainer, passes_per_map, advance)
+    evaluation = Evaluation(
+        arrays=capability(framework, "arrays"),
+        inspector=inspector,
+        model=model,
+        x=x,
+        target=check_target(target, scores),
+        scores=scores,
+        samples=samples,
+        **settings,
+    )
+    if evaluation.names is not None and len(evaluation.names) != len(scores):
+        raise InputError(f"there are {len(evaluation.names)} names for {len(scores)} classes")
+    evaluation.advance(1)
+    return evaluation
 
 
 def _verdict(
-    judge: Judge,
+    evaluation: Evaluation,
     original: Array,
-    asked: dict[str, Callable[[], Answer]],
-    unasked: dict[str, str],
+    questions: dict[str, Callable[[], Answer]],
+    *,
     rule: str,
     estimator: str,
     started: float,
+    unanswered: dict[str, str] | None = None,
 ) -> Verdict:
-    """Ask; a question that this network cannot be asked says why, and does not keep the others from being asked."""
+    """Ask the questions; one that fails for this network says why, and the others are asked all the same."""
     answers: dict[str, Answer] = {}
-    unanswered = dict(unasked)
+    unanswered = dict(unanswered or {})
     for question in QUESTIONS:
-        if question in asked:
+        if question in questions:
             try:
-                answers[question] = asked[question]()
+                answers[question] = questions[question]()
             except UndertowError as error:
                 unanswered[question] = str(error)
     return Verdict(
@@ -232,11 +248,11 @@ def _verdict(
         sentence=verdict_sentence(answers, unanswered),
         rule=rule,
         estimator=estimator,
-        target=judge.target,
-        target_name=judge.name(judge.target),
-        seed=judge.seed,
-        samples=judge.samples,
-        passes=dict(judge.passes),
+        target=evaluation.target,
+        target_name=evaluation.name(evaluation.target),
+        seed=evaluation.seed,
+        samples=evaluation.samples,
+        passes=dict(evaluation.passes),
         seconds=round(time.perf_counter() - started, 3),
         values=original,
     )

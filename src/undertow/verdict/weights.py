@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .class_ import LEVELS
 from .null import Null
-from .result import NO, WEAK, YES, Answer
-from .similarity import likeness
+from .result import NO, YES, Answer
+from .similarity import similarities
 
 Array = npt.NDArray[Any]
 STEPS = 8
@@ -43,26 +42,26 @@ def answer(
     layers: int,
     null: Null,
 ) -> Answer:
-    """Compare the map with those of copies whose layers were drawn anew.
+    """Compare the map with those of copies in which layers were initialised anew.
 
     Args:
         original: the map, `(C, H, W)`.
-        cascaded: for each step the lowest layer that was drawn anew, how many were, and the map.
-        single: for each layer that alone was drawn anew its name, its place counted from the top, and the map.
+        cascaded: for each step the lowest layer that was initialised anew, how many were, and the map.
+        single: for each layer that alone was initialised anew its name, its number from the top, and the map.
         layers: how many layers with weights there are.
     """
-    down = [{"layer": name, "redrawn": n, **likeness(original, values)} for name, n, values in cascaded]
-    alone = [{"layer": name, "from_top": n, **likeness(original, values)} for name, n, values in single]
-    value = float(np.mean([row["spearman"] for row in down]))
-    signed = float(np.mean([row["correlation"] for row in down]))
-    level = LEVELS.get(null.place(value, signed), WEAK)
+    by_step = [{"layer": name, "reinitialized": n, **similarities(original, values)} for name, n, values in cascaded]
+    by_layer = [{"layer": name, "from_top": n, **similarities(original, values)} for name, n, values in single]
+    value = float(np.mean([row["spearman"] for row in by_step]))
+    signed = float(np.mean([row["correlation"] for row in by_step]))
+    level = null.classify(value, signed)
     numbers = {
-        "top": down[0]["spearman"],
-        "all": down[-1]["spearman"],
+        "top": by_step[0]["spearman"],
+        "all": by_step[-1]["spearman"],
         "correlation": signed,
         "layers": layers,
-        "cascade": down,
-        "single": alone,
+        "cascade": by_step,
+        "single": by_layer,
         "null": null.to_dict(),
     }
     return Answer(value, numbers, level, _sentence(level, numbers), DEFINITION, SOURCE)
@@ -70,10 +69,10 @@ def answer(
 
 def _sentence(level: str, numbers: dict[str, Any]) -> str:
     with_top, with_all = numbers["top"], numbers["all"]
-    told = f"{with_top:.2f} with the last layer random, {with_all:.2f} with all"
+    similarity = f"{with_top:.2f} with the last layer random, {with_all:.2f} with all"
     if level == NO:
         lost = "changes only with the lower ones" if with_all < with_top / 2 else "stays the same"
-        return f"What the upper layers learned hardly matters to the map: it {lost} ({told})."
+        return f"What the upper layers learned hardly matters to the map: it {lost} ({similarity})."
     if level == YES:
-        return f"The map goes with the trained weights ({told})."
-    return f"The map depends on the trained weights in part ({told})."
+        return f"The map goes with the trained weights ({similarity})."
+    return f"The map depends on the trained weights in part ({similarity})."
