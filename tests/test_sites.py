@@ -60,7 +60,7 @@ def names(*args, **more):
         (["last", "body.0"], ["body.0", "last"]),
         (lambda name, module: getattr(module, "kernel_size", 0) == (3, 3), ["body.0"]),
     ],
-    ids=str,
+    ids=lambda value: "predicate" if callable(value) else str(value),
 )
 def test_selects_in_order_of_execution(what, wanted):
     found = names(what, example=X)
@@ -128,7 +128,7 @@ def test_a_model_that_is_one_layer():
         (lambda name, module: False, "predicate selects none"),
         (None, "nothing says which sites"),
     ],
-    ids=str,
+    ids=lambda value: "predicate" if callable(value) else str(value),
 )
 def test_selecting_nothing_is_an_error_with_a_hint(what, said):
     with pytest.raises(InputError, match=said):
