@@ -56,16 +56,15 @@ def explain_photograph(
     *,
     rules: Sequence[str],
     target: Any = "top:1",
-    through: str = "graph",
-    activations: str = "relu-like",
-    estimator: str = "gradient",
     device: str = "cpu",
+    **options: Any,
 ) -> ExplainedPhotograph:
     """Explain one photograph under several rules.
 
     Args:
         classifier: whose module is on `device`.
         target: "top:K", or a list of class ids.
+        options: through, activations and estimator, as `explain` takes them.
 
     Raises:
         PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
@@ -78,15 +77,7 @@ def explain_photograph(
     maps, seconds = {}, {}
     for rule in rules:
         started = time.perf_counter()
-        maps[rule] = explain(
-            classifier.module,
-            x,
-            rule=rule,
-            target=targets,
-            through=through,
-            activations=activations,
-            estimator=estimator,
-        )
+        maps[rule] = explain(classifier.module, x, rule=rule, target=targets, **options)
         seconds[rule] = round(time.perf_counter() - started, 4)
     first = maps[rules[0]]
     ids = as_numpy(first.targets)[0].tolist()

@@ -1,6 +1,6 @@
 """Verdicts on the maps of one photograph, for each rule and estimator; and the files that keep them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..photographs import batch_of, batch_of_file, provenance, result_folder
 from ..show import verdict as show
 from .evaluation import Cost
 from .result import Verdict
-from .trust import SAMPLES, trust
+from .trust import trust
 
 
 @dataclass(frozen=True)
@@ -64,38 +64,23 @@ def trust_photograph(
     path: Path,
     *,
     pairs: Sequence[tuple[str, str]],
-    target: int | None = None,
     device: str = "cpu",
-    seed: int = 0,
-    samples: int = SAMPLES,
-    advance: Callable[[int], object] = lambda _: None,
+    **options: Any,
 ) -> JudgedPhotograph:
     """Judge the maps of one photograph.
 
     Args:
         classifier: whose module is on `device`.
         pairs: of rule and estimator, as `pairs_of` gives them.
-        target: a class id; None is the predicted one.
-        seed, samples, advance: as `undertow.trust`.
+        options: target, seed, samples and advance, as `undertow.trust` takes them.
 
     Raises:
         PhotographError, ModelError, TargetError, RuleError, InputError: as `images.read` and `undertow.trust` say.
     """
     photograph = images.read(path)
     x = batch_of(classifier, photograph, device)
-    verdicts = {}
-    for rule, estimator in pairs:
-        verdicts[label(rule, estimator)] = trust(
-            classifier.module,
-            x,
-            rule=rule,
-            estimator=estimator,
-            target=target,
-            names=classifier.classes,
-            seed=seed,
-            samples=samples,
-            advance=advance,
-        )
+    options["names"] = classifier.classes
+    verdicts = {label(r, e): trust(classifier.module, x, rule=r, estimator=e, **options) for r, e in pairs}
     return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
 
 

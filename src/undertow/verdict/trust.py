@@ -157,15 +157,7 @@ class Trust:
             }
         unanswered = {name: NO_EXPLAINER for name in ("class", "weights", "stability") if explainer is None}
         unanswered["convergence"] = "it is about a rule of this library, and the map was given as an array"
-        return _verdict(
-            evaluation,
-            original,
-            questions,
-            rule="given",
-            estimator="given",
-            started=started,
-            unanswered=unanswered,
-        )
+        return _verdict(evaluation, original, questions, started=started, unanswered=unanswered)
 
     def cost(
         self,
@@ -228,8 +220,8 @@ def _verdict(
     original: Array,
     questions: dict[str, Callable[[], Answer]],
     *,
-    rule: str,
-    estimator: str,
+    rule: str = "given",
+    estimator: str = "given",
     started: float,
     unanswered: dict[str, str] | None = None,
 ) -> Verdict:
