@@ -131,7 +131,7 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
     >>> class Residual(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.enter, self.bend, self.head = (torch.nn.Lidid_you_mean(3, 3) for _ in range(3))
+    ...         self.enter, self.bend, self.head = (torch.nn.Linear(3, 3) for _ in range(3))
     ...     def forward(self, x):
     ...         h = self.enter(x)
     ...         return self.head(h + self.bend(h).relu())
