@@ -533,6 +533,7 @@ def fake(tmp_path: Path) -> Callable[[str, str], str]:
 BROKEN = "raise RuntimeError('operator torchvision::nms\\n does not exist')"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires", ["torch (==2.14.2)", "torch==2.14.2"])
 def test_a_torchvision_for_another_torch(fake: Callable[[str, str], str], requires: str) -> None:
     assert fake(BROKEN, requires) == (
@@ -541,18 +542,21 @@ def test_a_torchvision_for_another_torch(fake: Callable[[str, str], str], requir
     )
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_is_broken(fake: Callable[[str, str], str]) -> None:
     text = fake(BROKEN, "torch==2.13.0")
     assert text.startswith("torchvision 0.99.2 cannot be imported (operator torchvision::nms does not exist); run: pip")
     assert text.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_missing_operators_are_declared_before_the_import(fake: Callable[[str, str], str]) -> None:
     body = "import torch, warnings\nwarnings.warn('no CUDA')\ntorch.ops.torchvision.nms, torch.ops.torchvision.qnms\n"
     body += "word = 'declared'"
     assert fake(body, "torch==2.14.2") == "declared\n"
 
 
+@pytest.mark.slow
 def test_torchvision_imports_in_threads_and_once() -> None:
     code = (
         "import threading, sys\nfrom undertow.frameworks.torch.zoo import importing\nfound = []\n"

@@ -156,6 +156,7 @@ def test_captum_gives_the_same(x):
     assert torch.allclose(attribution, both, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pytorch_grad_cam_gives_the_same_on_its_scale(x):
     importing.import_torchvision()  # which pytorch-grad-cam imports, and which fails beside a CPU-only torch
     from pytorch_grad_cam import GradCAM

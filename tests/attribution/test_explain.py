@@ -198,6 +198,7 @@ def test_smooth_activations_are_listed_or_taken(x):
         ut.explain(net[:2].eval(), x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own look
 def test_nodes_that_hide_a_computation_are_refused(x):
     net = small()
@@ -445,6 +446,7 @@ def test_memory_is_flat_over_5000_explanations_without_a_garbage_collector(rule)
     assert int(done.stdout) < 1024, done.stderr  # a leak of one node a call would be several MiB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", ["swap", "hook"])
 def test_swap_and_hook_leave_no_cycles_either(x, through):
     net = small()

@@ -16,6 +16,8 @@ from undertow import images, models
 from undertow.cli import app, main
 from undertow.cli.errors import debugging
 
+pytestmark = pytest.mark.slow
+
 
 def call(capfd, *words: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as left:

@@ -19,6 +19,8 @@ from cli.test_commands import call
 from undertow import images, models
 from undertow.recording.photographs import record_photographs
 
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 import time, torch
 class Net(torch.nn.Module):
@@ -147,7 +149,6 @@ def test_a_watched_recording_is_diagnosed(capfd, tmp_path, network, folder):
     assert json.loads(out)[0]["checked"]["pooling"] == "checked"
 
 
-@pytest.mark.slow
 def test_interrupted_and_resumed(tmp_path, network, folder):
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = [sys.executable, "-m", "undertow", "record", str(folder), "--model", f"{network}:slow", "--batch-size", "2"]

@@ -148,6 +148,7 @@ def test_jacobians_multiply_to_the_gradient(net):
         assert np.allclose(value(form), g.numpy(), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "depth"), [("resnet18", 3), ("densenet121", 3), ("vgg11", 2), ("googlenet", 2)])
 def test_torchvision(name, depth):
     make = getattr(import_torchvision().models, name)

@@ -76,6 +76,7 @@ def test_substituted_by_hand():
     assert latex.endswith(r"= \sum_{p} 2(n_{7} - y_{7}) g'(a_{7}) w_{5,7} g'(a_{5}) n_{2}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_derivative_of_75_random_networks_is_autograds(activation):
     checked = 0
@@ -160,6 +161,7 @@ def value_of(text: str, values: Values) -> np.ndarray:
     return number(first.partition(" = ")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_the_text_and_the_latex_say_what_the_expression_says(seed):
     network = random_network(seed)

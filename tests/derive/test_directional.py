@@ -261,6 +261,7 @@ def _joined(join: str, a: str, b: str) -> str:
     return f"({a}) ./ (exp(0*({b})) + ({b}) .* ({b}))"  # a divisor that is never 0
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(text=st.one_of(expressions(SQUARE), expressions(TALL), expressions((1, 1))), wrt=st.sampled_from("XYsb"))
 def test_any_expression_is_forward_mode_autograds(text, wrt):

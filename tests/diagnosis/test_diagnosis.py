@@ -214,6 +214,7 @@ def test_the_line_and_its_interval_against_scipy():
         assert t_quantile(0.975, freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_network_whose_layer_has_died_stays_dead_however_it_is_trained(tmp_path):
     """Training itself may kill a layer, but which seeds do so depends on rounding: here the fourth is dead already."""
     x, y = fashion_mnist.load_split(fashion_mnist.find_data(None), "train", 640)

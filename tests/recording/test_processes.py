@@ -12,6 +12,8 @@ from torch import nn
 
 import undertow as ut
 
+pytestmark = pytest.mark.slow
+
 BATCHES, SIZES = 3, (3, 5)  # of the two processes
 TRAINING = """
 import os

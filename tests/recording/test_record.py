@@ -642,6 +642,7 @@ def test_a_compiled_model_is_refused(tmp_path):
         recorded(tmp_path, torch.compile(tiny(), backend="eager")).__enter__()
 
 
+@pytest.mark.slow
 def test_histograms_of_real_gradients(tmp_path):
     """Exact quantiles of the kept tensors against those of the histograms."""
     features = import_torchvision().models.vgg16(num_classes=5).features[:17]
@@ -667,6 +668,7 @@ def test_histograms_of_real_gradients(tmp_path):
                     assert abs(one - other) <= tolerance * abs(other)
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_many_batches(tmp_path):
     model = tiny()
     refs, held = [], []
@@ -751,6 +753,7 @@ def test_a_model_can_be_copied_inside_a_batch_and_the_copy_is_not_recorded(way, 
     assert torch.equal(torch.from_numpy(run.tensor(site="2")), torch.ones(2, 2))
 
 
+@pytest.mark.slow
 def test_a_copy_made_inside_a_batch_loads_without_undertow(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2))
     with recorded(tmp_path / "run", model) as recording, recording.batch():

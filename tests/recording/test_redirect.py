@@ -325,6 +325,7 @@ def test_an_exception_inside_a_forward_does_not_disturb_the_next():
     assert redirected.changed == {"0": 1, "1": 1}
 
 
+@pytest.mark.slow
 def test_vgg_in_place():
     net = import_torchvision().models.vgg11(weights=None, num_classes=5, init_weights=False).eval()
     x = torch.randn(1, 3, 32, 32)

@@ -152,6 +152,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """Twenty SIGKILLs; after the last, the rows are those of an undisturbed run, none lost and none twice."""

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 import vgg_batchnorm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,7 +75,6 @@ def test_a_folder_without_the_images_is_one_line(tmp_path):
     assert "train-images-idx3-ubyte.gz" in done.stderr
 
 
-@pytest.mark.slow
 def test_fashion_mnist_study_end_to_end(tmp_path, capsys):
     out, plot = tmp_path / "run", tmp_path / "bars.png"
     line = ["--out", out, "--limit", "256", "--epochs", "2", "--batches", "3", "--keep", "--plot", plot]
@@ -141,7 +142,6 @@ def test_the_small_vggs_are_numbered_as_torchvisions(batch_norm, second):
     assert net.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.slow
 def test_vgg_study_end_to_end(tmp_path, capsys):
     line = ["--networks", "fashion-mnist", "--limit", "256", "--train-epochs", "1", "--width", "4", "--early", "2"]
     line += ["--limit-images", "10", "--batch-size", "4", "--out", tmp_path / "vgg", "--plot", tmp_path / "curves.png"]

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 import trust
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_random_layer_gives_the_image_back_under_guided_alone(tmp_path, capsys):
     assert trust.main(["random", "--out", str(tmp_path), "--threads", "2"]) == 0

@@ -28,9 +28,7 @@ NETWORKS = {"DenseNet201": 201, "ResNet50": 49, "VGG16": 15, "MobileNetV2": 35} 
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "DenseNet201" else name for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name) if name == "DenseNet201" else name for name in NETWORKS])
 def test_counts_and_maps_equal_the_twins(name: str):
     keras.utils.set_random_seed(3)
     build = getattr(keras.applications, name)

@@ -311,7 +311,6 @@ except ut.InputError as error:
 """
 
 
-@pytest.mark.slow
 def test_keras_on_torch_goes_to_torchs_side():
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
     done = subprocess.run([sys.executable, "-c", ON_TORCH], env=environment, capture_output=True, text=True, check=True)

@@ -224,7 +224,6 @@ def test_tensorflow_is_loaded_only_when_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.slow
 def test_a_command_writes_no_line_of_tensorflows(tmp_path):
     words = [sys.executable, "-m", "undertow", "sites", "--model", small(tmp_path), "conv"]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == ""

@@ -10,6 +10,8 @@ import undertow as ut
 from frameworks.torch.references import reference
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 
+pytestmark = pytest.mark.slow
+
 # name: (activation calls, side of the input, whether modules show all of them)
 NETWORKS = {
     "vgg16": (15, 64, True),
