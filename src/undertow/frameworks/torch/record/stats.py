@@ -1,6 +1,5 @@
 """The statistics of a PyTorch tensor, wherever it lies; on a GPU nothing here waits for the device."""
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -38,37 +37,38 @@ class TorchStats(Stats):
     @cached_property
     def norms(self) -> Any:
         """As in `Stats`; float32 `(B, C)`."""
-        return self._squares.sqrt().float()
+        return self._wide_norms.float()
 
     @cached_property
     def zeros(self) -> Any:
         """As in `Stats`."""
-        if not self._on_cpu:
-            return (self.x == 0).sum()
-        dense = in_order_of_memory(self.x if self.x.dtype != torch.bfloat16 else self.x.float()).numpy()
-        return np.asarray(dense.size - np.count_nonzero(dense != 0), np.int64)
+        return count_true(self.x.logical_not())
 
     @cached_property
     def moments(self) -> Any:
-        """As in `Stats`; the deviations are taken from a first mean where the mean is large beside them."""
-        n = self.size
-        if n == 0:
+        """As in `Stats`."""
+        if self.size == 0:
             return torch.tensor([0.0, 0.0, torch.inf, -torch.inf], dtype=torch.float64)
-        low, high = torch.aminmax(self.x)
-        mean, squares = self._sums.sum() / n, self._squares.sum()
-        if not self._on_cpu or bool(squares < 16 * n * mean * mean):  # elsewhere, to ask would be to wait
-            shifted = TorchStats(self._wide - mean.to(self._dtype))
-            rest = shifted._sums.sum() / n
-            mean, squares = mean.to(self._dtype).double() + rest, shifted._squares.sum() - n * rest * rest
-        else:
-            squares = squares - n * mean * mean
-        return torch.stack([mean, squares.clamp(min=0), low.double(), high.double()])
+        values = [*self._mean_and_m2(), *torch.aminmax(self.x)]
+        return np.array([float(v) for v in values]) if self._on_cpu else torch.stack([v.double() for v in values])
+
+    def _mean_and_m2(self) -> tuple[Any, Any]:
+        """Mean and sum of squared deviations, those from a first mean where the mean is large beside them."""
+        n, mean, squares = self.size, self._sums.sum() / self.size, self._wide_norms.double().square().sum()
+        if self._on_cpu:  # elsewhere, to compare would be to wait
+            first, total = float(mean), float(squares)
+            if not total < 16 * n * first * first:
+                return first, max(total - n * first * first, 0.0)
+        rounded = mean.to(self._dtype)
+        shifted = TorchStats(self._wide - rounded)
+        rest = shifted._sums.sum() / n
+        m2 = shifted._wide_norms.double().square().sum() - n * rest * rest
+        return rounded.double() + rest, m2.clamp(min=0)
 
     @cached_property
     def channel_sums(self) -> Any:
         """As in `Stats`."""
-        magnitudes = sum(norms.double() for norms in self._norms_of_pieces(1))
-        return torch.stack([self._sums.sum(0), magnitudes.sum(0)])  # type: ignore[union-attr]
+        return torch.stack([self._sums.sum(0), self._norms(1).double().sum(0)])
 
     @cached_property
     def histogram(self) -> tuple[Any, Any]:
@@ -112,14 +112,14 @@ class TorchStats(Stats):
         return self._rows.sum(2, dtype=self._dtype).double()
 
     @cached_property
-    def _squares(self) -> Tensor:
-        """Sums of squares over space, float64 `(B, C)`."""
-        return sum(norms.double().square() for norms in self._norms_of_pieces(2))  # type: ignore[return-value]
+    def _wide_norms(self) -> Tensor:
+        return self._norms(2)
 
-    def _norms_of_pieces(self, order: int) -> Iterator[Tensor]:
-        """Yield the norms `(B, C)` of pieces of the space: over many elements `vector_norm` loses digits."""
-        for piece in self._rows.split(_PIECE, dim=2):
-            yield torch.linalg.vector_norm(piece, order, dim=2, dtype=self._dtype)
+    def _norms(self, order: int) -> Tensor:
+        """Norms over space, `(B, C)`, by way of pieces: over many elements `vector_norm` loses digits."""
+        pieces = [torch.linalg.vector_norm(p, order, dim=2, dtype=self._dtype) for p in self._rows.split(_PIECE, dim=2)]
+        whole: Tensor = pieces[0] if len(pieces) == 1 else torch.linalg.vector_norm(torch.stack(pieces), order, dim=0)
+        return whole
 
 
 stats.register(Tensor, TorchStats)
