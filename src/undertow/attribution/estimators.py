@@ -3,8 +3,8 @@
 | estimator | values, each of the input's shape unless said | passes |
 |---|---|---|
 | gradient | one backward pass at the input itself | 1 |
-| smoothgrad:N | the mean over N inputs with normal noise, a tenth of each sample's range of values | 1 + N |
-| integrated:N | the mean over N points on the straight line from zero to the input, times the input | 1 + N |
+| smoothgrad:N | the mean over N inputs with normal noise, a tenth of each sample's range of values | 2 + N |
+| integrated:N | the mean over N points on the straight line from zero to the input, times the input | 2 + N |
 | input-times | the gradient times the input | 1 |
 | grad-cam:LAYER | the layer's channels weighted by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
 | guided-grad-cam:LAYER | the rule's map times the Grad-CAM of the plain gradient | 2 |
@@ -12,16 +12,16 @@
 Targets are those of the input itself: noise does not change the class that is explained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, did_you_mean
-from ..frameworks.base import Request, capability
+from ..frameworks.base import Arrays, Request, capability
 from ..frameworks.results import Explanation
 from ..rules import gradient
 
@@ -50,7 +50,7 @@ class Estimator:
     @property
     def passes(self) -> int:
         """How often each sample goes forward and backward."""
-        return 1 + self.count if self.kind in COUNTS else 2 if self.kind == "guided-grad-cam" else 1
+        return 2 + self.count if self.kind in COUNTS else 2 if self.kind == "guided-grad-cam" else 1
 
     @property
     def name(self) -> str:
@@ -143,28 +143,70 @@ def _normal_noise(x: Array, generator: np.random.Generator, noise: float) -> Arr
 def _on_the_line(inputs: list[Array], maps: list[Any], count: int) -> Iterator[list[Array]]:
     """Yield the midpoints of `count` equal parts of the line from zero to the input."""
     for i in range(count):
-        share = np.float32((i + 0.5) / count)
-        yield [x if m is None else x * share for x, m in zip(inputs, maps, strict=True)]
+        share = (i + 0.5) / count
+        yield [x if m is None else x * x.dtype.type(share) for x, m in zip(inputs, maps, strict=True)]
 
 
 def _mean(framework: str, request: Request, first: Explanation, points: Iterator[list[Array]]) -> list[Array | None]:
-    """Return the mean of the maps at the points, each `(B, ...)` float64; several points go in one pass."""
+    """Return the mean of the maps at the points, each `(B, ...)` float64.
+
+    Several points go in one batch where the input itself, put among the first of them, keeps its score: samples of a
+    batch meet in batch norm without running statistics, and in models that are bound to other tensors.
+    """
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
-    batch = len(request.inputs[0])
-    # a target function may depend on positions in the batch, so it is given the batch as it is
-    points_per_pass = 1 if first.targets is None else max(1, MAX_BATCH // max(batch, 1))
-    totals: list[Any] = [0.0] * len(request.inputs)
-    count = 0
-    while chunk := list(islice(points, points_per_pass)):
-        count += len(chunk)
+
+    def explain_points(chunk: list[list[Array]]) -> tuple[Array, list[Array | None]]:
+        """Return the scores, and the maps `(points, B, ...)`."""
         inputs = [np.concatenate(parts) for parts in zip(*chunk, strict=True)]
         ids = request.target if first.targets is None else np.concatenate([arrays.to_numpy(first.targets)] * len(chunk))
         tensors = tuple(arrays.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
-        for i, values in enumerate(explainer.explain(replace(request, inputs=tensors, target=ids)).maps):
-            if values is not None:
-                array = arrays.to_numpy(values).astype(np.float64)
-                totals[i] = totals[i] + array.reshape(len(chunk), batch, *array.shape[1:]).sum(0)
+        explanation = explainer.explain(replace(request, inputs=tensors, target=ids))
+        maps = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
+        parts = [None if m is None else m.reshape(len(chunk), -1, *m.shape[1:]) for m in maps]
+        return arrays.to_numpy(explanation.scores), parts if len(chunk) > 1 else [_first_axis(m) for m in maps]
+
+    totals: list[Any] = [0.0] * len(request.inputs)
+    count = 0
+
+    def add(maps: list[Array | None]) -> None:
+        nonlocal count
+        count += max(len(m) for m in maps if m is not None)
+        for i, m in enumerate(maps):
+            if m is not None:
+                totals[i] = totals[i] + m.sum(0)
+
+    # a target function may depend on positions in the batch, so it is given the batch as it is
+    per_pass = 1 if first.targets is None or not request.batch else max(1, MAX_BATCH // request.batch)
+    if per_pass > 1:
+        trial = list(islice(points, per_pass - 1))
+        maps = _stacked_maps(explain_points, [[arrays.to_numpy(x) for x in request.inputs], *trial], first, arrays)
+        if maps is None:
+            per_pass, points = 1, chain(trial, points)
+        else:
+            add([None if m is None else m[1:] for m in maps])
+    while chunk := list(islice(points, per_pass)):
+        add(explain_points(chunk)[1])
     return [total / count if isinstance(total, np.ndarray) else None for total in totals]
+
+
+def _first_axis(values: Array | None) -> Array | None:
+    return None if values is None else values[None]
+
+
+def _stacked_maps(
+    explain_points: Callable[[list[list[Array]]], tuple[Array, list[Array | None]]],
+    points: list[list[Array]],
+    first: Explanation,
+    arrays: Arrays,
+) -> list[Array | None] | None:
+    """Return the maps of points in one batch; None where the first of them, the input, has another score than alone."""
+    try:
+        scores, maps = explain_points(points)
+    except Exception:  # whatever somebody's model raises for a larger batch
+        return None
+    alone = arrays.to_numpy(first.scores).astype(np.float64)
+    difference = np.abs(scores[: len(alone)] - alone)
+    return maps if (difference <= 1e-4 * max(np.abs(alone).max(), 1e-6)).all() else None
 
 
 def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -> Explanation:

@@ -5,6 +5,8 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import Request, framework_of_input
+from ..inputs import arguments_of
+from ..outputs import Path, with_inputs
 from ..rules import Rule, resolve
 from .estimators import estimate
 from .estimators import resolve as resolve_estimator
@@ -25,6 +27,7 @@ def explain(
     training: bool = False,
     estimator: str = "gradient",
     seed: int = 0,
+    output: Path | None = None,
 ) -> Attribution:
     """Map how each element of the input speaks for a score, under a rule for the activations on the way.
 
@@ -32,13 +35,15 @@ def explain(
     whatever happens. One forward pass serves all targets. Calls from several threads do not meet.
 
     Args:
-        model: any callable from tensor(s) to scores `(B, classes)`: a module in eval mode, a function, a traced or
-            exported program. Its output may be a tensor, a tuple whose first is one, or an object with `.logits`.
-        x: a floating-point batch `(B, ...)` of any rank, such as `(B, C, H, W)`; or a tuple, passed as `model(*x)`,
-            in which integer tensors are allowed and get no map.
+        model: any callable from tensors to scores `(B, classes)`: a module in eval mode, a function, a traced or
+            exported program.
+        x: a floating-point batch `(B, ...)` of any rank, such as `(B, C, H, W)`; or, nested as the model takes them, a
+            tuple, passed as `model(*x)`, a dict, passed as `model(**x)` (to Keras as its named inputs), or a list (as
+            a tuple, or as it is to a model that takes one argument). Integer tensors, None and numbers get no map.
         rule: "gradient", "deconvnet", "guided", or a function `(g, local) -> g` as in `undertow.rules`.
         target: None (each sample's highest score), a class id, `(B,)` ids, `(B, K)` ids or nested lists for several
-            classes a sample, "top:K", or a function of the output that returns `(B,)` scores.
+            classes a sample, one-hot labels, "top:K", or a function that returns `(B,)` scores of the whole output as
+            the model returned it, or, with two arguments, of the output and of `x`.
         through: "graph" acts on the autograd graph of this call and sees every activation. "swap" replaces modules in
             a private copy by a custom autograd function, "hook" puts backward hooks on them: both give the same
             numbers, or an error that names what they could not see.
@@ -48,10 +53,12 @@ def explain(
         estimator: "gradient" (one backward pass), "smoothgrad[:N]", "integrated[:N]" (from zero), "input-times",
             "grad-cam:LAYER" or "guided-grad-cam:LAYER", each around any rule; see `undertow.attribution.estimators`.
         seed: of SmoothGrad's noise.
+        output: the part of the output that holds the scores, where the model returns several: a name, an index, or
+            several, as in "heads.1". None takes `.logits` or ["logits"], else the first of a tuple.
 
     Returns:
-        Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; a tuple for a
-        tuple. Grad-CAM's have one channel: `(B, 1, H, W)`.
+        Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; in the structure
+        of `x`, None where there is no map. Grad-CAM's have one channel: `(B, 1, H, W)`.
 
     Raises:
         InputError: an argument that cannot be used: TargetError for a class, ModelError for the model or its output.
@@ -73,13 +80,17 @@ def explain(
     _check_choice("activations", activations, ACTIVATIONS)
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
-    inputs = x if isinstance(x, tuple) else (x,)
-    if not inputs:
-        raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
-    request = Request(model, inputs, function, name, target, through, activations, training)
-    explanation = estimate(framework_of_input(inputs[0], model), request, resolved, seed)
+    arguments = arguments_of(x, model)
+    request = Request(
+        *(model, arguments.tensors, function, name, with_inputs(target, x), through, activations, training),
+        output=output,
+        fill=arguments.fill,
+        structure=arguments.structure,
+        is_plain=arguments.is_plain,
+    )
+    explanation = estimate(framework_of_input(arguments.tensors[0], model), request, resolved, seed)
     return Attribution(
-        values=explanation.maps if isinstance(x, tuple) else explanation.maps[0],
+        values=arguments.in_structure(explanation.maps),
         targets=explanation.targets,
         scores=explanation.scores,
         rule=name,

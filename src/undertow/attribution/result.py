@@ -1,7 +1,7 @@
 """The result of an explanation: plain data that can be looked at, saved and loaded."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..files import published
 from ..frameworks.base import as_numpy
+from ..images import printable
 from ..show import heatmap
+from ..structures import map_tensors, tensors_with_paths
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +24,8 @@ class Attribution:
     """How each element of an input speaks for a score, and what the rule did to say so.
 
     Attributes:
-        values: shape and dtype of the input, `(B, ...)`; with K targets a sample, `(B, K, ...)`; a tuple for a tuple of
-            inputs, None in the place of an integer input. Unit: score per unit of input; score for "integrated" and
+        values: shape and dtype of the input, `(B, ...)`; with K targets a sample, `(B, K, ...)`; in the structure of
+            the input, None where there is no map. Unit: score per unit of input; score for "integrated" and
             "input-times". Grad-CAM has one channel, `(B, 1, H, W)`.
         targets: class ids, int64, `(B,)` or `(B, K)`; None where the target was a function.
         scores: the explained outputs, shape of `targets`.
@@ -52,14 +54,12 @@ class Attribution:
     def numpy(self, channels_last: bool = False) -> Any:
         """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
 
-        A tuple for a tuple.
+        In the structure of the input.
 
         Raises:
             InputError: `channels_last` for values that have no channels, such as `(B, features)`.
         """
-        if isinstance(self.values, tuple):
-            return tuple(None if value is None else self._array(value, channels_last) for value in self.values)
-        return self._array(self.values, channels_last)
+        return map_tensors(self.values, lambda value: self._array(value, channels_last))
 
     def _array(self, value: Any, channels_last: bool) -> npt.NDArray[Any]:
         array = as_numpy(value)
@@ -92,7 +92,7 @@ class Attribution:
         """
         array = self.numpy()
         several = self.scores.ndim == 2
-        if isinstance(array, tuple) or array.ndim != (5 if several else 4):
+        if not isinstance(array, np.ndarray) or array.ndim != (5 if several else 4):
             raise InputError("only maps of one batch of images (B, C, H, W) can be drawn; take .numpy() for the rest")
         if not 0 <= sample < len(array):
             raise InputError(f"there is no sample {sample} in a batch of {len(array)}")
@@ -114,13 +114,42 @@ class Attribution:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise InputError(f"{path.name!r} must end in .safetensors; for a picture use .image(0).save(...)")
-        values = self.values if isinstance(self.values, tuple) else (self.values,)
-        names = [f"values.{i}" for i in range(len(values))] if isinstance(self.values, tuple) else ["values"]
-        tensors = {**dict(zip(names, values, strict=True)), "targets": self.targets, "scores": self.scores}
+        tensors = {f"values.{path}" if path else "values": t for path, t in tensors_with_paths(self.values)}
+        tensors |= {"targets": self.targets, "scores": self.scores}
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
+        facts = {**self.to_dict(), "channels_last": self.channels_last}
         with published(path) as aside:
-            aside.write_bytes(save(arrays, {"undertow": json.dumps(self.to_dict())}))
+            aside.write_bytes(save(arrays, {"undertow": json.dumps(facts)}))
         return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Attribution":
+        """Read what `save` wrote. Arrays are NumPy's; values of several inputs come in a dict under their paths.
+
+        Raises:
+            InputError: the file is missing, or none that `save` wrote.
+
+        >>> import tempfile
+        >>> a = Attribution(np.ones((1, 2), np.float32), np.array([3]), np.array([0.5]), "guided")
+        >>> Attribution.load(a.save(tempfile.mkdtemp() + "/a.safetensors")).rule
+        'guided'
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+                facts = json.loads((file.metadata() or {})["undertow"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{printable(path)} holds no saved attribution; write one with .save(path)") from error
+        values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
+        known = {field.name for field in fields(cls)}
+        return cls(
+            values=values.get("values", values),
+            targets=arrays.get("targets"),
+            scores=arrays["scores"],
+            **{name: value for name, value in facts.items() if name in known},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""

@@ -47,6 +47,10 @@ class Network(DifferentiableGraph):
 
     edges: tuple[tuple[str, str], ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.edges, str):
+            raise InputError(f"Network takes pairs of names; for text, write Network.parse({self.edges!r})")
+
     @classmethod
     def parse(cls, text: str) -> "Network":
         """Read edges such as "x1>n1 n1>n2", separated by spaces, commas or newlines.

@@ -1,5 +1,6 @@
 """From a run to findings: what is wrong, why, and the evidence for it. One file per family of causes; no framework."""
 
+import os
 from collections.abc import Callable, Iterator
 
 from ..runs import Run
@@ -42,14 +43,14 @@ def sizes(run: Run) -> dict[str, float]:
     return Evidence(run).sizes
 
 
-def diagnose(run: Run) -> Findings:
+def diagnose(run: Run | str | os.PathLike[str]) -> Findings:
     """Find what is wrong or remarkable in a run, and why.
 
     Each finding names its cause, the sites, predicted and observed values, a remedy, and its source. Without
     `record(..., diagnose=True)` some causes cannot be checked; `.checked` says which.
 
     Args:
-        run: a run with gradients, finished or not.
+        run: a run with gradients, finished or not, or its folder's path.
 
     Returns:
         Findings: a list of `Finding`, the most severe first.
@@ -62,7 +63,7 @@ def diagnose(run: Run) -> Findings:
     >>> [(f.cause, f.evidence["predicted"], f.evidence["observed"]) for f in ut.diagnose(ut.Run(folder))]
     [('pooling', 0.75, 0.75)]
     """
-    evidence = Evidence(run)
+    evidence = Evidence(Run.of(run))
     findings: list[Finding] = []
     checked = {}
     for name, rule in RULES.items():

@@ -6,10 +6,10 @@ A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the f
 """
 
 import importlib
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast, overload
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..classifier import Classifier, Reference
 from ..errors import FrameworkError, InputError, ModelError
 from ..measures import Measure
+from ..outputs import Path
 from ..rules import Rule
 from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
 
@@ -40,9 +41,23 @@ CAPABILITIES = {
 """Each capability's file or folder, and its name in messages."""
 
 
+def positional(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return tensors as the positional arguments of a call."""
+    return tuple(tensors), {}
+
+
 @dataclass(frozen=True)
 class Request:
-    """One explanation as the user asked for it, already checked as far as no framework is needed."""
+    """One explanation as the user asked for it, already checked as far as no framework is needed.
+
+    Attributes:
+        inputs: the tensors that the model is given, however deep in its arguments.
+        target: None, class ids, "top:K", or a function of the output.
+        output: the part of the output that holds the scores; None for the usual one.
+        fill: from tensors in the places of `inputs` to the positional and keyword arguments of the model.
+        structure: a text that differs where those arguments differ in more than the tensors.
+        is_plain: the inputs are batches, whose first axes are as long.
+    """
 
     model: Callable[..., Any]
     inputs: tuple[Any, ...]
@@ -52,6 +67,24 @@ class Request:
     through: str
     activations: str
     training: bool
+    output: Path | None = None
+    fill: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]] = positional
+    structure: str = ""
+    is_plain: bool = True
+
+    def bind(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a model as a function of the tensors alone."""
+
+        def call(*tensors: Any) -> Any:
+            args, kwargs = self.fill(tensors)
+            return model(*args, **kwargs)
+
+        return call
+
+    @property
+    def batch(self) -> int | None:
+        """The number of samples; None where only the output tells."""
+        return len(self.inputs[0]) if self.is_plain and self.inputs[0].ndim else None
 
 
 class Arrays(Protocol):
@@ -252,10 +285,10 @@ class Zoo(Protocol):
     def rows(self, source: str, word: str | None) -> list[Reference]:
         """List the models whose reference contains a word."""
 
-    def load(self, source: str, name: str, weights: str, file: Path | None) -> Classifier:
+    def load(self, source: str, name: str, weights: str, file: pathlib.Path | None) -> Classifier:
         """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
 
-    def from_object(self, reference: str, network: Any, file: Path | None) -> Classifier:
+    def from_object(self, reference: str, network: Any, file: pathlib.Path | None) -> Classifier:
         """Complete what a user's function returned."""
 
     def seeded(self) -> AbstractContextManager[None]:

@@ -25,6 +25,18 @@ def top(target: str, classes: int) -> int:
     return int(count)
 
 
+def from_one_hot(target: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the classes `(B,)` of one-hot labels `(B, classes)`, whole numbers or not; anything else as it is.
+
+    No list of different classes has more than two entries of which all are 0 or 1.
+
+    >>> from_one_hot(np.eye(3)).tolist(), from_one_hot(np.array([[0, 1]])).tolist()
+    ([0, 1, 2], [[0, 1]])
+    """
+    is_one_hot = target.ndim == 2 and target.shape[1] > 2 and np.isin(target, (0, 1)).all()
+    return target.argmax(1) if is_one_hot and (target.sum(1) == 1).all() else target
+
+
 def class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64], bool]:
     """Return class ids `(B, K)` from an int, `(B,)` or `(B, K)`, and whether it was one class for each sample.
 
@@ -36,7 +48,7 @@ def class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64], bool]:
            [7]]), True)
     """
     try:
-        ids = np.asarray(target)
+        ids = from_one_hot(np.asarray(target))
     except (TypeError, ValueError, RuntimeError) as error:
         raise _not_understood(target) from error
     if ids.dtype.kind not in "biuf":

@@ -1,6 +1,7 @@
 """The same quantiles of several runs, side by side."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -32,7 +33,7 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[Run],
+    runs: Sequence[Run | str | os.PathLike[str]],
     q: Sequence[float] = STEPS,
     *,
     of: str | None = None,
@@ -41,7 +42,7 @@ def compare(
     """Put the sites of several runs beside one another: by name where all have the same names, else by their order.
 
     Args:
-        runs: two or more.
+        runs: two or more, or their folders' paths.
         q, of, per_sample: as `quantiles` has them.
 
     Raises:
@@ -49,9 +50,10 @@ def compare(
     """
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run(s) were given to compare; give two or more")
-    of = of or ("magnitude" if all("histogram" in run.manifest["tables"] for run in runs) else "channel_norm")
+    opened = [Run.of(run) for run in runs]
+    of = of or ("magnitude" if all("histogram" in run.manifest["tables"] for run in opened) else "channel_norm")
     fractions = (*q, 0.05, 0.95)
-    by_run = [quantiles(run, fractions, of=of, per_sample=per_sample) for run in runs]
+    by_run = [quantiles(run, fractions, of=of, per_sample=per_sample) for run in opened]
     rows = []
     for phase in dict.fromkeys(site.phase for sites in by_run for site in sites):
         columns = [[site for site in sites if site.phase == phase] for sites in by_run]

@@ -29,6 +29,21 @@ class Run:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
 
+    @classmethod
+    def of(cls, run: Any) -> "Run":
+        """Return a run from itself, from its folder's path, or from a recording.
+
+        Raises:
+            InputError: it is none of these.
+            RunError: the folder is no run.
+        """
+        if isinstance(run, cls):
+            return run
+        folder = getattr(run, "folder", run)
+        if not isinstance(folder, str | os.PathLike):
+            raise InputError(f"run is a {type(run).__name__}; pass a Run, the path of its folder, or a recording")
+        return cls(folder)
+
     def __repr__(self) -> str:
         state = "finished" if self.finished else "unfinished"
         return f"Run({str(self.folder)!r}, {state}, sites={len(self.sites)}, tables={self.tables})"

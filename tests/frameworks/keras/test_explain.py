@@ -492,3 +492,36 @@ def test_looking_into_layers_is_refused_in_one_line(net, x):
         for call in calls:
             with pytest.raises(ut.ModelError, match=f"^{capability} is not there for Keras yet$"):
                 call()
+
+
+def two_heads():
+    """A functional model with two named inputs and two heads."""
+    image, size = keras.Input((6, 6, 2), name="image"), keras.Input((3,), name="size")
+    h = keras.layers.Flatten()(keras.layers.Conv2D(3, 3, activation="relu")(image))
+    h = keras.layers.Concatenate()([h, keras.layers.Dense(4)(size)])
+    return keras.Model({"image": image, "size": size}, {"a": keras.layers.Dense(5)(h), "b": keras.layers.Dense(3)(h)})
+
+
+@pytest.mark.parametrize("target", [2, lambda out: out["b"][:, 2]])
+def test_named_inputs_and_heads(target):
+    model, draw = two_heads(), np.random.default_rng(0)
+    x = {"image": draw.normal(size=(2, 6, 6, 2)).astype("float32"), "size": draw.normal(size=(2, 3)).astype("float32")}
+    tensors = {name: tf.constant(value) for name, value in x.items()}
+    with tf.GradientTape() as tape:
+        tape.watch(list(tensors.values()))
+        score = tf.reduce_sum(model(tensors)["b"][:, 2])
+    wanted = tape.gradient(score, tensors)
+    a = ut.explain(model, x, rule="gradient", target=target, output=None if callable(target) else "b")
+    assert list(a.values) == ["image", "size"]
+    for name in x:
+        np.testing.assert_allclose(a.values[name], wanted[name], atol=1e-6)
+    listed = ut.explain(model, x, rule="gradient", target=target, output=None if callable(target) else ["b"])
+    np.testing.assert_array_equal(listed.values["image"], a.values["image"])
+
+
+def test_a_head_that_is_not_there_is_said():
+    x = {"image": np.ones((1, 6, 6, 2), "float32"), "size": np.ones((1, 3), "float32")}
+    with pytest.raises(ut.ModelError, match="no part 'c'"):
+        ut.explain(two_heads(), x, rule="gradient", target=0, output="c")
+    with pytest.raises(ut.ModelError, match="returned a dict"):
+        ut.explain(two_heads(), x, rule="gradient", target=0)

@@ -9,6 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from ...errors import FrameworkError, InputError, ModelError, TargetError
+from ...outputs import Path, head_of
+from ...structures import tensors_with_paths
 from ..targets import top
 
 
@@ -28,7 +30,7 @@ def refuse_other_backends() -> None:
         )
 
 
-def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def tensors(inputs: tuple[Any, ...], is_plain: bool = True) -> tuple[Any, ...]:
     """Return the inputs as eager tensors.
 
     Raises:
@@ -36,7 +38,7 @@ def tensors(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """
     converted = tuple(_tensor(index, x) for index, x in enumerate(inputs))
     for index, x in enumerate(converted):
-        if x.shape.rank == 0 or x.shape[0] != converted[0].shape[0]:
+        if is_plain and (x.shape.rank == 0 or x.shape[0] != converted[0].shape[0]):
             raise InputError(f"input {index} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
         if x.dtype.is_complex:
             raise InputError(f"input {index} is complex ({x.dtype.name}); pass its parts, tf.math.real(x) and imag(x)")
@@ -58,44 +60,57 @@ def _tensor(index: int, x: Any) -> Any:
     raise InputError(f"input {index} is a {type(x).__name__}, not a TensorFlow tensor or NumPy array")
 
 
-def output_of(model: Callable[..., Any], inputs: Sequence[Any], training: bool = False) -> Any:
-    """Run the model and return its scores, `(B, ...)`; a Keras layer is called with `training`.
+def run(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], training: bool = False) -> Any:
+    """Run the model; a Keras layer is called with `training`, and with named inputs as one mapping.
 
-    Raises:
-        ModelError: the output is no float tensor, no tuple that begins with one, and has no `logits`.
+    An exception of its own is raised with the shapes of its input.
     """
     try:
-        out = _run(model, inputs, training)
+        if not isinstance(model, keras.Layer):
+            return model(*args, **kwargs)
+        if kwargs:
+            return model(dict(kwargs), training=training)
+        if len(args) > 1 and len(getattr(model, "inputs", None) or ()) == len(args):
+            return model(list(args), training=training)  # a functional model takes its inputs as one structure
+        return model(*args, training=training)
     except Exception as error:
-        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype.name}" for x in inputs)
+        given = [tensor for _, tensor in tensors_with_paths((args, kwargs))]
+        shapes = ", ".join(f"{tuple(x.shape)} {getattr(x.dtype, 'name', x.dtype)}" for x in given)
         error.add_note(f"while the model ran on an input of shape {shapes}")
         raise
-    scores = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
-    if isinstance(scores, tuple | list) and scores:
-        scores = scores[0]
+
+
+def scores_of(output: Any, path: Path | None = None) -> Any:
+    """Return the part of a model's output that holds its scores, `(B, ...)`.
+
+    Raises:
+        ModelError: there is no such part, or it is no float tensor.
+    """
+    scores = head_of(output, path)
     if not isinstance(scores, tf.Tensor) or not scores.dtype.is_floating:
-        description = f"{scores.dtype.name} scores" if isinstance(scores, tf.Tensor) else f"a {type(out).__name__}"
+        description = f"{scores.dtype.name} scores" if isinstance(scores, tf.Tensor) else f"a {type(output).__name__}"
         raise ModelError(
             f"the model returned {description}; it must be a float tensor, a tuple of them, or have logits"
         )
     return scores
 
 
-def _run(model: Callable[..., Any], inputs: Sequence[Any], training: bool) -> Any:
-    if not isinstance(model, keras.Layer):
-        return model(*inputs)
-    if len(inputs) > 1 and len(getattr(model, "inputs", None) or ()) == len(inputs):
-        return model(list(inputs), training=training)  # a functional model takes its inputs as one structure
-    return model(*inputs, training=training)
+def output_of(model: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """Run the model and return its scores, `(B, ...)`; errors as of `scores_of`."""
+    return scores_of(run(model, inputs, {}))
 
 
-def scores_to_explain(output: Any, target: Any, ids: Any) -> tuple[Any, Any, list[Any]]:
+def scores_to_explain(
+    output: Any, target: Any, ids: Any, batch: int | None, path: Path | None
+) -> tuple[Any, Any, list[Any]]:
     """Return the scores to explain, their class ids, and where each of K backward passes begins.
 
     Args:
-        output: of the model, `(B, classes)`; of any shape where the target is a function.
+        output: as the model returned it.
         target: as `undertow.explain` takes it.
         ids: `(B, K)` where the target is class ids, else None.
+        batch: the number of samples, where the inputs tell.
+        path: the part of the output that holds the scores.
 
     Returns:
         The scores, `(B, K)`; the class ids, int64 `(B, K)`, None where the target is a function; and K pairs of a
@@ -104,10 +119,11 @@ def scores_to_explain(output: Any, target: Any, ids: Any) -> tuple[Any, Any, lis
     Raises:
         TargetError: the target function does not return one score for each sample, or K of "top:K" is too large.
     """
-    batch = output.shape[0]
     if callable(target):
-        scores = _checked_scores(target(output), batch)
+        scores = _checked_scores(target(output if path is None else head_of(output, path)), batch)
         return scores[:, None], None, [(scores, tf.ones_like(scores))]
+    output = scores_of(output, path)
+    refuse_non_class_scores(output, output.shape[0] if batch is None else batch)
     if ids is None:
         k = 1 if target is None else top(target, output.shape[1])
         ids = tf.math.top_k(output, k).indices
@@ -131,8 +147,8 @@ def refuse_non_class_scores(output: Any, batch: int) -> None:
         )
 
 
-def _checked_scores(scores: Any, batch: int) -> Any:
-    if isinstance(scores, tf.Tensor) and tuple(scores.shape) == (batch,):
+def _checked_scores(scores: Any, batch: int | None) -> Any:
+    if isinstance(scores, tf.Tensor) and scores.shape.rank == 1 and batch in (None, scores.shape[0]):
         return scores
     description = f"shape {tuple(scores.shape)}" if isinstance(scores, tf.Tensor) else f"a {type(scores).__name__}"
     raise TargetError(

@@ -12,7 +12,7 @@ from ...errors import InputError
 
 def to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Copy a tensor to NumPy; bfloat16, which NumPy lacks, becomes float32."""
-    host = tensor.detach().cpu()
+    host = (tensor if tensor.layout == torch.strided else tensor.to_dense()).detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy().copy()
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ...errors import InputError, ModelError, TargetError
-from ..targets import top
+from ...outputs import Path, head_of
+from ..targets import from_one_hot, top
 from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
 
@@ -46,7 +47,7 @@ def refuse_training(model: Callable[..., Any]) -> None:
         return  # an exported program says training=True always, and has no eval()
     training = list(_in_training(module))
     kinds = {type(m).__name__ for m in training if _depends_on_mode(m)}
-    if not module.training and not kinds:
+    if not getattr(module, "training", False) and not kinds:
         return
     why = f"{', '.join(sorted(kinds))} would act as in training" if kinds else "dropout or batch norm may act"
     raise ModelError(f"the model is in training mode: {why}; call model.eval() first, or pass training=True")
@@ -56,7 +57,7 @@ def _in_training(module: nn.Module) -> Iterator[nn.Module]:
     stack = [module]  # Module.modules() takes longer than a small network's forward pass
     while stack:
         current = stack.pop()
-        if current.training:
+        if getattr(current, "training", False):  # frozen TorchScript has no such attribute
             yield current
         stack.extend(current.children())
 
@@ -65,8 +66,13 @@ def _depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, (NORM, DROPOUT, nn.RReLU)) or (isinstance(module, nn.RNNBase) and module.dropout > 0)
 
 
-def leaves_and_copies(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+def leaves_and_copies(
+    inputs: Sequence[Any], is_plain: bool = True
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
     """Return the leaves to differentiate by, None for integers, and copies for the model, which it may overwrite.
+
+    Args:
+        is_plain: the inputs are batches, whose first axes must be as long.
 
     Raises:
         InputError: an input is no tensor, is complex or has another batch size, or none is of floating point.
@@ -74,7 +80,9 @@ def leaves_and_copies(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None
     for i, x in enumerate(inputs):
         if not isinstance(x, torch.Tensor):
             raise InputError(f"input {i} is a {type(x).__name__}, not a torch tensor")
-        if x.ndim == 0 or x.shape[0] != inputs[0].shape[0]:
+        if x.is_nested:
+            raise InputError(f"input {i} is a nested tensor; pass torch.nested.to_padded_tensor(x, 0.0) and a mask")
+        if is_plain and (x.ndim == 0 or x.shape[0] != inputs[0].shape[0]):
             raise InputError(f"input {i} has shape {tuple(x.shape)}; every input needs the same first (batch) axis")
         if x.is_complex():
             raise InputError(f"input {i} is complex ({x.dtype}); pass its real view, torch.view_as_real(x)")
@@ -86,47 +94,57 @@ def leaves_and_copies(inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor | None
     return sources, fed
 
 
-def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Run the model and return its scores, `(B, ...)`.
-
-    Raises:
-        ModelError: it returned no float tensor, no tuple that begins with one, and nothing with `.logits`.
-    """
+def run(call: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Any:
+    """Run the model; an exception of its own is raised with the shapes of its input."""
     try:
-        out = call(*inputs)
+        return call(*inputs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         error.add_note(f"while the model ran on an input of shape {shapes}")
         raise
-    scores = getattr(out, "logits", out)
-    if isinstance(scores, tuple | list) and scores:
-        scores = scores[0]
+
+
+def scores_of(output: Any, path: Path | None = None) -> torch.Tensor:
+    """Return the part of a model's output that holds its scores, `(B, ...)`.
+
+    Raises:
+        ModelError: there is no such part, or it is no float tensor.
+    """
+    scores = head_of(output, path)
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
-        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(out).__name__}"
-        raise ModelError(f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits")
+        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(output).__name__}"
+        remedy = "" if path is not None else "; name the part that holds the scores, as in output='out'"
+        raise ModelError(
+            f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits{remedy}"
+        )
     return scores
 
 
-def class_scores(call: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+def output_of(call: Callable[..., Any], inputs: Sequence[torch.Tensor], path: Path | None = None) -> torch.Tensor:
+    """Run the model and return its scores, `(B, ...)`; errors as of `scores_of`."""
+    return scores_of(run(call, inputs), path)
+
+
+def class_scores(call: Callable[..., Any], x: torch.Tensor, path: Path | None = None) -> torch.Tensor:
     """Return a model's scores, `(B, classes)`, without a graph.
 
     Raises:
         ModelError: the output has another number of axes.
     """
     with torch.no_grad():
-        output = output_of(call, [x])
+        output = output_of(call, [x], path)
     if output.ndim != 2:
         raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")
     return output
 
 
-def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
+def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...], is_plain: bool = True) -> bool:
     """Whether the model applies an activation in place to a view, which hides the activation from the graph.
 
     Autograd leaves one node (CopySlices), which is the same for every in-place call, so the model runs once more.
     """
     mode = _InPlaceOnViews()
-    _, fed = leaves_and_copies(inputs)
+    _, fed = leaves_and_copies(inputs, is_plain)
     with mode:
         call(*fed)
     return mode.seen
@@ -153,23 +171,34 @@ class _InPlaceOnViews(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def target_scores(output: torch.Tensor, target: Any, batch: int) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Return the scores to explain, `(B, K)`, their class ids or None, and whether each sample has a single target.
+def target_scores(
+    output: Any, target: Any, batch: int | None, path: Path | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Return the scores to explain, their class ids or None, and whether each sample has a single target.
+
+    Args:
+        output: as the model returned it.
+        target: as `undertow.explain` takes it; a function is given the output, or the part of it that `path` names.
+        batch: the number of samples, where the inputs tell.
+        path: the part of the output that holds the scores.
 
     Raises:
         TargetError: a class that the model does not have, or a target that does not fit the batch.
         ModelError: the output is not `(B, classes)`, or a score to explain is not finite.
     """
     if callable(target):
-        scores, ids, single = _function_scores(target(output), batch).unsqueeze(1), None, True
+        given = output if path is None else head_of(output, path)
+        scores, ids, single = _function_scores(target(given), batch).unsqueeze(1), None, True
     else:
-        if output.ndim != 2 or output.shape[0] != batch:
+        classes = scores_of(output, path)
+        if classes.ndim != 2 or classes.shape[0] != (batch or classes.shape[0]):
+            batch = batch or (classes.shape[0] if classes.ndim else 1)
             raise ModelError(
-                f"the model returned shape {tuple(output.shape)} for a batch of {batch}, not ({batch}, classes); "
+                f"the model returned shape {tuple(classes.shape)} for a batch of {batch}, not ({batch}, classes); "
                 "pass target=lambda output: ... that returns one score for each sample"
             )
-        ids, single = _class_ids(output, target)
-        scores = output.gather(1, ids)
+        ids, single = _class_ids(classes, target)
+        scores = classes.gather(1, ids)
     finite = scores.detach().isfinite()
     if not bool(finite.all()):
         sample, k = finite.logical_not().nonzero()[0].tolist()
@@ -178,9 +207,14 @@ def target_scores(output: torch.Tensor, target: Any, batch: int) -> tuple[torch.
     return scores, ids, single
 
 
-def _function_scores(scores: Any, batch: int) -> torch.Tensor:
-    if isinstance(scores, torch.Tensor) and scores.shape == (batch,):
+def _function_scores(scores: Any, batch: int | None) -> torch.Tensor:
+    if (
+        isinstance(scores, torch.Tensor)
+        and scores.ndim == 1
+        and len(scores) == (len(scores) if batch is None else batch)
+    ):
         return scores
+    batch = "B" if batch is None else batch  # type: ignore[assignment]
     returned = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
     raise TargetError(f"the target function returned {returned}; it must return one score for each sample, ({batch},)")
 
@@ -212,6 +246,8 @@ def _integers(target: Any, device: torch.device) -> torch.Tensor:
         raise TargetError(
             f"target {target!r} is not understood: pass None, an int, (B,) or (B, K) class ids, 'top:K' or a function"
         ) from error
+    if ids.ndim == 2 and ids.dtype not in (torch.bool, torch.bfloat16) and not ids.is_complex():
+        ids = torch.as_tensor(from_one_hot(ids.detach().cpu().numpy()), device=device)
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TargetError(f"target has dtype {ids.dtype}; class ids are integers")
     return ids.long()

@@ -27,7 +27,7 @@ def explain(request: Request) -> Explanation:
     refuse_other_backends()
     if request.through == "hook":
         raise RuleError("through='hook' is PyTorch's: Keras layers have no backward hooks; use 'graph' or 'swap'")
-    inputs = tensors(request.inputs)
+    inputs = tensors(request.inputs, request.is_plain)
     target, ids, single = request.target, None, not isinstance(request.target, str)
     if target is not None and single and not callable(target):
         ids, single = class_ids(target, len(inputs[0]))

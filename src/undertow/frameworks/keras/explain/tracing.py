@@ -21,7 +21,7 @@ from ....errors import InputError
 from ....rules import gradient
 from ...base import Request
 from ...results import RewiringStats
-from ..calls import output_of, refuse_non_class_scores, scores_to_explain
+from ..calls import run, scores_of, scores_to_explain
 from ..internals import all_layers
 from .gradients import Rewiring
 from .swap import MARK, swapped
@@ -92,7 +92,8 @@ def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
     shapes = tuple((tuple(x.shape), x.dtype.name) for x in inputs)
     target = k or request.target
     options = (request.rule, request.through, request.activations, request.training)
-    return (id(model), _attributes(model) if not is_function else (), shapes, target, *options)
+    arguments = (request.structure, repr(request.output))
+    return (id(model), _attributes(model) if not is_function else (), shapes, target, *options, *arguments)
 
 
 def _attributes(model: Any) -> tuple[Hashable, ...]:
@@ -118,11 +119,10 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
 
     def explain_batch(*arguments: Any) -> tuple[Any, ...]:
         sources, ids = arguments[: len(inputs)], arguments[len(inputs)] if k else None
-        output = output_of(network, sources, request.training)
+        output = run(network, *request.fill(sources), request.training)
+        scores, ids, columns = scores_to_explain(output, request.target, ids, request.batch, request.output)
         if not callable(request.target):
-            refuse_non_class_scores(output, inputs[0].shape[0])
-            properties["classes"] = output.shape[1]
-        scores, ids, columns = scores_to_explain(output, request.target, ids)
+            properties["classes"] = scores_of(output, request.output).shape[1]
         rewiring = None
         operations = tf.compat.v1.get_default_graph().get_operations()
         if request.rule is not gradient:
@@ -137,9 +137,9 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
 
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
     specs += [tf.TensorSpec((inputs[0].shape[0], k), tf.int64)] if k else []
-    run = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
-    written = tuple(run.graph.variables) if properties["writes"] else ()
-    return TracedGraph(run, properties.get("classes"), properties["stats"], written)
+    graph = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
+    written = tuple(graph.graph.variables) if properties["writes"] else ()
+    return TracedGraph(graph, properties.get("classes"), properties["stats"], written)
 
 
 def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:

@@ -7,14 +7,16 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ....errors import InputError, RuleError
+from ....errors import InputError, ModelError, RuleError
+from ....images import one_line
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
-from ..calls import class_scores, eager, leaves_and_copies, output_of, refuse_training, target_scores
+from ..calls import class_scores, eager, leaves_and_copies, refuse_training, run, target_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
+from .cuts import first_nan, where_cut, without_gradient
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
 
@@ -30,16 +32,17 @@ def explain(request: Request) -> Explanation:
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training), ExitStack() as stack:
-        sources, fed = leaves_and_copies(request.inputs)
+        sources, fed = leaves_and_copies(request.inputs, request.is_plain)
         plain = request.rule is gradient
         attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
-        output = output_of(eager(request.model) if attachment is None else attachment.network, fed)
-        scores, ids, single = target_scores(output, request.target, len(fed[0]))
+        network = eager(request.model) if attachment is None else attachment.network
+        output = _run(request, network, fed)
+        scores, ids, single = target_scores(output, request.target, request.batch, request.output)
         if scores.grad_fn is None:
-            raise InputError("the scores do not depend on x by any gradient (detached, or made under no_grad)")
+            raise InputError(f"the scores do not depend on x by any gradient: {where_cut(request, fed)}")
         if attachment is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
-        maps = _maps(scores, sources, request)
+        maps = _maps(scores, sources, fed, request)
         detached = scores.detach()
     if single:
         maps = tuple(None if m is None else m[:, 0] for m in maps)
@@ -47,7 +50,18 @@ def explain(request: Request) -> Explanation:
     return Explanation(maps, ids, detached, RewiringStats() if attachment is None else attachment.stats)
 
 
-def _maps(scores: torch.Tensor, sources: list[torch.Tensor | None], request: Request) -> tuple[Any, ...]:
+def _run(request: Request, network: Callable[..., Any], fed: list[torch.Tensor]) -> Any:
+    try:
+        return run(request.bind(network), fed)
+    except (TypeError, AttributeError) as error:
+        if request.is_plain:
+            raise
+        raise InputError(f"the model cannot be called with x in this structure ({one_line(error)})") from error
+
+
+def _maps(
+    scores: torch.Tensor, sources: list[torch.Tensor | None], fed: list[torch.Tensor], request: Request
+) -> tuple[Any, ...]:
     """Return, for each input, a map for each target: `(B, K, ...)`."""
     wanted = [source for source in sources if source is not None]
     count = scores.shape[1]
@@ -57,24 +71,45 @@ def _maps(scores: torch.Tensor, sources: list[torch.Tensor | None], request: Req
         ones[:, k] = 1
         # a rule that calls `local` runs a node's backward a second time, for which the graph must not be freed
         keep = k + 1 < count or request.rule not in RULES.values()
-        rows.append(_gradients(scores, wanted, ones, keep))
-    stacked = iter([torch.stack(maps, 1) if count > 1 else maps[0].unsqueeze(1) for maps in zip(*rows, strict=True)])
+        gradients = _gradients(scores, wanted, ones, keep)
+        _refuse_missing(gradients, request, fed)
+        rows.append(gradients)
+    stacked = iter([_stacked(maps) for maps in zip(*rows, strict=True)])
     return tuple(None if source is None else next(stacked) for source in sources)
 
 
+def _stacked(maps: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+    """Join the maps of K targets, `(B, K, ...)`; None for an input that none of them depends on."""
+    if all(values is None for values in maps):
+        return None
+    like = next(values for values in maps if values is not None)
+    whole = [torch.zeros_like(like) if values is None else values for values in maps]
+    return torch.stack(whole, 1) if len(whole) > 1 else whole[0].unsqueeze(1)
+
+
 def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], ones: torch.Tensor, keep: bool) -> tuple[Any, ...]:
+    """Return the gradient by each input; None for one that the scores do not depend on."""
     try:
-        gradients = torch.autograd.grad(scores, wanted, ones, retain_graph=keep, allow_unused=True)
+        return torch.autograd.grad(scores, wanted, ones, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         nodes = nodes_behind(scores.grad_fn) if scores.grad_fn is not None else ()
         hidden = [n for n, kind in nodes if kind is NodeKind.HIDDEN and name_of(n) != "CopySlices"]
         if hidden:
             raise RuleError(f"no gradient passes {name_of(hidden[0])}: {hidden_reason(hidden[0])}") from error
         raise
-    for i, g in enumerate(gradients):
-        if g is None:
-            raise InputError(f"input {i} does not influence the scores; bind it, as with functools.partial")
-    return gradients
+
+
+def _refuse_missing(gradients: tuple[Any, ...], request: Request, fed: list[torch.Tensor]) -> None:
+    """Refuse inputs without a gradient, where each must have one or none has, and gradients that are not numbers."""
+    missing = [i for i, g in enumerate(gradients) if g is None]
+    if missing and (request.is_plain or len(missing) == len(gradients)):
+        floating = [i for i, x in enumerate(fed) if x.is_floating_point()]
+        raise InputError(without_gradient(request, fed, floating[missing[0]]))
+    if any(g is not None and bool(g.isnan().any()) for g in gradients):
+        raise ModelError(
+            f"the scores are finite and their gradient is NaN, first at {first_nan(request, fed)}; look for a root, "
+            "a norm or a logarithm at zero there"
+        )
 
 
 def probabilities(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:

@@ -94,7 +94,7 @@ def rewired_backward(root: Node, attachment: RuleAttachment) -> Iterator[None]:
     """
     nodes = list(nodes_behind(root))
     views = {node for node, kind in nodes if kind is NodeKind.HIDDEN and name_of(node) == "CopySlices"}
-    if views and not overwrites_a_view(attachment.network, attachment.request.inputs):
+    if views and not _overwrites_a_view(attachment):
         nodes = [(node, kind) for node, kind in nodes if node not in views]
     attached = False
 
@@ -110,6 +110,11 @@ def rewired_backward(root: Node, attachment: RuleAttachment) -> Iterator[None]:
     finally:
         handle.remove()
         nodes.clear()
+
+
+def _overwrites_a_view(attachment: RuleAttachment) -> bool:
+    request = attachment.request
+    return overwrites_a_view(request.bind(attachment.network), request.inputs, request.is_plain)
 
 
 def _positive_part(g: torch.Tensor | None) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge
 
 from ....errors import InputError, ModelError
 from ...results import END, Block, BlockGraph, Carried
-from ..calls import leaves_and_copies, output_of, target_scores
+from ..calls import leaves_and_copies, run, target_scores
 from ..internals import next_sequence_number, sequence_number
 from ..nodes import HIDDEN, hidden_reason, name_of
 from ..record.sites import network
@@ -76,7 +76,7 @@ def block_graph(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) ->
     with unchanged(module, fed, buffers=True):
         input_nodes = {x.grad_fn: "x" if len(fed) == 1 else f"x[{i}]" for i, x in enumerate(fed) if x.requires_grad}
         with record_spans(module, depth) as spans:
-            output = output_of(module, fed)
+            output = run(module, fed)
             forward_end = next_sequence_number()
         error = target_scores(output, target, len(fed[0]))[0].sum()
         if error.grad_fn is None:

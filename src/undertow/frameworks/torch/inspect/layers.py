@@ -24,6 +24,8 @@ from ..calls import (
     module_of,
     output_of,
     refuse_training,
+    run,
+    scores_of,
     target_scores,
     uncompiled,
 )
@@ -133,10 +135,10 @@ def layer_gradients(
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training), ExitStack() as stack:
-        (source,), fed = leaves_and_copies(request.inputs)
+        (source,), fed = leaves_and_copies(request.inputs, request.is_plain)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
         outputs = _record_outputs(request.model, layers, stack)
-        output = output_of(eager(request.model), fed)
+        output = run(request.bind(eager(request.model)), fed)
         scores, ids, single = _columns(output, request, directions)
         if attachment is not None and scores.grad_fn is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
@@ -156,11 +158,12 @@ def layer_gradients(
 
 
 def _columns(
-    output: torch.Tensor, request: Request, directions: npt.NDArray[Any] | None
+    output: Any, request: Request, directions: npt.NDArray[Any] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     if directions is None:
-        return target_scores(output, request.target, len(request.inputs[0]))
-    return output @ like(directions, output).T, None, False
+        return target_scores(output, request.target, request.batch, request.output)
+    scores = scores_of(output, request.output)
+    return scores @ like(directions, scores).T, None, False
 
 
 def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:

@@ -1,0 +1,67 @@
+"""Why an explanation has no gradient, or one that is no number: the model runs once more, watched module by module."""
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....structures import tensors_with_paths
+from ...base import Request
+from ..calls import eager, module_of, run, scores_of, target_scores, uncompiled
+
+_CUTS = "no_grad, detach, .item(), quantised weights or whole numbers"
+
+
+def where_cut(request: Request, fed: Sequence[Tensor]) -> str:
+    """Say in which module the gradient ends."""
+    root, cut = module_of(uncompiled(request.model)), list[str]()
+
+    def after(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inputs = [t for _, t in tensors_with_paths((args, kwargs))]
+        outputs = [t for _, t in tensors_with_paths(output)]
+        if any(t.requires_grad for t in inputs) and outputs and not any(t.requires_grad for t in outputs):
+            cut.append(name)
+
+    with ExitStack() as stack:
+        for name, module in () if root is None else root.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hook = module.register_forward_hook(partial(after, name), with_kwargs=True)
+                stack.callback(hook.remove)
+        run(request.bind(eager(request.model)), _again(fed))
+    where = f"in {cut[0]!r}" if cut and cut[0] else "in the model's own forward"
+    return f"it ends {where} ({_CUTS})"
+
+
+def without_gradient(request: Request, fed: Sequence[Tensor], i: int) -> str:
+    """Say why an input has no gradient: because the scores do not change with it, or because the gradient is cut."""
+    moved = [x + 1 if j == i else x for j, x in enumerate(fed)]
+    with torch.no_grad():
+        before, after = (scores_of(run(request.bind(eager(request.model)), x), request.output) for x in (fed, moved))
+    if torch.equal(before, after):
+        return f"input {i} does not influence the scores; bind it, as with functools.partial"
+    return f"the gradient of the scores does not reach input {i}: {where_cut(request, fed)}"
+
+
+def first_nan(request: Request, fed: Sequence[Tensor]) -> str:
+    """Name the first graph node whose backward makes NaN."""
+    was_on = torch.is_anomaly_enabled()
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        inputs = _again(fed)
+        output = run(request.bind(eager(request.model)), inputs)
+        scores, _, _ = target_scores(output, request.target, request.batch, request.output)
+        torch.autograd.grad(scores.sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+    except RuntimeError as error:
+        name = re.search(r"Function '(\w+)' returned nan", str(error))
+        return name[1] if name else "some operation"
+    finally:
+        torch.autograd.set_detect_anomaly(was_on)
+    return f"the rule {request.rule_name!r}"
+
+
+def _again(fed: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().clone().requires_grad_(x.is_floating_point()) for x in fed]
