@@ -267,12 +267,59 @@ def test_training_mode_is_refused_unless_asked_for(x):
         with pytest.raises(ut.ModelError, match=r"BatchNorm1d, Dropout would act.*model.eval\(\)"):
             ut.explain(model, x)
     net.eval()[3].train()
-    with pytest.raises(ut.ModelError, match="Dropout would act"):
+    with pytest.raises(ut.ModelError, match="these acted: dropout x1"):
         ut.explain(net, x)
     net.train()
     before = copy.deepcopy(net.state_dict())
-    assert ut.explain(net, x, training=True).rewired == 1
+    attribution = ut.explain(net, x, training=True)
+    assert (attribution.rewired, attribution.acting) == (1, {"batch norm in training": 1, "dropout": 1})
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def behind(module):
+    """A function, behind which no one sees that its module is in training mode."""
+    return lambda v: module(v[:, None])[:, 0] if isinstance(module, nn.InstanceNorm1d) else module(v)
+
+
+ACTING = {
+    "a module behind a function": (behind(nn.Dropout()), {"dropout": 1}),
+    "a function": (lambda v: F.dropout(v, 0.5), {"dropout": 1}),
+    "two, one for whole channels": (lambda v: F.dropout(F.dropout1d(v, 0.5), 0.5), {"dropout": 2}),
+    "of attention": (lambda v: F.scaled_dot_product_attention(v, v, v, dropout_p=0.5), {"dropout": 1}),
+    "RReLU": (lambda v: F.rrelu(v, training=True), {"RReLU": 1}),
+    "a user's own mask": (lambda v: v * torch.empty_like(v).bernoulli_(0.5), {"dropout": 1}),
+    "noise": (lambda v: v + torch.randn_like(v), {"randn_like": 1}),
+    "batch norm": (behind(nn.BatchNorm1d(4)), {"batch norm in training": 1}),
+    "batch norm that keeps no statistics": (behind(nn.BatchNorm1d(4, track_running_stats=False)), {}),
+    "instance norm": (behind(nn.InstanceNorm1d(1)), {}),
+    "dropout of nothing": (lambda v: F.dropout(v, 0.0), {}),
+}
+
+
+@pytest.mark.parametrize("case", ACTING)
+def test_what_acts_in_the_forward_pass_is_refused_or_listed(case, x):
+    model, acting = ACTING[case]
+    assert ut.explain(model, x, rule="gradient", target=0, training=True).acting == acting
+    if acting:
+        with pytest.raises(ut.ModelError, match=f"these acted: {next(iter(acting))} x"):
+            ut.explain(model, x, rule="gradient", target=0)
+    else:
+        ut.explain(model, x, rule="gradient", target=0)
+
+
+def test_a_module_in_training_mode_in_which_nothing_acts_is_explained(x):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 2))
+    assert torch.equal(ut.explain(net.train(), x).values, ut.explain(net.eval(), x).values)
+
+
+def test_random_numbers_of_another_thread_are_not_taken_for_the_models(x):
+    def model(v):
+        thread = threading.Thread(target=torch.rand, args=(3,))
+        thread.start()
+        thread.join()
+        return v.relu()
+
+    assert ut.explain(model, x, target=0).acting == {}
 
 
 def test_a_missed_call_is_placed(x):
@@ -335,7 +382,7 @@ def test_everything_is_as_before_on_success_and_on_failure(x, through):
     leaf = x.clone().requires_grad_()
     before, kept = state_of(net), x.clone()
     for rule in ("guided", "deconvnet", own):
-        ut.explain(net, leaf, rule=rule, through=through)
+        assert ut.explain(net, leaf, rule=rule, through=through).acting == {"rand_like": 1}
         assert state_of(net) == before
     with pytest.raises(Boom):
         ut.explain(net, leaf, rule=explode, through=through)

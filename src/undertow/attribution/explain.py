@@ -49,7 +49,8 @@ def explain(
             numbers, or an error that names what they could not see.
         activations: "relu-like" (ReLU, ReLU6/Hardtanh, LeakyReLU, PReLU, RReLU, Threshold, clamp(min=0) and maximum
             with zero, in any spelling), or "all" (also GELU, SiLU, Mish, ELU, SELU, CELU, Softplus, Hardswish).
-        training: explain a module in training mode; its batch statistics are put back afterwards.
+        training: explain although dropout or batch norm in training act, which `a.acting` then lists; batch statistics
+            are put back afterwards.
         estimator: "gradient" (one backward pass), "smoothgrad[:N]", "integrated[:N]" (from zero), "input-times",
             "grad-cam:LAYER" or "guided-grad-cam:LAYER", each around any rule; see `undertow.attribution.estimators`.
         seed: of SmoothGrad's noise.
@@ -102,6 +103,7 @@ def explain(
         skipped=explanation.stats.skipped,
         opaque=explanation.stats.opaque,
         channels_last=explanation.channels_last,
+        acting=explanation.acting,
     )
 
 

@@ -36,6 +36,8 @@ class Attribution:
         skipped: activations seen on the way and left alone, by the name of their graph node.
         opaque: autograd functions of the user's own on the way, by name: a rule cannot reach into them.
         channels_last: images are `(B, H, W, C)`, as in Keras, and so are their values.
+        acting: dropouts and batch norms in training, with `training=True`, and other random operations that acted in
+            the forward pass, by name: with any, the map depends on chance or on the rest of the batch.
     """
 
     values: Any
@@ -50,6 +52,7 @@ class Attribution:
     skipped: dict[str, int] = field(default_factory=dict)
     opaque: dict[str, int] = field(default_factory=dict)
     channels_last: bool = False
+    acting: dict[str, int] = field(default_factory=dict)
 
     def numpy(self, channels_last: bool = False) -> Any:
         """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
@@ -153,5 +156,5 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""
-        names = ("rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque")
+        names = ("rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque", "acting")
         return {name: getattr(self, name) for name in names}

@@ -38,6 +38,7 @@ class Explanation:
         scores: the explained outputs, shape of `targets`.
         stats: counts of what the rule met.
         channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
+        acting: random operations and batch norms in training that acted in the forward pass, by name.
     """
 
     maps: tuple[Any, ...]
@@ -45,6 +46,7 @@ class Explanation:
     scores: Any
     stats: RewiringStats
     channels_last: bool = False
+    acting: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

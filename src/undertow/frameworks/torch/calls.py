@@ -37,7 +37,9 @@ def module_of(model: Any) -> nn.Module | None:
 
 
 def refuse_training(model: Callable[..., Any]) -> None:
-    """Refuse a module in training mode.
+    """Refuse a module whose batch norms are in training mode: a pass would change their statistics.
+
+    What else acts in training only the pass itself tells, see `explain.acting`.
 
     Raises:
         ModelError: naming the layers that would make the map depend on chance, or on the rest of the batch.
@@ -45,15 +47,18 @@ def refuse_training(model: Callable[..., Any]) -> None:
     module = module_of(model)
     if module is None or (isinstance(module, torch.fx.GraphModule) and "train" in vars(module)):
         return  # an exported program says training=True always, and has no eval()
-    training = list(_in_training(module))
-    kinds = {type(m).__name__ for m in training if _depends_on_mode(m)}
-    if not getattr(module, "training", False) and not kinds:
+    training = list(modules_in_training(module))
+    if not any(isinstance(m, NORM) and m.running_mean is not None for m in training):
         return
-    why = f"{', '.join(sorted(kinds))} would act as in training" if kinds else "dropout or batch norm may act"
-    raise ModelError(f"the model is in training mode: {why}; call model.eval() first, or pass training=True")
+    kinds = sorted({type(m).__name__ for m in training if _depends_on_mode(m)})
+    raise ModelError(
+        f"the model is in training mode: {', '.join(kinds)} would act as in training; "
+        "call model.eval() first, or pass training=True"
+    )
 
 
-def _in_training(module: nn.Module) -> Iterator[nn.Module]:
+def modules_in_training(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and those in it that are in training mode."""
     stack = [module]  # Module.modules() takes longer than a small network's forward pass
     while stack:
         current = stack.pop()

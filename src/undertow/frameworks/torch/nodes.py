@@ -35,6 +35,7 @@ _KINDS = {
         ("Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid", "Glu", "Hardshrink", "Softshrink"), NodeKind.OTHER
     ),
 }
+_BATCH_NORMS = frozenset(f"{kind}BatchNormBackward0" for kind in ("Native", "Cudnn", "Miopen"))
 _CLASSIFIED_BY_SAVED = frozenset(("Clamp", "ClampMin", "Maximum", "CopySlices", "CudnnRnn"))
 
 HIDDEN = {
@@ -63,15 +64,27 @@ def name_of(node: Node) -> str:
 
 def nodes_behind(root: Node) -> Iterator[tuple[Node, NodeKind]]:
     """Yield `root` and every node behind it that has a kind, each once."""
-    seen = {root}
-    stack = [root]
-    while stack:
-        node = stack.pop()
+    for node in all_nodes_behind(root):
         kind = _KIND_OF_TYPE.get(type(node), NodeKind.OPAQUE)
         if kind is NodeKind.OPAQUE:
             kind = _classify(node)
         if kind is not None:
             yield node, kind
+
+
+def uses_batch_statistics(node: Node) -> bool:
+    """Whether a node is a batch norm that took the batch's own statistics and holds those of its training."""
+    is_norm = type(node).__name__ in _BATCH_NORMS
+    return is_norm and saved(node, "training") and saved(node, "running_mean") is not None
+
+
+def all_nodes_behind(root: Node) -> Iterator[Node]:
+    """Yield `root` and every node behind it, each once."""
+    seen = {root}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        yield node
         for behind, _ in node.next_functions:
             if behind is not None and behind not in seen:
                 seen.add(behind)

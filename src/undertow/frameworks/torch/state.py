@@ -21,6 +21,12 @@ class RngAndBuffers:
         kinds = {d.type for d in devices} & {"cpu", "cuda"}
         self._casts = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds]
 
+    def has_drawn(self) -> bool:
+        """Whether a random generator has moved since."""
+        if not torch.equal(torch.get_rng_state(), self._cpu):
+            return True
+        return any(not torch.equal(torch.cuda.get_rng_state(d), state) for d, state in self._cuda.items())
+
     def restore(self) -> None:
         """Restore the random state, and the buffers that have changed."""
         if not torch.equal(torch.get_rng_state(), self._cpu):

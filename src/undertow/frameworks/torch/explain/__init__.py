@@ -16,6 +16,7 @@ from ..arrays import to_numpy
 from ..calls import class_scores, eager, leaves_and_copies, refuse_training, run, target_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
+from .acting import what_acts
 from .cuts import first_nan, where_cut, without_gradient
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
@@ -31,7 +32,7 @@ def explain(request: Request) -> Explanation:
     """
     if not request.training:
         refuse_training(request.model)
-    with unchanged(request.model, request.inputs, request.training), ExitStack() as stack:
+    with unchanged(request.model, request.inputs, request.training) as start, ExitStack() as stack:
         sources, fed = leaves_and_copies(request.inputs, request.is_plain)
         plain = request.rule is gradient
         attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
@@ -42,12 +43,14 @@ def explain(request: Request) -> Explanation:
             raise InputError(f"the scores do not depend on x by any gradient: {where_cut(request, fed)}")
         if attachment is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
+        acting = what_acts(request, scores.grad_fn, start)
         maps = _maps(scores, sources, fed, request)
         detached = scores.detach()
     if single:
         maps = tuple(None if m is None else m[:, 0] for m in maps)
         detached, ids = detached[:, 0], None if ids is None else ids[:, 0]
-    return Explanation(maps, ids, detached, RewiringStats() if attachment is None else attachment.stats)
+    stats = RewiringStats() if attachment is None else attachment.stats
+    return Explanation(maps, ids, detached, stats, acting=acting)
 
 
 def _run(request: Request, network: Callable[..., Any], fed: list[torch.Tensor]) -> Any:

@@ -29,6 +29,7 @@ from ..calls import (
     target_scores,
     uncompiled,
 )
+from ..explain.acting import what_acts
 from ..explain.graph import ThroughGraph, rewired_backward
 from ..internals import reset_of
 from ..state import unchanged
@@ -134,7 +135,7 @@ def layer_gradients(
         raise InputError("layers are read with one input and through='graph' alone")
     if not request.training:
         refuse_training(request.model)
-    with unchanged(request.model, request.inputs, request.training), ExitStack() as stack:
+    with unchanged(request.model, request.inputs, request.training) as start, ExitStack() as stack:
         (source,), fed = leaves_and_copies(request.inputs, request.is_plain)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
         outputs = _record_outputs(request.model, layers, stack)
@@ -142,6 +143,7 @@ def layer_gradients(
         scores, ids, single = _columns(output, request, directions)
         if attachment is not None and scores.grad_fn is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
+        acting = what_acts(request, scores.grad_fn, start)
         rows = [_gradient_row(scores, k, [*outputs.values(), source]) for k in range(scores.shape[1])]
         stats = RewiringStats() if attachment is None else attachment.stats
     stacked = [np.stack(column, 1) for column in zip(*rows, strict=True)]
@@ -150,7 +152,7 @@ def layer_gradients(
     if single and ids is not None:
         detached, ids = detached[:, 0], ids[:, 0]
     return LayerGradients(
-        explanation=Explanation((None,), ids, detached, stats),
+        explanation=Explanation((None,), ids, detached, stats, acting=acting),
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
