@@ -195,7 +195,7 @@ def test_the_model_is_left_as_it_was(x):
         ("gradient:3", "takes nothing after it"),
         ("grad-cam", "needs a layer, as in grad-cam:layer4"),
         ("grad-cam:secnd", "no layer 'secnd'; did you mean second"),
-        ("grad-cam:head", r"needs a layer of channels on a plane, \(B, C, H, W\); 'head' gives \(2, 5\)"),
+        ("grad-cam:head", r"needs a layer of channels on a plane, .*; layer 'head' gives \(2, 5\)"),
     ],
 )
 def test_an_estimator_that_cannot_be_is_said(x, estimator, message):

@@ -6,10 +6,12 @@
 | smoothgrad:N | the mean over N inputs with normal noise, a tenth of each sample's range of values | 2 + N |
 | integrated:N | the mean over N points on the straight line from zero to the input, times the input | 2 + N |
 | input-times | the gradient times the input | 1 |
-| grad-cam:LAYER | the layer's channels weighted by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
-| guided-grad-cam:LAYER | the rule's map times the Grad-CAM of the plain gradient | 2 |
+| grad-cam:LAYER[:AXES] | the layer's channels weighted by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
+| guided-grad-cam:LAYER[:AXES] | the rule's map times the Grad-CAM of the plain gradient | 2 |
 
-Targets are those of the input itself: noise does not change the class that is explained.
+A layer that runs several times counts with all of its calls; `LAYER@1` is its second alone. AXES, such as `bhwc`, say
+where its channels are where `layouts` cannot tell. Targets are those of the input itself: noise does not change the
+class that is explained.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from ..errors import InputError, did_you_mean
 from ..frameworks.base import Arrays, Request, capability
 from ..frameworks.results import Explanation
 from ..rules import gradient
+from .layouts import find_layout
 
 Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
@@ -41,11 +44,13 @@ class Estimator:
         kind: one of `KINDS`.
         count: how many inputs are averaged; 1 where none are.
         layer: of Grad-CAM; empty elsewhere.
+        axes: of the layer's output, as in "bhwc"; empty: find them.
     """
 
     kind: str
     count: int = 1
     layer: str = ""
+    axes: str = ""
 
     @property
     def passes(self) -> int:
@@ -55,7 +60,7 @@ class Estimator:
     @property
     def name(self) -> str:
         """The estimator as one word, its number or layer included."""
-        detail = str(self.count) if self.kind in COUNTS else self.layer
+        detail = str(self.count) if self.kind in COUNTS else ":".join(filter(None, (self.layer, self.axes)))
         return f"{self.kind}:{detail}" if detail else self.kind
 
 
@@ -66,7 +71,7 @@ def resolve(word: str) -> Estimator:
         InputError: no such estimator, not a number of inputs, or no layer.
 
     >>> resolve("smoothgrad:10")
-    Estimator(kind='smoothgrad', count=10, layer='')
+    Estimator(kind='smoothgrad', count=10, layer='', axes='')
     >>> resolve("grad-cam")
     Traceback (most recent call last):
     undertow.errors.InputError: estimator 'grad-cam' needs a layer, as in grad-cam:layer4
@@ -78,7 +83,8 @@ def resolve(word: str) -> Estimator:
     if kind in LAYERED:
         if not detail:
             raise InputError(f"estimator {word!r} needs a layer, as in {kind}:layer4")
-        return Estimator(kind, layer=detail)
+        layer, _, axes = detail.partition(":")
+        return Estimator(kind, layer=layer, axes=axes)
     if kind not in COUNTS:
         if colon:
             raise InputError(f"estimator {kind!r} takes nothing after it; write {kind!r} alone")
@@ -96,7 +102,7 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int, 
         noise: SmoothGrad's standard deviation, as a fraction of each sample's range (largest minus smallest value).
 
     Raises:
-        InputError: Grad-CAM of a layer that is not there, or has no two spatial axes.
+        InputError: Grad-CAM of a layer that is not there, or whose layout cannot be told.
 
     Source: SmoothGrad, Smilkov et al. 2017, arXiv 1706.03825; integrated gradients, Sundararajan et al. 2017,
         arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
@@ -213,16 +219,24 @@ def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -
     guided = estimator.kind == "guided-grad-cam"
     x = request.inputs[0]
     plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
-    at_layer = capability(framework, "inspect.layers").layer_gradients(plain, [estimator.layer])
-    if estimator.layer not in at_layer.values:
-        raise InputError(f"layer {estimator.layer!r} is not on the way from x to the scores, or returns no tensor")
-    values, gradients = at_layer.values[estimator.layer], at_layer.gradients[estimator.layer]
-    if values.ndim != 4 or x.ndim != 4:
+    layer, at_layer = estimator.layer, capability(framework, "inspect.layers").layer_gradients(plain, [estimator.layer])
+    calls = [name for name in at_layer.values if name.partition("@")[0] == layer] or [layer]
+    if calls[0] not in at_layer.values:
+        raise InputError(f"layer {layer!r} is not on the way from x to the scores, or returns no tensor")
+    if len({at_layer.values[call].shape for call in calls}) > 1:
+        raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
+    shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
+    layout = find_layout(layer, shape, x.shape, channel_axis, estimator.axes)
+    values = [layout.channels_first(at_layer.values[call]) for call in calls]
+    gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
+    if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):
         raise InputError(
-            f"Grad-CAM needs a layer of channels on a plane, (B, C, H, W); {estimator.layer!r} gives {values.shape}"
+            f"of layer {layer!r} the scores read only tokens without a place in the input (extra at its start: "
+            f"{layout.extra}); take a layer before the last attention"
         )
+    terms = [weighted_channels(v, g) for v, g in zip(values, gradients, strict=True)]
     arrays = capability(framework, "arrays")
-    cam = upsampled(grad_cam(values, gradients), x.shape[-2:])[:, :, None]
+    cam = upsampled(np.maximum(sum(terms), 0), tuple(x.shape[2:]))[:, :, None]
     cam = cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
     if not guided:
         return replace(at_layer.explanation, maps=(arrays.like(cam, x),))
@@ -230,11 +244,11 @@ def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -
     return replace(explanation, maps=(arrays.like(arrays.to_numpy(explanation.maps[0]) * cam, x),))
 
 
-def grad_cam(values: Array, gradients: Array) -> Array:
-    """Weight a layer's channels by their mean gradients, and keep the positive part of the sum.
+def weighted_channels(values: Array, gradients: Array) -> Array:
+    """Sum a layer's channels, each weighted by its mean gradient: Grad-CAM before its positive part is taken.
 
     Args:
-        values: the layer's output, `(B, C, h, w)`.
+        values: the layer's output, `(B, C, h, w)`, or with any other axes in place of h and w.
         gradients: what flowed back to it, `(B, K, C, h, w)`.
 
     Returns:
@@ -242,22 +256,23 @@ def grad_cam(values: Array, gradients: Array) -> Array:
 
     Source: Selvaraju et al. 2016, arXiv 1610.02391, equations 1 and 2.
 
-    >>> grad_cam(np.full((1, 2, 1, 1), 3.0), np.array([2.0, -1.0]).reshape(1, 1, 2, 1, 1)).item()
+    >>> weighted_channels(np.full((1, 2, 1, 1), 3.0), np.array([2.0, -1.0]).reshape(1, 1, 2, 1, 1)).item()
     3.0
     """
-    weights = gradients.astype(np.float64).mean((-2, -1), keepdims=True)
-    cam: Array = np.maximum((weights * values[:, None]).sum(2), 0)
-    return cam
+    weights = gradients.astype(np.float64).mean(tuple(range(3, gradients.ndim)), keepdims=True)
+    summed: Array = (weights * values[:, None]).sum(2)
+    return summed
 
 
-def upsampled(planes: Array, size: tuple[int, int]) -> Array:
-    """Resize planes `(..., h, w)` to `(..., H, W)` by bilinear interpolation, a pixel's value being at its centre.
+def upsampled(planes: Array, size: tuple[int, ...]) -> Array:
+    """Resize the last axes by linear interpolation along each, an element's value being at its centre.
 
     >>> upsampled(np.array([[0.0, 1.0]]), (1, 4)).tolist()
     [[0.0, 0.25, 0.75, 1.0]]
     """
-    rows, columns = (_weights(old, new) for old, new in zip(planes.shape[-2:], size, strict=True))
-    return np.asarray(rows @ planes @ columns.T)
+    for axis, new in enumerate(size, -len(size)):
+        planes = np.moveaxis(np.moveaxis(planes, axis, -1) @ _weights(planes.shape[axis], new).T, -1, axis)
+    return planes
 
 
 def _weights(old: int, new: int) -> Array:

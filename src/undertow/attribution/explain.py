@@ -28,6 +28,7 @@ def explain(
     estimator: str = "gradient",
     seed: int = 0,
     output: Path | None = None,
+    axes: str | None = None,
 ) -> Attribution:
     """Map how each element of the input speaks for a score, under a rule for the activations on the way.
 
@@ -56,6 +57,7 @@ def explain(
         seed: of SmoothGrad's noise.
         output: the part of the output that holds the scores, where the model returns several: a name, an index, or
             several, as in "heads.1". None takes `.logits` or ["logits"], else the first of a tuple.
+        axes: of Grad-CAM's layer, a letter for each, as in "bhwc", where they are not found: "grad-cam:LAYER:bhwc".
 
     Returns:
         Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; in the structure
@@ -76,7 +78,7 @@ def explain(
     (tensor([[1., 0.]]), tensor([1.]), 1)
     """
     name, function = resolve(rule)
-    resolved = resolve_estimator(estimator)
+    resolved = resolve_estimator(estimator if axes is None else f"{estimator}:{axes}")
     _check_choice("through", through, THROUGH)
     _check_choice("activations", activations, ACTIVATIONS)
     if not callable(model):

@@ -58,7 +58,8 @@ Examples:
     default="gradient",
     show_default=True,
     metavar="HOW",
-    help="smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER.",
+    help="smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER; "
+    "where a layer has its channels may be added, as in grad-cam:LAYER:bhwc.",
 )
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")

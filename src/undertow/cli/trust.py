@@ -35,7 +35,8 @@ Examples:
     "estimators",
     metavar="HOW",
     multiple=True,
-    help="gradient, smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER.",
+    help="gradient, smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER; "
+    "where a layer has its channels may be added, as in grad-cam:LAYER:bhwc.",
 )
 @click.option("--target", metavar="CLASS", help="A number or a name. Default: the predicted class.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save.")

@@ -55,15 +55,17 @@ class LayerGradients:
 
     Attributes:
         explanation: of the pass itself, as `explain` returns it, without maps.
-        values: each layer's output, `(B, ...)`.
+        values: each layer's output, `(B, ...)`; of a layer's second call under `layer@1`.
         gradients: the gradient at each layer's output under the rule, `(B, K, ...)`, for K targets or directions.
         at_input: the gradient at the input, `(B, K, ...)`.
+        channel_axes: 1 or -1, where a layer's output has its channels; None where its module does not tell.
     """
 
     explanation: Explanation
     values: dict[str, npt.NDArray[Any]]
     gradients: dict[str, npt.NDArray[Any]]
     at_input: npt.NDArray[Any]
+    channel_axes: dict[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)

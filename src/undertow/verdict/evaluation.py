@@ -160,7 +160,7 @@ class Evaluation:
         drawn = np.random.default_rng(self.seed).standard_normal((convergence.DIRECTIONS, self.scores.size))
         arrived = self.inspector.layer_gradients(request, [layers[i] for i in depths], drawn.astype(np.float32))
         self.count("backward", convergence.DIRECTIONS)
-        gradients = {layer: values[0] for layer, values in arrived.gradients.items()}
+        gradients = {layer: values[0] for layer, values in arrived.gradients.items() if layer in layers}
         return convergence.answer(gradients, gradients.get(cam_layer, arrived.at_input[0]), self.samples, self.seed)
 
     def cost(self, plain: bool) -> Cost:

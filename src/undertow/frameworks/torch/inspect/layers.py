@@ -3,6 +3,7 @@
 import copy
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -31,8 +32,11 @@ from ..calls import (
 )
 from ..explain.acting import what_acts
 from ..explain.graph import ThroughGraph, rewired_backward
-from ..internals import reset_of
+from ..internals import CONVOLUTION, NORM, reset_of
 from ..state import unchanged
+
+CHANNELS_FIRST = (CONVOLUTION, NORM, nn.GroupNorm)
+CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
 def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
@@ -156,6 +160,7 @@ def layer_gradients(
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
+        channel_axes={name: _channel_axis(request.model, name) for name in outputs},
     )
 
 
@@ -169,8 +174,9 @@ def _columns(
 
 
 def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:
-    """Return a dict that fills with the named modules' outputs, of their last calls in this thread.
+    """Return a dict that fills with the named modules' outputs in this thread, `layer@1` being those of a second call.
 
+    A name with a number means that call alone.
     The hooks are removed when the stack closes. The network goes on with a copy of each output, so that a successor
     that works in place does not change what is recorded.
     """
@@ -181,20 +187,37 @@ def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[
         raise InputError(f"model is a {type(model).__name__}; layers are those of a torch.nn.Module")
     modules = dict(root.named_modules())
     outputs: dict[str, torch.Tensor] = {}
+    calls: Counter[str] = Counter()
     thread = threading.get_ident()
     for name in names:
-        if name not in modules or not name:
+        module_name, at, only = name.partition("@")
+        if module_name not in modules or not module_name or (at and not only.isdecimal()):
             children = ", ".join(child for child, _ in root.named_children())
             raise InputError(f"no layer {name!r}{did_you_mean(name, modules) or f'; at the top there are {children}'}")
 
-        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
+        def after(_: nn.Module, __: Any, output: Any, name: str = module_name, only: str = only) -> Any:
             if threading.get_ident() != thread or not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return None
-            outputs[name] = output
+            call, calls[name] = calls[name], calls[name] + 1
+            if only and call != int(only):
+                return None
+            outputs[f"{name}@{call}" if call else name] = output
             return output.clone()
 
-        stack.callback(modules[name].register_forward_hook(after).remove)
+        stack.callback(modules[module_name].register_forward_hook(after).remove)
     return outputs
+
+
+def _channel_axis(model: Any, name: str) -> int | None:
+    """Return where a layer's modules have their channels, if all that tell agree."""
+    root = module_of(uncompiled(model))
+    assert root is not None  # its outputs were recorded
+    tell = {
+        1 if isinstance(module, CHANNELS_FIRST) else -1
+        for module in root.get_submodule(name.partition("@")[0]).modules()
+        if isinstance(module, CHANNELS_FIRST) or type(module) in CHANNELS_LAST  # subclasses of LayerNorm permute
+    }
+    return tell.pop() if len(tell) == 1 else None
 
 
 def _gradient_row(scores: torch.Tensor, k: int, tensors: list[Any]) -> list[npt.NDArray[Any]]:

@@ -1,0 +1,172 @@
+"""Grad-CAM of layers in any layout, against autograd and torch's interpolation alone."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import undertow as ut
+from undertow.attribution.layouts import Layout, find_layout
+
+
+class Shaped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def pooled(channels):
+    return nn.Sequential(nn.Flatten(2), Shaped(lambda v: v.mean(2)), nn.Linear(channels, 3))
+
+
+def class_token(v):
+    return torch.cat([v.mean(1, keepdim=True), v], 1)
+
+
+def plane():
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 4), Shaped(lambda v: v.movedim(1, -1)))
+
+
+NETWORKS = {
+    "channels first": lambda: nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), pooled(8)),
+    "channels last": lambda: nn.Sequential(plane(), nn.GELU(), Shaped(lambda v: v.movedim(-1, 1)), pooled(8)),
+    "tokens": lambda: nn.Sequential(
+        plane(), nn.Sequential(nn.Flatten(1, 2), nn.Linear(8, 8), nn.GELU()), Shaped(lambda v: v.mT), pooled(8)
+    ),
+    "tokens behind a class token": lambda: nn.Sequential(
+        plane(),
+        nn.Sequential(nn.Flatten(1, 2), Shaped(class_token), nn.LayerNorm(8), nn.GELU()),
+        Shaped(lambda v: v.mT),
+        pooled(8),
+    ),
+}
+
+
+def reference(net, x, target, layer, as_planes, mode="bilinear"):
+    """Sum the channels of `(B, C, h, w)`, weighted by their mean gradients, over the calls of a layer."""
+    outputs = []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    score = net(x.clone().requires_grad_())[:, target].sum()
+    handle.remove()
+    total = 0
+    for output, gradient in zip(outputs, torch.autograd.grad(score, outputs), strict=True):
+        v, g = as_planes(output), as_planes(gradient)
+        total = total + (v * g.mean(tuple(range(2, g.ndim)), keepdim=True)).sum(1, keepdim=True)
+    return F.interpolate(total.clamp(min=0), size=x.shape[2:], mode=mode, align_corners=False).detach()
+
+
+AS_PLANES = {
+    "channels first": lambda t: t,
+    "channels last": lambda t: t.movedim(-1, 1),
+    "tokens": lambda t: t.mT.unflatten(2, (4, 3)),
+    "tokens behind a class token": lambda t: t[:, 1:].mT.unflatten(2, (4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_grad_cam_in_every_layout(name):
+    torch.manual_seed(0)
+    net = NETWORKS[name]().double().eval()
+    x = torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    attribution = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:1")
+    torch.testing.assert_close(attribution.values, reference(net, x, 1, net[1], AS_PLANES[name]))
+    assert attribution.values.abs().max() > 0
+
+
+def test_a_layer_behind_which_only_the_class_token_is_read_is_refused():
+    tokens = nn.Sequential(nn.Flatten(1, 2), Shaped(class_token), nn.LayerNorm(8))
+    net = nn.Sequential(plane(), tokens, Shaped(lambda v: v[:, 0]), nn.Linear(8, 3))
+    with pytest.raises(ut.InputError, match="read only tokens without a place in the input"):
+        ut.explain(net, torch.randn(1, 3, 16, 12), rule="gradient", target=1, estimator="grad-cam:1")
+
+
+def test_grad_cam_of_a_line_and_of_a_volume():
+    torch.manual_seed(1)
+    line = nn.Sequential(nn.Conv1d(2, 6, 4, 4), nn.GELU(), pooled(6)).double()
+    x = torch.randn(2, 2, 32, dtype=torch.float64)
+    attribution = ut.explain(line, x, rule="gradient", target=0, estimator="grad-cam:0")
+    torch.testing.assert_close(attribution.values, reference(line, x, 0, line[0], lambda t: t, "linear"))
+    volume = nn.Sequential(nn.Conv3d(2, 6, (2, 4, 4), (2, 4, 4)), nn.GELU(), pooled(6)).double()
+    x = torch.randn(2, 2, 4, 8, 12, dtype=torch.float64)
+    attribution = ut.explain(volume, x, rule="gradient", target=0, estimator="grad-cam:0")
+    torch.testing.assert_close(attribution.values, reference(volume, x, 0, volume[0], lambda t: t, "trilinear"))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), pooled(4)
+
+    def forward(self, x):
+        return self.head(self.shared(self.shared(self.first(x)).tanh()))
+
+
+def test_a_layer_that_runs_twice_counts_with_both_calls():
+    torch.manual_seed(2)
+    net, x = Twice().double(), torch.randn(1, 3, 8, 6, dtype=torch.float64)
+    both = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared").values
+    torch.testing.assert_close(both, reference(net, x, 1, net.shared, lambda t: t))
+    second = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared@1").values
+    assert not torch.allclose(second, both)
+    with pytest.raises(ut.InputError, match="layer 'shared@2' is not on the way"):
+        ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared@2")
+
+
+@pytest.mark.parametrize("axes", ["bchw", "bhwc"])
+def test_what_cannot_be_told_is_asked_for(axes):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), pooled(8)).double()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with pytest.raises(ut.InputError, match=r"gives \(1, 8, 8, 8\).*cannot be told; pass axes='bchw' or 'bhwc'"):
+        ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:1")
+    wanted = reference(net, x, 1, net[1], (lambda t: t) if axes == "bchw" else (lambda t: t.movedim(-1, 1)))
+    for options in ({"estimator": "grad-cam:1", "axes": axes}, {"estimator": f"grad-cam:1:{axes}"}):
+        attribution = ut.explain(net, x, rule="gradient", target=1, **options)
+        assert attribution.estimator == f"grad-cam:1:{axes}"
+        torch.testing.assert_close(attribution.values, wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "input_shape", "more", "layout"),
+    [
+        ((1, 512, 14, 14), (1, 3, 224, 224), {}, Layout(1, (14, 14))),
+        ((1, 14, 14, 512), (1, 3, 224, 224), {}, Layout(-1, (14, 14))),
+        ((1, 197, 768), (1, 3, 224, 224), {}, Layout(-1, (14, 14), 1)),
+        ((1, 201, 384), (1, 3, 224, 224), {}, Layout(-1, (14, 14), 5)),
+        ((1, 3136, 96), (1, 3, 224, 224), {}, Layout(-1, (56, 56))),
+        ((1, 768, 49), (1, 3, 224, 224), {}, Layout(1, (7, 7))),
+        ((1, 14, 13, 13), (1, 3, 28, 28), {}, Layout(1, (13, 13))),
+        ((1, 64, 13, 20), (1, 3, 100, 150), {}, Layout(1, (13, 20), is_exact=False)),
+        ((1, 512, 2, 7, 7), (1, 3, 16, 112, 112), {"channel_axis": 1}, Layout(1, (2, 7, 7), is_exact=False)),
+        ((1, 8, 8, 8), (1, 3, 32, 32), {"channel_axis": -1}, Layout(-1, (8, 8))),
+        ((1, 5, 2, 16), (1, 3, 64, 64), {"axes": "bcft"}, Layout(1, (2, 16), is_exact=False)),
+    ],
+)
+def test_a_layout_is_found(shape, input_shape, more, layout):
+    assert find_layout("layer", shape, input_shape, **more) == layout
+
+
+@pytest.mark.parametrize(
+    ("shape", "input_shape", "more", "message"),
+    [
+        ((1, 8, 8, 8), (1, 3, 32, 32), {}, "cannot be told; pass axes='bchw' or 'bhwc'"),
+        (
+            (1, 64, 7, 7),
+            (1, 3, 28, 28),
+            {"channel_axis": -1},
+            "cannot be told",
+        ),  # a module that lays its output out anew
+        ((1, 5, 2, 16), (1, 3, 64, 64), {}, "cannot be told"),
+        ((1, 92, 64), (1, 3, 224, 224), {"axes": "btc"}, "tokens make no grid"),
+        ((64, 49, 96), (1, 3, 224, 224), {}, "a place for each sample"),
+        ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhcw"}, "axes 'bhcw' are not understood"),
+        ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhw"}, "a letter for each of the layer's 4 axes"),
+        ((1, 8), (1, 3, 32, 32), {}, "needs a layer of channels on a plane"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused(shape, input_shape, more, message):
+    with pytest.raises(ut.InputError, match=message):
+        find_layout("layer", shape, input_shape, **more)
