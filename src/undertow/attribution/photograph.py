@@ -20,9 +20,8 @@ from ..photographs import batch_of, provenance, result_folder
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
+from .predictions import Prediction, likeliest
 from .result import Attribution
-
-N_PREDICTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class ExplainedPhotograph:
     Attributes:
         path: where the photograph is.
         view: `(H, W, 3)` uint8, the photograph as the network's input shows it.
-        predictions: the five likeliest classes as (id, name, probability), most likely first.
+        predictions: the five likeliest classes, most likely first.
         targets: the explained classes as (id, name, score).
         maps: an attribution for each rule, of `(1, K, 3, H, W)` values.
         seconds: wall time for each rule.
@@ -42,7 +41,7 @@ class ExplainedPhotograph:
 
     path: Path
     view: npt.NDArray[np.uint8]
-    predictions: list[tuple[int, str, float]]
+    predictions: list[Prediction]
     targets: list[tuple[int, str, float]]
     maps: dict[str, Attribution]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,7 +71,7 @@ def explain_photograph(
     photograph = images.read(path)
     x = batch_of(classifier, photograph, device)
     explainer = capability(framework_of_model(classifier.module), "explain")
-    predictions = _predictions(classifier, explainer.probabilities(classifier.module, x)[0])
+    predictions = _predictions(classifier, explainer.scores(classifier.module, x)[0])
     targets = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}
     for rule in rules:
@@ -93,13 +92,12 @@ def explain_photograph(
     )
 
 
-def _predictions(classifier: Classifier, probabilities: npt.NDArray[Any]) -> list[tuple[int, str, float]]:
-    if len(probabilities) != len(classifier.classes):
+def _predictions(classifier: Classifier, scores: npt.NDArray[Any]) -> list[Prediction]:
+    if len(scores) != len(classifier.classes):
         raise ModelError(
-            f"{classifier.reference} gives {len(probabilities)} scores but has {len(classifier.classes)} class names"
+            f"{classifier.reference} gives {len(scores)} scores but has {len(classifier.classes)} class names"
         )
-    best = np.argsort(-probabilities, kind="stable")[:N_PREDICTIONS]
-    return [(int(i), classifier.classes[i], float(probabilities[i])) for i in best]
+    return likeliest(scores, classifier.classes)
 
 
 def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
@@ -147,8 +145,7 @@ def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
         PanelRow(f"{class_id} {name}", [(_heading(a), _in_colour(a, k, classifier)) for a in explained.maps.values()])
         for k, (class_id, name, _) in enumerate(explained.targets)
     ]
-    (_, likeliest, probability), weights = explained.predictions[0], classifier.weights
-    title = f"{explained.path.name}   {classifier.reference} ({weights}) sees {likeliest} {probability:.2f}"
+    title = f"{explained.path.name}   {classifier.reference} ({classifier.weights}) sees {explained.predictions[0]}"
     return panel(explained.view, title, rows, [*notes(explained.maps), *_sentences(explained)])
 
 
@@ -196,7 +193,7 @@ def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str,
     return {
         **provenance(explained.path, classifier),
         "preprocessing": classifier.preprocessing.to_dict(),
-        "predictions": [{"class": i, "name": n, "probability": round(p, 6)} for i, n, p in explained.predictions],
+        "predictions": [prediction.to_dict() for prediction in explained.predictions],
         "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],
         "rules": {name: {**a.to_dict(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
         "notes": notes(explained.maps),

@@ -165,9 +165,10 @@ def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
     table = Table(title=f"{explained.path.name}", title_justify="left", title_style="bold", box=None)
     table.add_column("class", justify="right")
     table.add_column("name")
-    table.add_column("probability", justify="right")
-    for class_id, name, probability in explained.predictions:
-        table.add_row(str(class_id), name, f"{probability:.3f}")
+    table.add_column("score" if explained.predictions[0].probability is None else "probability", justify="right")
+    for prediction in explained.predictions:
+        value = prediction.score if prediction.probability is None else prediction.probability
+        table.add_row(str(prediction.class_id), prediction.name, f"{value:.3f}")
     console = Console()
     console.print(table)
     for line in _lines(explained, folder):

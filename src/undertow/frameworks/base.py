@@ -112,8 +112,8 @@ class Explainer(Protocol):
     def explain(self, request: Request) -> Explanation:
         """Explain the scores of one batch: one forward pass, and one backward pass for each target of a sample."""
 
-    def probabilities(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
-        """Return the softmax of the model's scores, `(B, classes)` float64."""
+    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+        """Return the model's scores as they are, `(B, classes)` float64."""
 
 
 class Inspector(Protocol):

@@ -62,12 +62,12 @@ def _like_input(x: Any, value: Any) -> Any:
     return value.numpy() if isinstance(x, np.ndarray) and value is not None else value
 
 
-def probabilities(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
-    """Return the softmax of the model's scores, `(B, classes)` float64.
+def scores(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+    """Return the model's scores as they are, `(B, classes)` float64.
 
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    scores = output_of(model, [x])
-    refuse_non_class_scores(scores, len(x))
-    return to_numpy(tf.nn.softmax(tf.cast(scores, tf.float64)))
+    output = output_of(model, [x])
+    refuse_non_class_scores(output, len(x))
+    return to_numpy(tf.cast(output, tf.float64))

@@ -115,10 +115,10 @@ def _refuse_missing(gradients: tuple[Any, ...], request: Request, fed: list[torc
         )
 
 
-def probabilities(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
-    """Return the softmax of the model's scores, `(B, classes)` float64.
+def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the model's scores as they are, `(B, classes)` float64.
 
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    return to_numpy(class_scores(model, x).double().softmax(1))
+    return to_numpy(class_scores(model, x).double())
