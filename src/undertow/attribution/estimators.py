@@ -221,6 +221,8 @@ def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -
     plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
     layer, at_layer = estimator.layer, capability(framework, "inspect.layers").layer_gradients(plain, [estimator.layer])
     calls = [name for name in at_layer.values if name.partition("@")[0] == layer] or [layer]
+    if at_layer.explanation.channels_last:
+        raise InputError("Grad-CAM is not there for Keras on torch yet; run the model with KERAS_BACKEND=tensorflow")
     if calls[0] not in at_layer.values:
         raise InputError(f"layer {layer!r} is not on the way from x to the scores, or returns no tensor")
     if len({at_layer.values[call].shape for call in calls}) > 1:

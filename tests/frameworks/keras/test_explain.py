@@ -308,15 +308,25 @@ try:
     ut.explain(net, x)
 except ut.InputError as error:
     print(error)
+layers = [keras.Input((12, 20, 3)), keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(2)]
+images, net = torch.rand(1, 12, 20, 3), keras.Sequential(layers).eval()
+attribution = ut.explain(net, images, rule="gradient", target=0)
+print(attribution.image(0).size, attribution.numpy(channels_last=True).shape)
+try:
+    ut.explain(net, images, rule="gradient", estimator="grad-cam:_functional")
+except ut.InputError as error:
+    print(error)
 """
 
 
 def test_keras_on_torch_goes_to_torchs_side():
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
     done = subprocess.run([sys.executable, "-c", ON_TORCH], env=environment, capture_output=True, text=True, check=True)
-    first, second = done.stdout.splitlines()
-    assert first == "1"
-    assert "use torch.from_numpy(x)" in second
+    rewired, numpy_refused, layout, grad_cam_refused = done.stdout.splitlines()
+    assert rewired == "1"
+    assert "use torch.from_numpy(x)" in numpy_refused
+    assert layout == "(20, 12) (1, 12, 20, 3)"
+    assert "Grad-CAM is not there for Keras on torch yet" in grad_cam_refused
 
 
 def test_keras_on_other_backends_is_refused(net, x, monkeypatch):

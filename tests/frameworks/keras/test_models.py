@@ -118,6 +118,22 @@ def test_a_saved_model_gives_logits(tmp_path):
     assert np.allclose(keras.ops.softmax(classifier.module(x)).numpy(), before(x).numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("layer", "largest"),
+    [
+        (lambda: layers.Rescaling(1 / 255), 255),
+        (lambda: layers.Rescaling(1 / 127.5, offset=-1), 255),
+        (lambda: layers.Rescaling(2.0, offset=-1), 1),
+        (lambda: layers.Normalization(mean=[123.0, 117.0, 104.0], variance=[3364.0] * 3), 255),
+        (lambda: layers.Normalization(mean=[0.485, 0.456, 0.406], variance=[0.05] * 3), 1),
+    ],
+)
+def test_the_scale_of_pixels_is_read_off_a_saved_models_own_layers(tmp_path, layer, largest):
+    classifier = models.load(str(saved(tmp_path, layer(), layers.Flatten(), layers.Dense(4))))
+    white = Image.new("RGB", (16, 16), "white")
+    assert classifier.preprocessing.array(white) == pytest.approx(np.full((3, 16, 16), largest), rel=1e-6)
+
+
 def test_saved_code_is_never_run(tmp_path):
     path = saved(tmp_path, layers.Lambda(lambda v: v * 2), layers.Flatten(), layers.Dense(2))
     with pytest.raises(ut.ModelError, match="holds a lambda, which is code and is never run"):

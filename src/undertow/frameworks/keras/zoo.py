@@ -193,9 +193,15 @@ def _preprocessing_from(reference: str, module: Any, options: Any) -> Preprocess
         )
     if options is not None:
         return Preprocessing(**dict(options))
-    rescales = any(isinstance(layer, keras.layers.Rescaling) for layer in all_layers(module))
-    std = (1 / 255,) * 3 if rescales else (1.0,) * 3
+    std = (1 / 255,) * 3 if any(map(_takes_bytes, all_layers(module))) else (1.0,) * 3
     return _square_crop(module, mean=(0.0,) * 3, std=std)
+
+
+def _takes_bytes(layer: Any) -> bool:
+    """Whether a layer rescales or normalises pixels from 0 to 255, by its figures; those for 0 to 1 are about one."""
+    if isinstance(layer, keras.layers.Rescaling):
+        return bool(np.max(np.abs(layer.scale)) < 0.1)
+    return isinstance(layer, keras.layers.Normalization) and layer.mean is not None and bool(np.max(layer.mean) > 1)
 
 
 def _without_softmax(module: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,14 @@ def module_of(model: Any) -> nn.Module | None:
     if inspect.ismethod(model):
         return module_of(model.__self__)
     return model if isinstance(model, nn.Module) else None
+
+
+def has_channels_last(model: Callable[..., Any]) -> bool:
+    """Whether a model takes images `(B, H, W, C)`: a Keras model on torch does, unless Keras is set otherwise."""
+    module = module_of(uncompiled(model))
+    if all(cls.__module__.partition(".")[0] != "keras" for cls in type(module).__mro__):
+        return False
+    return bool(sys.modules["keras"].config.image_data_format() == "channels_last")
 
 
 def refuse_training(model: Callable[..., Any]) -> None:

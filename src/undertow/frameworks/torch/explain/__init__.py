@@ -13,7 +13,7 @@ from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
-from ..calls import class_scores, eager, leaves_and_copies, refuse_training, run, target_scores
+from ..calls import class_scores, eager, has_channels_last, leaves_and_copies, refuse_training, run, target_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
 from .acting import what_acts
@@ -50,7 +50,7 @@ def explain(request: Request) -> Explanation:
         maps = tuple(None if m is None else m[:, 0] for m in maps)
         detached, ids = detached[:, 0], None if ids is None else ids[:, 0]
     stats = RewiringStats() if attachment is None else attachment.stats
-    return Explanation(maps, ids, detached, stats, acting=acting)
+    return Explanation(maps, ids, detached, stats, has_channels_last(request.model), acting)
 
 
 def _run(request: Request, network: Callable[..., Any], fed: list[torch.Tensor]) -> Any:

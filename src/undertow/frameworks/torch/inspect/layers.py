@@ -21,6 +21,7 @@ from ..arrays import like, to_numpy
 from ..calls import (
     class_scores,
     eager,
+    has_channels_last,
     leaves_and_copies,
     module_of,
     output_of,
@@ -156,7 +157,7 @@ def layer_gradients(
     if single and ids is not None:
         detached, ids = detached[:, 0], ids[:, 0]
     return LayerGradients(
-        explanation=Explanation((None,), ids, detached, stats, acting=acting),
+        explanation=Explanation((None,), ids, detached, stats, has_channels_last(request.model), acting),
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
