@@ -249,6 +249,31 @@ def test_an_activation_in_place_on_a_view_is_refused_and_an_assignment_is_not(x)
     assert ut.explain(assigned, x).rewired == 1
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.export's own
+def test_an_activation_that_is_decomposed_into_a_choice_is_refused(x):
+    net = nn.Sequential(nn.Linear(4, 8), nn.PReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    program = torch.export.export(net, (x,)).run_decompositions().module()
+    plain = ut.explain(program, x, rule="gradient", target=0)
+    torch.testing.assert_close(plain.values, ut.explain(net, x, rule="gradient", target=0).values)
+    with pytest.raises(ut.RuleError, match=r"explain the module before run_decompositions\(\)"):
+        ut.explain(program, x, target=0)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        lambda v: torch.where(v > 0, v, 0.1 * v),
+        lambda v: torch.where(v <= 0, 0.1 * v, v),
+        lambda v: torch.where(v > 0, v, torch.expm1(v)),
+    ],
+)
+def test_a_choice_between_a_value_and_a_function_of_it_is_refused(choice, x):
+    with pytest.raises(ut.RuleError, match=r"torch\.where chooses between a value and a function of it"):
+        ut.explain(lambda v: choice(2 * v).relu(), x, target=0)
+    mask = x > 0
+    assert ut.explain(lambda v: torch.where(mask, v, -torch.ones(())).relu(), x, target=0).rewired == 1
+
+
 def test_a_compiled_model_is_unwrapped(x):
     net = small()
     wanted = ut.explain(net, x).values

@@ -36,7 +36,7 @@ _KINDS = {
     ),
 }
 _BATCH_NORMS = frozenset(f"{kind}BatchNormBackward0" for kind in ("Native", "Cudnn", "Miopen"))
-_CLASSIFIED_BY_SAVED = frozenset(("Clamp", "ClampMin", "Maximum", "CopySlices", "CudnnRnn"))
+_CLASSIFIED_BY_SAVED = frozenset(("Clamp", "ClampMin", "Maximum", "CopySlices", "CudnnRnn", "Where"))
 
 HIDDEN = {
     "Checkpoint": "reentrant checkpointing runs a part of the network in a graph of its own; "
@@ -47,6 +47,8 @@ HIDDEN = {
     "explain the Python module that was scripted",
     "CopySlices": "an activation was applied in place to a view, which autograd folds into one node; "
     "write it out of place, as in x = x.relu()",
+    "WhereBackward0": "torch.where chooses between a value and a function of it, as a decomposed PReLU does; "
+    "explain the module before run_decompositions(), or write the activation as one",
     "CudnnRnn": "a cuDNN recurrent layer holds its ReLUs inside one node; "
     "run it under torch.backends.cudnn.flags(enabled=False)",
 }
@@ -117,11 +119,21 @@ def _classify_by_saved(stem: str, node: Any) -> NodeKind | None:
         return NodeKind.HIDDEN if len(node.next_functions) == 1 else None
     if stem == "CudnnRnn":
         return NodeKind.HIDDEN if saved(node, "mode") == 0 else None
+    if stem == "Where":
+        return NodeKind.HIDDEN if _chooses_a_function_of_the_other(node) else None
     if stem == "Maximum":
         constants = [i for i, (behind, _) in enumerate(node.next_functions) if behind is None]
         operands = (saved(node, "self"), saved(node, "other"))
         return NodeKind.RELU if constants and not operands[constants[0]].any() else None
     return NodeKind.RELU if _is_zero(saved(node, "min")) else NodeKind.OTHER
+
+
+def _chooses_a_function_of_the_other(node: Node) -> bool:
+    """Whether one of a choice's two branches is what the other is computed from in one step, times a slope perhaps."""
+    first, second = (behind for behind, _ in node.next_functions)
+    if first is None or second is None:
+        return False
+    return any(behind is a for a, b in ((first, second), (second, first)) for behind, _ in b.next_functions)
 
 
 def _is_zero(bound: Any) -> bool:
