@@ -177,7 +177,7 @@ def _columns(
 def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:
     """Return a dict that fills with the named modules' outputs in this thread, `layer@1` being those of a second call.
 
-    A name with a number means that call alone.
+    All calls of a module are recorded, whichever a name asks for.
     The hooks are removed when the stack closes. The network goes on with a copy of each output, so that a successor
     that works in place does not change what is recorded.
     """
@@ -190,22 +190,19 @@ def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[
     outputs: dict[str, torch.Tensor] = {}
     calls: Counter[str] = Counter()
     thread = threading.get_ident()
-    for name in names:
-        module_name, at, only = name.partition("@")
-        if module_name not in modules or not module_name or (at and not only.isdecimal()):
+    for name in dict.fromkeys(name.partition("@")[0] for name in names):
+        if name not in modules or not name:
             children = ", ".join(child for child, _ in root.named_children())
             raise InputError(f"no layer {name!r}{did_you_mean(name, modules) or f'; at the top there are {children}'}")
 
-        def after(_: nn.Module, __: Any, output: Any, name: str = module_name, only: str = only) -> Any:
+        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
             if threading.get_ident() != thread or not isinstance(output, torch.Tensor) or not output.requires_grad:
                 return None
             call, calls[name] = calls[name], calls[name] + 1
-            if only and call != int(only):
-                return None
             outputs[f"{name}@{call}" if call else name] = output
             return output.clone()
 
-        stack.callback(modules[module_name].register_forward_hook(after).remove)
+        stack.callback(modules[name].register_forward_hook(after).remove)
     return outputs
 
 
