@@ -7,6 +7,7 @@
 
 from . import derive as derive
 from . import rules as rules
+from . import targets as targets
 from .attribution import Attribution as Attribution
 from .attribution import explain as explain
 from .diagnosis import Finding as Finding

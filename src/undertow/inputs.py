@@ -29,8 +29,8 @@ class ModelArguments:
 
     @property
     def is_plain(self) -> bool:
-        """Whether `x` is a tensor, or a tuple or list of tensors: batches, whose first axes must be as long."""
-        return all(is_tensor(item) for item in (self.x if type(self.x) in (tuple, list) else [self.x]))
+        """Whether the arguments are tensors, one by one: batches, whose first axes must be as long."""
+        return not self.kwargs and all(map(is_tensor, self.args))
 
     @property
     def structure(self) -> str:

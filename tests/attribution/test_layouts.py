@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
-from undertow.attribution.layouts import Layout, find_layout
+from undertow.layouts import Layout, find_layout
 
 
 class Shaped(nn.Module):

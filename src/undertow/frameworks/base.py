@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..classifier import Classifier, Reference
 from ..errors import FrameworkError, InputError, ModelError
+from ..inputs import ModelArguments
 from ..measures import Measure
 from ..outputs import Path
 from ..rules import Rule
@@ -59,9 +60,11 @@ class Request:
         target: None, class ids, "top:K", or a function of the output.
         output: the part of the output that holds the scores; None for the usual one.
         head: "before" or "as is".
+        around: from a model to what is called in its place: itself, or a function of a layer's output.
         fill: from tensors in the places of `inputs` to the positional and keyword arguments of the model.
         structure: a text that differs where those arguments differ in more than the tensors.
         is_plain: the inputs are batches, whose first axes are as long.
+        noun: what the inputs are, in messages; empty: "input 0" and so on.
     """
 
     model: Callable[..., Any]
@@ -74,18 +77,24 @@ class Request:
     training: bool
     output: Path | None = None
     head: str = BEFORE
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda model: model
     fill: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]] = positional
     structure: str = ""
     is_plain: bool = True
+    noun: str = ""
 
     def bind(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """Return a model as a function of the tensors alone."""
 
         def call(*tensors: Any) -> Any:
             args, kwargs = self.fill(tensors)
-            return model(*args, **kwargs)
+            return self.around(model)(*args, **kwargs)
 
         return call
+
+    def describe(self, i: int) -> str:
+        """Name an input in a message."""
+        return self.noun or f"input {i}"
 
     @property
     def batch(self) -> int | None:
@@ -121,12 +130,15 @@ class Explainer(Protocol):
     def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
         """Return the model's scores as they are, `(B, classes)` float64."""
 
+    def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
+        """Return, for each call of a layer, its output as arguments, and the request to explain by them."""
+
 
 class Inspector(Protocol):
     """A network's scores and layers."""
 
-    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
-        """Return the model's scores as they are, `(B, classes)`."""
+    def scores(self, model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
+        """Return the model's scores, `(B, classes)`, before a softmax or sigmoid at its end."""
 
     def layers(self, model: Any, x: Any) -> list[str]:
         """List the modules that hold weights of their own and run, in the order in which they are first called."""
