@@ -22,9 +22,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .classifier import Classifier, Reference
+from .classifier import Classifier, Reference, Zoo
 from .errors import FrameworkError, ModelError, UndertowError, did_you_mean
-from .frameworks.base import Zoo, capability, framework_of_model
+from .frameworks.base import capability, framework_of_model
 from .frameworks.starting import quietly
 from .images import printable
 
@@ -84,7 +84,8 @@ def listing(word: str | None = None) -> list[Reference]:
 
 def _zoo(framework: str) -> Zoo:
     with quietly():
-        return capability(framework, "zoo")
+        zoo: Zoo = capability(framework, "zoo")
+        return zoo
 
 
 def _why_keras() -> str:

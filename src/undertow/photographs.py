@@ -1,4 +1,4 @@
-"""Photographs for a classifier: as batches on a device, and the folder that holds the results of one."""
+"""Photographs for a classifier: the device that they go to, and the folder that holds the results of one."""
 
 import json
 from collections.abc import Iterator
@@ -6,9 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from . import images
 from .classifier import Classifier
 from .files import published
 from .frameworks.base import capability, framework_of_model
@@ -24,25 +21,6 @@ def on_device(classifier: Classifier, name: str) -> str:
     device = arrays.device(name)
     arrays.move(classifier.module, device)
     return device
-
-
-def batch_of(classifier: Classifier, photograph: Image.Image, device: str = "cpu") -> Any:
-    """Return a photograph as a batch of one on a device, as the network takes it.
-
-    Raises:
-        PhotographError: it is too elongated.
-    """
-    arrays = capability(framework_of_model(classifier.module), "arrays")
-    return arrays.batch([classifier.preprocessing.array(photograph)], device)
-
-
-def batch_of_file(classifier: Classifier, path: Path, device: str = "cpu") -> Any:
-    """Read a photograph as a batch of one on a device.
-
-    Raises:
-        PhotographError: it cannot be read.
-    """
-    return batch_of(classifier, images.read(path), device)
 
 
 def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:

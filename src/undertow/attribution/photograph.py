@@ -16,7 +16,7 @@ from ..classifier import Classifier
 from ..errors import ModelError
 from ..files import published, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import batch_of, provenance, result_folder
+from ..photographs import provenance, result_folder
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
@@ -69,7 +69,7 @@ def explain_photograph(
         PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
     """
     photograph = images.read(path)
-    x = batch_of(classifier, photograph, device)
+    x = classifier.prepare(photograph, device)
     explainer = capability(framework_of_model(classifier.module), "explain")
     predictions = _predictions(classifier, explainer.scores(classifier.module, x)[0])
     targets = target if isinstance(target, str) else [list(target)]

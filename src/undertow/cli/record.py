@@ -34,12 +34,11 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
     from rich.table import Table
 
     from .. import models
-    from ..photographs import batch_of
     from ..sites import select
 
     classifier = models.load(reference)
     black = Image.new("RGB", (64, 64))
-    selected = select(classifier.module, selection, example=batch_of(classifier, black))
+    selected = select(classifier.module, selection, example=classifier.prepare(black))
     if as_json:
         print_json([asdict(site) for site in selected])
         return 0

@@ -70,7 +70,7 @@ def batch_for(
     """
     from ..errors import InputError
     from ..frameworks.base import capability, framework_of_model
-    from ..photographs import batch_of_file, on_device
+    from ..photographs import on_device
 
     if photograph is not None and shape is not None:
         raise InputError("--shape is for a random input; leave it out beside an IMAGE")
@@ -82,7 +82,7 @@ def batch_for(
         )
     device = on_device(classifier, device)
     if photograph is not None:
-        return batch_of_file(classifier, photograph, device)
+        return classifier.prepare(photograph, device)
     return capability("torch", "arrays").batch(list(_random(size, seed)), device)
 
 
