@@ -1,14 +1,12 @@
 """What one does with a classifier from Python: prepare photographs, name classes, explain."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import undertow as ut
-from undertow.images import Preprocessing, demo_photographs, read
+from undertow.images import demo_photographs, read
 
 CHELSEA, COFFEE = (demo_photographs()[name] for name in ("chelsea", "coffee"))
 
@@ -61,13 +59,3 @@ def test_photographs_that_cannot_be_prepared_are_named(classifier, tmp_path):
         classifier.prepare(opened)
     with pytest.raises(ut.PhotographError, match="no photograph was given"):
         classifier.prepare([])
-
-
-def test_a_keras_batch_has_its_channels_last(classifier):
-    keras = pytest.importorskip("keras")
-    model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
-    made = ut.models.Classifier("made", model, Preprocessing(8, 8), ("cat", "dog"), "made", "")
-    batch = made.prepare([CHELSEA, COFFEE])
-    torch_batch = replace(classifier, preprocessing=Preprocessing(8, 8)).prepare([CHELSEA, COFFEE])
-    assert np.array_equal(batch.numpy(), torch_batch.numpy().transpose(0, 2, 3, 1))
-    assert (made.channels_last, classifier.channels_last) == (True, False)

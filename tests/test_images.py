@@ -382,16 +382,6 @@ def test_a_folder_is_prepared_by_a_classifier_or_a_function(pets: Path, chelsea:
     assert images.Folder(pets, lambda image: image.size)[0] == ((90, 60), 0, "cat/a.png")
 
 
-def test_a_folder_for_keras_has_its_channels_last(pets: Path) -> None:
-    keras = pytest.importorskip("keras")
-    from undertow.classifier import Classifier
-
-    model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
-    classifier = Classifier("made", model, Preprocessing(8, 8), ("cat", "dog"), "made", "")
-    array = images.Folder(pets, classifier)[0][0]
-    assert np.array_equal(array, images.Folder(pets, classifier.preprocessing)[0][0].transpose(1, 2, 0))
-
-
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_a_folder_works_in_a_loader_with_workers(pets: Path, context: str) -> None:
     import torch

@@ -50,12 +50,6 @@ def test_channels_may_be_last_and_there_may_be_none():
     assert draw(RNG.normal(0, 1, (512, 7, 9))).size == (9, 7)  # a layer's own channels
 
 
-def test_a_map_of_keras_is_drawn():
-    tf = pytest.importorskip("tensorflow")
-    assert np.array_equal(pixels(draw(tf.constant(VALUES[None].transpose(0, 2, 3, 1)), channels_last=True)),
-                          own_magnitude(VALUES))  # fmt: skip
-
-
 def test_bfloat16_and_integers_are_drawn():
     values = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
     assert np.array_equal(pixels(draw(values.bfloat16())), pixels(draw((2 * values).long() / 2)))

@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 from PIL import Image
 
@@ -206,6 +207,24 @@ def test_a_map_of_a_network_that_reads_bgr_is_drawn_in_rgb(tmp_path):
     with Image.open(tmp_path / "out" / "gradient-colour.png") as opened:
         picture = np.asarray(opened).astype(int)
     assert (picture[..., 0] > picture[..., 2]).all()
+
+
+def test_photographs_are_prepared_with_their_channels_last(tmp_path):
+    photographs = [demo_photographs()[name] for name in ("chelsea", "coffee")]
+    preprocessing = Preprocessing(8, 8)
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(2)])
+    classifier = models.Classifier("made", model, preprocessing, ("a", "b"), "made", "")
+    expected = np.stack([preprocessing.array(read(path)).transpose(1, 2, 0) for path in photographs])
+    assert np.array_equal(classifier.prepare(photographs).numpy(), expected)
+    read(photographs[0]).save(tmp_path / "chelsea.png")
+    assert np.array_equal(ut.images.Folder(tmp_path, classifier)[0][0], expected[0])
+    assert np.array_equal(ut.images.Folder(tmp_path, preprocessing)[0][0], expected[0].transpose(2, 0, 1))
+
+
+def test_a_map_of_keras_is_drawn():
+    values = np.random.default_rng(0).normal(size=(1, 6, 5, 3))
+    drawn = ut.show.draw(tf.constant(values), channels_last=True)
+    assert np.array_equal(drawn, ut.show.draw(values[0].transpose(2, 0, 1)))
 
 
 def test_recording_photographs(capsys, tmp_path):

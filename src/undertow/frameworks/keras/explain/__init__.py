@@ -38,11 +38,11 @@ def explain(request: Request) -> Explanation:
         scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
     refuse_non_finite(scores)
     targets = None if callable(target) else explained_ids
-    return _explanation(request, inputs, maps, targets, scores, single, deepcopy(graph.stats))
+    return _explanation(request, inputs, maps, targets, scores, single, graph)
 
 
 def _explanation(
-    request: Request, inputs: Sequence[Any], maps: Sequence[Any], targets: Any, scores: Any, single: bool, stats: Any
+    request: Request, inputs: Sequence[Any], maps: Sequence[Any], targets: Any, scores: Any, single: bool, graph: Any
 ) -> Explanation:
     """Complete the maps with None for integer inputs; give NumPy arrays where the inputs are."""
     remaining = iter(maps)
@@ -54,7 +54,10 @@ def _explanation(
     first = request.inputs[0]
     channels_last = keras.config.image_data_format() == "channels_last"
     return Explanation(
-        completed, _like_input(first, targets), _like_input(first, scores), stats, channels_last=channels_last
+        *(completed, _like_input(first, targets), _like_input(first, scores)),
+        stats=deepcopy(graph.stats),
+        channels_last=channels_last,
+        acting=dict(graph.acting),
     )
 
 

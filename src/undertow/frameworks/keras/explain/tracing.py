@@ -23,6 +23,7 @@ from ...base import Request
 from ...results import RewiringStats
 from ..calls import run, scores_of, scores_to_explain
 from ..internals import all_layers
+from .acting import what_acts
 from .gradients import Rewiring
 from .swap import MARK, swapped
 
@@ -41,12 +42,14 @@ class TracedGraph:
         classes: how many scores the model gives; None where the target is a function.
         stats: what the rule met.
         written: the variables that it may write, to be put back afterwards.
+        acting: what acts in it as in training, by name and how often.
     """
 
     run: Any
     classes: int | None
     stats: RewiringStats
     written: tuple[Any, ...]
+    acting: dict[str, int]
 
 
 cache: OrderedDict[Hashable, tuple[Any, TracedGraph]] = OrderedDict()
@@ -124,6 +127,7 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
         if not callable(request.target):
             properties["classes"] = scores_of(output, request.output).shape[1]
         rewiring = None
+        properties["acting"] = what_acts([begin for begin, _ in columns], request.training)
         operations = tf.compat.v1.get_default_graph().get_operations()
         if request.rule is not gradient:
             rewiring = Rewiring(request, MARK if swap else None)
@@ -139,7 +143,7 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
     specs += [tf.TensorSpec((inputs[0].shape[0], k), tf.int64)] if k else []
     graph = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
     written = tuple(graph.graph.variables) if properties["writes"] else ()
-    return TracedGraph(graph, properties.get("classes"), properties["stats"], written)
+    return TracedGraph(graph, properties.get("classes"), properties["stats"], written, properties["acting"])
 
 
 def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:
