@@ -15,6 +15,7 @@ from PIL import Image
 from .errors import FrameworkError, PhotographError, TargetError, did_you_mean
 from .frameworks.base import capability, framework_of_model
 from .images import Photograph, Preprocessing, printable, read
+from .scales import Scaling
 
 RANDOM = "random (seed 0)"
 
@@ -33,6 +34,8 @@ class Classifier:
             "best.safetensors".
         weights_sha256: of the values themselves (see `undertow.frameworks.torch.weights.weights_sha256`).
         synonyms: further names of each class, or nothing; `find_class` knows them too.
+        preprocessing_from: who says so, for people: "torchvision's, of IMAGENET1K_V2", "--preprocess 0..1".
+        guessed: nobody says how pixels are scaled: from 0 to 1 is what most do.
     """
 
     reference: str
@@ -42,6 +45,8 @@ class Classifier:
     weights: str
     weights_sha256: str
     synonyms: tuple[tuple[str, ...], ...] = ()
+    preprocessing_from: str = "given with the network"
+    guessed: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,8 +112,8 @@ class Zoo(Protocol):
     def load(self, source: str, name: str, weights: str, file: Path | None) -> Classifier:
         """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
 
-    def from_object(self, reference: str, network: Any, file: Path | None) -> Classifier:
-        """Complete what a user's function returned."""
+    def from_object(self, reference: str, network: Any, file: Path | None, scaling: Scaling | None) -> Classifier:
+        """Complete what a user's function returned; its preprocessing is scaled otherwise where that was asked for."""
 
     def seeded(self) -> AbstractContextManager[None]:
         """Draw random weights from seed 0 inside, and restore the caller's random state."""

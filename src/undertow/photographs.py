@@ -1,14 +1,22 @@
 """Photographs for a classifier: the device that they go to, and the folder that holds the results of one."""
 
 import json
+import platform
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .classifier import Classifier
 from .files import published
 from .frameworks.base import capability, framework_of_model
+
+_MODULES = {"pillow": "PIL"}
+_DISTRIBUTIONS = {
+    name: (name,) for name in ("undertow", "torch", "torchvision", "timm", "keras", "numpy", "pillow")
+} | {"tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-intel", "tensorflow-macos", "tf-nightly")}
 
 
 def on_device(classifier: Classifier, name: str) -> str:
@@ -30,7 +38,27 @@ def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:
         "model": classifier.reference,
         "weights": classifier.weights,
         "weights_sha256": classifier.weights_sha256,
+        "preprocessing": classifier.preprocessing.to_dict(),
+        "preprocessing_from": classifier.preprocessing_from,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that a result may depend on; None for one that is missing.
+
+    What is imported says its own, "2.13.0+cpu"; TensorFlow is installed under several names.
+    """
+    return {"python": platform.python_version(), **{package: _version(package) for package in _DISTRIBUTIONS}}
+
+
+def _version(package: str) -> str | None:
+    module = sys.modules.get(_MODULES.get(package, package))
+    if module is not None:
+        return str(module.__version__)
+    for name in _DISTRIBUTIONS[package]:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 @contextmanager

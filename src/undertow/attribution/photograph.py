@@ -1,10 +1,8 @@
 """One photograph explained: the classifier's predictions, every rule's map, and the folder that keeps both."""
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from ..classifier import Classifier
 from ..errors import ModelError
 from ..files import published, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import provenance, result_folder
+from ..photographs import provenance, result_folder, versions
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
@@ -189,22 +187,13 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
 
 
 def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str, Any]:
-    packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
         **provenance(explained.path, classifier),
-        "preprocessing": classifier.preprocessing.to_dict(),
         "predictions": [prediction.to_dict() for prediction in explained.predictions],
         "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],
         "rules": {name: {**a.to_dict(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
         "notes": notes(explained.maps),
         "verdicts": explained.verdicts,
         "device": explained.device,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

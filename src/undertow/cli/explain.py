@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
+from .photographs import (
+    RULES,
+    for_each,
+    input_line,
+    load_classifier,
+    model_option,
+    output_options,
+    photographs_argument,
+    preprocess_option,
+    weights_option,
+)
 from .printing import print_line
 
 if TYPE_CHECKING:
@@ -23,6 +33,7 @@ Examples:
   undertow explain scan.png --model nets.py:load --through swap
   undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust
   undertow explain cat.jpg --model keras:ResNet50
+  undertow explain scan.png --model saved/net.keras --preprocess 0..255
 """
 
 
@@ -63,6 +74,7 @@ Examples:
 )
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
+@preprocess_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -70,6 +82,7 @@ def explain(
     rules: Sequence[str],
     targets: Sequence[str],
     weights: Path | None,
+    preprocess: str | None,
     device: str,
     out: Path,
     as_json: bool,
@@ -82,10 +95,10 @@ def explain(
     the raw values as safetensors, and result.json. A photograph that cannot be explained is named, the others are
     done all the same, and the exit code is 2.
     """
-    from .. import images, models
+    from .. import images
 
     paths = images.find(photographs)
-    classifier = models.load(reference, weights)
+    classifier = load_classifier(reference, weights, preprocess)
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
 
@@ -140,7 +153,7 @@ def explain_all(
             result = write(explained, classifier, folder)
         then(explained)
         if not as_json:
-            _print(explained, folder)
+            _print(explained, classifier, folder)
         return result
 
     return for_each(photographs, out, work, verb="explained", as_json=as_json)
@@ -158,7 +171,7 @@ def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", d
     return replace(explained, verdicts={rule: verdict.to_dict() for rule, verdict in verdicts})
 
 
-def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
+def _print(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -171,13 +184,14 @@ def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
         table.add_row(str(prediction.class_id), prediction.name, f"{value:.3f}")
     console = Console()
     console.print(table)
-    for line in _lines(explained, folder):
+    for line in _lines(explained, classifier, folder):
         print_line(console, line)
 
 
-def _lines(explained: "ExplainedPhotograph", folder: Path) -> Iterator[str]:
+def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> Iterator[str]:
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
     yield f"explained: {names}"
+    yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
         yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
     for rule, verdict in explained.verdicts.items():
