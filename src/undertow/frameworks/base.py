@@ -6,7 +6,6 @@ A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the f
 """
 
 import importlib
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any, Literal, Protocol, Self, cast, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..classifier import Classifier, Reference
 from ..errors import FrameworkError, InputError, ModelError
 from ..inputs import ModelArguments
 from ..measures import Measure
@@ -110,6 +108,9 @@ class Arrays(Protocol):
 
     def like(self, array: npt.NDArray[Any], x: Any) -> Any:
         """Make an array a tensor of the dtype and on the device of `x`."""
+
+    def channels_last(self) -> bool:
+        """Whether images are `(B, H, W, C)`."""
 
     def batch(self, arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
         """Stack arrays `(C, H, W)` into a batch on a device, with the channels where the framework has them."""
@@ -294,25 +295,6 @@ class Recorder(Protocol):
         """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""
 
 
-class Zoo(Protocol):
-    """Classifiers that have a name."""
-
-    def names(self) -> list[str]:
-        """List every model, as references without weights."""
-
-    def rows(self, source: str, word: str | None) -> list[Reference]:
-        """List the models whose reference contains a word."""
-
-    def load(self, source: str, name: str, weights: str, file: pathlib.Path | None) -> Classifier:
-        """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
-
-    def from_object(self, reference: str, network: Any, file: pathlib.Path | None) -> Classifier:
-        """Complete what a user's function returned."""
-
-    def seeded(self) -> AbstractContextManager[None]:
-        """Draw random weights from seed 0 inside, and restore the caller's random state."""
-
-
 @overload
 def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 @overload
@@ -330,7 +312,7 @@ def capability(framework: str, name: Literal["inspect.derivatives"]) -> Differen
 @overload
 def capability(framework: str, name: Literal["record"]) -> Recorder: ...
 @overload
-def capability(framework: str, name: Literal["zoo"]) -> Zoo: ...
+def capability(framework: str, name: Literal["zoo"]) -> Any: ...
 def capability(framework: str, name: str) -> Any:
     """Import what a framework can do.
 

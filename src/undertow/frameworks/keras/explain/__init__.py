@@ -40,7 +40,7 @@ def explain(request: Request) -> Explanation:
     refuse_non_finite(scores)
     targets = explained_ids if graph.classes is not None else None
     explanation = _explanation(request, inputs, maps, targets, scores, single if graph.is_general else graph.single)
-    return replace(explanation, stats=deepcopy(graph.stats), head=graph.head)
+    return replace(explanation, stats=deepcopy(graph.stats), head=graph.head, acting=dict(graph.acting))
 
 
 def _class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64] | None, bool]:

@@ -26,6 +26,7 @@ from ...results import RewiringStats
 from ..calls import run, scores_of
 from ..internals import all_layers
 from ..targets import chosen_scores
+from .acting import what_acts
 from .gradients import Rewiring
 from .heads import before_head
 from .swap import MARK, swapped
@@ -48,6 +49,7 @@ class TracedGraph:
         head: the softmax or sigmoid that the model ends in; "" where it does not, or the target is a function.
         single: each sample has one target.
         is_general: it serves other class ids too.
+        acting: what acts in it as in training, by name and how often.
     """
 
     run: Any
@@ -57,6 +59,7 @@ class TracedGraph:
     head: str
     single: bool
     is_general: bool
+    acting: dict[str, int]
 
 
 cache: OrderedDict[Hashable, tuple[Any, TracedGraph]] = OrderedDict()
@@ -144,6 +147,7 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
         if chosen.ids is not None:
             properties["classes"] = output.shape[1]
         rewiring = None
+        properties["acting"] = what_acts([begin for begin, _ in chosen.columns], request.training)
         operations = tf.compat.v1.get_default_graph().get_operations()
         if request.rule is not gradient:
             rewiring = Rewiring(request, MARK if swap else None)
@@ -160,8 +164,16 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
     graph = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
     written = tuple(graph.graph.variables) if properties["writes"] else ()
     head, chosen = properties.get("head", ""), properties["chosen"]
-    classes = properties.get("classes")
-    return TracedGraph(graph, classes, properties["stats"], written, head, chosen.single, chosen.is_general)
+    return TracedGraph(
+        graph,
+        properties.get("classes"),
+        properties["stats"],
+        written,
+        head,
+        chosen.single,
+        chosen.is_general,
+        properties["acting"],
+    )
 
 
 def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:
