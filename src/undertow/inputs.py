@@ -29,8 +29,13 @@ class ModelArguments:
 
     @property
     def is_plain(self) -> bool:
-        """Whether `x` is a tensor, or a tuple or list of tensors: batches, whose first axes must be as long."""
-        return all(is_tensor(item) for item in (self.x if type(self.x) in (tuple, list) else [self.x]))
+        """Whether the model is called with floating-point tensors alone: batches, whose first axes must be as long.
+
+        Integers may be edges of a graph, which have a first axis of their own, and a list of images in one argument
+        has a batch that no first axis tells.
+        """
+        are_tensors = all(is_tensor(item) for item in self.args) and not self.kwargs
+        return are_tensors and (len(self.args) == 1 or all("float" in str(item.dtype) for item in self.args))
 
     @property
     def structure(self) -> str:

@@ -83,6 +83,13 @@ def test_a_layer_behind_which_only_the_class_token_is_read_is_refused():
         ut.explain(net, torch.randn(1, 3, 16, 12), rule="gradient", target=1, estimator="grad-cam:1")
 
 
+def test_tokens_are_not_laid_over_their_features():
+    net = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), Shaped(lambda v: v.mean(1)), nn.Linear(16, 3)).eval()
+    for layer in ("grad-cam:0", "grad-cam:1", "grad-cam:1:btc"):
+        with pytest.raises(ut.InputError, match=r"x of \(2, 7, 16\) may be tokens .* estimator='input-times'"):
+            ut.explain(net, torch.randn(2, 7, 16), rule="gradient", target=1, estimator=layer)
+
+
 def test_grad_cam_of_a_line_and_of_a_volume():
     torch.manual_seed(1)
     line = nn.Sequential(nn.Conv1d(2, 6, 4, 4), nn.GELU(), pooled(6)).double()

@@ -10,13 +10,19 @@ import torch
 from torch import nn
 
 from ...errors import InputError, ModelError, TargetError
-from ...outputs import Path, head_of
+from ...outputs import Path, described, head_of
 from ..targets import from_one_hot, top
 from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the module or function behind `torch.compile`: a compiled call is one node without activations."""
+    """Return the module or function behind `torch.compile`: a compiled call is one node without activations.
+
+    Raises:
+        ModelError: it is an exported program, which is not called itself.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        raise ModelError("an ExportedProgram cannot be called; pass its module, as in program.module()")
     while (inner := compiled_from(model)) is not None:
         model = inner
     return model
@@ -126,10 +132,11 @@ def scores_of(output: Any, path: Path | None = None) -> torch.Tensor:
     """
     scores = head_of(output, path)
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
-        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(output).__name__}"
-        remedy = "" if path is not None else "; name the part that holds the scores, as in output='out'"
+        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else described(output)
+        remedy = "" if path is not None else "name the part that holds the scores, as in output='out', or "
         raise ModelError(
-            f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits{remedy}"
+            f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits; {remedy}"
+            "pass target=lambda output: ... that returns one score for each sample"
         )
     return scores
 
@@ -206,9 +213,11 @@ def target_scores(
     else:
         classes = scores_of(output, path)
         if classes.ndim != 2 or classes.shape[0] != (batch or classes.shape[0]):
-            batch = batch or (classes.shape[0] if classes.ndim else 1)
+            wanted = ", not (batch, classes)" if batch is None else f" for a batch of {batch}, not ({batch}, classes)"
+            has_others = isinstance(output, tuple | list) and len(output) > 1 and path is None
+            other = "; name another part of it, as in output=1, or " if has_others else "; "
             raise ModelError(
-                f"the model returned shape {tuple(classes.shape)} for a batch of {batch}, not ({batch}, classes); "
+                f"the model returned shape {tuple(classes.shape)}{wanted}{other}"
                 "pass target=lambda output: ... that returns one score for each sample"
             )
         ids, single = _class_ids(classes, target)
