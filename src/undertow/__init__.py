@@ -19,6 +19,7 @@ from .errors import RuleError as RuleError
 from .errors import RunError as RunError
 from .errors import TargetError as TargetError
 from .errors import UndertowError as UndertowError
+from .errors import UndertowWarning as UndertowWarning
 from .recording import Recording as Recording
 from .recording import Schedule as Schedule
 from .recording import Trace as Trace

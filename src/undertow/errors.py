@@ -9,6 +9,8 @@ UndertowError
 │                                     or a node of the graph that hides a computation
 ├── RunError                          a run folder that cannot be read, written or resumed
 └── FrameworkError (also ImportError) a package that is missing or does not fit another
+
+UndertowWarning (a UserWarning)       a result that is right and easily misread
 """
 
 import difflib
@@ -45,6 +47,10 @@ class RunError(UndertowError):
 
 class FrameworkError(UndertowError, ImportError):
     """A framework or package that is missing or does not fit another one."""
+
+
+class UndertowWarning(UserWarning):
+    """Said of a result that is right and easily misread: a map that vanishes, activations that a rule left alone."""
 
 
 def did_you_mean(word: str, known: Iterable[str], max_names: int = 3) -> str:

@@ -184,16 +184,22 @@ class Own(torch.autograd.Function):
 
 def test_a_users_own_function_is_listed_by_name(x):
     net = small()
-    assert ut.explain(lambda v: net(v + Own.apply(v)), x).opaque == {"Own": 1}
+    with pytest.warns(ut.UndertowWarning, match="guided: left alone on the way, as the gradient passes them: Own x1"):
+        assert ut.explain(lambda v: net(v + Own.apply(v)), x).opaque == {"Own": 1}
     with pytest.raises(ut.RuleError, match=r"Own x1.*no rule reaches"):
         ut.explain(Own.apply, x)
 
 
 def test_smooth_activations_are_listed_or_taken(x):
-    net = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(), nn.Sigmoid()).eval()
-    assert ut.explain(net, x).skipped == {"GeluBackward0": 1, "SigmoidBackward0": 1}
-    every = ut.explain(net, x, activations="all")
+    layers = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(), nn.Sigmoid(), nn.Linear(4, 4)
+    net = nn.Sequential(*layers).eval()
+    with pytest.warns(ut.UndertowWarning, match=r"GeluBackward0 x1, SigmoidBackward0 x1; activations='all' takes the"):
+        assert ut.explain(net, x).skipped == {"GeluBackward0": 1, "SigmoidBackward0": 1}
+    with pytest.warns(ut.UndertowWarning, match="them: SigmoidBackward0 x1"):
+        every = ut.explain(net, x, activations="all")
     assert (every.rewired, every.skipped) == (2, {"SigmoidBackward0": 1})
+    assert ut.explain(net, x, rule="gradient").skipped == {}
+    assert ut.explain(lambda v: F.normalize(layers[0](v)).relu(), x).skipped == {"ClampMinBackward0": 1}  # no warning
     with pytest.raises(ut.RuleError, match="activations='all' takes the smooth ones"):
         ut.explain(net[:2].eval(), x)
 

@@ -1,10 +1,14 @@
 """The verb: check the arguments, let the framework compute the map, return an Attribution."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import InputError, did_you_mean
-from ..frameworks.base import Request, framework_of_input
+import numpy as np
+
+from ..errors import InputError, UndertowWarning, did_you_mean
+from ..frameworks.base import AS_IS, BEFORE, Request, as_numpy, framework_of_input
+from ..frameworks.results import Explanation
 from ..inputs import arguments_of
 from ..outputs import Path, with_inputs
 from ..rules import Rule, resolve
@@ -14,6 +18,9 @@ from .result import Attribution
 
 THROUGH = ("graph", "swap", "hook")
 ACTIVATIONS = ("relu-like", "all")
+HEADS = (BEFORE, AS_IS)
+BOUNDS = ("Clamp", "Maximum", "Minimum", "ClipByValue")  # by an epsilon, say: listed as skipped, and no activation
+SATURATED = 1e-6  # of p (1 - p), which a softmax and a sigmoid leave of a gradient
 
 
 def explain(
@@ -28,6 +35,7 @@ def explain(
     estimator: str = "gradient",
     seed: int = 0,
     output: Path | None = None,
+    head: str = "before",
     axes: str | None = None,
 ) -> Attribution:
     """Map how each element of the input speaks for a score, under a rule for the activations on the way.
@@ -57,6 +65,8 @@ def explain(
         seed: of SmoothGrad's noise.
         output: the part of the output that holds the scores, where the model returns several: a name, an index, or
             several, as in "heads.1". None takes `.logits` or ["logits"], else the first of a tuple.
+        head: where the model ends in a softmax, log-softmax or sigmoid, a class target means the score before it
+            ("before"), or what the model returns ("as is"); `a.head` says which was explained.
         axes: of Grad-CAM's layer, a letter for each, as in "bhwc", where they are not found: "grad-cam:LAYER:bhwc".
 
     Returns:
@@ -81,17 +91,21 @@ def explain(
     resolved = resolve_estimator(estimator if axes is None else f"{estimator}:{axes}")
     _check_choice("through", through, THROUGH)
     _check_choice("activations", activations, ACTIVATIONS)
+    _check_choice("head", head, HEADS)
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
     arguments = arguments_of(x, model)
     request = Request(
         *(model, arguments.tensors, function, name, with_inputs(target, x), through, activations, training),
         output=output,
+        head=head,
         fill=arguments.fill,
         structure=arguments.structure,
         is_plain=arguments.is_plain,
     )
     explanation = estimate(framework_of_input(arguments.tensors[0], model), request, resolved, seed)
+    _warn_if_saturated(explanation, head)
+    _warn_if_left_alone(explanation, name)
     return Attribution(
         values=arguments.in_structure(explanation.maps),
         targets=explanation.targets,
@@ -106,7 +120,45 @@ def explain(
         opaque=explanation.stats.opaque,
         channels_last=explanation.channels_last,
         acting=explanation.acting,
+        head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
     )
+
+
+def _warn_if_saturated(explanation: Explanation, head: str) -> None:
+    """Warn where a map vanishes because its score is a probability next to 0 or 1."""
+    if explanation.targets is None or (explanation.head and head == BEFORE):
+        return
+    scores = as_numpy(explanation.scores).astype(np.float64)
+    p = np.exp(scores) if explanation.head.startswith("log") else scores
+    saturated = np.abs(p * (1 - p)) <= SATURATED
+    if not explanation.head:
+        saturated &= (scores != 0) & (_largest(explanation) <= SATURATED)  # zero is a dead ReLU's score, most often
+    if not saturated.any():
+        return
+    what = f"the {explanation.head} is saturated" if explanation.head else f"a score is {scores[saturated][0]:.7g}"
+    remedy = (
+        "leave head='as is' out to explain the score before it"
+        if explanation.head
+        else "if it is a probability, explain what it is computed from, by output= or a target function"
+    )
+    warnings.warn(f"{what} and the map vanishes; {remedy}", UndertowWarning, stacklevel=3)
+
+
+def _warn_if_left_alone(explanation: Explanation, rule: str) -> None:
+    """Warn of what may be an activation and does not follow the rule."""
+    left_alone = {**explanation.stats.skipped, **explanation.stats.opaque}
+    listed = ", ".join(f"{name} x{n}" for name, n in sorted(left_alone.items()) if not name.startswith(BOUNDS))
+    if listed:
+        message = f"{rule}: left alone on the way, as the gradient passes them: {listed}"
+        warnings.warn(f"{message}; activations='all' takes the smooth ones among them", UndertowWarning, stacklevel=3)
+
+
+def _largest(explanation: Explanation) -> Any:
+    """Return the largest |value| of each map, in the shape of the scores."""
+    shape = explanation.scores.shape
+    maps = [np.abs(as_numpy(values)) for values in explanation.maps if values is not None]
+    fitting = [values for values in maps if values.shape[: len(shape)] == tuple(shape)]
+    return np.max([values.reshape(*shape, -1).max(-1, initial=0) for values in fitting], axis=0) if fitting else np.inf
 
 
 def _check_choice(option: str, word: str, choices: tuple[str, ...]) -> None:

@@ -2,7 +2,9 @@
 
 import platform
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy.typing as npt
 
 from .. import images
 from ..classifier import Classifier
-from ..errors import ModelError
+from ..errors import ModelError, UndertowWarning
 from ..files import published, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
 from ..photographs import batch_of, provenance, result_folder
@@ -32,8 +34,9 @@ class ExplainedPhotograph:
         path: where the photograph is.
         view: `(H, W, 3)` uint8, the photograph as the network's input shows it.
         predictions: the five likeliest classes, most likely first.
-        targets: the explained classes as (id, name, score).
+        targets: the explained classes as (id, name, score as the network returned it).
         maps: an attribution for each rule, of `(1, K, 3, H, W)` values.
+        notes: what belongs beside the maps, lest an artefact be taken for an insight.
         seconds: wall time for each rule.
         device: where it ran.
         verdicts: of `undertow.trust` on each rule's map of the first target, as plain data; empty if not asked for.
@@ -44,6 +47,7 @@ class ExplainedPhotograph:
     predictions: list[Prediction]
     targets: list[tuple[int, str, float]]
     maps: dict[str, Attribution]
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -63,7 +67,7 @@ def explain_photograph(
     Args:
         classifier: whose module is on `device`.
         target: "top:K", or a list of class ids.
-        options: through, activations and estimator, as `explain` takes them.
+        options: through, activations, estimator and head, as `explain` takes them.
 
     Raises:
         PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
@@ -71,25 +75,40 @@ def explain_photograph(
     photograph = images.read(path)
     x = batch_of(classifier, photograph, device)
     explainer = capability(framework_of_model(classifier.module), "explain")
-    predictions = _predictions(classifier, explainer.scores(classifier.module, x)[0])
+    returned = explainer.scores(classifier.module, x)[0]
+    predictions = _predictions(classifier, returned)
     targets = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}
-    for rule in rules:
-        started = time.perf_counter()
-        maps[rule] = explain(classifier.module, x, rule=rule, target=targets, **options)
-        seconds[rule] = round(time.perf_counter() - started, 4)
-    first = maps[rules[0]]
-    ids = as_numpy(first.targets)[0].tolist()
-    scores = as_numpy(first.scores)[0].tolist()
+    with _collected() as remarks:
+        for rule in rules:
+            started = time.perf_counter()
+            maps[rule] = explain(classifier.module, x, rule=rule, target=targets, **options)
+            seconds[rule] = round(time.perf_counter() - started, 4)
+    ids = as_numpy(maps[rules[0]].targets)[0].tolist()
     return ExplainedPhotograph(
         path=path,
         view=classifier.preprocessing.view(photograph),
         predictions=predictions,
-        targets=[(i, classifier.classes[i], float(s)) for i, s in zip(ids, scores, strict=True)],
+        targets=[(i, classifier.classes[i], float(returned[i])) for i in ids],
         maps=maps,
+        notes=[*notes(maps), *remarks],
         seconds=seconds,
         device=device,
     )
+
+
+@contextmanager
+def _collected() -> Iterator[list[str]]:
+    """Give a list that holds, once the context is left, what was warned of a result; other warnings are passed on."""
+    remarks: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UndertowWarning)
+        yield remarks
+    for w in caught:
+        if not issubclass(w.category, UndertowWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        elif str(w.message) not in remarks:
+            remarks.append(str(w.message))
 
 
 def _predictions(classifier: Classifier, scores: npt.NDArray[Any]) -> list[Prediction]:
@@ -146,7 +165,7 @@ def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
         for k, (class_id, name, _) in enumerate(explained.targets)
     ]
     title = f"{explained.path.name}   {classifier.reference} ({classifier.weights}) sees {explained.predictions[0]}"
-    return panel(explained.view, title, rows, [*notes(explained.maps), *_sentences(explained)])
+    return panel(explained.view, title, rows, [*explained.notes, *_sentences(explained)])
 
 
 def _sentences(explained: ExplainedPhotograph) -> list[str]:
@@ -172,7 +191,7 @@ def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:
 
 
 def notes(maps: dict[str, Attribution]) -> list[str]:
-    """Return the warnings that belong beside the maps, lest an artefact be taken for an insight."""
+    """Return what is to be known of these maps, lest an artefact be taken for an insight."""
     remarks = []
     deconvnet = maps.get("deconvnet")
     if deconvnet is not None and not deconvnet.switches:
@@ -180,11 +199,6 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
             "deconvnet: this network has no max-pooling, whose switches are what that rule keeps of a photograph. "
             "Its map is nearly the same for every photograph and says little about this one."
         )
-    for attribution in maps.values():
-        left_alone = {**attribution.skipped, **attribution.opaque}
-        if left_alone:
-            listed = ", ".join(f"{name} x{count}" for name, count in sorted(left_alone.items()))
-            remarks.append(f"{attribution.rule}: left alone on the way: {listed}.")
     return remarks
 
 
@@ -194,13 +208,22 @@ def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str,
         **provenance(explained.path, classifier),
         "preprocessing": classifier.preprocessing.to_dict(),
         "predictions": [prediction.to_dict() for prediction in explained.predictions],
-        "targets": [{"class": i, "name": n, "score": s} for i, n, s in explained.targets],
+        "targets": _targets(explained),
         "rules": {name: {**a.to_dict(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
-        "notes": notes(explained.maps),
+        "notes": explained.notes,
         "verdicts": explained.verdicts,
         "device": explained.device,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
     }
+
+
+def _targets(explained: ExplainedPhotograph) -> list[dict[str, Any]]:
+    """Return the explained classes with the score that the network returned and the one that was explained."""
+    before = as_numpy(next(iter(explained.maps.values())).scores)[0].tolist()
+    return [
+        {"class": i, "name": name, "score": score, "explained_score": value}
+        for (i, name, score), value in zip(explained.targets, before, strict=True)
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..files import published
-from ..frameworks.base import as_numpy
+from ..frameworks.base import AS_IS, as_numpy
 from ..images import printable
 from ..show import heatmap
 from ..structures import map_tensors, tensors_with_paths
@@ -38,6 +38,7 @@ class Attribution:
         channels_last: images are `(B, H, W, C)`, as in Keras, and so are their values.
         acting: dropouts and batch norms in training, with `training=True`, and other random operations that acted in
             the forward pass, by name: with any, the map depends on chance or on the rest of the batch.
+        head: "before softmax" or the like where the score before the last operation was explained, else "as is".
     """
 
     values: Any
@@ -53,6 +54,7 @@ class Attribution:
     opaque: dict[str, int] = field(default_factory=dict)
     channels_last: bool = False
     acting: dict[str, int] = field(default_factory=dict)
+    head: str = AS_IS
 
     def numpy(self, channels_last: bool = False) -> Any:
         """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
@@ -156,5 +158,6 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""
-        names = ("rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque", "acting")
+        names = ["rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque"]
+        names += ["acting", "head"]
         return {name: getattr(self, name) for name in names}

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        code = app.main(words, prog_name="undertow", standalone_mode=False, obj=debug)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app.main(words, prog_name="undertow", standalone_mode=False, obj=debug)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -66,3 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"error: {error_line(error)}", err=True)
         sys.exit(2 if isinstance(error, UndertowError) else 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"warning: {' '.join(str(message).split())}", err=True)

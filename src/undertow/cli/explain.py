@@ -61,6 +61,13 @@ Examples:
     help="smoothgrad[:N], integrated[:N], input-times, grad-cam:LAYER, guided-grad-cam:LAYER; "
     "where a layer has its channels may be added, as in grad-cam:LAYER:bhwc.",
 )
+@click.option(
+    "--head",
+    type=click.Choice(("before", "as-is")),
+    default="before",
+    show_default=True,
+    help="Of a network that ends in a softmax or sigmoid: the score before it, or what it returns.",
+)
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
 @output_options
@@ -86,6 +93,7 @@ def explain(
 
     paths = images.find(photographs)
     classifier = models.load(reference, weights)
+    options["head"] = options["head"].replace("-", " ")
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
 
@@ -176,10 +184,15 @@ def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
 
 
 def _lines(explained: "ExplainedPhotograph", folder: Path) -> Iterator[str]:
+    from ..frameworks.base import AS_IS
+
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
-    yield f"explained: {names}"
+    head = next(iter(explained.maps.values())).head
+    yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
     for rule, attribution in explained.maps.items():
         yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+    for note in explained.notes:
+        yield f"  note: {note}"
     for rule, verdict in explained.verdicts.items():
         yield f"  {rule:<10}{verdict['sentence']}"
     yield f"  -> {folder / 'panel.png'}"

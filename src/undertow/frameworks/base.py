@@ -41,6 +41,10 @@ CAPABILITIES = {
 """Each capability's file or folder, and its name in messages."""
 
 
+BEFORE, AS_IS = "before", "as is"
+"""What a class target means where the model ends in a softmax or a sigmoid: the score before it, or what it returns."""
+
+
 def positional(tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return tensors as the positional arguments of a call."""
     return tuple(tensors), {}
@@ -54,6 +58,7 @@ class Request:
         inputs: the tensors that the model is given, however deep in its arguments.
         target: None, class ids, "top:K", or a function of the output.
         output: the part of the output that holds the scores; None for the usual one.
+        head: "before" or "as is".
         fill: from tensors in the places of `inputs` to the positional and keyword arguments of the model.
         structure: a text that differs where those arguments differ in more than the tensors.
         is_plain: the inputs are batches, whose first axes are as long.
@@ -68,6 +73,7 @@ class Request:
     activations: str
     training: bool
     output: Path | None = None
+    head: str = BEFORE
     fill: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]] = positional
     structure: str = ""
     is_plain: bool = True

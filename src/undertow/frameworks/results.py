@@ -39,6 +39,7 @@ class Explanation:
         stats: counts of what the rule met.
         channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
         acting: random operations and batch norms in training that acted in the forward pass, by name.
+        head: the softmax or sigmoid that the model ends in, by name; "" where it does not, or the target is a function.
     """
 
     maps: tuple[Any, ...]
@@ -47,6 +48,7 @@ class Explanation:
     stats: RewiringStats
     channels_last: bool = False
     acting: dict[str, int] = field(default_factory=dict)
+    head: str = ""
 
 
 @dataclass(frozen=True)

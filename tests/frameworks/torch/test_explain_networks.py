@@ -8,6 +8,7 @@ from frameworks.torch.networks import AWKWARD, SMOOTH, Network
 from frameworks.torch.references import reference
 
 RULES = ("gradient", "deconvnet", "guided")
+pytestmark = pytest.mark.filterwarnings("ignore:.*left alone on the way:undertow.UndertowWarning")
 
 
 def own_guided(g, local):

@@ -100,17 +100,14 @@ def output_of(model: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     return scores_of(run(model, inputs, {}))
 
 
-def scores_to_explain(
-    output: Any, target: Any, ids: Any, batch: int | None, path: Path | None
-) -> tuple[Any, Any, list[Any]]:
+def scores_to_explain(output: Any, target: Any, ids: Any, batch: int | None) -> tuple[Any, Any, list[Any]]:
     """Return the scores to explain, their class ids, and where each of K backward passes begins.
 
     Args:
-        output: as the model returned it.
+        output: the scores of classes, `(B, classes)`; what a target function is given where the target is one.
         target: as `undertow.explain` takes it.
         ids: `(B, K)` where the target is class ids, else None.
         batch: the number of samples, where the inputs tell.
-        path: the part of the output that holds the scores.
 
     Returns:
         The scores, `(B, K)`; the class ids, int64 `(B, K)`, None where the target is a function; and K pairs of a
@@ -120,9 +117,8 @@ def scores_to_explain(
         TargetError: the target function does not return one score for each sample, or K of "top:K" is too large.
     """
     if callable(target):
-        scores = _checked_scores(target(output if path is None else head_of(output, path)), batch)
+        scores = _checked_scores(target(output), batch)
         return scores[:, None], None, [(scores, tf.ones_like(scores))]
-    output = scores_of(output, path)
     refuse_non_class_scores(output, output.shape[0] if batch is None else batch)
     if ids is None:
         k = 1 if target is None else top(target, output.shape[1])

@@ -32,6 +32,11 @@ def copy_logits(source: Any, target: Any) -> None:
         target._keras_logits = source._keras_logits
 
 
+def logits_behind(scores: Any) -> Any:
+    """Return the scores before an eager softmax or sigmoid of Keras, which keeps them with its output."""
+    return getattr(scores, "_keras_logits", scores)
+
+
 def gradient_function(op: Any) -> Any:
     """Return the gradient function that TensorFlow has for an operation."""
     return ops.get_gradient_function(op)

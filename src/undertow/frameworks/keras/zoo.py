@@ -125,7 +125,7 @@ def _square_crop(module: Any, **options: Any) -> Preprocessing:
 
 
 def _from_saved(reference: str, file: Path | None) -> Classifier:
-    """Load a model that Keras saved, without running any code in the file; a final softmax is taken off.
+    """Load a model that Keras saved, without running any code in the file.
 
     Pixels are scaled to [0, 1], or left as they are in [0, 255] where a layer of the model rescales them.
     """
@@ -174,7 +174,6 @@ def _complete(reference: str, network: Any, file: Path | None, weights: str) -> 
                          f"{wrong}")  # fmt: skip
     if file:
         _load_weights(module, file, reference)
-    _without_softmax(module)
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = _preprocessing_from(reference, module, preprocessing)
     count = _count_classes(reference, module)
@@ -202,13 +201,6 @@ def _takes_bytes(layer: Any) -> bool:
     if isinstance(layer, keras.layers.Rescaling):
         return bool(np.max(np.abs(layer.scale)) < 0.1)
     return isinstance(layer, keras.layers.Normalization) and layer.mean is not None and bool(np.max(layer.mean) > 1)
-
-
-def _without_softmax(module: Any) -> None:
-    """Take a final softmax off: behind it the score of a class falls whenever another's rises."""
-    last = module.layers[-1] if module.layers else None
-    if last is not None and getattr(last, "activation", None) is keras.activations.softmax:
-        last.activation = keras.activations.linear
 
 
 def _count_classes(reference: str, module: Any) -> int:

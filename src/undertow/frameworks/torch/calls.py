@@ -153,10 +153,18 @@ def class_scores(call: Callable[..., Any], x: torch.Tensor, path: Path | None = 
         ModelError: the output has another number of axes.
     """
     with torch.no_grad():
-        output = output_of(call, [x], path)
-    if output.ndim != 2:
-        raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")
-    return output
+        return refuse_non_class_scores(output_of(call, [x], path))
+
+
+def refuse_non_class_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores `(B, classes)` as they are.
+
+    Raises:
+        ModelError: they have another number of axes.
+    """
+    if scores.ndim != 2:
+        raise ModelError(f"the model returned shape {tuple(scores.shape)}, not (batch, classes)")
+    return scores
 
 
 def overwrites_a_view(call: Callable[..., Any], inputs: tuple[Any, ...], is_plain: bool = True) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ import tensorflow as tf
 
 from ....errors import RuleError
 from ...base import Request
-from ...results import Explanation
+from ...results import Explanation, RewiringStats
 from ...targets import class_ids, refuse_missing
 from ..arrays import to_numpy
 from ..calls import output_of, refuse_non_class_scores, refuse_non_finite, refuse_other_backends, restored, tensors
@@ -38,11 +39,12 @@ def explain(request: Request) -> Explanation:
         scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
     refuse_non_finite(scores)
     targets = None if callable(target) else explained_ids
-    return _explanation(request, inputs, maps, targets, scores, single, deepcopy(graph.stats))
+    explanation = _explanation(request, inputs, maps, targets, scores, single)
+    return replace(explanation, stats=deepcopy(graph.stats), head=graph.head)
 
 
 def _explanation(
-    request: Request, inputs: Sequence[Any], maps: Sequence[Any], targets: Any, scores: Any, single: bool, stats: Any
+    request: Request, inputs: Sequence[Any], maps: Sequence[Any], targets: Any, scores: Any, single: bool
 ) -> Explanation:
     """Complete the maps with None for integer inputs; give NumPy arrays where the inputs are."""
     remaining = iter(maps)
@@ -53,9 +55,8 @@ def _explanation(
     completed = tuple(_like_input(x, values) for x, values in zip(request.inputs, maps_by_input, strict=True))
     first = request.inputs[0]
     channels_last = keras.config.image_data_format() == "channels_last"
-    return Explanation(
-        completed, _like_input(first, targets), _like_input(first, scores), stats, channels_last=channels_last
-    )
+    as_given = _like_input(first, targets), _like_input(first, scores)
+    return Explanation(completed, *as_given, RewiringStats(), channels_last=channels_last)
 
 
 def _like_input(x: Any, value: Any) -> Any:

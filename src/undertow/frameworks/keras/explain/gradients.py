@@ -148,7 +148,7 @@ class Rewiring:
 
     def _differentiate_call(self, call: Any, *gs: Any) -> Any:
         """Differentiate a call of a nested `tf.function` or a SavedModel: a copy of its body in this graph."""
-        inputs, outputs, ops = _inlined(call)
+        inputs, outputs, ops = inlined(call)
         self.attach(ops, inputs)
         pairs = [(y, g) for y, g in zip(outputs, gs, strict=True) if g is not None and y.dtype.is_floating]
         wanted = [x for x in inputs if x.dtype.is_floating]
@@ -229,7 +229,7 @@ def _checked_gradient(rule: Rule, did: str, new: Any, g: Any) -> Any:
     raise RuleError(f"rule {name!r} {did} {description} where the gradient is {tuple(g.shape)} {g.dtype.name}")
 
 
-def _inlined(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
+def inlined(call: Any) -> tuple[list[Any], list[Any], list[Any]]:
     """Copy a called function's body into the current graph; return its inputs, its outputs and its operations."""
     body = called_graph(call)
     if body is None:

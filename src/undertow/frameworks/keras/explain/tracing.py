@@ -18,12 +18,14 @@ import keras
 import tensorflow as tf
 
 from ....errors import InputError
+from ....outputs import head_of
 from ....rules import gradient
-from ...base import Request
+from ...base import AS_IS, Request
 from ...results import RewiringStats
 from ..calls import run, scores_of, scores_to_explain
 from ..internals import all_layers
 from .gradients import Rewiring
+from .heads import before_head
 from .swap import MARK, swapped
 
 MAX_GRAPHS = 32
@@ -41,12 +43,14 @@ class TracedGraph:
         classes: how many scores the model gives; None where the target is a function.
         stats: what the rule met.
         written: the variables that it may write, to be put back afterwards.
+        head: the softmax or sigmoid that the model ends in; "" where it does not, or the target is a function.
     """
 
     run: Any
     classes: int | None
     stats: RewiringStats
     written: tuple[Any, ...]
+    head: str
 
 
 cache: OrderedDict[Hashable, tuple[Any, TracedGraph]] = OrderedDict()
@@ -92,7 +96,7 @@ def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
     shapes = tuple((tuple(x.shape), x.dtype.name) for x in inputs)
     target = k or request.target
     options = (request.rule, request.through, request.activations, request.training)
-    arguments = (request.structure, repr(request.output))
+    arguments = (request.structure, repr(request.output), request.head)
     return (id(model), _attributes(model) if not is_function else (), shapes, target, *options, *arguments)
 
 
@@ -120,9 +124,15 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
     def explain_batch(*arguments: Any) -> tuple[Any, ...]:
         sources, ids = arguments[: len(inputs)], arguments[len(inputs)] if k else None
         output = run(network, *request.fill(sources), request.training)
-        scores, ids, columns = scores_to_explain(output, request.target, ids, request.batch, request.output)
+        if callable(request.target):
+            output = output if request.output is None else head_of(output, request.output)
+        else:
+            output = scores_of(output, request.output)
+            before, properties["head"] = before_head(output)
+            output = output if request.head == AS_IS else before
+        scores, ids, columns = scores_to_explain(output, request.target, ids, request.batch)
         if not callable(request.target):
-            properties["classes"] = scores_of(output, request.output).shape[1]
+            properties["classes"] = output.shape[1]
         rewiring = None
         operations = tf.compat.v1.get_default_graph().get_operations()
         if request.rule is not gradient:
@@ -139,7 +149,7 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
     specs += [tf.TensorSpec((inputs[0].shape[0], k), tf.int64)] if k else []
     graph = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
     written = tuple(graph.graph.variables) if properties["writes"] else ()
-    return TracedGraph(graph, properties.get("classes"), properties["stats"], written)
+    return TracedGraph(graph, properties.get("classes"), properties["stats"], written, properties.get("head", ""))
 
 
 def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:

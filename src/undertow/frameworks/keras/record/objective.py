@@ -4,18 +4,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from ..calls import output_of
-from ..internals import all_layers, set_trainable
+from ..internals import all_layers, logits_behind, set_trainable
 
 
 @contextmanager
 def objective(model: Any, name: str) -> Iterator[Callable[[Any, Sequence[int] | None], None]]:
     """Yield a function that runs a batch forward and backward.
 
-    The objective is summed over the batch, so each sample's gradient is independent of the others. The network is
-    frozen meanwhile: no gradient of its weights is asked for.
+    The objective is summed over the batch, so each sample's gradient is independent of the others; it is one of the
+    scores before a final softmax or sigmoid. The network is frozen meanwhile: no gradient of its weights is asked for.
 
     Args:
         name: "predicted", "label" or "loss", as in `undertow.recording.photographs`.
@@ -24,7 +25,7 @@ def objective(model: Any, name: str) -> Iterator[Callable[[Any, Sequence[int] | 
     def run(x: Any, labels: Sequence[int] | None) -> None:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
-            scores = output_of(model, [x])
+            scores = logits_behind(output_of(model, [x]))
             if labels is None:
                 value = tf.reduce_sum(tf.reduce_max(scores, 1))
             elif name == "label":
@@ -36,9 +37,15 @@ def objective(model: Any, name: str) -> Iterator[Callable[[Any, Sequence[int] | 
     layer_flags = [(layer, layer.trainable) for layer in all_layers(model)]
     variable_flags = [(variable, variable.trainable) for variable in model.variables]
     model.trainable = False
+    last: Any = model.layers[-1] if getattr(model, "layers", None) else None
+    activation = getattr(last, "activation", None)
+    if activation in (keras.activations.softmax, keras.activations.sigmoid):  # the layer then gives what is explained
+        last.activation = keras.activations.linear
     try:
         yield run
     finally:
+        if activation is not None:
+            last.activation = activation
         for layer, trainable in layer_flags:
             set_trainable(layer, trainable)
         for variable, trainable in variable_flags:

@@ -8,12 +8,12 @@ import numpy.typing as npt
 import torch
 
 from ....errors import InputError, ModelError, RuleError
-from ....images import one_line
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
-from ..calls import class_scores, eager, has_channels_last, leaves_and_copies, refuse_training, run, target_scores
+from ..calls import class_scores, eager, has_channels_last, leaves_and_copies, refuse_training, target_scores
+from ..heads import run_to_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
 from .acting import what_acts
@@ -37,8 +37,8 @@ def explain(request: Request) -> Explanation:
         plain = request.rule is gradient
         attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
         network = eager(request.model) if attachment is None else attachment.network
-        output = _run(request, network, fed)
-        scores, ids, single = target_scores(output, request.target, request.batch, request.output)
+        output, path, head = run_to_scores(request, fed, network)
+        scores, ids, single = target_scores(output, request.target, request.batch, path)
         if scores.grad_fn is None:
             raise InputError(f"the scores do not depend on x by any gradient: {where_cut(request, fed)}")
         if attachment is not None:
@@ -50,16 +50,7 @@ def explain(request: Request) -> Explanation:
         maps = tuple(None if m is None else m[:, 0] for m in maps)
         detached, ids = detached[:, 0], None if ids is None else ids[:, 0]
     stats = RewiringStats() if attachment is None else attachment.stats
-    return Explanation(maps, ids, detached, stats, has_channels_last(request.model), acting)
-
-
-def _run(request: Request, network: Callable[..., Any], fed: list[torch.Tensor]) -> Any:
-    try:
-        return run(request.bind(network), fed)
-    except (TypeError, AttributeError) as error:
-        if request.is_plain:
-            raise
-        raise InputError(f"the model cannot be called with x in this structure ({one_line(error)})") from error
+    return Explanation(maps, ids, detached, stats, has_channels_last(request.model), acting, head)
 
 
 def _maps(

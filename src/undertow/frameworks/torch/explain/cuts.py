@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ....structures import tensors_with_paths
 from ...base import Request
 from ..calls import eager, module_of, run, scores_of, target_scores, uncompiled
+from ..heads import run_to_scores
 
 _CUTS = "no_grad, detach, .item(), quantised weights or whole numbers"
 
@@ -63,8 +64,8 @@ def first_nan(request: Request, fed: Sequence[Tensor]) -> str:
     torch.autograd.set_detect_anomaly(True)
     try:
         inputs = _again(fed)
-        output = run(request.bind(eager(request.model)), inputs)
-        scores, _, _ = target_scores(output, request.target, request.batch, request.output)
+        output, path, _ = run_to_scores(request, inputs)
+        scores, _, _ = target_scores(output, request.target, request.batch, path)
         torch.autograd.grad(scores.sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
     except RuntimeError as error:
         name = re.search(r"Function '(\w+)' returned nan", str(error))

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from ....errors import InputError, ModelError, did_you_mean
+from ....outputs import Path
 from ....rules import gradient
 from ...base import Request
 from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import like, to_numpy
 from ..calls import (
-    class_scores,
     eager,
     has_channels_last,
     leaves_and_copies,
     module_of,
-    output_of,
+    refuse_non_class_scores,
     refuse_training,
     run,
     scores_of,
@@ -33,6 +33,7 @@ from ..calls import (
 )
 from ..explain.acting import what_acts
 from ..explain.graph import ThroughGraph, rewired_backward
+from ..heads import run_before_head, run_to_scores
 from ..internals import CONVOLUTION, NORM, reset_of
 from ..state import unchanged
 
@@ -40,13 +41,15 @@ CHANNELS_FIRST = (CONVOLUTION, NORM, nn.GroupNorm)
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 
 
-def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
-    """Return the model's scores as they are, `(B, classes)`.
+def scores(model: Callable[..., Any], x: torch.Tensor, output: Path | None = None) -> npt.NDArray[Any]:
+    """Return the model's scores, `(B, classes)`, before a softmax or sigmoid at its end.
 
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    return to_numpy(class_scores(eager(model), x.clone()))
+    with torch.no_grad():
+        before, _ = run_before_head(eager(model), [x.clone()], output)
+    return to_numpy(refuse_non_class_scores(before))
 
 
 def layers(model: Any, x: torch.Tensor) -> list[str]:
@@ -68,7 +71,7 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
     with ExitStack() as stack, torch.no_grad():
         for module in names:
             stack.callback(module.register_forward_pre_hook(before).remove)
-        output_of(eager(model), [x.clone()])
+        run(eager(model), [x.clone()])
     return list(order)
 
 
@@ -144,8 +147,8 @@ def layer_gradients(
         (source,), fed = leaves_and_copies(request.inputs, request.is_plain)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
         outputs = _record_outputs(request.model, layers, stack)
-        output = run(request.bind(eager(request.model)), fed)
-        scores, ids, single = _columns(output, request, directions)
+        output, path, head = run_to_scores(request, fed)
+        scores, ids, single = _columns(output, path, request, directions)
         if attachment is not None and scores.grad_fn is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
         acting = what_acts(request, scores.grad_fn, start)
@@ -157,7 +160,7 @@ def layer_gradients(
     if single:
         detached, ids = detached[:, 0], None if ids is None else ids[:, 0]
     return LayerGradients(
-        explanation=Explanation((None,), ids, detached, stats, has_channels_last(request.model), acting),
+        explanation=Explanation((None,), ids, detached, stats, has_channels_last(request.model), acting, head),
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
@@ -166,11 +169,11 @@ def layer_gradients(
 
 
 def _columns(
-    output: Any, request: Request, directions: npt.NDArray[Any] | None
+    output: Any, path: Path | None, request: Request, directions: npt.NDArray[Any] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     if directions is None:
-        return target_scores(output, request.target, request.batch, request.output)
-    scores = scores_of(output, request.output)
+        return target_scores(output, request.target, request.batch, path)
+    scores = scores_of(output, path)
     return scores @ like(directions, scores).T, None, False
 
 

@@ -5,12 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
-from ..calls import output_of
+from ..heads import run_before_head
 
 
 @contextmanager
 def objective(model: torch.nn.Module, name: str) -> Iterator[Callable[[torch.Tensor, Sequence[int] | None], None]]:
     """Give what runs a batch forward and backward; the objective is summed, so each sample's gradient is its own.
+
+    It is one of the scores before a final softmax or sigmoid.
 
     Inside, the weights are frozen: what is asked for are the gradients of what flows between the layers.
 
@@ -20,7 +22,7 @@ def objective(model: torch.nn.Module, name: str) -> Iterator[Callable[[torch.Ten
     """
 
     def run(x: torch.Tensor, labels: Sequence[int] | None) -> None:
-        scores = output_of(model, [x.requires_grad_()])
+        scores, _ = run_before_head(model, [x.requires_grad_()], None)
         if labels is None:
             scores.amax(1).sum().backward()
             return
