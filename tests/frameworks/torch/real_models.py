@@ -53,6 +53,7 @@ class RealModel:
         score: what `call` explains, of the output as the model returns it; for the references.
         rewired: how many activations guided acts on; None where there are none, of which `refused` has the line.
         activations: those that `rewired` counts.
+        left: activations that a rule leaves alone, of which it warns.
         layers: layers that Grad-CAM is taken of, and their outputs as `(B, channels, *positions)`.
         refused: calls that are refused.
         warnings: a filter of pytest's, for what the model's own library warns of.
@@ -64,6 +65,7 @@ class RealModel:
     score: Score
     rewired: int | None = None
     activations: str = "relu-like"
+    left: str = ""
     layers: tuple[tuple[str, Planes], ...] = ()
     refused: tuple[Refused, ...] = ()
     warnings: str = ""
@@ -387,6 +389,7 @@ REAL_MODELS = [
         of_class(1),
         rewired=2,
         activations="all",
+        left="TanhBackward0 x1",
         refused=(
             guided_refused(BERT, smooth_only("GeluBackward0 x2, TanhBackward0 x1"), ALL),
             Refused('ut.explain(model, {"input_ids": ids, "attention_mask": mask}, rule="gradient")', INTEGERS, BERT),
@@ -434,6 +437,7 @@ REAL_MODELS = [
         SEGFORMER,
         lambda out: out.logits[:, 1].mean((1, 2)),
         rewired=1,
+        left="GeluBackward0 x2",
         layers=(("decode_head.linear_fuse", planes),),
         refused=(Refused(IMAGES, DENSE.format("(2, 4, 8, 8)"), SEGFORMER),),
     ),
@@ -510,6 +514,7 @@ REAL_MODELS = [
         IMAGES,
         of_class(1),
         rewired=14,
+        left="HardsigmoidBackward0 x9, HardswishBackward0 x19",
         layers=(("blocks.1", planes),),
     ),
     RealModel(
@@ -518,6 +523,7 @@ REAL_MODELS = [
         DEEPLAB,
         lambda out: out["out"][:, 1].mean((1, 2)),
         rewired=26,
+        left="HardsigmoidBackward0 x8, HardswishBackward0 x20",
         layers=(("backbone.1", planes), ("classifier.0", planes)),
         refused=(
             Refused("ut.explain(model, images)", f"the model returned an OrderedDict of out, aux{NO_SCORES}", DEEPLAB),
@@ -681,7 +687,8 @@ MIDDLE = (
 def _guided(model: RealModel) -> str:
     if model.rewired is None:
         return "none: refused"
-    return f"{model.rewired}" + (', with `activations="all"`' if model.activations == "all" else "")
+    rewired = f"{model.rewired}" + (', with `activations="all"`' if model.activations == "all" else "")
+    return rewired + (f"; a warning that these are left alone: {model.left}" if model.left else "")
 
 
 def _layers(model: RealModel) -> str:

@@ -1,6 +1,9 @@
 """Real models: each map equals one that is not undertow's, each refusal is one line that leads to a map."""
 
 import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +41,17 @@ def build(row: RealModel) -> dict[str, Any]:
     return row.build()
 
 
+@contextmanager
+def told(rule: str, row: RealModel) -> Iterator[None]:
+    """Expect the warning of what the rule leaves alone, or none."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ut.UndertowWarning)
+        yield
+    line = f"{rule}: left alone on the way, as the gradient passes them: {row.left}"
+    remedy = "" if row.activations == "all" else "; activations='all' takes the smooth ones among them"
+    assert [str(w.message) for w in caught if w.category is ut.UndertowWarning] == [line + remedy] * bool(row.left)
+
+
 def assert_same(values: Any, wanted: Any) -> None:
     """Compare maps in any structure, each on its own scale; at least one is not zero."""
     found, expected = tree_flatten(values)[0], tree_flatten(wanted)[0]
@@ -56,7 +70,8 @@ def test_the_gradient_is_autograds(row):
     attribution = run(row.call, names, rule="gradient")
     assert_same(attribution.values, ruled(model, x, row.score)[0])
     assert attribution.rewired == 0
-    as_it_stands = run(row.call, names)
+    with told("guided", row) if 'rule="gradient"' not in row.call else nullcontext():
+        as_it_stands = run(row.call, names)
     assert as_it_stands.rewired == (0 if as_it_stands.rule == "gradient" else row.rewired)
 
 
@@ -64,7 +79,8 @@ def test_the_gradient_is_autograds(row):
 @pytest.mark.parametrize("row", [row for row in MODELS if row.values[0].rewired])
 def test_a_rule_reaches_every_activation(row, rule):
     names, model, x = given(row)
-    attribution = run(row.call, names, rule=rule, activations=row.activations)
+    with told(rule, row):
+        attribution = run(row.call, names, rule=rule, activations=row.activations)
     wanted, calls = ruled(model, x, row.score, rule, row.activations)
     assert_same(attribution.values, wanted)
     assert attribution.rewired == calls == row.rewired
@@ -104,7 +120,10 @@ def test_what_is_refused_is_said_in_one_line_that_leads_to_a_map(row, refused):
         run(refused.call, names)
     assert str(caught.value) == refused.line
     assert "\n" not in refused.line
-    maps = [v for v in tree_flatten(run(refused.instead, names, rule="gradient").values)[0] if v is not None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ut.UndertowWarning)
+        instead = run(refused.instead, names)
+    maps = [v for v in tree_flatten(instead.values)[0] if v is not None]
     assert max(v.abs().max() for v in maps) > 0
 
 
