@@ -206,9 +206,9 @@ def reference(
         return scores.gather(1, ids[:, None])
 
     maps, calls = ruled(model, x, score, rule, activations)
-    return tuple(torch.zeros_like(t) if m is None else m for m, t in zip(maps, x, strict=True)) if isinstance(
-        x, tuple
-    ) else maps, calls
+    given = x if isinstance(x, tuple) else (x,)
+    values = tuple(torch.zeros_like(t) if m is None else m for m, t in zip(maps, given, strict=True))
+    return values if isinstance(x, tuple) else values[0], calls
 
 
 def ruled(
@@ -217,7 +217,7 @@ def ruled(
     score: Callable[[Any], Tensor],
     rule: str | Rule = "gradient",
     activations: str = "relu-like",
-) -> tuple[Any, int]:
+) -> tuple[list[Tensor | None], int]:
     """Explain any function of any output by replacing the model's activation calls.
 
     Args:
@@ -227,8 +227,8 @@ def ruled(
         score: of the output as the model returned it; it is summed.
 
     Returns:
-        The gradient in the structure of `x`, None for what is no floating-point tensor and for what the score does not
-        depend on; and how many activation calls the rule was applied to.
+        For each leaf of `x`, in order, its gradient, None for what is no floating-point tensor and for what the score
+        does not depend on; and how many activation calls the rule was applied to.
     """
     flat, structure = tree_flatten(x)
     leaves = [p.detach().clone().requires_grad_() if _is_floating(p) else p for p in flat]
@@ -238,7 +238,7 @@ def ruled(
         total = score(called(model, tree_unflatten(fed, structure))).sum()
     wanted = [p for p in leaves if _is_floating(p)]
     found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
-    return tree_unflatten([next(found) if _is_floating(p) else None for p in leaves], structure), twin.calls
+    return [next(found) if _is_floating(p) else None for p in leaves], twin.calls
 
 
 def grad_cam(
@@ -272,11 +272,13 @@ def grad_cam(
     return torch.nn.functional.interpolate(sum(terms).clamp(min=0), size=size, mode=mode, align_corners=False)
 
 
-def smoothgrad(model: Callable[..., Any], x: Any, score: Callable[[Any], Tensor], count: int, seed: int = 0) -> Any:
+def smoothgrad(
+    model: Callable[..., Any], x: Any, score: Callable[[Any], Tensor], count: int, seed: int = 0
+) -> list[Tensor | None]:
     """Average the gradient over `count` inputs with normal noise, a tenth of each sample's range of values.
 
-    The noise is NumPy's, drawn for one input after the other in the order in which they stand in `x`. In the structure
-    of `x`.
+    The noise is NumPy's, drawn for one input after the other in the order in which they stand in `x`. A map for each
+    leaf of `x`, as of `ruled`.
     """
     generator = np.random.default_rng(seed)
     flat, structure = tree_flatten(x)
@@ -284,8 +286,8 @@ def smoothgrad(model: Callable[..., Any], x: Any, score: Callable[[Any], Tensor]
     for _ in range(count):
         noisy = [_noisy(p, generator) if _is_floating(p) else p for p in flat]
         maps, _ = ruled(model, tree_unflatten(noisy, structure), score)
-        totals = [None if m is None else t + m for t, m in zip(totals, tree_flatten(maps)[0], strict=True)]
-    return tree_unflatten([None if t is None else t / count for t in totals], structure)
+        totals = [None if m is None else t + m for t, m in zip(totals, maps, strict=True)]
+    return [None if t is None else t / count for t in totals]
 
 
 def called(model: Callable[..., Any], x: Any) -> Any:
