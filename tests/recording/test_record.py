@@ -554,7 +554,7 @@ def test_recording_nothing_is_an_error(tmp_path):
         ({"phase": "sideways"}, "phase 'sideways'"),
         ({"loss_reduction": "none"}, "loss_reduction"),
         ({"sites": "conv"}, "select nothing"),
-        ({"measures": "norm"}, "unknown measure"),
+        ({"measures": "norms"}, "unknown measure"),
         ({"group": 0}, "group=0"),
     ],
 )

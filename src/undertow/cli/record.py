@@ -12,7 +12,7 @@ import click
 from .photographs import device_option, json_option, model_option, weights_option
 from .printing import print_json
 
-MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
+MEASURES = ("norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
 
 @click.command(

@@ -213,6 +213,19 @@ class NamedModule:
         return self.names[0]
 
 
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter of a network: all its names and itself."""
+
+    names: tuple[str, ...]
+    parameter: Any
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.names[0]
+
+
 class Transfer(Protocol):
     """Results on their way from a device to the host."""
 
@@ -226,12 +239,14 @@ class BatchProbe(Protocol):
     """Reads the sites of one batch from `__enter__` to `__exit__`.
 
     Attributes:
+        observations: in order of arrival.
         order: the sites in the order in which they first gave an output.
         views: the sites whose output is a view, on which an in-place operation hides the gradient.
         unscaled: float16 came out of autocast, and there is no scaler.
         scale: of the AMP scaler when the first gradient came; None without one.
     """
 
+    observations: list[Observation]
     order: dict[str, None]
     views: set[str]
     unscaled: bool
@@ -248,15 +263,43 @@ class BatchProbe(Protocol):
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
         """Return what was seen for a diagnosis of the named sites."""
 
-    def transfer(self, points: Sequence[Any]) -> Transfer:
-        """Begin to copy what was observed to the host."""
+    def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> Transfer:
+        """Begin to copy what was observed, here and by others, to the host."""
+
+
+class ParameterProbe(Protocol):
+    """Reads the parameters of one batch: backward passes until `__exit__`, steps of the optimizers until `close`.
+
+    Attributes:
+        observations: in order of arrival.
+        steps: a row for each group of parameters in each step of an optimizer.
+    """
+
+    observations: list[Observation]
+    steps: list[dict[str, Any]]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
+
+    def close(self) -> None:
+        """Watch the optimizers no longer."""
 
 
 class Recorder(Protocol):
-    """A network's modules, read batch by batch."""
+    """A network's modules and parameters, read batch by batch."""
 
     def named_modules(self, model: Any) -> list[NamedModule]:
         """List every module that can be a site, in the order of definition, each once."""
+
+    def named_parameters(self, model: Any) -> list[NamedParameter]:
+        """List every parameter that can be a site, in the order of definition, each once."""
+
+    def optimizers_of(self, optimizer: Any) -> tuple[Any, ...]:
+        """Return the optimizers in what a user gave as one or several. Raises InputError: something else is there."""
+
+    def optimizer_groups(self, parameters: Mapping[str, Any], optimizers: Sequence[Any]) -> dict[str, Any]:
+        """Return for each name the position of its optimizer and of its group there; None where it is in none."""
 
     def visits(self, model: Any, example: Any) -> dict[str, list[Any]]:
         """Run the network on an example; return the output shapes of each module that was called, in order."""
@@ -271,6 +314,11 @@ class Recorder(Protocol):
         self, modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
     ) -> BatchProbe:
         """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis."""
+
+    def new_parameter_probe(
+        self, parameters: Mapping[str, Any], measures: Sequence[Measure], optimizers: Sequence[Any], scaler: Any
+    ) -> ParameterProbe:
+        """Return a probe of parameters for one batch and the steps that follow it."""
 
     def objective(self, model: Any, name: str) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]:
         """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""

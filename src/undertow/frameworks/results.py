@@ -73,10 +73,10 @@ class TensorKey:
     """Which tensor was observed.
 
     Attributes:
-        site: the module's dotted name.
-        call: how often it had been called before in this batch.
+        site: the module's or the parameter's dotted name.
+        call: how often the module had been called before in this batch, or the parameter been in an optimizer's step.
         output: the tensor's position in the output: "" for one alone, "0", "1.hidden".
-        phase: "forward" or "backward".
+        phase: "forward" or "backward"; of a parameter "gradient", "accumulated", "weight" or "update".
     """
 
     site: str
@@ -93,8 +93,9 @@ class Observation:
         key: which tensor.
         repeat: how often a gradient had come to it before in this batch.
         dtype: its own, such as "float32".
-        size: the length of its first axis.
+        size: how many rows a measure of samples has of it.
         states: of each measure, its state: arrays on the tensor's device, NumPy's once they are on the host.
+        sampled: whether those rows may be the batch's samples; those of a parameter are not.
     """
 
     key: TensorKey
@@ -102,6 +103,7 @@ class Observation:
     dtype: str
     size: int
     states: list[dict[str, Any]]
+    sampled: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..measures import Columns, Measure
-from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, TABLES, arrow, schema
+from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, STEPS, TABLES, arrow, schema
 
 SITE = {**KEYS, **SITE_KEYS, "dtype": "string"}
 """The columns of an observation that are the same for all of its samples, in order."""
@@ -39,6 +39,7 @@ class BatchGroup:
         self._measures = measures
         self._batches: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
         self._samples: list[Sequence[str | None]] = []
         self._sites: list[tuple[Any, ...]] = []
         self._sizes: list[tuple[int, int]] = []  # of an observation; its batch, or -1 without names
@@ -49,22 +50,30 @@ class BatchGroup:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def begin(self, row: dict[str, Any], names: Sequence[str | None], points: Sequence[dict[str, Any]]) -> None:
-        """Begin a batch: its row in `batches`, a name or None for each sample, and its rows in `diagnosis`."""
+    def begin(
+        self,
+        row: dict[str, Any],
+        names: Sequence[str | None],
+        points: Sequence[dict[str, Any]],
+        steps: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Begin a batch: its row in `batches`, a name or None for each sample, its rows in `diagnosis` and `steps`."""
         self._batches.append(row)
         self._points += points
+        self._steps += steps
         self._samples.append(names)
 
-    def add(self, site: tuple[Any, ...], size: int, blocks: Sequence[Columns]) -> None:
+    def add(self, site: tuple[Any, ...], size: int, sampled: bool, blocks: Sequence[Columns]) -> None:
         """Add an observation of the batch.
 
         Args:
             site: the values of `SITE`.
-            size: of its first axis. Where that is not the number of the batch's samples, it is not the samples' axis.
+            size: how many rows a measure of samples has of it.
+            sampled: whether those rows are the batch's samples, whose names they have.
             blocks: the columns that each measure finished.
         """
         self._sites.append(site)
-        self._sizes.append((size, len(self._samples) - 1 if size == len(self._samples[-1]) else -1))
+        self._sizes.append((size, len(self._samples) - 1 if sampled and size == len(self._samples[-1]) else -1))
         for columns, lists, block in zip(self._columns, self._lists, blocks, strict=True):
             for name, column in columns.items():
                 rows = block[name]
@@ -83,6 +92,8 @@ class BatchGroup:
             kinds = KEYS | DIAGNOSIS
             points = {name: [*chain(*(_rows(point[name]) for point in self._points))] for name in kinds}
             yield "diagnosis", _table(kinds, _joined(kinds, points))
+        if self._steps:
+            yield "steps", _table(KEYS | STEPS, _columns(KEYS | STEPS, self._steps))
         if self._sites:
             yield from self._of_measures()
         yield COMMITTED, _table(TABLES[COMMITTED], batches)

@@ -2,16 +2,17 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InputError, RunError
-from ..frameworks.base import BatchProbe, Recorder
+from ..frameworks.base import BatchProbe, ParameterProbe, Recorder
+from ..frameworks.results import Observation
 from ..measures import Measure, resolve
-from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manifest, write_manifest
+from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, arrow, read_manifest, write_manifest
 from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
 from .schedule import Schedule
@@ -33,6 +34,7 @@ def record(
     schedule: Schedule | None = None,
     loss_reduction: str = "mean",
     scaler: Any = None,
+    optimizer: Any = None,
     objective: str | None = None,
     reference: str | None = None,
     source: dict[str, Any] | None = None,
@@ -54,13 +56,19 @@ def record(
         model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count. Or a Keras model
             that runs eagerly, under a `tf.GradientTape` or compiled with `run_eagerly=True`.
         sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
-        measures: "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for each
-            batch and site), "keep:sample" (one for each sample and site), or measures of your own.
+            Parameters are "params", "params:layer4" or "layer4.*.weight".
+        measures: "norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for
+            each batch and site), "keep:sample" (one for each sample and site), or measures of your own.
         phase: "backward" (gradients with respect to outputs), "forward" (the outputs) or "both".
         schedule: which batches; None is all.
         loss_reduction: "mean" or "sum": how the loss joins the samples of a batch. Recorded, see above.
         scaler: the `torch.amp.GradScaler` or `keras.optimizers.LossScaleOptimizer` that scales the loss, where there
             is one.
+        optimizer: the `torch.optim.Optimizer` that steps the parameters among the sites, or a list of several: what
+            each step is given and makes of them is recorded, in the batch or behind it. A parameter's rows have the
+            phase "accumulated" (the gradient that the backward passes left, the AMP scale divided out), "gradient" (as
+            the step was given it, after clipping), "weight" (before the step) and "update" (weight after less weight
+            before). Without `optimizer`, "gradient" is what the last backward pass of the batch left.
         objective: what the gradient is of, in words, for the manifest.
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
@@ -94,7 +102,18 @@ def record(
     arrow()
     chosen = selection(sites)
     recorder = recorder_of(model)
-    chosen.candidates(recorder.named_modules(model))
+    modules, parameters = recorder.named_modules(model), recorder.named_parameters(model)
+    chosen.candidates(modules, parameters)
+    by_name = {parameter.name: parameter.parameter for parameter in parameters}
+    selected = {name: by_name[name] for name in chosen.parameters(modules, parameters)}
+    optimizers = () if optimizer is None else recorder.optimizers_of(optimizer)
+    places = recorder.optimizer_groups(selected, optimizers)
+    if optimizers and not any(places.values()):
+        raise InputError(
+            "optimizer= is given, but no site is a parameter; add 'params' to sites"
+            if not selected
+            else f"none of the {len(selected)} parameters among the sites is in the optimizer; was it made for a copy?"
+        )
     resolved = resolve(measures)
     rank, world_size = recorder.world()
     settings = {
@@ -107,9 +126,71 @@ def record(
         "world_size": world_size,
         "diagnose": int(every),
     }
+    learning = _Learning(selected, optimizers, places)
     return Recording(
-        Path(folder), model, recorder, chosen, resolved, schedule, scaler, settings, reference, rank, group
+        Path(folder), model, recorder, chosen, resolved, schedule, scaler, settings, reference, rank, group, learning
     )
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """The parameters among the sites, by name, the optimizers, and each parameter's optimizer and group, if any."""
+
+    parameters: Mapping[str, Any]
+    optimizers: Sequence[Any]
+    places: Mapping[str, tuple[int, int] | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the manifest says of each parameter."""
+        return {
+            name: {
+                "shape": list(parameter.shape),
+                "trainable": bool(parameter.requires_grad),
+                **dict(zip(("optimizer", "group"), self.places.get(name) or (None, None), strict=True)),
+            }
+            for name, parameter in self.parameters.items()
+        }
+
+    def why_none(self, name: str) -> str:
+        """Say why nothing was recorded of a parameter."""
+        if not self.parameters[name].requires_grad:
+            return "it is frozen: requires_grad is False"
+        if not self.optimizers:
+            return "no gradient came to it inside a batch"
+        if self.places[name] is None:
+            return "it is in no optimizer that was given"
+        return "no step of its optimizer, in a recorded batch or behind it, had a gradient for it"
+
+
+@dataclass
+class _Ending:
+    """A batch that waits for the steps that may come behind it."""
+
+    epoch: int
+    number: int
+    names: list[str] | None
+    sites: Sequence[str]
+    facts: dict[str, Any]
+    probe: BatchProbe
+    points: Sequence[Any]
+    parameters: ParameterProbe | None
+
+    @property
+    def arrived(self) -> set[str]:
+        """The modules at which a gradient has come, and the parameters of which anything was read."""
+        of_parameters = () if self.parameters is None else self.parameters.observations
+        return self.probe.arrived | {observation.key.site for observation in of_parameters}
+
+    def close(self) -> Batch:
+        """Watch the optimizers no longer, and return what the batch and the steps left."""
+        steps: Sequence[dict[str, Any]] = ()
+        others: Sequence[Observation] = ()
+        if self.parameters is not None:
+            self.parameters.close()
+            steps, others = self.parameters.steps, self.parameters.observations
+        transfer = self.probe.transfer(self.points, others)
+        keys = (self.epoch, self.number, self.names, self.sites, self.facts)
+        return Batch(*keys, self.probe.scale, self.points, transfer, steps)
 
 
 @dataclass
@@ -133,6 +214,7 @@ class Recording:
     reference: str | None
     rank: int
     group: int
+    learning: _Learning
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
@@ -143,6 +225,7 @@ class Recording:
         self._views: set[str] = set()
         self._stack = ExitStack()
         self._writer: Writer | None = None
+        self._ending: _Ending | None = None
         self._open = self._warned = False
 
     def __enter__(self) -> Self:
@@ -150,12 +233,13 @@ class Recording:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(self.folder, self.rank))
             self._named_modules = self.recorder.named_modules(self.model)
+            self._named_parameters = self.recorder.named_parameters(self.model)
             self.manifest = self._begin()
             names = self.manifest["sites"]["names"]
-            self._choose(names or self.selection.candidates(self._named_modules))
+            self._choose(names or self.selection.candidates(self._named_modules, self._named_parameters))
             self._done = _on_disk(self.folder, self.rank)
-            diagnose = bool(self.settings["diagnose"])
-            self._writer = Writer(self.folder, self.measures, self.rank, self.group, diagnose)
+            others = [name for name in ("diagnosis", "steps") if name in self.manifest["tables"]]
+            self._writer = Writer(self.folder, self.measures, self.rank, self.group, others)
             self._clear_tensors()
             stack.callback(self._finish_writing)
             self._stack = stack.pop_all()
@@ -191,6 +275,7 @@ class Recording:
             InputError: the batch was there already, or is inside another.
         """
         writer = self._entered()
+        self._end_batch()
         names = None if samples is None else as_names(samples)
         epoch, number = int(epoch), self._count(int(epoch), batch)
         writer.check()
@@ -207,16 +292,19 @@ class Recording:
         watched = self.model if self._is_watched(number) else None
         phases = frozenset(PHASES[self.settings["phase"]])
         probe = self.recorder.new_probe(self._modules, self.measures, phases, self.scaler, watched)
+        parameters = self._parameter_probe()
         self._open = True
         try:
-            with probe:
+            with probe, parameters or nullcontext():
                 yield True
         except BaseException:
             self._seen.discard((epoch, number))
+            if parameters is not None:
+                parameters.close()
             raise
         finally:
             self._open = False
-        self._take(probe, names, epoch, number)
+        self._take(probe, parameters, names, epoch, number)
 
     @property
     def unreached(self) -> dict[str, str]:
@@ -226,11 +314,16 @@ class Recording:
         for name in self._names if backward else ():
             if name in self._reached and name not in self._arrived:
                 reasons[name] = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
+        for name in self.learning.parameters:
+            if name not in self._arrived:
+                reasons[name] = self.learning.why_none(name)
         return reasons if self.batches else {}
 
     def flush(self) -> None:
         """Publish all that was recorded so far; call it where a checkpoint of the training is saved."""
-        self._entered().flush()
+        writer = self._entered()
+        self._end_batch()
+        writer.flush()
 
     def _entered(self) -> Writer:
         if self._writer is None:
@@ -249,20 +342,39 @@ class Recording:
         every = self.settings["diagnose"]
         return bool(every) and number % every == 0
 
-    def _take(self, probe: BatchProbe, names: list[str] | None, epoch: int, number: int) -> None:
-        """Hand a batch over to the writer."""
+    def _parameter_probe(self) -> ParameterProbe | None:
+        if not self.learning.parameters:
+            return None
+        return self.recorder.new_parameter_probe(
+            self.learning.parameters, self.measures, self.learning.optimizers, self.scaler
+        )
+
+    def _take(
+        self, probe: BatchProbe, parameters: ParameterProbe | None, names: list[str] | None, epoch: int, number: int
+    ) -> None:
+        """Hand a batch over to the writer, now or, where a step of an optimizer may follow, before the next."""
         self._settle_sites(list(probe.order))
         self._reached.update(probe.order)
-        if len(self._arrived) < len(self._names):
-            self._arrived.update(probe.arrived)
         self._views.update(probe.views)
         self._warn_of_scale(probe.unscaled)
         facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
+        sites = [*self._names, *self.learning.parameters]
         points = probe.diagnosis_points(self._names)
-        transfer = probe.transfer(points)
-        assert self._writer is not None
-        self._writer.put(Batch(epoch, number, names, self._names, facts, probe.scale, points, transfer))
+        self._ending = _Ending(epoch, number, names, sites, facts, probe, points, parameters)
         self.batches += 1
+        if not self.learning.optimizers:
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        """Hand over the batch that has ended, with the steps that came behind it."""
+        ending, self._ending = self._ending, None
+        if ending is None:
+            return
+        assert self._writer is not None
+        batch = ending.close()
+        if len(self._arrived) < len(batch.sites):
+            self._arrived.update(ending.arrived)
+        self._writer.put(batch)
 
     def _warn_of_scale(self, unscaled: bool) -> None:
         if unscaled and not self._warned:
@@ -278,7 +390,7 @@ class Recording:
         if self.manifest["sites"]["names"] or not order:
             return
         self._choose(self.selection.chosen(self._named_modules, order))
-        self.manifest["sites"] = {"select": self.selection.text, "names": self._names, "order": "execution"}
+        self.manifest["sites"] |= {"names": self._names, "order": "execution"}
         if self.rank == 0:
             write_manifest(self.folder, self.manifest)
 
@@ -300,9 +412,11 @@ class Recording:
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": {"reference": self.reference, **self.recorder.identity(self.model)},
             "sites": {"select": self.selection.text, "names": [], "order": None},
+            "parameters": self.learning.to_dict(),
             **self.settings,
             "tables": {measure.table: columns_of(measure) for measure in self.measures}
-            | ({"diagnosis": KEYS | DIAGNOSIS} if self.settings["diagnose"] else {}),
+            | ({"diagnosis": KEYS | DIAGNOSIS} if self.settings["diagnose"] else {})
+            | ({"steps": KEYS | STEPS} if self.learning.optimizers else {}),
         }
         _refuse_strangers(self.folder)
         try:
@@ -314,8 +428,12 @@ class Recording:
         return manifest
 
     def _finish_writing(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
+        if self._writer is None:
+            return
+        try:
+            self._end_batch()
+        finally:
+            writer, self._writer = self._writer, None
             writer.close()
 
     def _finish(self) -> None:
@@ -323,7 +441,8 @@ class Recording:
         if not self.batches and not self._done:
             raise InputError(f"no batch was recorded into {self.folder}: {self._why_none()}")
         unreached = self.unreached
-        if self._names and len(unreached) == len(self._names) and not self._done:
+        n_sites = len(self._names) + len(self.learning.parameters)
+        if n_sites and len(unreached) == n_sites and not self._done:
             raise InputError(
                 f"nothing was recorded into {self.folder}: {_listed(unreached)}; run the model, and call "
                 ".backward() for gradients, inside `with recording.batch(...)`"
@@ -333,9 +452,7 @@ class Recording:
             self.manifest = {**read_manifest(self.folder), **finished}
             write_manifest(self.folder, self.manifest)
         if unreached:
-            warnings.warn(
-                f"{len(unreached)} of {len(self._names)} sites were not recorded: {_listed(unreached)}", stacklevel=3
-            )
+            warnings.warn(f"{len(unreached)} of {n_sites} sites were not recorded: {_listed(unreached)}", stacklevel=3)
 
     def _is_last(self) -> bool:
         """Whether all processes of this run have come to their end, this one among them; each leaves a mark."""

@@ -36,6 +36,7 @@ class Batch:
     scale: Any
     points: Sequence[Any]
     transfer: Transfer
+    steps: Sequence[dict[str, Any]] = ()
 
 
 @dataclass
@@ -59,14 +60,14 @@ class Writer:
         rank: of the process, part of the names of its files.
         group: how many batches are published together at most; fewer where the first has waited for 10 seconds, or at
             64 MiB.
-        diagnose: whether some batches are watched for a diagnosis.
+        others: further tables, such as that of a diagnosis.
     """
 
     def __init__(
-        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 256, diagnose: bool = False
+        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 256, others: Sequence[str] = ()
     ) -> None:
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
-        self._names = [*TABLES, *(measure.table for measure in measures), *(["diagnosis"] if diagnose else [])]
+        self._names = [*TABLES, *(measure.table for measure in measures), *others]
         self._number = _clear_uncommitted(folder, rank, self._names)
         self._with_tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
         self._pending = BatchGroup(measures)
@@ -152,15 +153,17 @@ class Writer:
         position = {name: i for i, name in enumerate(batch.sites)}
         observations = [o for o in batch.transfer.wait() if o.key.site in position]
         observations.sort(key=lambda o: (o.key.phase, position[o.key.site], o.key.call, o.repeat, o.key.output))
-        size = len(batch.names) if batch.names is not None else max((o.size for o in observations), default=0)
+        sizes = [observation.size for observation in observations if observation.sampled]
+        size = len(batch.names) if batch.names is not None else max(sizes, default=0)
         names = [None] * size if batch.names is None else _storable(batch.names)
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
         row = {**keys, **batch.facts, "size": size, "scale": scale}
-        self._pending.begin(row, names, [{**keys, **point.row()} for point in batch.points])
+        points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
+        self._pending.begin(row, names, points, steps)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
-            self._pending.add(site, o.size, self._finished(o, site, batch))
+            self._pending.add(site, o.size, o.sampled, self._finished(o, site, batch))
 
     def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
         """Return each measure's columns, with the names of files in the place of tensors."""

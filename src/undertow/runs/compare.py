@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from ..errors import InputError
-from .quantiles import STEPS, SiteQuantiles, quantiles
+from .quantiles import STEPS, SiteQuantiles, default_of, quantiles
 from .reader import Run
 
 
@@ -17,7 +17,7 @@ class Comparison:
 
     Attributes:
         place: 0 for the first site, in order of execution.
-        phase: "backward" or "forward".
+        phase: as `SiteQuantiles` has it.
         sites: the name in each run, None where a run has no site in this place.
         quantiles: of each run, None likewise.
         ratios: for each run, each quantile divided by that of the first run; NaN where there is nothing to divide.
@@ -51,7 +51,7 @@ def compare(
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run(s) were given to compare; give two or more")
     opened = [Run.of(run) for run in runs]
-    of = of or ("magnitude" if all("histogram" in run.manifest["tables"] for run in opened) else "channel_norm")
+    of = of or default_of(opened)
     fractions = (*q, 0.05, 0.95)
     by_run = [quantiles(run, fractions, of=of, per_sample=per_sample) for run in opened]
     rows = []

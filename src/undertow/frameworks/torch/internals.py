@@ -53,6 +53,20 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def backward_pass() -> int:
+    """Return the number of the backward pass that this code runs in, -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward_pass(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now has ended; DistributedDataParallel averages in such a call.
+
+    Such calls are made in the order in which they were asked for; this one asks again in its turn, to be the last.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(function))
+
+
 def current_node() -> Any:
     """Return the graph node whose backward runs now, or None."""
     return torch._C._current_autograd_node()

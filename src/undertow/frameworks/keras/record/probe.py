@@ -152,9 +152,9 @@ class LayerProbe:
         """Return nothing: diagnosis is not there for Keras yet."""
         return []
 
-    def transfer(self, points: Sequence[Any]) -> "HostObservations":
-        """Return the observations, which are on the host already."""
-        return HostObservations(self.observations)
+    def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> "HostObservations":
+        """Return what was observed, here and by others, which is on the host already."""
+        return HostObservations([*self.observations, *others])
 
     def _read_output(self, name: str, layer: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:

@@ -96,9 +96,9 @@ class Probe:
         """Return what was seen for a diagnosis of the named sites; nothing where this batch was not watched."""
         return [] if self._op_recorder is None else self._op_recorder.close(names)
 
-    def transfer(self, points: Sequence[Point]) -> HostTransfer:
-        """Begin to copy what was observed to the host."""
-        return HostTransfer(self.observations, [point.state for point in points])
+    def transfer(self, points: Sequence[Point], others: Sequence[Observation] = ()) -> HostTransfer:
+        """Begin to copy what was observed, here and by others, to the host."""
+        return HostTransfer([*self.observations, *others], [point.state for point in points])
 
     def _called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         with nullcontext() if self._op_recorder is None else unseen_by_function_modes():
