@@ -242,6 +242,22 @@ def test_a_fused_step_is_given_scaled_gradients_and_unscales_them_itself(tmp_pat
     assert_equal_to_the_last_bit(ut.Run(tmp_path), hand)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_the_gradient_is_what_the_optimizer_uses_also_where_the_scale_is_forgotten(tmp_path, fused, told):
+    """A fused step unscales for itself, whether or not we were told; a step past the scaler uses scaled gradients."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with recorded(tmp_path, model, optimizer, scaler=scaler if told else None) as recording, recording.batch():
+        scaler.scale(loss_of(model)).backward()
+        wanted = {name: p.grad / 1024 if fused else p.grad.clone() for name, p in model.named_parameters()}
+        scaler.step(optimizer) if fused else optimizer.step()
+    run = ut.Run(tmp_path)
+    for name, gradient in wanted.items():
+        assert np.array_equal(run.tensor(site=name, phase="gradient"), gradient.numpy())
+
+
 def test_two_optimizers_of_a_gan(tmp_path):
     model = nn.ModuleDict({"g": nn.Linear(3, 4), "d": nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1))})
     g, d = torch.optim.Adam(model["g"].parameters(), 0.01), torch.optim.RMSprop(model["d"].parameters(), 0.01)

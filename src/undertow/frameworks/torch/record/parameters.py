@@ -73,10 +73,11 @@ def new_parameter_probe(
 
 @dataclass(frozen=True)
 class _Accumulated:
-    """What a parameter's gradient was when a backward pass ended."""
+    """What a parameter's gradient was when a backward pass ended; `unscaled` where the AMP scale is divided out."""
 
     gradient: "weakref.ref[Tensor]"
     version: int
+    unscaled: bool
     dtype: str
     states: list[State]
 
@@ -158,9 +159,9 @@ class StepProbe:
         with torch.no_grad():
             for name, parameter in reached.items():
                 if parameter.grad is not None:  # an optimizer may have stepped and emptied it within the pass
-                    dtype, states = self._reduced(self._unscaled(parameter.grad))
-                    found = weakref.ref(parameter.grad)
-                    self._accumulated[name] = _Accumulated(found, version(parameter.grad), dtype, states)
+                    gradient, unscaled = parameter.grad, self._unscaled(parameter.grad)
+                    facts = weakref.ref(gradient), version(gradient), unscaled is not gradient
+                    self._accumulated[name] = _Accumulated(*facts, *self._reduced(unscaled))
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         """Multiply by the reciprocal of the AMP scale, rounded as `GradScaler.unscale_` rounds it."""
@@ -229,7 +230,7 @@ class StepProbe:
             if gradient is None:
                 continue
             left = self._accumulated.pop(name, None)
-            if left is not None and left.still_is(gradient):
+            if left is not None and left.still_is(gradient) and left.unscaled == (scale is not None):
                 dtype, states = left.dtype, [dict(state) for state in left.states]
             else:
                 dtype, states = self._reduced(gradient if scale is None else gradient / scale.to(gradient.device))
