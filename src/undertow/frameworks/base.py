@@ -242,13 +242,19 @@ class BatchProbe(Protocol):
         observations: in order of arrival.
         order: the sites in the order in which they first gave an output.
         views: the sites whose output is a view, on which an in-place operation hides the gradient.
+        unread: the sites whose output no measure reads, each with the reason.
         unscaled: float16 came out of autocast, and there is no scaler.
         scale: of the AMP scaler when the first gradient came; None without one.
+        n_samples: how many there are, where a module told.
+        inputs: how many samples the network may have been called with, where that is known.
     """
 
+    n_samples: int | None
+    inputs: set[int]
     observations: list[Observation]
     order: dict[str, None]
     views: set[str]
+    unread: dict[str, str]
     unscaled: bool
     scale: Any
 
@@ -277,6 +283,10 @@ class ParameterProbe(Protocol):
 
     observations: list[Observation]
     steps: list[dict[str, Any]]
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a gradient has come to any of them."""
 
     def __enter__(self) -> Self: ...
 
@@ -310,10 +320,23 @@ class Recorder(Protocol):
     def world(self) -> tuple[int, int]:
         """Return this process's rank and the number of processes."""
 
+    def layouts(self, model: Any, given: Mapping[str, str]) -> Any:
+        """Return the axes of all modules' outputs, for `new_probe`; `given` has letters for some of them."""
+
     def new_probe(
-        self, modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
+        self,
+        modules: Mapping[str, Any],
+        measures: Sequence[Measure],
+        phases: frozenset[str],
+        scaler: Any,
+        watched: Any,
+        layouts: Any = None,
+        n_samples: int | None = None,
     ) -> BatchProbe:
-        """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis."""
+        """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis.
+
+        `n_samples` are as many as there are names, where there are any.
+        """
 
     def new_parameter_probe(
         self, parameters: Mapping[str, Any], measures: Sequence[Measure], optimizers: Sequence[Any], scaler: Any

@@ -95,7 +95,11 @@ class Observation:
         dtype: its own, such as "float32".
         size: how many rows a measure of samples has of it.
         states: of each measure, its state: arrays on the tensor's device, NumPy's once they are on the host.
-        sampled: whether those rows may be the batch's samples; those of a parameter are not.
+        sampled: whether those rows are samples; those of a parameter are not.
+        certain: whether the module or the user says so; else the first axis is taken for the samples'.
+        axes: a letter for each axis of the tensor: b the samples, c the channels, - any other.
+        run: how often the whole network had been called before in this batch.
+        first: the place of its first row among the batch's samples; -1 where its rows are none of them.
     """
 
     key: TensorKey
@@ -104,6 +108,10 @@ class Observation:
     size: int
     states: list[dict[str, Any]]
     sampled: bool = True
+    certain: bool = False
+    axes: str = ""
+    run: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class BatchGroup:
         self._steps: list[dict[str, Any]] = []
         self._samples: list[Sequence[str | None]] = []
         self._sites: list[tuple[Any, ...]] = []
-        self._sizes: list[tuple[int, int]] = []  # of an observation; its batch, or -1 without names
+        self._sizes: list[tuple[int, int, int]] = []  # of an observation, as `_sampled` takes it
+        self._named = 0
         self._columns: list[dict[str, list[Any]]] = [{name: [] for name in measure.columns} for measure in measures]
         self._lists = [{name for name, kind in m.columns.items() if kind.startswith("list<")} for m in measures]
         self.nbytes = 0
@@ -61,19 +62,21 @@ class BatchGroup:
         self._batches.append(row)
         self._points += points
         self._steps += steps
+        self._named += len(self._samples[-1]) if self._samples else 0
         self._samples.append(names)
 
-    def add(self, site: tuple[Any, ...], size: int, sampled: bool, blocks: Sequence[Columns]) -> None:
+    def add(self, site: tuple[Any, ...], size: int, first: int, blocks: Sequence[Columns]) -> None:
         """Add an observation of the batch.
 
         Args:
             site: the values of `SITE`.
             size: how many rows a measure of samples has of it.
-            sampled: whether those rows are the batch's samples, whose names they have.
+            first: the place of the first of them among the batch's samples; -1 where they are none of them.
             blocks: the columns that each measure finished.
         """
         self._sites.append(site)
-        self._sizes.append((size, len(self._samples) - 1 if sampled and size == len(self._samples[-1]) else -1))
+        named = first >= 0 and first + size <= len(self._samples[-1])
+        self._sizes.append((size, max(first, 0), self._named + first if named else -1))
         for columns, lists, block in zip(self._columns, self._lists, blocks, strict=True):
             for name, column in columns.items():
                 rows = block[name]
@@ -86,7 +89,8 @@ class BatchGroup:
         """Make the tables that have rows; `batches`, which makes the others count, comes last."""
         batches = _columns(TABLES[COMMITTED], self._batches)
         keys = {name: batches[name] for name in KEYS}
-        sizes = [(len(names), number) for number, names in enumerate(self._samples)]
+        starts = np.cumsum([0, *map(len, self._samples)])
+        sizes = [(len(names), 0, int(start)) for names, start in zip(self._samples, starts, strict=False)]
         yield "samples", _table(TABLES["samples"], self._sampled(keys, sizes))
         if self._points:
             kinds = KEYS | DIAGNOSIS
@@ -108,22 +112,22 @@ class BatchGroup:
             own = _joined(measure.columns, finished)
             yield measure.table, _table(columns_of(measure), (sampled if measure.per_sample else sites) | own)
 
-    def _sampled(self, columns: Mapping[str, Any], observed: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def _sampled(self, columns: Mapping[str, Any], observed: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         """Repeat columns for the samples, and add their positions and names.
 
         Args:
             columns: one row for each of `observed`.
-            observed: how many samples there are, and the number of the batch whose names they have, or -1.
+            observed: how many samples there are, the place of the first in its batch, and that of its name among the
+                names of all batches, or -1 without names.
         """
         pa = arrow()
-        sizes, batches = np.array(observed, np.int64).reshape(-1, 2).T
+        sizes, places, firsts = np.array(observed, np.int64).reshape(-1, 3).T
         rows = np.repeat(np.arange(len(sizes)), sizes)
-        sample = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        firsts = np.cumsum([0, *map(len, self._samples)])[batches]
-        names = self._names.take(pa.array(firsts[rows] + sample, mask=(batches < 0)[rows]))
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        names = self._names.take(pa.array(firsts[rows] + within, mask=(firsts < 0)[rows]))
         index = pa.array(rows)
         repeated = {name: column.take(index) for name, column in columns.items()}
-        return repeated | {"sample": pa.array(sample, pa.int32()), "name": names}
+        return repeated | {"sample": pa.array(places[rows] + within, pa.int32()), "name": names}
 
     @cached_property
     def _names(self) -> Any:

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InputError, RunError
-from ..frameworks.base import BatchProbe, ParameterProbe, Recorder
+from ..frameworks.base import BatchProbe, NamedModule, ParameterProbe, Recorder
 from ..frameworks.results import Observation
 from ..measures import Measure, resolve
 from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, arrow, read_manifest, write_manifest
 from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
+from .naming import give_names, n_samples
 from .schedule import Schedule
 from .writer import Batch, Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
 REDUCTIONS = ("mean", "sum")
 _HIDDEN = "no gradient reached its output, a view: if that is changed in place afterwards, take the module before it"
-_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size", "diagnose")
+_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size", "diagnose", "axes")
+_REMEDY = "run the model, and call .backward() for gradients, inside `with recording.batch(...)`"
 
 
 def record(
@@ -35,6 +37,7 @@ def record(
     loss_reduction: str = "mean",
     scaler: Any = None,
     optimizer: Any = None,
+    axes: str | Mapping[str, str] | None = None,
     objective: str | None = None,
     reference: str | None = None,
     source: dict[str, Any] | None = None,
@@ -69,6 +72,9 @@ def record(
             phase "accumulated" (the gradient that the backward passes left, the AMP scale divided out), "gradient" (as
             the step was given it, after clipping), "weight" (before the step) and "update" (weight after less weight
             before). Without `optimizer`, "gradient" is what the last backward pass of the batch left.
+        axes: a letter for each axis of modules' outputs, where these do not tell: b the samples, c the channels, any
+            other a further axis, as in "tbc". One text for all outputs of as many axes, or one for each selection, as
+            in {"head": "tbc", "norm": "bhwc"}.
         objective: what the gradient is of, in words, for the manifest.
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
@@ -114,6 +120,8 @@ def record(
             if not selected
             else f"none of the {len(selected)} parameters among the sites is in the optimizer; was it made for a copy?"
         )
+    given = _given_axes(axes, modules)
+    layouts = recorder.layouts(model, given)
     resolved = resolve(measures)
     rank, world_size = recorder.world()
     settings = {
@@ -125,11 +133,26 @@ def record(
         "loss_reduction": loss_reduction,
         "world_size": world_size,
         "diagnose": int(every),
+        "axes": dict(axes) if isinstance(axes, Mapping) else axes,
     }
     learning = _Learning(selected, optimizers, places)
-    return Recording(
-        Path(folder), model, recorder, chosen, resolved, schedule, scaler, settings, reference, rank, group, learning
-    )
+    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts)
+    return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
+
+
+def _given_axes(axes: str | Mapping[str, str] | None, modules: Sequence[NamedModule]) -> dict[str, str]:
+    """Return the letters that a user gave for the outputs of modules, by the modules' names.
+
+    Raises:
+        InputError: letters that say nothing, or a selection that names no module.
+    """
+    by_selection = axes if isinstance(axes, Mapping) else {"**": axes} if axes else {}
+    given: dict[str, str] = {}
+    for what, letters in by_selection.items():
+        if not isinstance(letters, str) or not set("bc") & set(letters) or len(set(letters)) < len(letters):
+            raise InputError(f"axes {letters!r} are not understood; write a letter for each, as in 'tbc' or 'bhwc'")
+        given |= dict.fromkeys(selection(what).candidates(modules), letters)
+    return given
 
 
 @dataclass(frozen=True)
@@ -169,6 +192,7 @@ class _Ending:
     epoch: int
     number: int
     names: list[str] | None
+    size: int
     sites: Sequence[str]
     facts: dict[str, Any]
     probe: BatchProbe
@@ -181,6 +205,11 @@ class _Ending:
         of_parameters = () if self.parameters is None else self.parameters.observations
         return self.probe.arrived | {observation.key.site for observation in of_parameters}
 
+    @property
+    def observed(self) -> bool:
+        """Whether anything was recorded."""
+        return bool(self.probe.observations or (self.parameters is not None and self.parameters.arrived))
+
     def close(self) -> Batch:
         """Watch the optimizers no longer, and return what the batch and the steps left."""
         steps: Sequence[dict[str, Any]] = ()
@@ -189,7 +218,7 @@ class _Ending:
             self.parameters.close()
             steps, others = self.parameters.steps, self.parameters.observations
         transfer = self.probe.transfer(self.points, others)
-        keys = (self.epoch, self.number, self.names, self.sites, self.facts)
+        keys = (self.epoch, self.number, self.names, self.size, self.sites, self.facts)
         return Batch(*keys, self.probe.scale, self.points, transfer, steps)
 
 
@@ -215,6 +244,7 @@ class Recording:
     rank: int
     group: int
     learning: _Learning
+    layouts: Any
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
@@ -223,10 +253,14 @@ class Recording:
         self._reached: set[str] = set()
         self._arrived: set[str] = set()
         self._views: set[str] = set()
+        self._unread: dict[str, str] = {}
+        self._axes: dict[str, dict[str, str]] = {}
+        self._unsure: dict[str, str] = {}
+        self._told: set[str] = set()
         self._stack = ExitStack()
         self._writer: Writer | None = None
         self._ending: _Ending | None = None
-        self._open = self._warned = False
+        self._open = False
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -263,7 +297,8 @@ class Recording:
         counts as one batch, also under gradient accumulation; calls of modules are counted within it.
 
         Args:
-            samples: one name for each sample, or None.
+            samples: one name for each sample, or None. Where the network runs several times inside, as under gradient
+                accumulation, those of all passes in turn, or of each.
             epoch: counted from 0.
             batch: counted from 0 within its epoch; None counts the calls of this method.
 
@@ -272,7 +307,7 @@ class Recording:
 
         Raises:
             RunError: something could not be written.
-            InputError: the batch was there already, or is inside another.
+            InputError: the batch was there already, is inside another, or has not as many samples as names.
         """
         writer = self._entered()
         self._end_batch()
@@ -291,20 +326,23 @@ class Recording:
             return
         watched = self.model if self._is_watched(number) else None
         phases = frozenset(PHASES[self.settings["phase"]])
-        probe = self.recorder.new_probe(self._modules, self.measures, phases, self.scaler, watched)
+        count = None if names is None else len(names)
+        facts = (phases, self.scaler, watched, self.layouts, count)
+        probe = self.recorder.new_probe(self._modules, self.measures, *facts)
         parameters = self._parameter_probe()
         self._open = True
         try:
             with probe, parameters or nullcontext():
                 yield True
+            self._take(probe, parameters, names, epoch, number)
         except BaseException:
             self._seen.discard((epoch, number))
+            self._ending = None
             if parameters is not None:
                 parameters.close()
             raise
         finally:
             self._open = False
-        self._take(probe, parameters, names, epoch, number)
 
     @property
     def unreached(self) -> dict[str, str]:
@@ -313,7 +351,8 @@ class Recording:
         reasons = {name: "its module was never called" for name in self._names if name not in self._reached}
         for name in self._names if backward else ():
             if name in self._reached and name not in self._arrived:
-                reasons[name] = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
+                lost = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
+                reasons[name] = self._unread.get(name, lost)
         for name in self.learning.parameters:
             if name not in self._arrived:
                 reasons[name] = self.learning.why_none(name)
@@ -353,14 +392,21 @@ class Recording:
         self, probe: BatchProbe, parameters: ParameterProbe | None, names: list[str] | None, epoch: int, number: int
     ) -> None:
         """Hand a batch over to the writer, now or, where a step of an optimizer may follow, before the next."""
+        selected = set(self.selection.chosen(self._named_modules, list(probe.order)) if probe.order else self._names)
+        observations = [o for o in probe.observations if o.key.site in selected]
+        nameless = give_names(names, observations, probe.inputs)
+        self._note_axes(observations)
         self._settle_sites(list(probe.order))
         self._reached.update(probe.order)
         self._views.update(probe.views)
+        self._unread.update(probe.unread)
         self._warn_of_scale(probe.unscaled)
+        self._warn_of_axes(nameless)
         facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
         sites = [*self._names, *self.learning.parameters]
         points = probe.diagnosis_points(self._names)
-        self._ending = _Ending(epoch, number, names, sites, facts, probe, points, parameters)
+        size = n_samples(names, observations, probe.n_samples)
+        self._ending = _Ending(epoch, number, names, size, sites, facts, probe, points, parameters)
         self.batches += 1
         if not self.learning.optimizers:
             self._end_batch()
@@ -375,22 +421,51 @@ class Recording:
         if len(self._arrived) < len(batch.sites):
             self._arrived.update(ending.arrived)
         self._writer.put(batch)
+        if not ending.observed:
+            where = f"nothing was recorded of batch {ending.number} of epoch {ending.epoch}"
+            self._warn(f"{where}: {_listed(self.unreached)}; {_REMEDY}", once="nothing")
+
+    def _warn(self, message: str, once: str) -> None:
+        """Warn, once for each of the things that a recording may warn of."""
+        if once not in self._told:
+            self._told.add(once)
+            warnings.warn(message, stacklevel=7)
 
     def _warn_of_scale(self, unscaled: bool) -> None:
-        if unscaled and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if unscaled:
+            self._warn(
                 "float16 gradients came out of autocast, and no scaler was given: if a GradScaler scales the loss, the "
                 "recorded gradients are scaled too; pass record(..., scaler=scaler)",
-                stacklevel=6,
+                once="scale",
             )
+
+    def _note_axes(self, observations: Iterable[Observation]) -> None:
+        """Note the axes of each site's outputs, and which of them are not sure, for the manifest."""
+        for o in observations:
+            self._axes.setdefault(o.key.site, {}).setdefault(o.key.output, o.axes)
+            unsure = ["samples"] * (not o.sampled) + ["channels (the second is taken)"] * _hides_channels(o.axes)
+            if unsure:
+                self._unsure.setdefault(o.key.site, f"which axis holds the {' and the '.join(unsure)}")
+
+    def _warn_of_axes(self, nameless: Mapping[str, str]) -> None:
+        """Say of which sites it is not known what their axes are, where that is asked for; and what cannot be read."""
+        remedy = "where an axis holds the samples or the channels, say so, as in record(..., axes={'head': 'tbc'})"
+        if nameless:
+            self._warn(f"samples bear no names at {_listed(dict(nameless))}; {remedy}", once="names")
+        if self._unread:
+            self._warn(_listed(self._unread), once="unread")
+
+    def _of_axes(self) -> dict[str, Any]:
+        """Return what the manifest says of the axes: a letter for each, and the sites at which some are not sure."""
+        before = self.manifest["sites"]
+        return {"axes": before.get("axes", {}) | self._axes, "unsure": before.get("unsure", {}) | self._unsure}
 
     def _settle_sites(self, order: list[str]) -> None:
         """Resolve slices, and put the sites in order, by the first batch that called any of them."""
         if self.manifest["sites"]["names"] or not order:
             return
         self._choose(self.selection.chosen(self._named_modules, order))
-        self.manifest["sites"] |= {"names": self._names, "order": "execution"}
+        self.manifest["sites"] |= {"names": self._names, "order": "execution", **self._of_axes()}
         if self.rank == 0:
             write_manifest(self.folder, self.manifest)
 
@@ -443,13 +518,11 @@ class Recording:
         unreached = self.unreached
         n_sites = len(self._names) + len(self.learning.parameters)
         if n_sites and len(unreached) == n_sites and not self._done:
-            raise InputError(
-                f"nothing was recorded into {self.folder}: {_listed(unreached)}; run the model, and call "
-                ".backward() for gradients, inside `with recording.batch(...)`"
-            )
+            raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {_REMEDY}")
         if self._is_last():
             finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
             self.manifest = {**read_manifest(self.folder), **finished}
+            self.manifest["sites"] |= self._of_axes()
             write_manifest(self.folder, self.manifest)
         if unreached:
             warnings.warn(f"{len(unreached)} of {n_sites} sites were not recorded: {_listed(unreached)}", stacklevel=3)
@@ -465,6 +538,10 @@ class Recording:
         if self._seen:
             return f"the schedule wanted none of {len(self._seen)} batches; see Schedule(epoch=, first=, every=)"
         return "put `with recording.batch(samples=names, epoch=epoch):` around each of them"
+
+
+def _hides_channels(axes: str) -> bool:
+    return len(axes) > 2 and "c" not in axes
 
 
 def as_names(samples: Any) -> list[str]:
@@ -546,7 +623,7 @@ def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
         facts += ["mode", "weights_sha256"]
     pairs = [(f"model {fact}", before["model"][fact], now["model"][fact]) for fact in facts]
     pairs += [("sites", before["sites"]["select"], now["sites"]["select"])]
-    pairs += [(name, before[name], now[name]) for name in (*_SETTINGS, "tables")]
+    pairs += [(name, before.get(name), now[name]) for name in (*_SETTINGS, "tables")]
     for name, recorded, asked in pairs:
         if recorded != asked:
             raise RunError(f"{folder} is a run with {name} {recorded!r}, not {asked!r}; choose another folder")

@@ -31,6 +31,7 @@ class Batch:
     epoch: int
     batch: int
     names: Sequence[str] | None
+    size: int
     sites: Sequence[str]
     facts: dict[str, Any]
     scale: Any
@@ -153,40 +154,39 @@ class Writer:
         position = {name: i for i, name in enumerate(batch.sites)}
         observations = [o for o in batch.transfer.wait() if o.key.site in position]
         observations.sort(key=lambda o: (o.key.phase, position[o.key.site], o.key.call, o.repeat, o.key.output))
-        sizes = [observation.size for observation in observations if observation.sampled]
-        size = len(batch.names) if batch.names is not None else max(sizes, default=0)
-        names = [None] * size if batch.names is None else _storable(batch.names)
+        names = [None] * batch.size if batch.names is None else _storable(batch.names)
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
-        row = {**keys, **batch.facts, "size": size, "scale": scale}
+        row = {**keys, **batch.facts, "size": batch.size, "scale": scale}
         points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
         self._pending.begin(row, names, points, steps)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
-            self._pending.add(site, o.size, o.sampled, self._finished(o, site, batch))
+            self._pending.add(site, o.size, o.first, self._finished(o, site, batch))
 
     def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
         """Return each measure's columns, with the names of files in the place of tensors."""
         blocks = [m.finish(state) for m, state in zip(self.measures, observation.states, strict=True)]
         for n in self._with_tensors:
-            blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch))
+            blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch, observation.first))
         return blocks
 
-    def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch) -> Columns:
+    def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch, first: int) -> Columns:
         """Write the tensors of a block into files and return their names in their places."""
         facts = dict(zip(SITE, site, strict=True))
         return {
             column: [
-                self._file(facts, n if measure.per_sample else None, a, batch) for n, a in enumerate(block[column])
+                self._file(facts, max(first, 0) + n if measure.per_sample else None, a, batch, first >= 0)
+                for n, a in enumerate(block[column])
             ]
             for column, kind in measure.columns.items()
             if kind == "tensor"
         }
 
-    def _file(self, site: Mapping[str, Any], sample: int | None, array: Any, batch: Batch) -> str:
+    def _file(self, site: Mapping[str, Any], sample: int | None, array: Any, batch: Batch, named: bool) -> str:
         """Write one tensor; the file is named after its sample or batch and its site, and after a digest of both."""
         facts = {key: site[key] for key in (*KEYS, *SITE_KEYS)}
-        label, names = f"epoch{batch.epoch}-batch{batch.batch}", batch.names or []
+        label, names = f"epoch{batch.epoch}-batch{batch.batch}", (batch.names or []) if named else []
         if sample is not None:
             facts |= {"sample": sample}
             label = names[sample] if sample < len(names) else f"{label}-sample{sample}"

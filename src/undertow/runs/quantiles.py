@@ -186,7 +186,13 @@ def _factors(run: Recorded, table: Any, per_sample: bool) -> npt.NDArray[np.floa
     batches = run.table("batches")
     sizes = dict(zip(zip(*_lists(batches, KEYS), strict=True), batches["size"].to_pylist(), strict=True))
     rows = zip(*_lists(table, ("phase", *KEYS)), strict=True)
-    return np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    factors = np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    if not factors.all():
+        raise InputError(
+            f"{run.folder} does not say how many samples each batch had, which per_sample needs; "
+            "record with samples= or axes="
+        )
+    return factors
 
 
 def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import InputError, ModelError, TargetError
 from ...outputs import Path, head_of
+from ..own_passes import own_pass
 from ..targets import from_one_hot, top
 from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
@@ -145,7 +146,7 @@ def class_scores(call: Callable[..., Any], x: torch.Tensor, path: Path | None = 
     Raises:
         ModelError: the output has another number of axes.
     """
-    with torch.no_grad():
+    with own_pass(), torch.no_grad():
         output = output_of(call, [x], path)
     if output.ndim != 2:
         raise ModelError(f"the model returned shape {tuple(output.shape)}, not (batch, classes)")

@@ -137,6 +137,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_functorch_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is one of those that `torch.func` transforms wrap, which have no values of their own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def in_memory(tensor: Tensor) -> Tensor:
     """Return a tensor whose memory holds its values: torch may negate or zero lazily, which NumPy does not see."""
     return tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from ....errors import RuleError
 from ...base import Request
+from ...own_passes import own_pass
 from ...results import Explanation
 from ...targets import class_ids, refuse_missing
 from ..arrays import to_numpy
@@ -31,10 +32,11 @@ def explain(request: Request) -> Explanation:
     target, ids, single = request.target, None, not isinstance(request.target, str)
     if target is not None and single and not callable(target):
         ids, single = class_ids(target, len(inputs[0]))
-    graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
+    with own_pass():
+        graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
     if ids is not None and graph.classes is not None:
         refuse_missing(ids, graph.classes)
-    with restored(graph.written):
+    with own_pass(), restored(graph.written):
         scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
     refuse_non_finite(scores)
     targets = None if callable(target) else explained_ids
@@ -68,6 +70,7 @@ def scores(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    output = output_of(model, [x])
+    with own_pass():
+        output = output_of(model, [x])
     refuse_non_class_scores(output, len(x))
     return to_numpy(tf.cast(output, tf.float64))

@@ -16,6 +16,7 @@ from torch import nn
 from ....errors import InputError, ModelError, did_you_mean
 from ....rules import gradient
 from ...base import Request
+from ...own_passes import own_pass
 from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import like, to_numpy
 from ..calls import (
@@ -65,7 +66,7 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
         if threading.get_ident() == thread:
             order.setdefault(names[module])
 
-    with ExitStack() as stack, torch.no_grad():
+    with own_pass(), ExitStack() as stack, torch.no_grad():
         for module in names:
             stack.callback(module.register_forward_pre_hook(before).remove)
         output_of(eager(model), [x.clone()])

@@ -7,6 +7,7 @@ from .parameters import optimizer_groups as optimizer_groups
 from .parameters import optimizers_of as optimizers_of
 from .probe import new_probe as new_probe
 from .sites import identity as identity
+from .sites import layouts as layouts
 from .sites import named_modules as named_modules
 from .sites import visits as visits
 from .sites import world as world

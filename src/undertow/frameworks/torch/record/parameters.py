@@ -135,6 +135,11 @@ class StepProbe:
         for name, left in {} if self.optimizers else self._accumulated.items():
             self._add(TensorKey(name, 0, "", "gradient"), left.dtype, left.states)
 
+    @property
+    def arrived(self) -> bool:
+        """Whether a gradient has come to any of them."""
+        return bool(self._accumulated or self.observations)
+
     def close(self) -> None:
         """Watch the optimizers no longer."""
         self._while_batch.close()
@@ -254,7 +259,7 @@ class StepProbe:
         return str(x.dtype).removeprefix("torch."), reduce_all(self.measures, rows, x, samples=None)
 
     def _add(self, key: TensorKey, dtype: str, states: list[State], repeat: int = 0) -> None:
-        self.observations.append(Observation(key, repeat, dtype, 1, states, sampled=False))
+        self.observations.append(Observation(key, repeat, dtype, 1, states, sampled=False, first=-1))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -5,25 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....measures import CODES, Stats, sparse, stats
-from ..internals import CONVOLUTION, in_memory
-
-_FEATURES_LAST: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
-    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder),
-)
-
-
-def arranged(module: nn.Module, x: Tensor) -> Tensor:
-    """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
-    x = in_memory(x if x.layout is torch.strided else x.to_dense())
-    if isinstance(module, CONVOLUTION):
-        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x  # a single sample has no batch axis
-    if x.ndim < 2:
-        return x.reshape(-1, 1)
-    return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
+from .axes import arranged as arranged
 
 
 class TorchStats(Stats):
