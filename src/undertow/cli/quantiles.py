@@ -87,11 +87,12 @@ def quantiles(
 def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path | None, as_json: bool) -> int:
     """Put the quantiles of RUNS side by side: values, ratios to the first run, and the spread p95/p5.
 
-    Sites are paired by name where all runs have the same names, and by their order where not. Where the runs were
-    recorded with diagnose=True, sentences say what the differences come from.
+    Sites are paired by name where all runs have the same names, and by their order where not. Of photographs it is
+    said in how many both networks saw the same class. Where the runs were recorded with diagnose=True, sentences say
+    what the differences come from.
     """
     from ..diagnosis import contrast
-    from ..runs import Run
+    from ..runs import Run, same_class
     from ..runs import compare as compare_runs
     from ..runs.quantiles import STEPS
 
@@ -109,6 +110,9 @@ def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path
                 cells = (site.values[0], site.values[middle], site.values[-1], ratio, spread)
                 lines.append((_label(site.site, site.phase), str(run), *(f"{value:.4g}" for value in cells)))
     _write_and_print(flat, table, as_json, lines)
+    for other, run in zip(opened[1:], runs[1:], strict=True) if not as_json else ():
+        if (agreement := same_class(opened[0], other)) is not None:
+            click.echo(f"{runs[0]} and {run}: {agreement}")
     for sentence in contrast(opened) if not as_json else ():
         click.echo(sentence)
     if plot:

@@ -296,6 +296,10 @@ class ParameterProbe(Protocol):
         """Watch the optimizers no longer."""
 
 
+Objective = Callable[[Any, Sequence[int] | None], tuple[list[int], list[float]]]
+"""From a batch and its labels, if it has any, to each sample's class and the score of that class."""
+
+
 class Recorder(Protocol):
     """A network's modules and parameters, read batch by batch."""
 
@@ -343,7 +347,7 @@ class Recorder(Protocol):
     ) -> ParameterProbe:
         """Return a probe of parameters for one batch and the steps that follow it."""
 
-    def objective(self, model: Any, name: str) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]:
+    def objective(self, model: Any, name: str) -> AbstractContextManager[Objective]:
         """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""
 
 

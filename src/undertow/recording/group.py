@@ -30,13 +30,16 @@ class BatchGroup:
 
     Args:
         measures: in the order in which each observation has its columns.
+        sample_columns: the types of further columns of the table `samples`.
 
     Attributes:
         nbytes: how much memory the lists of numbers in them take.
     """
 
-    def __init__(self, measures: Sequence[Measure]) -> None:
+    def __init__(self, measures: Sequence[Measure], sample_columns: Mapping[str, str] | None = None) -> None:
         self._measures = measures
+        self._sample_columns = dict(sample_columns or {})
+        self._described: dict[str, list[Any]] = {name: [] for name in self._sample_columns}
         self._batches: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
@@ -57,8 +60,14 @@ class BatchGroup:
         names: Sequence[str | None],
         points: Sequence[dict[str, Any]],
         steps: Sequence[dict[str, Any]] = (),
+        described: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        """Begin a batch: its row in `batches`, a name or None for each sample, its rows in `diagnosis` and `steps`."""
+        """Begin a batch: its row in `batches`, a name or None for each sample, its rows in `diagnosis` and `steps`.
+
+        `described` has a value for each sample in each of the further columns; none is null.
+        """
+        for name, column in self._described.items():
+            column += (described or {}).get(name, [None] * len(names))
         self._batches.append(row)
         self._points += points
         self._steps += steps
@@ -91,7 +100,8 @@ class BatchGroup:
         keys = {name: batches[name] for name in KEYS}
         starts = np.cumsum([0, *map(len, self._samples)])
         sizes = [(len(names), 0, int(start)) for names, start in zip(self._samples, starts, strict=False)]
-        yield "samples", _table(TABLES["samples"], self._sampled(keys, sizes))
+        described = _joined(self._sample_columns, self._described)
+        yield "samples", _table(TABLES["samples"] | self._sample_columns, self._sampled(keys, sizes) | described)
         if self._points:
             kinds = KEYS | DIAGNOSIS
             points = {name: [*chain(*(_rows(point[name]) for point in self._points))] for name in kinds}

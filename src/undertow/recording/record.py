@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from ..errors import InputError, RunError
 from ..frameworks.base import BatchProbe, NamedModule, ParameterProbe, Recorder
 from ..frameworks.results import Observation
 from ..measures import Measure, resolve
-from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, arrow, read_manifest, write_manifest
+from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, TABLES, arrow, read_manifest, write_manifest
 from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
 from .naming import give_names, n_samples
@@ -198,6 +198,7 @@ class _Ending:
     probe: BatchProbe
     points: Sequence[Any]
     parameters: ParameterProbe | None
+    described: Mapping[str, Sequence[Any]]
 
     @property
     def arrived(self) -> set[str]:
@@ -219,7 +220,7 @@ class _Ending:
             steps, others = self.parameters.steps, self.parameters.observations
         transfer = self.probe.transfer(self.points, others)
         keys = (self.epoch, self.number, self.names, self.size, self.sites, self.facts)
-        return Batch(*keys, self.probe.scale, self.points, transfer, steps)
+        return Batch(*keys, self.probe.scale, self.points, transfer, steps, self.described)
 
 
 @dataclass
@@ -230,6 +231,7 @@ class Recording:
         folder: of the run.
         batches: how many batches this process has recorded.
         skipped: how many were on the disk already.
+        sample_columns: the types of further columns of the table `samples`, which `describe` fills.
     """
 
     folder: Path
@@ -245,6 +247,7 @@ class Recording:
     group: int
     learning: _Learning
     layouts: Any
+    sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
@@ -257,6 +260,7 @@ class Recording:
         self._axes: dict[str, dict[str, str]] = {}
         self._unsure: dict[str, str] = {}
         self._told: set[str] = set()
+        self._described: dict[str, list[Any]] = {}
         self._stack = ExitStack()
         self._writer: Writer | None = None
         self._ending: _Ending | None = None
@@ -273,7 +277,8 @@ class Recording:
             self._choose(names or self.selection.candidates(self._named_modules, self._named_parameters))
             self._done = _on_disk(self.folder, self.rank)
             others = [name for name in ("diagnosis", "steps") if name in self.manifest["tables"]]
-            self._writer = Writer(self.folder, self.measures, self.rank, self.group, others)
+            facts = (self.rank, self.group, others, self.sample_columns)
+            self._writer = Writer(self.folder, self.measures, *facts)
             self._clear_tensors()
             stack.callback(self._finish_writing)
             self._stack = stack.pop_all()
@@ -330,7 +335,7 @@ class Recording:
         facts = (phases, self.scaler, watched, self.layouts, count)
         probe = self.recorder.new_probe(self._modules, self.measures, *facts)
         parameters = self._parameter_probe()
-        self._open = True
+        self._open, self._described = True, {}
         try:
             with probe, parameters or nullcontext():
                 yield True
@@ -357,6 +362,18 @@ class Recording:
             if name not in self._arrived:
                 reasons[name] = self.learning.why_none(name)
         return reasons if self.batches else {}
+
+    def describe(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Add to the batch that is being recorded a value for each sample, in columns named in `sample_columns`.
+
+        Raises:
+            InputError: no batch is being recorded, or no such column was announced.
+        """
+        if not self._open:
+            raise InputError("no batch is being recorded; describe its samples inside `with recording.batch(...)`")
+        if unknown := set(columns) - set(self.sample_columns):
+            raise InputError(f"the column {unknown.pop()!r} was not announced in sample_columns")
+        self._described |= {name: list(values) for name, values in columns.items()}
 
     def flush(self) -> None:
         """Publish all that was recorded so far; call it where a checkpoint of the training is saved."""
@@ -406,10 +423,17 @@ class Recording:
         sites = [*self._names, *self.learning.parameters]
         points = probe.diagnosis_points(self._names)
         size = n_samples(names, observations, probe.n_samples)
-        self._ending = _Ending(epoch, number, names, size, sites, facts, probe, points, parameters)
+        described = self._described_for(size)
+        self._ending = _Ending(epoch, number, names, size, sites, facts, probe, points, parameters, described)
         self.batches += 1
         if not self.learning.optimizers:
             self._end_batch()
+
+    def _described_for(self, size: int) -> dict[str, list[Any]]:
+        for name, values in self._described.items():
+            if len(values) != size:
+                raise InputError(f"{name} has {len(values)} values, and the batch {size} samples")
+        return self._described
 
     def _end_batch(self) -> None:
         """Hand over the batch that has ended, with the steps that came behind it."""
@@ -491,7 +515,8 @@ class Recording:
             **self.settings,
             "tables": {measure.table: columns_of(measure) for measure in self.measures}
             | ({"diagnosis": KEYS | DIAGNOSIS} if self.settings["diagnose"] else {})
-            | ({"steps": KEYS | STEPS} if self.learning.optimizers else {}),
+            | ({"steps": KEYS | STEPS} if self.learning.optimizers else {})
+            | ({"samples": TABLES["samples"] | self.sample_columns} if self.sample_columns else {}),
         }
         _refuse_strangers(self.folder)
         try:

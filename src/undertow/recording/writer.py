@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Batch:
     points: Sequence[Any]
     transfer: Transfer
     steps: Sequence[dict[str, Any]] = ()
+    described: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,16 +63,24 @@ class Writer:
         group: how many batches are published together at most; fewer where the first has waited for 10 seconds, or at
             64 MiB.
         others: further tables, such as that of a diagnosis.
+        sample_columns: the types of further columns of the table `samples`.
     """
 
     def __init__(
-        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 256, others: Sequence[str] = ()
+        self,
+        folder: Path,
+        measures: Sequence[Measure],
+        rank: int = 0,
+        group: int = 256,
+        others: Sequence[str] = (),
+        sample_columns: Mapping[str, str] | None = None,
     ) -> None:
+        self._sample_columns = sample_columns
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
         self._names = [*TABLES, *(measure.table for measure in measures), *others]
         self._number = _clear_uncommitted(folder, rank, self._names)
         self._with_tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
-        self._pending = BatchGroup(measures)
+        self._pending = BatchGroup(measures, sample_columns)
         self._held: list[Batch] = []
         self._unpublished = self._weight = 0
         self._since = 0.0
@@ -137,7 +146,7 @@ class Writer:
                 self._take(handover)
             except BaseException as error:  # whatever it was, the user's thread must hear of it
                 self._error = error
-                self._pending = BatchGroup(self.measures)
+                self._pending = BatchGroup(self.measures, self._sample_columns)
             handover.done.set()
             handover = None  # batches must not live on while the thread waits
 
@@ -159,7 +168,7 @@ class Writer:
         scale = None if batch.scale is None else float(batch.scale)
         row = {**keys, **batch.facts, "size": batch.size, "scale": scale}
         points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
-        self._pending.begin(row, names, points, steps)
+        self._pending.begin(row, names, points, steps, batch.described)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
             self._pending.add(site, o.size, o.first, self._finished(o, site, batch))
@@ -211,7 +220,7 @@ class Writer:
         sync_folder(self.folder / COMMITTED)
         self.committed += len(self._pending)
         self._number += 1
-        self._pending = BatchGroup(self.measures)
+        self._pending = BatchGroup(self.measures, self._sample_columns)
 
 
 def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:

@@ -61,6 +61,39 @@ def compare(
     return rows
 
 
+@dataclass(frozen=True)
+class SameClass:
+    """For how many of the photographs that two runs share both networks saw the same class."""
+
+    same: int
+    photographs: int
+
+    def __str__(self) -> str:
+        others = self.photographs - self.same
+        rest = f"; the gradients of the other {others} are of different classes" if others else ""
+        return f"both networks saw the same class in {self.same} of {self.photographs} photographs{rest}"
+
+
+def same_class(run: Run, other: Run) -> SameClass | None:
+    """Say for how many photographs two networks saw the same class, by its name where classes have one.
+
+    None where the gradients are not of the class that the network saw, or no photograph is in both runs.
+    """
+    classes = [_classes(one) for one in (run, other)]
+    shared = classes[0].keys() & classes[1].keys()
+    if not shared:
+        return None
+    return SameClass(sum(classes[0][name] == classes[1][name] for name in shared), len(shared))
+
+
+def _classes(run: Run) -> dict[str, str]:
+    """Return the name of the class that the network saw in each photograph."""
+    if run.manifest.get("objective") != "predicted" or "class_name" not in run.manifest["tables"].get("samples", {}):
+        return {}
+    table = run.table("samples")
+    return dict(zip(table["name"].to_pylist(), table["class_name"].to_pylist(), strict=True))
+
+
 def _paired(columns: list[list[SiteQuantiles]]) -> list[tuple[SiteQuantiles | None, ...]]:
     names = [site.site for site in columns[0]]
     if all(sorted(site.site for site in column) == sorted(names) for column in columns):
