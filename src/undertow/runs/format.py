@@ -59,6 +59,12 @@ DIAGNOSIS = SITE_KEYS | {
 for each function that its output alone went through. `undertow.diagnosis` says what they mean."""
 
 
+STEPS = {"optimizer": "int32", "class": "string", "step": "int32", "group": "int32"} | dict.fromkeys(
+    ("lr", "weight_decay"), "float64"
+)
+"""The columns, behind KEYS, of the table `steps`: a row for each group of parameters in each step of an optimizer."""
+
+
 def arrow() -> Any:
     """Import pyarrow.
 
