@@ -21,8 +21,8 @@ Formula = Callable[[Any, Tensor, Tensor], ValuesAndScales]
 # Relative to the scale. TF32, which CUDA may use for float32, keeps 10 bits of each factor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 _TF32 = 2e-3
-# A gradient is a sum of n terms. Added one by one, as oneDNN does for a bias, its rounding error is at most n - 1 units of
-# roundoff of the sum of absolute values, and comes near to that where all terms have the same sign, as behind average
+# A gradient is a sum of n terms. Added one by one, as oneDNN does for a bias, its rounding error is at most n - 1 units
+# of roundoff of the sum of absolute values, and comes near to that where all terms have one sign, as behind average
 # pooling. Source: Higham, Accuracy and Stability of Numerical Algorithms, section 4.2.
 _ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 # Half-precision kernels add up in float32 mostly, so the result's own rounding dominates and grows slowly.

@@ -72,7 +72,9 @@ class Probe:
         self._repeats: dict[TensorKey, int] = defaultdict(int)
         self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
-        self._op_recorder = None if self.watched is None else OpRecorder(network(self.watched), self._unscaled)
+        self._op_recorder = (
+            None if self.watched is None else OpRecorder(network(self.watched), self._unscaled, self.modules)
+        )
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
@@ -114,6 +116,8 @@ class Probe:
             return
         if not replay:
             self._calls[name] += 1
+        elif self._op_recorder is not None:
+            self._op_recorder.replayed(name)
         if not torch.is_grad_enabled():
             self._ungraphed[name].append((next_sequence_number(), call))
         self.order[name] = None
