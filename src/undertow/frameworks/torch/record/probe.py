@@ -91,7 +91,9 @@ class Probe:
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
         self._layouts = self.layouts or Layouts(self.modules, {})
         self._runs = 0
-        self._op_recorder = None if self.watched is None else OpRecorder(network(self.watched), self._unscaled)
+        self._op_recorder = (
+            None if self.watched is None else OpRecorder(network(self.watched), self._unscaled, self.modules)
+        )
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
@@ -153,6 +155,8 @@ class Probe:
             return
         if not replay:
             self._calls[name] += 1
+        elif self._op_recorder is not None:
+            self._op_recorder.replayed(name)
         if not torch.is_grad_enabled():
             self._ungraphed[name].append((next_sequence_number(), call))
         self.order[name] = None
