@@ -205,9 +205,26 @@ def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: P
     yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
         yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+    yield from _likeness_lines(explained)
     for note in explained.notes:
         yield f"  note: {note}"
     for rule, verdict in explained.verdicts.items():
         yield f"  {rule:<10}{verdict['sentence']}"
     yield f"  -> {folder / 'panel.png'}"
     yield ""
+
+
+def _likeness_lines(explained: "ExplainedPhotograph") -> Iterator[str]:
+    """Say how alike the maps of several classes are."""
+    from itertools import combinations
+
+    from ..attribution.photograph import likeness
+
+    ids = [class_id for class_id, _, _ in explained.targets]
+    if len(ids) > 1:
+        yield "  does the map change with the class? correlation: 1 the same map, 0 unrelated, -1 opposite"
+    for rule, attribution in explained.maps.items():
+        rows = likeness(attribution)
+        if rows is not None:
+            pairs = combinations(range(len(ids)), 2)
+            yield f"  {rule:<10}" + "   ".join(f"{ids[i]}, {ids[j]}: {rows[i][j]:.2f}" for i, j in pairs)
