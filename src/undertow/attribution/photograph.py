@@ -75,7 +75,8 @@ def explain_photograph(
     photograph = images.read(path)
     x = classifier.prepare(photograph, device)
     explainer = capability(framework_of_model(classifier.module), "explain")
-    returned = explainer.scores(classifier.module, x)[0]
+    returned = explainer.scores(classifier.module, x, classifier.output)[0]
+    options["output"] = classifier.output
     predictions = _predictions(classifier, returned)
     targets = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}

@@ -12,6 +12,7 @@ from .photographs import (
     input_line,
     load_classifier,
     model_option,
+    output_option,
     output_options,
     photographs_argument,
     preprocess_option,
@@ -79,9 +80,19 @@ Examples:
     show_default=True,
     help="Of a network that ends in a softmax or sigmoid: the score before it, or what it returns.",
 )
+@click.option(
+    "--baseline",
+    "baselines",
+    metavar="START",
+    multiple=True,
+    help="Where integrated begins: zero (default), blur, or a colour such as black, grey or #ff8800; several average.",
+)
+@click.option("--noise", default=0.1, show_default=True, help="Of smoothgrad, as a part of the input's range.")
+@click.option("--inner-batch", default=8, show_default=True, help="Images in one pass of an estimator, at most.")
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
 @preprocess_option
+@output_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -94,6 +105,8 @@ def explain(
     out: Path,
     as_json: bool,
     judge: bool,
+    output: str | None,
+    baselines: Sequence[str],
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
@@ -106,9 +119,33 @@ def explain(
 
     paths = images.find(photographs)
     options["head"] = options["head"].replace("-", " ")
-    classifier = load_classifier(reference, weights, preprocess)
+    classifier = load_classifier(reference, weights, preprocess, output)
+    options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
+
+
+def _baseline(classifier: "Classifier", word: str) -> Any:
+    """Return what `undertow.explain` takes for a word: a colour becomes an image of it, as the network's input.
+
+    Raises:
+        InputError: it is no colour.
+    """
+    from PIL import Image
+
+    from ..errors import InputError
+    from ..images import printable
+
+    if word in ("zero", "blur"):
+        return word
+    try:
+        image = Image.new("RGB", (64, 64), word)
+    except ValueError as error:
+        raise InputError(
+            f"unknown baseline '{printable(word)}'; it is zero, blur, or a colour such as black or #ff8800"
+        ) from error
+    array = classifier.preprocessing.array(image)
+    return tuple(float(value) for value in array[:, array.shape[1] // 2, array.shape[2] // 2])
 
 
 def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:

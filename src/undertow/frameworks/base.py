@@ -128,7 +128,7 @@ class Explainer(Protocol):
     def explain(self, request: Request) -> Explanation:
         """Explain the scores of one batch: one forward pass, and one backward pass for each target of a sample."""
 
-    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+    def scores(self, model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
         """Return the model's scores as they are, `(B, classes)` float64."""
 
     def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:

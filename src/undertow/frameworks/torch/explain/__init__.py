@@ -10,6 +10,7 @@ import torch
 
 from ....errors import InputError, ModelError, RuleError
 from ....inputs import ModelArguments
+from ....outputs import Path
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
@@ -133,10 +134,10 @@ def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request
     return calls
 
 
-def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
+def scores(model: Callable[..., Any], x: torch.Tensor, output: Path | None = None) -> npt.NDArray[Any]:
     """Return the model's scores as they are, `(B, classes)` float64.
 
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    return to_numpy(class_scores(model, x).double())
+    return to_numpy(class_scores(model, x, output).double())
