@@ -11,6 +11,7 @@ from ..rules import Rule, resolve
 from .estimators import estimate
 from .estimators import resolve as resolve_estimator
 from .result import Attribution
+from .unbatched import unbatched_named
 
 THROUGH = ("graph", "swap", "hook")
 ACTIVATIONS = ("relu-like", "all")
@@ -91,7 +92,9 @@ def explain(
         structure=arguments.structure,
         is_plain=arguments.is_plain,
     )
-    explanation = estimate(framework_of_input(arguments.tensors[0], model), request, resolved, seed)
+    framework = framework_of_input(arguments.tensors[0], model)
+    with unbatched_named(framework, request):
+        explanation = estimate(framework, request, resolved, seed)
     return Attribution(
         values=arguments.in_structure(explanation.maps),
         targets=explanation.targets,
