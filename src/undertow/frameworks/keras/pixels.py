@@ -40,7 +40,7 @@ def pixel_scale(module: Any) -> tuple[str, str]:
     names = {layer.name for layer in all_layers(module)}
     for title, scale, layers in _APPLICATIONS:
         if layers <= names:
-            return scale, f"by its layers a {title} of keras.applications"
+            return scale, f"its layers are those of {title} of keras.applications"
     return "0..1", GUESS
 
 
