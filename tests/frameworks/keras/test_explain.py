@@ -565,6 +565,15 @@ def test_tensors_of_the_other_framework_are_told_how(net):
     assert ut.explain(module, torch.from_numpy(tf.ones((2, 4)).numpy())).values.shape == (2, 4)
 
 
+def test_an_array_of_another_library_is_told_how(net):
+    class ArrayImpl:
+        shape, dtype = (2, 4), np.dtype("float32")
+
+    ArrayImpl.__module__ = "jaxlib._jax"
+    with pytest.raises(ut.InputError, match=r"x is a JAX array, and the model a Keras one .*; pass numpy\.array\(x\)"):
+        ut.explain(net, ArrayImpl())
+
+
 def test_keras_on_jax_is_refused_in_one_line():
     pytest.importorskip("jax")
     code = (
