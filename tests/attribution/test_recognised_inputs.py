@@ -63,7 +63,7 @@ def test_a_numpy_array_is_told_how():
 def test_a_jax_array_is_recognised():
     jnp = pytest.importorskip("jax.numpy")
     x = jnp.asarray(IMAGE[None].numpy())
-    with pytest.raises(ut.InputError, match="x is a JAX array, and the model a torch one") as said:
+    with pytest.raises(ut.InputError, match="x is a JAX array, and the model takes a torch tensor") as said:
         ut.explain(CONV, x)
     assert "torch.from_numpy(numpy.array(x))" in str(said.value)
     a = ut.explain(CONV, torch.from_numpy(np.array(x)))  # as the message says
@@ -77,7 +77,7 @@ def test_an_array_is_recognised_by_its_module(module, title):
         shape, dtype = (1, 3, 9, 9), np.dtype("float32")
 
     ArrayImpl.__module__ = module
-    with pytest.raises(ut.InputError, match=f"x is {title}, and the model a torch one"):
+    with pytest.raises(ut.InputError, match=f"x is {title}, and the model takes a torch tensor"):
         ut.explain(CONV, ArrayImpl())
 
 

@@ -559,7 +559,7 @@ def test_tensors_of_the_other_framework_are_told_how(net):
     assert ut.explain(net, x.numpy(force=True)).values.shape == (2, 4)  # as the message says
     module = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU()).eval()
     with pytest.raises(
-        ut.InputError, match=r"TensorFlow tensor, and the model a torch one; pass torch\.from_numpy\(x\.n"
+        ut.InputError, match=r"TensorFlow tensor, and the model takes a torch tensor; pass torch\.from_numpy\(x\.n"
     ):
         ut.explain(module, tf.ones((2, 4)))
     assert ut.explain(module, torch.from_numpy(tf.ones((2, 4)).numpy())).values.shape == (2, 4)
