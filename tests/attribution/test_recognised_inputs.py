@@ -54,7 +54,7 @@ def test_a_wrong_class_is_the_error_for_a_batch():
 
 
 def test_a_numpy_array_is_told_how():
-    with pytest.raises(ut.InputError, match=r"x is a NumPy array, .*pass torch\.from_numpy\(x\)"):
+    with pytest.raises(ut.InputError, match=r"x is a NumPy array, .*use torch\.from_numpy\(x\)"):
         ut.explain(CONV, IMAGE[None].numpy())
     with pytest.raises(ut.InputError, match=r"x is a NumPy array, not a torch tensor.* use torch\.from_numpy\(x\)"):
         ut.explain(lambda x: x, IMAGE[None].numpy())

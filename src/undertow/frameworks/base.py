@@ -379,8 +379,10 @@ _TITLES_OF_TENSORS = {
 }
 _REMEDIES: dict[str | None, Callable[[str], str]] = {
     None: lambda array: f"not a torch tensor or a tuple of them; use torch.from_numpy({array})",
-    "torch": lambda array: f"and the model takes a torch tensor; pass torch.from_numpy({array}), images (B, C, H, W)",
-    "keras": lambda array: f"and the model a Keras one on TensorFlow; pass {array}, images (B, H, W, C)",
+    "torch": lambda array: (
+        f"and the model takes a torch tensor; use torch.from_numpy({array}), axes in the model's order"
+    ),
+    "keras": lambda array: f"and the model is of Keras on TensorFlow; use {array}, axes in the model's order",
 }
 
 

@@ -553,13 +553,13 @@ def test_tensors_of_the_other_framework_are_told_how(net):
     torch = pytest.importorskip("torch")
     x = torch.ones(2, 4, requires_grad=True)
     with pytest.raises(
-        ut.InputError, match=r"x is a PyTorch tensor, and the model a Keras one on TensorFlow; pass x\.nu"
+        ut.InputError, match=r"x is a PyTorch tensor, and the model is of Keras on TensorFlow; use x\.nu"
     ):
         ut.explain(net, x)
     assert ut.explain(net, x.numpy(force=True)).values.shape == (2, 4)  # as the message says
     module = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU()).eval()
     with pytest.raises(
-        ut.InputError, match=r"TensorFlow tensor, and the model takes a torch tensor; pass torch\.from_numpy\(x\.n"
+        ut.InputError, match=r"TensorFlow tensor, and the model takes a torch tensor; use torch\.from_numpy\(x\.n"
     ):
         ut.explain(module, tf.ones((2, 4)))
     assert ut.explain(module, torch.from_numpy(tf.ones((2, 4)).numpy())).values.shape == (2, 4)
@@ -570,7 +570,7 @@ def test_an_array_of_another_library_is_told_how(net):
         shape, dtype = (2, 4), np.dtype("float32")
 
     ArrayImpl.__module__ = "jaxlib._jax"
-    with pytest.raises(ut.InputError, match=r"x is a JAX array, and the model a Keras one .*; pass numpy\.array\(x\)"):
+    with pytest.raises(ut.InputError, match=r"x is a JAX array, and the model is of Keras .*; use numpy\.array\(x\)"):
         ut.explain(net, ArrayImpl())
 
 
