@@ -17,6 +17,7 @@ from ..rules import Rule, resolve
 from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
 from .result import Attribution
+from .unbatched import unbatched_named
 
 THROUGH = ("graph", "swap", "hook")
 ACTIVATIONS = ("relu-like", "all")
@@ -130,11 +131,12 @@ def explain(
         is_plain=arguments.is_plain,
     )
     framework = framework_of_input(arguments.tensors[0], model)
-    if at is None:
-        explanation = estimate(framework, request, resolved, seed)
-        values = arguments.in_structure(explanation.maps)
-    else:
-        values, explanation = _explain_at(framework, request, resolved, seed, at)
+    with unbatched_named(framework, request):
+        if at is None:
+            explanation = estimate(framework, request, resolved, seed)
+            values = arguments.in_structure(explanation.maps)
+        else:
+            values, explanation = _explain_at(framework, request, resolved, seed, at)
     _warn_if_saturated(explanation, head)
     _warn_if_left_alone(explanation, name, activations)
     return Attribution(
