@@ -29,8 +29,13 @@ class ModelArguments:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the arguments are tensors, one by one: batches, whose first axes must be as long."""
-        return not self.kwargs and all(map(is_tensor, self.args))
+        """Whether the model is called with floating-point tensors alone: batches, whose first axes must be as long.
+
+        Integers may be edges of a graph, which have a first axis of their own, and a list of images in one argument
+        has a batch that no first axis tells.
+        """
+        are_tensors = all(is_tensor(item) for item in self.args) and not self.kwargs
+        return are_tensors and (len(self.args) == 1 or all("float" in str(item.dtype) for item in self.args))
 
     @property
     def structure(self) -> str:

@@ -5,7 +5,7 @@
 | bchw, bhwc | a plane with its channels first or last |
 | btc, bct | tokens: the plane row by row, behind up to 8 tokens that have no place in it, such as a class token |
 
-A line `(B, C, L)` and a volume `(B, C, T, H, W)` likewise, with as many positions as the input has.
+A line `(B, C, L)` and a volume `(B, C, T, H, W)` likewise; tokens of a volume have no grid that their number tells.
 """
 
 import math
@@ -88,8 +88,12 @@ def find_layout(
         if layout is not None:
             return layout
     example = "'bchw' or 'bhwc'" if len(shape) == 4 else "'btc' or 'bct'"
-    if axes:
-        raise InputError(f"{described}, and with axes {axes!r} its tokens make no grid of the input's proportions")
+    if axes or (not fits and len(shape) == 3):
+        asked = f"with axes {axes!r} " if axes else ""
+        raise InputError(
+            f"{described}: {asked}its tokens make no grid of square patches; take a layer that has a place "
+            "for each patch of the input"
+        )
     raise InputError(f"{described}: which of its axes are channels cannot be told; pass axes={example}")
 
 
@@ -121,14 +125,17 @@ def _is_nearly_proportional(positions: tuple[int, ...], plane: tuple[int, ...]) 
 
 
 def _tokens(count: int, plane: tuple[int, ...], channel_axis: int) -> Layout | None:
-    """Return the grid of the patch size that leaves the fewest extra tokens; one that divides the plane comes first."""
-    patches = [(patch, tuple(size // patch for size in plane)) for patch in range(1, min(plane) + 1)]
-    fitting = [
-        (any(size % patch for size in plane), count - math.prod(grid), grid)
-        for patch, grid in patches
-        if 0 <= count - math.prod(grid) <= MAX_EXTRA_TOKENS
-    ]
+    """Return the grid of the patches that leave the fewest extra tokens, None where there is none.
+
+    Patches divide the plane: else the rows of an image would be found to be tokens, 28 of them a grid of 5 by 5 and 3.
+    In a volume they need not be as long in time as in space: 8 by 14 by 14 tokens would be found to be 2 by 28 by 28.
+    """
+    if len(plane) != 2:
+        return None
+    patches = [patch for patch in range(1, min(plane) + 1) if not any(size % patch for size in plane)]
+    grids = [tuple(size // patch for size in plane) for patch in patches]
+    fitting = [(extra, grid) for grid in grids if 0 <= (extra := count - math.prod(grid)) <= MAX_EXTRA_TOKENS]
     if not fitting:
         return None
-    leaves_border, extra, grid = min(fitting)
-    return Layout(channel_axis, grid, extra, not leaves_border)
+    extra, grid = min(fitting)
+    return Layout(channel_axis, grid, extra)

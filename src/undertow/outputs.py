@@ -36,6 +36,20 @@ def head_of(output: Any, path: Path | None = None) -> Any:
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
+def described(output: Any) -> str:
+    """Say what a model returned, by its class and the parts of it: "a dict of hidden, logits".
+
+    >>> described({"hidden": 1, "logits": 2}), described([1, 2])
+    ('a dict of hidden, logits', 'a list of 2')
+    """
+    kind = type(output).__name__
+    article = "an" if kind[0] in "AEIOUaeiou" else "a"
+    if isinstance(output, tuple | list):
+        return f"{article} {kind} of {len(output)}"
+    names = [str(name) for name in (output if isinstance(output, Mapping) else getattr(output, "__dict__", ()))]
+    return f"{article} {kind}{' of ' * bool(names)}{', '.join(names[:8])}"
+
+
 def with_inputs(target: Any, x: Any) -> Any:
     """Return a target as a function of the output alone, where it is a function of the output and of `x`."""
     if not callable(target):

@@ -151,7 +151,7 @@ def test_values_have_the_dtype_of_x(x, dtype):
         (torch.add, (torch.ones(2, 2), torch.ones(3, 2)), ut.InputError, "first .batch. axis"),
         (lambda v: v.detach(), torch.ones(1, 2), ut.InputError, "do not depend on x"),
         (lambda v, w: v.relu(), (torch.ones(1, 2), torch.ones(1, 2)), ut.InputError, "input 1 does not influence"),
-        (lambda v: 3, torch.ones(1, 2), ut.ModelError, "the model returned a int"),
+        (lambda v: 3, torch.ones(1, 2), ut.ModelError, "the model returned an int"),
         (lambda v: v.long(), torch.ones(1, 2), ut.ModelError, "int64 scores"),
         (lambda v: v.sum(1), torch.ones(2, 2), ut.ModelError, "pass target=lambda"),
         (lambda v: v * float("nan"), torch.ones(2, 2), ut.ModelError, "sample 0 is nan"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import undertow as ut
+from frameworks.torch.references import grad_cam
 from undertow.layouts import Layout, find_layout
 
 
@@ -30,50 +30,8 @@ def plane():
     return nn.Sequential(nn.Conv2d(3, 8, 4, 4), Shaped(lambda v: v.movedim(1, -1)))
 
 
-NETWORKS = {
-    "channels first": lambda: nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), pooled(8)),
-    "channels last": lambda: nn.Sequential(plane(), nn.GELU(), Shaped(lambda v: v.movedim(-1, 1)), pooled(8)),
-    "tokens": lambda: nn.Sequential(
-        plane(), nn.Sequential(nn.Flatten(1, 2), nn.Linear(8, 8), nn.GELU()), Shaped(lambda v: v.mT), pooled(8)
-    ),
-    "tokens behind a class token": lambda: nn.Sequential(
-        plane(),
-        nn.Sequential(nn.Flatten(1, 2), Shaped(class_token), nn.LayerNorm(8), nn.GELU()),
-        Shaped(lambda v: v.mT),
-        pooled(8),
-    ),
-}
-
-
-def reference(net, x, target, layer, as_planes, mode="bilinear"):
-    """Sum the channels of `(B, C, h, w)`, weighted by their mean gradients, over the calls of a layer."""
-    outputs = []
-    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
-    score = net(x.clone().requires_grad_())[:, target].sum()
-    handle.remove()
-    total = 0
-    for output, gradient in zip(outputs, torch.autograd.grad(score, outputs), strict=True):
-        v, g = as_planes(output), as_planes(gradient)
-        total = total + (v * g.mean(tuple(range(2, g.ndim)), keepdim=True)).sum(1, keepdim=True)
-    return F.interpolate(total.clamp(min=0), size=x.shape[2:], mode=mode, align_corners=False).detach()
-
-
-AS_PLANES = {
-    "channels first": lambda t: t,
-    "channels last": lambda t: t.movedim(-1, 1),
-    "tokens": lambda t: t.mT.unflatten(2, (4, 3)),
-    "tokens behind a class token": lambda t: t[:, 1:].mT.unflatten(2, (4, 3)),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_grad_cam_in_every_layout(name):
-    torch.manual_seed(0)
-    net = NETWORKS[name]().double().eval()
-    x = torch.randn(2, 3, 16, 12, dtype=torch.float64)
-    attribution = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:1")
-    torch.testing.assert_close(attribution.values, reference(net, x, 1, net[1], AS_PLANES[name]))
-    assert attribution.values.abs().max() > 0
+def reference(net, x, target, layer, as_planes=lambda t: t):
+    return grad_cam(net, x, lambda scores: scores[:, target], layer, as_planes, x.shape[2:])
 
 
 def test_a_layer_behind_which_only_the_class_token_is_read_is_refused():
@@ -83,16 +41,23 @@ def test_a_layer_behind_which_only_the_class_token_is_read_is_refused():
         ut.explain(net, torch.randn(1, 3, 16, 12), rule="gradient", target=1, estimator="grad-cam:1")
 
 
+def test_tokens_are_not_laid_over_their_features():
+    net = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), Shaped(lambda v: v.mean(1)), nn.Linear(16, 3)).eval()
+    for layer in ("grad-cam:0", "grad-cam:1", "grad-cam:1:btc"):
+        with pytest.raises(ut.InputError, match=r"x of \(2, 7, 16\) may be tokens .* estimator='input-times'"):
+            ut.explain(net, torch.randn(2, 7, 16), rule="gradient", target=1, estimator=layer)
+
+
 def test_grad_cam_of_a_line_and_of_a_volume():
     torch.manual_seed(1)
     line = nn.Sequential(nn.Conv1d(2, 6, 4, 4), nn.GELU(), pooled(6)).double()
     x = torch.randn(2, 2, 32, dtype=torch.float64)
     attribution = ut.explain(line, x, rule="gradient", target=0, estimator="grad-cam:0")
-    torch.testing.assert_close(attribution.values, reference(line, x, 0, line[0], lambda t: t, "linear"))
+    torch.testing.assert_close(attribution.values, reference(line, x, 0, line[0]))
     volume = nn.Sequential(nn.Conv3d(2, 6, (2, 4, 4), (2, 4, 4)), nn.GELU(), pooled(6)).double()
     x = torch.randn(2, 2, 4, 8, 12, dtype=torch.float64)
     attribution = ut.explain(volume, x, rule="gradient", target=0, estimator="grad-cam:0")
-    torch.testing.assert_close(attribution.values, reference(volume, x, 0, volume[0], lambda t: t, "trilinear"))
+    torch.testing.assert_close(attribution.values, reference(volume, x, 0, volume[0]))
 
 
 class Twice(nn.Module):
@@ -108,7 +73,7 @@ def test_a_layer_that_runs_twice_counts_with_both_calls():
     torch.manual_seed(2)
     net, x = Twice().double(), torch.randn(1, 3, 8, 6, dtype=torch.float64)
     both = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared").values
-    torch.testing.assert_close(both, reference(net, x, 1, net.shared, lambda t: t))
+    torch.testing.assert_close(both, reference(net, x, 1, net.shared))
     second = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared@1").values
     assert not torch.allclose(second, both)
     with pytest.raises(ut.InputError, match="layer 'shared@2' is not on the way"):
@@ -160,7 +125,10 @@ def test_a_layout_is_found(shape, input_shape, more, layout):
             "cannot be told",
         ),  # a module that lays its output out anew
         ((1, 5, 2, 16), (1, 3, 64, 64), {}, "cannot be told"),
-        ((1, 92, 64), (1, 3, 224, 224), {"axes": "btc"}, "tokens make no grid"),
+        ((1, 92, 64), (1, 3, 224, 224), {"axes": "btc"}, "with axes 'btc' its tokens make no grid"),
+        ((1, 28, 64), (1, 1, 28, 28), {}, "tokens make no grid"),  # rows, as an LSTM takes them
+        ((1, 28, 64), (1, 1, 28, 28), {"channel_axis": -1}, "tokens make no grid"),
+        ((1, 1569, 384), (1, 3, 16, 224, 224), {}, "tokens make no grid"),  # 8 x 14 x 14, not 2 x 28 x 28
         ((64, 49, 96), (1, 3, 224, 224), {}, "a place for each sample"),
         ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhcw"}, "axes 'bhcw' are not understood"),
         ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhw"}, "a letter for each of the layer's 4 axes"),

@@ -10,8 +10,8 @@
 | guided-grad-cam:LAYER[:AXES] | the rule's map times the Grad-CAM of the plain gradient | 2 |
 
 A layer that runs several times counts with all of its calls; `LAYER@1` is its second alone. AXES, such as `bhwc`, say
-where its channels are where `layouts` cannot tell. Targets are those of the input itself: noise does not change the
-class that is explained.
+where its channels are where `layouts` cannot tell. Of lines `(B, L)` its map has the input's shape. Targets are those
+of the input itself: noise does not change the class that is explained.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import Arrays, Request, capability
 from ..frameworks.results import Explanation
-from ..layouts import find_layout
+from ..layouts import Layout, find_layout
 from ..rules import gradient
 
 Array = npt.NDArray[Any]
@@ -156,8 +156,9 @@ def _on_the_line(inputs: list[Array], maps: list[Any], count: int) -> Iterator[l
 def _mean(framework: str, request: Request, first: Explanation, points: Iterator[list[Array]]) -> list[Array | None]:
     """Return the mean of the maps at the points, each `(B, ...)` float64.
 
-    Several points go in one batch where the input itself, put among the first of them, keeps its score: samples of a
-    batch meet in batch norm without running statistics, and in models that are bound to other tensors.
+    Several points go in one batch where the input itself, put behind the first of them, keeps its score: samples of a
+    batch meet in batch norm without running statistics, and in models that are bound to other tensors. Behind, because
+    positions in a batch, as in the edges of a graph, count from its start.
     """
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
 
@@ -185,11 +186,11 @@ def _mean(framework: str, request: Request, first: Explanation, points: Iterator
     per_pass = 1 if first.targets is None or not request.batch else max(1, MAX_BATCH // request.batch)
     if per_pass > 1:
         trial = list(islice(points, per_pass - 1))
-        maps = _stacked_maps(explain_points, [[arrays.to_numpy(x) for x in request.inputs], *trial], first, arrays)
+        maps = _stacked_maps(explain_points, [*trial, [arrays.to_numpy(x) for x in request.inputs]], first, arrays)
         if maps is None:
             per_pass, points = 1, chain(trial, points)
         else:
-            add([None if m is None else m[1:] for m in maps])
+            add([None if m is None else m[:-1] for m in maps])
     while chunk := list(islice(points, per_pass)):
         add(explain_points(chunk)[1])
     return [total / count if isinstance(total, np.ndarray) else None for total in totals]
@@ -205,13 +206,13 @@ def _stacked_maps(
     first: Explanation,
     arrays: Arrays,
 ) -> list[Array | None] | None:
-    """Return the maps of points in one batch; None where the first of them, the input, has another score than alone."""
+    """Return the maps of points in one batch; None where the last of them, the input, has another score than alone."""
     try:
         scores, maps = explain_points(points)
     except Exception:  # whatever somebody's model raises for a larger batch
         return None
     alone = arrays.to_numpy(first.scores).astype(np.float64)
-    difference = np.abs(scores[: len(alone)] - alone)
+    difference = np.abs(scores[-len(alone) :] - alone)
     return maps if (difference <= 1e-4 * max(np.abs(alone).max(), 1e-6)).all() else None
 
 
@@ -228,7 +229,11 @@ def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -
     if len({at_layer.values[call].shape for call in calls}) > 1:
         raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
     shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
-    layout = find_layout(layer, shape, x.shape, channel_axis, estimator.axes)
+    plane = tuple(x.shape[2:] if x.ndim > 2 else x.shape[1:])  # (B, L) is a line without an axis of channels
+    layout = find_layout(
+        layer, shape, x.shape if x.ndim > 2 else (*x.shape[:1], 1, *plane), channel_axis, estimator.axes
+    )
+    _refuse_tokens(layer, shape, x.shape, layout)
     values = [layout.channels_first(at_layer.values[call]) for call in calls]
     gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
     if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):
@@ -238,12 +243,25 @@ def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -
         )
     terms = [weighted_channels(v, g) for v, g in zip(values, gradients, strict=True)]
     arrays = capability(framework, "arrays")
-    cam = upsampled(np.maximum(sum(terms), 0), tuple(x.shape[2:]))[:, :, None]
+    cam = upsampled(np.maximum(sum(terms), 0), plane)
+    cam = cam[:, :, None] if x.ndim > 2 else cam
     cam = cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
     if not guided:
         return replace(at_layer.explanation, maps=(arrays.like(cam, x),))
     explanation = capability(framework, "explain").explain(request)
     return replace(explanation, maps=(arrays.like(arrays.to_numpy(explanation.maps[0]) * cam, x),))
+
+
+def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout) -> None:
+    """Refuse a layer with a channel vector for each of as many positions as the input's second axis has.
+
+    That is what a layer of tokens gives where `x` is tokens `(B, T, C)` too. Grad-CAM would lay it over their features.
+    """
+    if len(input_shape) == 3 and layout.channel_axis == -1 and shape[1] == input_shape[1] > 1:
+        raise InputError(
+            f"layer {layer!r} gives {tuple(shape)}: x of {tuple(input_shape)} may be tokens (B, T, C) as well as lines "
+            "(B, C, L), and Grad-CAM is for lines; estimator='input-times' is for tokens"
+        )
 
 
 def weighted_channels(values: Array, gradients: Array) -> Array:

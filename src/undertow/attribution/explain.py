@@ -121,7 +121,7 @@ def explain(
     else:
         values, explanation = _explain_at(framework, request, resolved, seed, at)
     _warn_if_saturated(explanation, head)
-    _warn_if_left_alone(explanation, name)
+    _warn_if_left_alone(explanation, name, activations)
     return Attribution(
         values=values,
         targets=explanation.targets,
@@ -211,13 +211,14 @@ def _warn_if_saturated(explanation: Explanation, head: str) -> None:
     warnings.warn(f"{what} and the map vanishes; {remedy}", UndertowWarning, stacklevel=3)
 
 
-def _warn_if_left_alone(explanation: Explanation, rule: str) -> None:
+def _warn_if_left_alone(explanation: Explanation, rule: str, activations: str) -> None:
     """Warn of what may be an activation and does not follow the rule."""
     left_alone = {**explanation.stats.skipped, **explanation.stats.opaque}
     listed = ", ".join(f"{name} x{n}" for name, n in sorted(left_alone.items()) if not name.startswith(BOUNDS))
     if listed:
         message = f"{rule}: left alone on the way, as the gradient passes them: {listed}"
-        warnings.warn(f"{message}; activations='all' takes the smooth ones among them", UndertowWarning, stacklevel=3)
+        remedy = "" if activations == "all" else "; activations='all' takes the smooth ones among them"
+        warnings.warn(message + remedy, UndertowWarning, stacklevel=3)
 
 
 def _largest(explanation: Explanation) -> Any:

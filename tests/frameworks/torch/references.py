@@ -20,9 +20,11 @@ do not agree with one another, and the formulas follow them:
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Local = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor, Local], Tensor]
@@ -197,15 +199,110 @@ def reference(
         The gradient at `x`, of its shape (a tuple for a tuple), and how many activation calls the rule was applied to:
         those between `x` and the chosen scores, so not those among the weights alone.
     """
-    several = isinstance(x, tuple)
-    leaves = [part.detach().clone().requires_grad_() for part in (x if several else (x,))]
+
+    def score(output: Any) -> Tensor:
+        scores = _scores(output)
+        ids = torch.as_tensor(target, device=scores.device).expand(len(scores))
+        return scores.gather(1, ids[:, None])
+
+    maps, calls = ruled(model, x, score, rule, activations)
+    given = x if isinstance(x, tuple) else (x,)
+    values = tuple(torch.zeros_like(t) if m is None else m for m, t in zip(maps, given, strict=True))
+    return values if isinstance(x, tuple) else values[0], calls
+
+
+def ruled(
+    model: Callable[..., Any],
+    x: Any,
+    score: Callable[[Any], Tensor],
+    rule: str | Rule = "gradient",
+    activations: str = "relu-like",
+) -> tuple[list[Tensor | None], int]:
+    """Explain any function of any output by replacing the model's activation calls.
+
+    Args:
+        model: any callable.
+        x: a tensor, or tensors nested in tuples, lists and dicts with anything else beside them: a tuple is the model's
+            positional arguments, a dict its keyword arguments.
+        score: of the output as the model returned it; it is summed.
+
+    Returns:
+        For each leaf of `x`, in order, its gradient, None for what is no floating-point tensor and for what the score
+        does not depend on; and how many activation calls the rule was applied to.
+    """
+    flat, structure = tree_flatten(x)
+    leaves = [p.detach().clone().requires_grad_() if _is_floating(p) else p for p in flat]
     kinds = {"relu-like": RELU_LIKE, "all": (*RELU_LIKE, *SMOOTH)}[activations]
     with _Twin(RULES[rule] if isinstance(rule, str) else rule, kinds) as twin:
-        scores = _scores(model(*(leaf.clone() for leaf in leaves)))  # copies: a model may write into its input
-    ids = torch.as_tensor(target, device=scores.device).expand(len(scores))
-    chosen = scores.gather(1, ids[:, None]).sum()
-    maps = torch.autograd.grad(chosen, leaves, allow_unused=True, materialize_grads=True)
-    return (maps if several else maps[0]), twin.calls
+        fed = [p.clone() if isinstance(p, Tensor) else p for p in leaves]  # a model may write into its input
+        total = score(called(model, tree_unflatten(fed, structure))).sum()
+    wanted = [p for p in leaves if _is_floating(p)]
+    found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    return [next(found) if _is_floating(p) else None for p in leaves], twin.calls
+
+
+def grad_cam(
+    model: Callable[..., Any],
+    x: Any,
+    score: Callable[[Any], Tensor],
+    layer: torch.nn.Module,
+    as_planes: Callable[[Tensor], Tensor],
+    size: tuple[int, ...],
+) -> Tensor:
+    """Sum a layer's channels, weighted by their mean gradients, over its calls; the positive part, resized.
+
+    Args:
+        as_planes: from the layer's output to `(B, channels, *positions)`.
+        size: of the map, `(H, W)`, or of a line or a volume.
+
+    Returns:
+        `(B, 1, *size)`.
+    """
+    outputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    flat, structure = tree_flatten(x)
+    fed = [p.detach().clone().requires_grad_() if _is_floating(p) else p for p in flat]
+    total = score(called(model, tree_unflatten(fed, structure))).sum()
+    handle.remove()
+    terms = []
+    for output, gradient in zip(outputs, torch.autograd.grad(total, outputs), strict=True):
+        values, g = as_planes(output.detach()), as_planes(gradient)
+        terms.append((values * g.mean(tuple(range(2, g.ndim)), keepdim=True)).sum(1, keepdim=True))
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return torch.nn.functional.interpolate(sum(terms).clamp(min=0), size=size, mode=mode, align_corners=False)
+
+
+def smoothgrad(
+    model: Callable[..., Any], x: Any, score: Callable[[Any], Tensor], count: int, seed: int = 0
+) -> list[Tensor | None]:
+    """Average the gradient over `count` inputs with normal noise, a tenth of each sample's range of values.
+
+    The noise is NumPy's, drawn for one input after the other in the order in which they stand in `x`. A map for each
+    leaf of `x`, as of `ruled`.
+    """
+    generator = np.random.default_rng(seed)
+    flat, structure = tree_flatten(x)
+    totals: list[Any] = [0.0 if _is_floating(p) else None for p in flat]
+    for _ in range(count):
+        noisy = [_noisy(p, generator) if _is_floating(p) else p for p in flat]
+        maps, _ = ruled(model, tree_unflatten(noisy, structure), score)
+        totals = [None if m is None else t + m for t, m in zip(totals, maps, strict=True)]
+    return [None if t is None else t / count for t in totals]
+
+
+def called(model: Callable[..., Any], x: Any) -> Any:
+    """Call a model as undertow says it does."""
+    return model(**x) if isinstance(x, dict) else model(*x) if type(x) is tuple else model(x)
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _noisy(x: Tensor, generator: np.random.Generator) -> Tensor:
+    axes = tuple(range(1, x.ndim))
+    reach = (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)) / 10
+    return x + torch.from_numpy(generator.standard_normal(x.shape)).to(x.dtype) * reach
 
 
 def _scores(output: Any) -> Tensor:

@@ -10,12 +10,18 @@ import torch
 from torch import nn
 
 from ...errors import InputError, ModelError
-from ...outputs import Path, head_of
+from ...outputs import Path, described, head_of
 from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the module or function behind `torch.compile`: a compiled call is one node without activations."""
+    """Return the module or function behind `torch.compile`: a compiled call is one node without activations.
+
+    Raises:
+        ModelError: it is an exported program, which is not called itself.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        raise ModelError("an ExportedProgram cannot be called; pass its module, as in program.module()")
     while (inner := compiled_from(model)) is not None:
         model = inner
     return model
@@ -127,10 +133,11 @@ def scores_of(output: Any, path: Path | None = None) -> torch.Tensor:
     """
     scores = head_of(output, path)
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
-        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else f"a {type(output).__name__}"
-        remedy = "" if path is not None else "; name the part that holds the scores, as in output='out'"
+        returned = f"{scores.dtype} scores" if isinstance(scores, torch.Tensor) else described(output)
+        remedy = "" if path is not None else "name the part that holds the scores, as in output='out', or "
         raise ModelError(
-            f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits{remedy}"
+            f"the model returned {returned}; it must be a float tensor, a tuple of them, or have .logits; {remedy}"
+            "pass target=lambda output: ... that returns one score for each sample"
         )
     return scores
 

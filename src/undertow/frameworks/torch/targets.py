@@ -53,7 +53,8 @@ def target_scores(
         given = output if path is None else head_of(output, path)
         scores, ids, single = _function_scores(target(given), batch).unsqueeze(1), None, True
     else:
-        scores, ids, single = _chosen(scores_of(output, path), target, batch)
+        others = isinstance(output, tuple | list) and len(output) > 1 and path is None
+        scores, ids, single = _chosen(scores_of(output, path), target, batch, others)
     finite = scores.detach().isfinite()
     if not bool(finite.all()):
         sample, k = finite.logical_not().nonzero()[0].tolist()
@@ -62,13 +63,19 @@ def target_scores(
     return scores, ids, single
 
 
-def _chosen(scores: torch.Tensor, target: Any, batch: int | None) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Return the scores `(B, K)` that a target means among those of a model, `(B, ...)`."""
+def _chosen(
+    scores: torch.Tensor, target: Any, batch: int | None, has_others: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Return the scores `(B, K)` that a target means among those of a model, `(B, ...)`.
+
+    Args:
+        has_others: the model returned other parts beside these scores.
+    """
     shape, target_is_class = tuple(scores.shape), target is None or isinstance(target, str)
     if not shape or len(shape) < 2 or shape[0] != (batch or shape[0]):
-        batch = batch or (shape[0] if shape else 1)
+        wanted = ", not (batch, classes)" if batch is None else f" for a batch of {batch}, not ({batch}, classes)"
         raise ModelError(
-            f"the model returned shape {shape} for a batch of {batch}, not ({batch}, classes); "
+            f"the model returned shape {shape}{wanted}; {'name another part of it, as in output=1, or ' * has_others}"
             "pass target=lambda output: ... that returns one score for each sample"
         )
     if isinstance(target, Region):

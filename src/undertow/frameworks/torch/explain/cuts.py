@@ -23,9 +23,9 @@ def where_cut(request: Request, fed: Sequence[Tensor]) -> str:
     root, cut = module_of(uncompiled(request.model)), list[str]()
 
     def after(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        inputs = [t for _, t in tensors_with_paths((args, kwargs))]
+        inputs = [t for _, t in tensors_with_paths((args, kwargs)) if t.requires_grad]
         outputs = [t for _, t in tensors_with_paths(output)]
-        if any(t.requires_grad for t in inputs) and outputs and not any(t.requires_grad for t in outputs):
+        if inputs and outputs and not _passes(inputs, outputs):
             cut.append(name)
 
     with ExitStack() as stack:
@@ -36,6 +36,17 @@ def where_cut(request: Request, fed: Sequence[Tensor]) -> str:
         run(request.bind(eager(request.model)), _again(fed))
     where = f"in {cut[0]!r}" if cut and cut[0] else "in the model's own forward"
     return f"it ends {where} ({_CUTS})"
+
+
+def _passes(inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Whether a gradient comes from outputs to inputs: an operation without a backward may still ask for one."""
+    asking = [t for t in outputs if t.requires_grad]
+    if not asking:
+        return False
+    gradients = torch.autograd.grad(
+        asking, inputs, [torch.ones_like(t) for t in asking], retain_graph=True, allow_unused=True
+    )
+    return any(g is not None for g in gradients)
 
 
 def without_gradient(request: Request, fed: Sequence[Tensor], i: int) -> str:

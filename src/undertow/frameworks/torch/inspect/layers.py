@@ -155,8 +155,8 @@ def layer_gradients(
     stacked = [np.stack(column, 1) for column in zip(*rows, strict=True)]
     at_input = stacked.pop()
     detached = scores.detach()
-    if single and ids is not None:
-        detached, ids = detached[:, 0], ids[:, 0]
+    if single:
+        detached, ids = detached[:, 0], None if ids is None else ids[:, 0]
     return LayerGradients(
         explanation=Explanation((None,), ids, detached, stats, has_channels_last(request.model), acting, head),
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
