@@ -341,3 +341,78 @@ def test_demo_photographs_exist_or_say_how(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FrameworkError, match=r'pip install "undertow\[demo\]"'):
         demo_photographs()
+
+
+@pytest.fixture
+def pets(tmp_path: Path, chelsea: Image.Image) -> Path:
+    """Two photographs of each of two classes, one of them deeper, and one of none."""
+    for name in ("dog/b.png", "cat/a.png", "cat/deep/c.png", "dog/a.jpg", "e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        chelsea.save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def test_a_folder_gives_arrays_labels_and_names(pets: Path, chelsea: Image.Image) -> None:
+    folder = images.Folder(pets, Preprocessing(16, 16))
+    assert (folder.classes, len(folder)) == (("cat", "dog"), 5)
+    rows = list(folder)
+    assert [row[1:] for row in rows] == [(0, "cat/a.png"), (0, "cat/deep/c.png"), (1, "dog/a.jpg"), (1, "dog/b.png"),
+                                         (-1, "e.png")]  # fmt: skip
+    assert np.array_equal(rows[0][0], Preprocessing(16, 16).array(chelsea))
+    assert folder[-1][2] == "e.png"
+    with pytest.raises(IndexError):
+        folder[5]
+
+
+def test_a_folder_reads_nothing_before_it_is_asked(pets: Path) -> None:
+    (pets / "cat" / "a.png").write_bytes(b"no photograph")
+    folder = images.Folder(pets)
+    assert folder[1][0].shape == (3, 224, 224)
+    with pytest.raises(PhotographError, match=r"cat/a\.png is not a photograph that can be read"):
+        folder[0]
+
+
+def test_a_folder_is_prepared_by_a_classifier_or_a_function(pets: Path, chelsea: Image.Image) -> None:
+    from undertow.models import load
+
+    classifier = load("torchvision:squeezenet1_1@none")
+    prepared = images.Folder(pets, classifier)[0][0]
+    assert np.array_equal(prepared[None], classifier.prepare(chelsea).numpy())
+    assert images.Folder(pets, lambda image: image.size)[0] == ((90, 60), 0, "cat/a.png")
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_folder_works_in_a_loader_with_workers(pets: Path, context: str) -> None:
+    import torch
+
+    folder = images.Folder(pets, Preprocessing(16, 16))
+    loader = torch.utils.data.DataLoader(folder, batch_size=2, num_workers=1, multiprocessing_context=context)
+    batches = list(loader)
+    assert [tuple(x.shape) for x, _, _ in batches] == [(2, 3, 16, 16), (2, 3, 16, 16), (1, 3, 16, 16)]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, 0, 1, 1, -1]
+    assert [name for _, _, names in batches for name in names] == list(folder.names)
+    assert np.array_equal(batches[0][0][0].numpy(), folder[0][0])
+
+
+def test_a_loader_names_the_photograph_that_cannot_be_read(pets: Path) -> None:
+    import torch
+
+    (pets / "dog" / "a.jpg").write_bytes(b"no photograph")
+    loader = torch.utils.data.DataLoader(images.Folder(pets, Preprocessing(16, 16)), 2, num_workers=1)
+    with pytest.raises(PhotographError, match=r"dog/a\.jpg is not a photograph that can be read"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("path", "preparation", "message"),
+    [
+        ("nowhere", None, "nowhere does not exist; check the name"),
+        ("e.png", None, r"e\.png is no folder; read takes a photograph"),
+        ("empty", None, "no photograph in the folder"),
+        (".", "imagenet", "cannot be prepared by a str; pass a classifier, a Preprocessing or a function"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused(pets: Path, path: str, preparation: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        images.Folder(pets / path, preparation)  # type: ignore[arg-type]

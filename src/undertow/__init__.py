@@ -6,7 +6,10 @@
 """
 
 from . import derive as derive
+from . import images as images
 from . import rules as rules
+from . import show as show
+from . import targets as targets
 from .attribution import Attribution as Attribution
 from .attribution import explain as explain
 from .diagnosis import Finding as Finding
@@ -20,6 +23,7 @@ from .errors import RunError as RunError
 from .errors import TargetError as TargetError
 from .errors import UndertowError as UndertowError
 from .errors import UndertowWarning as UndertowWarning
+from .models import load as load
 from .recording import Recording as Recording
 from .recording import Schedule as Schedule
 from .recording import Trace as Trace

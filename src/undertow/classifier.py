@@ -1,15 +1,21 @@
-"""A classifier and the names of its classes: plain data, whatever the framework."""
+"""A classifier, its photographs and the names of its classes, whatever the framework."""
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from .errors import FrameworkError, TargetError, did_you_mean
-from .images import Preprocessing, printable
+from PIL import Image
+
+from .errors import FrameworkError, PhotographError, TargetError, did_you_mean
+from .frameworks.base import capability, framework_of_model
+from .images import Photograph, Preprocessing, printable, read
+from .scales import Scaling
 
 RANDOM = "random (seed 0)"
 
@@ -28,6 +34,8 @@ class Classifier:
             "best.safetensors".
         weights_sha256: of the values themselves (see `undertow.frameworks.torch.weights.weights_sha256`).
         synonyms: further names of each class, or nothing; `find_class` knows them too.
+        preprocessing_from: who says so, for people: "torchvision's, of IMAGENET1K_V2", "--preprocess 0..1".
+        guessed: nobody says how pixels are scaled: from 0 to 1 is what most do.
     """
 
     reference: str
@@ -37,6 +45,48 @@ class Classifier:
     weights: str
     weights_sha256: str
     synonyms: tuple[tuple[str, ...], ...] = ()
+    preprocessing_from: str = "given with the network"
+    guessed: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes' names, one for each score."""
+        return self.classes
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the module takes images `(B, H, W, C)`."""
+        return capability(framework_of_model(self.module), "arrays").channels_last()
+
+    def id(self, word: str | int) -> int:
+        """Return the index of the class that a name or a number means; errors as of `find_class`.
+
+        >>> import undertow as ut
+        >>> ut.load("torchvision:squeezenet1_1@none").id("tiger cat")
+        282
+        """
+        return find_class(self, str(word))
+
+    def prepare(self, photographs: Photograph | Sequence[Photograph], device: str = "cpu") -> Any:
+        """Return photographs as a batch for the module: float32, `(B, 3, H, W)` in torch, `(B, H, W, 3)` in Keras.
+
+        Args:
+            photographs: a path or a Pillow image, or a list of them.
+            device: where the batch is put, as in "cuda"; the module is on the CPU unless it was moved.
+
+        Raises:
+            PhotographError: there is none, or one is not readable or too elongated.
+
+        >>> import undertow as ut
+        >>> classifier = ut.load("torchvision:squeezenet1_1@none")
+        >>> classifier.prepare(Image.new("RGB", (640, 480))).shape
+        torch.Size([1, 3, 224, 224])
+        """
+        listed = [photographs] if isinstance(photographs, Image.Image | str | os.PathLike) else list(photographs)
+        if not listed:
+            raise PhotographError("no photograph was given; pass a path, a Pillow image or a list of them")
+        arrays = capability(framework_of_model(self.module), "arrays")
+        return arrays.batch([self.preprocessing.array(read(photograph)) for photograph in listed], device)
 
 
 @dataclass(frozen=True)
@@ -48,6 +98,25 @@ class Reference:
     weights: str
     offline: bool
     why: str
+
+
+class Zoo(Protocol):
+    """Classifiers that have a name."""
+
+    def names(self) -> list[str]:
+        """List every model, as references without weights."""
+
+    def rows(self, source: str, word: str | None) -> list[Reference]:
+        """List the models whose reference contains a word."""
+
+    def load(self, source: str, name: str, weights: str, file: Path | None) -> Classifier:
+        """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
+
+    def from_object(self, reference: str, network: Any, file: Path | None, scaling: Scaling | None) -> Classifier:
+        """Complete what a user's function returned; its preprocessing is scaled otherwise where that was asked for."""
+
+    def seeded(self) -> AbstractContextManager[None]:
+        """Draw random weights from seed 0 inside, and restore the caller's random state."""
 
 
 def find_class(classes: Classifier | Sequence[str], word: str) -> int:

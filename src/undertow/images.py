@@ -9,18 +9,18 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .errors import FrameworkError, ModelError, PhotographError
+from .errors import FrameworkError, InputError, ModelError, PhotographError
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused by their header alone; Pillow itself raises at the same size (half a gigabyte as RGB)."""
@@ -42,7 +42,11 @@ _UPRIGHT = {
 }
 
 
-def read(path: str | os.PathLike[str]) -> Image.Image:
+Photograph = str | os.PathLike[str] | Image.Image
+"""A path, or what Pillow has opened."""
+
+
+def read(photograph: Photograph) -> Image.Image:
     """Read a photograph as a person sees it: upright, RGB, 8 bits a channel, transparency over white, first frame.
 
     Integer pixels of 16 bits are divided by 257; floating-point ones are taken as 0 to 1, or 0 to 255 where they
@@ -51,15 +55,15 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         PhotographError: the file is missing, empty, damaged, too large, or no photograph.
     """
-    path = Path(path)
-    name = printable(path)
-    _refuse_non_file(path, name)
+    name = "the Pillow image" if isinstance(photograph, Image.Image) else printable(photograph)
+    if not isinstance(photograph, Image.Image):
+        _refuse_non_file(Path(photograph), name)
     try:
-        with _without_warnings(), Image.open(path, formats=_formats()) as opened:
+        with _without_warnings(), _opened(photograph) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             opened.load()
-            return _rgb(_upright(opened))
+            return _as_seen(opened)
     except Image.DecompressionBombError as error:
         raise PhotographError(f"{name} is too large: over {MAX_PIXELS:,} pixels; make it smaller first") from error
     except UnidentifiedImageError as error:
@@ -175,6 +179,91 @@ class Preprocessing:
         return (self.resize, other) if width <= height else (other, self.resize)
 
 
+class Preparation(Protocol):
+    """How photographs are prepared for a network, as a `Classifier` knows it."""
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
+    @property
+    def channels_last(self) -> bool: ...
+
+
+class Folder:
+    """The photographs of a folder, each read when it is asked for: `folder[i]` is `(array, label, name)`.
+
+    The array is float32, prepared for a network: `(3, H, W)`, or `(H, W, 3)` for a Keras classifier. The label is the
+    index in `classes` of the photograph's folder at the first level, -1 for one that lies in none. The name is its
+    path relative to the folder. A torch `DataLoader` takes it as a data set, with workers too, and makes tensors of
+    arrays and labels.
+
+    Args:
+        path: of the folder; photographs are found as by `find`, sorted.
+        preparation: a classifier, a `Preprocessing`, or a function of the upright RGB Pillow image, such as a
+            transform of torchvision. By default the `Preprocessing` of most ImageNet networks.
+
+    Attributes:
+        path: of the folder.
+        names: the photographs' names, in order.
+        classes: the names of the folders at the first level that hold photographs, sorted.
+
+    Raises:
+        PhotographError: the path is no folder, or holds no photograph; from `folder[i]`: the photograph, named, cannot
+            be read.
+        InputError: the preparation is none of these.
+
+    >>> folder = Folder(demo_photographs()["chelsea"].parent, Preprocessing(resize=32, crop=32))
+    >>> array, label, name = folder[folder.names.index("chelsea.png")]
+    >>> array.shape, label, name
+    ((3, 32, 32), -1, 'chelsea.png')
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        preparation: Preparation | Preprocessing | Callable[[Image.Image], Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            reason = "is no folder; read takes a photograph" if self.path.exists() else "does not exist; check the name"
+            raise PhotographError(f"{printable(path)} {reason}")
+        relative = [photograph.relative_to(self.path) for photograph in find([self.path])]
+        self.names = tuple(map(str, relative))
+        self.classes = tuple(sorted({name.parts[0] for name in relative if len(name.parts) > 1}))
+        self._prepare, self._channels_last = _prepare_function(preparation)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, str]:
+        name = self.names[index]
+        values = self._prepare(read(self.path / name))
+        if self._channels_last:
+            values = np.ascontiguousarray(values.transpose(1, 2, 0))
+        folder, *within = Path(name).parts
+        return values, self.classes.index(folder) if within else -1, name
+
+    def __iter__(self) -> Iterator[tuple[Any, int, str]]:
+        return map(self.__getitem__, range(len(self)))
+
+
+def _prepare_function(preparation: Any) -> tuple[Callable[[Image.Image], Any], bool]:
+    """Return the function of an image, and whether the channels of what it returns are to be put last.
+
+    A classifier itself is not kept, lest its network go to each of a loader's workers.
+    """
+    if preparation is None:
+        return Preprocessing().array, False
+    if isinstance(preparation, Preprocessing):
+        return preparation.array, False
+    if callable(preparation):
+        return preparation, False
+    if isinstance(getattr(preparation, "preprocessing", None), Preprocessing):
+        return preparation.preprocessing.array, preparation.channels_last
+    kind = type(preparation).__name__
+    raise InputError(f"photographs cannot be prepared by a {kind}; pass a classifier, a Preprocessing or a function")
+
+
 def printable(text: object) -> str:
     """Escape a path or any text, so that an error stays one line and can be printed, whatever the bytes.
 
@@ -243,6 +332,20 @@ def _refuse_non_file(path: Path, name: str) -> None:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _opened(photograph: Photograph) -> AbstractContextManager[Image.Image]:
+    """Open a file, to be closed again; leave what a caller has opened to the caller."""
+    if isinstance(photograph, Image.Image):
+        return nullcontext(photograph)
+    return Image.open(photograph, formats=_formats())
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """Return an upright RGB copy, without the metadata that would turn it once more."""
+    copy = _rgb(_upright(image))
+    copy.info.clear()
+    return copy
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ A reference is one of
     torchvision:vgg16               with torchvision's default weights; @IMAGENET1K_V1 names others, @none is random
     timm:resnet18                   with timm's default weights; .a1_in1k names others, @none is random
     keras:DenseNet201               of keras.applications, with ImageNet weights; @none is random
-    path/to/model.keras             a model that Keras saved
+    path/to/model.keras             a model that Keras saved, .h5 of earlier versions too
     path/to/file.py:function        your own; the function returns a network, or a dict or `Classifier` around one
 
 No framework is imported until `load` or `listing` needs one.
@@ -17,46 +17,82 @@ import importlib.util
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .classifier import Classifier, Reference
+from .classifier import Classifier, Reference, Zoo
 from .errors import FrameworkError, ModelError, UndertowError, did_you_mean
-from .frameworks.base import Zoo, capability, framework_of_model
+from .frameworks.base import capability, framework_of_model
 from .frameworks.starting import quietly
 from .images import printable
+from .scales import FORMS as SCALE_FORMS
+from .scales import Scaling
 
 FORMS = "demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras or FILE.py:FUNCTION"
 SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "keras": "keras"}
 """The framework that loads each source, the part of a reference before the colon."""
 
 
-def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Classifier:
+def load(reference: str, weights: str | os.PathLike[str] | None = None, preprocess: str | None = None) -> Classifier:
     """Load the classifier that a reference names, its weights from a file where one is given.
 
     Weights are read from `.safetensors`, or from a state dict that `torch.load(weights_only=True)` accepts; no code in
     a file is ever run. Random weights are drawn from seed 0, so they are the same every time; the caller's random
     state is left alone.
 
+    Args:
+        reference: as above.
+        weights: a file.
+        preprocess: how pixels are scaled, in the words of `undertow.scales`: "0..1", "imagenet@32". By
+            default as the network's own source says. Where nothing does, as in a Keras model without a layer that
+            scales, from 0 to 1, with a warning.
+
     Raises:
         ModelError: an unknown reference, or weights that cannot be had or do not fit.
+        InputError: `preprocess` is not understood.
         FrameworkError: a package that is missing or does not fit.
 
     >>> load("torchvision:squeezenet1_1@none").classes[282]
     'tiger cat'
     """
-    reference, file = os.fspath(reference), None if weights is None else Path(weights)
+    scaling = None if preprocess is None else Scaling.parse(preprocess)
+    classifier = _load(os.fspath(reference), None if weights is None else Path(weights), scaling)
+    if scaling is not None:
+        scaled = scaling.applied(classifier.preprocessing)
+        return replace(
+            classifier, preprocessing=scaled, preprocessing_from=f"--preprocess {scaling.word}", guessed=False
+        )
+    if classifier.guessed:
+        warnings.warn(guess_of(classifier), stacklevel=2)
+    return classifier
+
+
+GUESSED = r"nothing in .* says how pixels are scaled"
+"""Matches the warning about a guess."""
+
+
+def guess_of(classifier: Classifier) -> str:
+    """Say that the scale of a classifier's pixels is a guess."""
+    return (
+        f"nothing in {printable(classifier.reference)} says how pixels are scaled: they go from 0 to 1; "
+        f"say it with --preprocess, or preprocess= in Python: {SCALE_FORMS}"
+    )
+
+
+def _load(reference: str, file: Path | None, scaling: Scaling | None) -> Classifier:
     source, _, rest = reference.partition(":")
     path, _, function = reference.rpartition(":")
     if source in SOURCES and (source != "demo" or not rest):
         name, _, choice = rest.partition("@")
         return _zoo(SOURCES[source]).load(source, name, choice, file)
-    if reference.endswith(".keras"):
+    if reference.lower().endswith((".keras", ".h5", ".hdf5")) or Path(reference, "saved_model.pb").is_file():
         return _zoo("keras").load("file", reference, "", file)
     if path.endswith(".py"):
-        return _from_file(reference, Path(path).expanduser(), function, file)
+        return _from_file(reference, Path(path).expanduser(), function, file, scaling)
     raise ModelError(f"unknown model '{printable(reference)}'; a reference is {FORMS}{_similar(reference)}")
 
 
@@ -84,7 +120,8 @@ def listing(word: str | None = None) -> list[Reference]:
 
 def _zoo(framework: str) -> Zoo:
     with quietly():
-        return capability(framework, "zoo")
+        zoo: Zoo = capability(framework, "zoo")
+        return zoo
 
 
 def _why_keras() -> str:
@@ -111,7 +148,7 @@ def _similar(word: str) -> str:
     return f"; did you mean {' or '.join(bare[name] for name in close)}?" if close else ""
 
 
-def _from_file(reference: str, path: Path, function: str, weights: Path | None) -> Classifier:
+def _from_file(reference: str, path: Path, function: str, weights: Path | None, scaling: Scaling | None) -> Classifier:
     """Run the function and complete what it returns: class names, preprocessing, eval mode, weights."""
     if not path.is_file():
         raise ModelError(f"no file {printable(path)}; a reference is {FORMS}")
@@ -123,7 +160,7 @@ def _from_file(reference: str, path: Path, function: str, weights: Path | None) 
         except (Exception, SystemExit) as error:
             raise ModelError(f"{printable(path)} failed{_location(error, path)}; correct it, then try again") from error
     module = network.get("module") if isinstance(network, dict) else getattr(network, "module", network)
-    return _zoo(framework_of_model(module)).from_object(reference, network, weights)
+    return _zoo(framework_of_model(module)).from_object(reference, network, weights, scaling)
 
 
 @contextmanager

@@ -1,17 +1,22 @@
-"""Photographs for a classifier: as batches on a device, and the folder that holds the results of one."""
+"""Photographs for a classifier: the device that they go to, and the folder that holds the results of one."""
 
 import json
+import platform
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from . import images
 from .classifier import Classifier
 from .files import published
 from .frameworks.base import capability, framework_of_model
+
+_MODULES = {"pillow": "PIL"}
+_DISTRIBUTIONS = {
+    name: (name,) for name in ("undertow", "torch", "torchvision", "timm", "keras", "numpy", "pillow")
+} | {"tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-intel", "tensorflow-macos", "tf-nightly")}
 
 
 def on_device(classifier: Classifier, name: str) -> str:
@@ -26,25 +31,6 @@ def on_device(classifier: Classifier, name: str) -> str:
     return device
 
 
-def batch_of(classifier: Classifier, photograph: Image.Image, device: str = "cpu") -> Any:
-    """Return a photograph as a batch of one on a device, as the network takes it.
-
-    Raises:
-        PhotographError: it is too elongated.
-    """
-    arrays = capability(framework_of_model(classifier.module), "arrays")
-    return arrays.batch([classifier.preprocessing.array(photograph)], device)
-
-
-def batch_of_file(classifier: Classifier, path: Path, device: str = "cpu") -> Any:
-    """Read a photograph as a batch of one on a device.
-
-    Raises:
-        PhotographError: it cannot be read.
-    """
-    return batch_of(classifier, images.read(path), device)
-
-
 def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:
     """Return which photograph and which network a result is of, ready for JSON."""
     return {
@@ -52,7 +38,27 @@ def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:
         "model": classifier.reference,
         "weights": classifier.weights,
         "weights_sha256": classifier.weights_sha256,
+        "preprocessing": classifier.preprocessing.to_dict(),
+        "preprocessing_from": classifier.preprocessing_from,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that a result may depend on; None for one that is missing.
+
+    What is imported says its own, "2.13.0+cpu"; TensorFlow is installed under several names.
+    """
+    return {"python": platform.python_version(), **{package: _version(package) for package in _DISTRIBUTIONS}}
+
+
+def _version(package: str) -> str | None:
+    module = sys.modules.get(_MODULES.get(package, package))
+    if module is not None:
+        return str(module.__version__)
+    for name in _DISTRIBUTIONS[package]:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import nn
 
 import undertow as ut
 from frameworks.torch.references import grad_cam
-from undertow.attribution.layouts import Layout, find_layout
+from undertow.layouts import Layout, find_layout
 
 
 class Shaped(nn.Module):

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import Arrays, Request, capability
 from ..frameworks.results import Explanation
+from ..layouts import Layout, find_layout
 from ..rules import gradient
-from .layouts import Layout, find_layout
 
 Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")

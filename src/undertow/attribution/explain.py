@@ -1,18 +1,19 @@
 """The verb: check the arguments, let the framework compute the map, return an Attribution."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, UndertowWarning, did_you_mean
-from ..frameworks.base import AS_IS, BEFORE, Request, as_numpy, framework_of_input
+from ..classifier import Classifier, find_class
+from ..errors import InputError, TargetError, UndertowWarning, did_you_mean
+from ..frameworks.base import AS_IS, BEFORE, Request, as_numpy, capability, framework_of_input
 from ..frameworks.results import Explanation
 from ..inputs import arguments_of
 from ..outputs import Path, with_inputs
 from ..rules import Rule, resolve
-from .estimators import estimate
+from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
 from .result import Attribution
 
@@ -24,7 +25,7 @@ SATURATED = 1e-6  # of p (1 - p), which a softmax and a sigmoid leave of a gradi
 
 
 def explain(
-    model: Callable[..., Any],
+    model: Any,
     x: Any,
     *,
     rule: str | Rule = "guided",
@@ -37,6 +38,7 @@ def explain(
     output: Path | None = None,
     head: str = "before",
     axes: str | None = None,
+    at: str | Sequence[str] | None = None,
 ) -> Attribution:
     """Map how each element of the input speaks for a score, under a rule for the activations on the way.
 
@@ -45,14 +47,16 @@ def explain(
 
     Args:
         model: any callable from tensors to scores `(B, classes)`: a module in eval mode, a function, a traced or
-            exported program.
+            exported program; or a `Classifier` of `ut.load`.
         x: a floating-point batch `(B, ...)` of any rank, such as `(B, C, H, W)`; or, nested as the model takes them, a
             tuple, passed as `model(*x)`, a dict, passed as `model(**x)` (to Keras as its named inputs), or a list (as
             a tuple, or as it is to a model that takes one argument). Integer tensors, None and numbers get no map.
         rule: "gradient", "deconvnet", "guided", or a function `(g, local) -> g` as in `undertow.rules`.
         target: None (each sample's highest score), a class id, `(B,)` ids, `(B, K)` ids or nested lists for several
-            classes a sample, one-hot labels, "top:K", or a function that returns `(B,)` scores of the whole output as
-            the model returned it, or, with two arguments, of the output and of `x`.
+            classes a sample, one-hot labels, "top:K"; a class's name, where the model is a `Classifier` or has
+            `config.id2label`; for dense scores a place after the batch axis, such as `(class, y, x)`, or one of
+            `undertow.targets`: a region, a token, a unit inside, a detector's box; or a function that returns `(B,)`
+            scores of the whole output as the model returned it, or, with two arguments, of the output and of `x`.
         through: "graph" acts on the autograd graph of this call and sees every activation. "swap" replaces modules in
             a private copy by a custom autograd function, "hook" puts backward hooks on them: both give the same
             numbers, or an error that names what they could not see.
@@ -69,9 +73,13 @@ def explain(
             ("before"), or what the model returns ("as is"); `a.head` says which was explained.
         axes: of Grad-CAM's layer, a letter for each, as in "bhwc", where they are not found: "grad-cam:LAYER:bhwc".
 
+        at: explain by a layer's output in place of `x`: its name, or several. `layer@1` is its second call. Of
+            embeddings this gives token attributions for `x` of whole numbers alone.
+
     Returns:
         Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; in the structure
-        of `x`, None where there is no map. Grad-CAM's have one channel: `(B, 1, H, W)`.
+        of `x`, None where there is no map. Grad-CAM's have one channel: `(B, 1, H, W)`. With `at`, of the structure of
+        the layer's output; in a dict by name where there are several layers or calls.
 
     Raises:
         InputError: an argument that cannot be used: TargetError for a class, ModelError for the model or its output.
@@ -92,8 +100,11 @@ def explain(
     _check_choice("through", through, THROUGH)
     _check_choice("activations", activations, ACTIVATIONS)
     _check_choice("head", head, HEADS)
+    names: Any = model if isinstance(model, Classifier) else None
+    model = model.module if isinstance(model, Classifier) else model
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
+    target = ids_of_names(target, _names(model) if names is None else names)
     arguments = arguments_of(x, model)
     request = Request(
         *(model, arguments.tensors, function, name, with_inputs(target, x), through, activations, training),
@@ -103,11 +114,16 @@ def explain(
         structure=arguments.structure,
         is_plain=arguments.is_plain,
     )
-    explanation = estimate(framework_of_input(arguments.tensors[0], model), request, resolved, seed)
+    framework = framework_of_input(arguments.tensors[0], model)
+    if at is None:
+        explanation = estimate(framework, request, resolved, seed)
+        values = arguments.in_structure(explanation.maps)
+    else:
+        values, explanation = _explain_at(framework, request, resolved, seed, at)
     _warn_if_saturated(explanation, head)
     _warn_if_left_alone(explanation, name, activations)
     return Attribution(
-        values=arguments.in_structure(explanation.maps),
+        values=values,
         targets=explanation.targets,
         scores=explanation.scores,
         rule=name,
@@ -121,7 +137,58 @@ def explain(
         channels_last=explanation.channels_last,
         acting=explanation.acting,
         head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
+        at=(at,) if isinstance(at, str) else tuple(at or ()),
     )
+
+
+def _explain_at(
+    framework: str, request: Request, estimator: Estimator, seed: int, at: str | Sequence[str]
+) -> tuple[Any, Explanation]:
+    """Return the values at the layers' outputs, and the explanation of the layer from which most was rewired."""
+    if estimator.kind in LAYERED:
+        raise InputError(f"{estimator.kind} names its layer itself; leave at= out")
+    values, explanations = {}, []
+    for layer in dict.fromkeys([at] if isinstance(at, str) else at):
+        for call, (arguments, inside) in enumerate(capability(framework, "explain").at_layer(request, layer)):
+            explanation = estimate(framework, inside, estimator, seed)
+            values[f"{layer}@{call}" if call else layer] = arguments.in_structure(explanation.maps)
+            explanations.append(explanation)
+    if not explanations:
+        raise InputError("at=() names no layer; name one, or leave at= out")
+    first = next(iter(values.values()))
+    return (
+        first if isinstance(at, str) and len(values) == 1 else values,
+        max(explanations, key=lambda e: e.stats.rewired),
+    )
+
+
+def ids_of_names(target: Any, names: Any) -> Any:
+    """Return a target with class ids in the place of class names; "top:K" and all else as it is.
+
+    Args:
+        names: a `Classifier`, or the classes' names in order; None where none are known.
+
+    Raises:
+        TargetError: no class has the name, or no names are known.
+
+    >>> ids_of_names("tabby", ["tench", "tabby"]), ids_of_names([["tabby", "tench"]], ["tench", "tabby"])
+    (1, [[1, 0]])
+    """
+    if isinstance(target, list | tuple):
+        return type(target)([ids_of_names(item, names) for item in target])
+    if not isinstance(target, str) or target.startswith("top:"):
+        return target
+    if names is None:
+        raise TargetError(
+            f"target {target!r} is a name, and the model has none: pass a class id, 'top:K', or a classifier of ut.load"
+        )
+    return find_class(names, target)
+
+
+def _names(model: Any) -> list[str] | None:
+    """Return the class names that a Hugging Face model has in its configuration."""
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    return [str(labels[i]) for i in range(len(labels))] if isinstance(labels, Mapping) and labels else None
 
 
 def _warn_if_saturated(explanation: Explanation, head: str) -> None:

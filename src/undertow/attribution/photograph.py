@@ -1,12 +1,10 @@
 """One photograph explained: the classifier's predictions, every rule's map, and the folder that keeps both."""
 
-import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ..classifier import Classifier
 from ..errors import ModelError, UndertowWarning
 from ..files import published, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import batch_of, provenance, result_folder
+from ..photographs import provenance, result_folder, versions
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
@@ -73,7 +71,7 @@ def explain_photograph(
         PhotographError, ModelError, TargetError, RuleError: as `images.read` and `explain` say.
     """
     photograph = images.read(path)
-    x = batch_of(classifier, photograph, device)
+    x = classifier.prepare(photograph, device)
     explainer = capability(framework_of_model(classifier.module), "explain")
     returned = explainer.scores(classifier.module, x)[0]
     predictions = _predictions(classifier, returned)
@@ -203,17 +201,15 @@ def notes(maps: dict[str, Attribution]) -> list[str]:
 
 
 def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str, Any]:
-    packages = ("undertow", "torch", "torchvision", "timm", "tensorflow", "keras", "numpy", "pillow")
     return {
         **provenance(explained.path, classifier),
-        "preprocessing": classifier.preprocessing.to_dict(),
         "predictions": [prediction.to_dict() for prediction in explained.predictions],
         "targets": _targets(explained),
         "rules": {name: {**a.to_dict(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
         "notes": explained.notes,
         "verdicts": explained.verdicts,
         "device": explained.device,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": versions(),
     }
 
 
@@ -224,10 +220,3 @@ def _targets(explained: ExplainedPhotograph) -> list[dict[str, Any]]:
         {"class": i, "name": name, "score": score, "explained_score": value}
         for (i, name, score), value in zip(explained.targets, before, strict=True)
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

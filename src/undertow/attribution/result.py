@@ -39,6 +39,7 @@ class Attribution:
         acting: dropouts and batch norms in training, with `training=True`, and other random operations that acted in
             the forward pass, by name: with any, the map depends on chance or on the rest of the batch.
         head: "before softmax" or the like where the score before the last operation was explained, else "as is".
+        at: the layers whose outputs the values are of; none: the input.
     """
 
     values: Any
@@ -55,6 +56,7 @@ class Attribution:
     channels_last: bool = False
     acting: dict[str, int] = field(default_factory=dict)
     head: str = AS_IS
+    at: tuple[str, ...] = ()
 
     def numpy(self, channels_last: bool = False) -> Any:
         """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
@@ -149,6 +151,7 @@ class Attribution:
             raise InputError(f"{printable(path)} holds no saved attribution; write one with .save(path)") from error
         values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
         known = {field.name for field in fields(cls)}
+        facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples
         return cls(
             values=values.get("values", values),
             targets=arrays.get("targets"),
@@ -159,5 +162,5 @@ class Attribution:
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""
         names = ["rule", "estimator", "through", "activations", "rewired", "switches", "skipped", "opaque"]
-        names += ["acting", "head"]
+        names += ["acting", "head", "at"]
         return {name: getattr(self, name) for name in names}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .photographs import input_line, load_classifier, preprocess_option
+
 if TYPE_CHECKING:
     from ..derive import Derivative
 
@@ -90,6 +92,7 @@ Examples:
     "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
 )
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="A .safetensors file or a state dict.")
+@preprocess_option
 @click.option("--depth", default=1, show_default=True, help="Of nesting: 1 for the model's own parts.")
 @click.option("--target", metavar="CLASS", help="Whose score E is, number or name; the predicted class if left out.")
 @click.option("--shape", metavar="B,C,H,W", help="Of the random input; the model's own, one image, if left out.")
@@ -103,6 +106,7 @@ def model(
     image: Path | None,
     reference: str,
     weights: Path | None,
+    preprocess: str | None,
     depth: int,
     target: str | None,
     shape: str | None,
@@ -117,15 +121,16 @@ def model(
 
     NAME is a module's dotted name at this depth, or "x". With --plot, line width is the gradient that an edge carries.
     """
-    from .. import models
     from ..classifier import find_class
     from ..derive import from_model
     from .trace import batch_for
 
-    classifier = models.load(reference, weights)
+    classifier = load_classifier(reference, weights, preprocess)
     target_id = None if target is None else find_class(classifier, target)
     blocks = from_model(classifier.module, batch_for(classifier, image, shape, seed), depth, target_id)
     derivatives = [blocks.derivative(name) for name in names]
+    if image is not None and not as_json:
+        click.echo(input_line(classifier))
     return _print_derivatives(derivatives, *EDGES_CHECK, as_latex, expand, plot, seed, as_json)
 
 

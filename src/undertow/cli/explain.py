@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
+from .photographs import (
+    RULES,
+    for_each,
+    input_line,
+    load_classifier,
+    model_option,
+    output_options,
+    photographs_argument,
+    preprocess_option,
+    weights_option,
+)
 from .printing import print_line
 
 if TYPE_CHECKING:
@@ -23,6 +33,7 @@ Examples:
   undertow explain scan.png --model nets.py:load --through swap
   undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust
   undertow explain cat.jpg --model keras:ResNet50
+  undertow explain scan.png --model saved/net.keras --preprocess 0..255
 """
 
 
@@ -70,6 +81,7 @@ Examples:
 )
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
+@preprocess_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -77,6 +89,7 @@ def explain(
     rules: Sequence[str],
     targets: Sequence[str],
     weights: Path | None,
+    preprocess: str | None,
     device: str,
     out: Path,
     as_json: bool,
@@ -89,11 +102,11 @@ def explain(
     the raw values as safetensors, and result.json. A photograph that cannot be explained is named, the others are
     done all the same, and the exit code is 2.
     """
-    from .. import images, models
+    from .. import images
 
     paths = images.find(photographs)
-    classifier = models.load(reference, weights)
     options["head"] = options["head"].replace("-", " ")
+    classifier = load_classifier(reference, weights, preprocess)
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
 
@@ -148,7 +161,7 @@ def explain_all(
             result = write(explained, classifier, folder)
         then(explained)
         if not as_json:
-            _print(explained, folder)
+            _print(explained, classifier, folder)
         return result
 
     return for_each(photographs, out, work, verb="explained", as_json=as_json)
@@ -166,7 +179,7 @@ def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", d
     return replace(explained, verdicts={rule: verdict.to_dict() for rule, verdict in verdicts})
 
 
-def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
+def _print(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -179,16 +192,17 @@ def _print(explained: "ExplainedPhotograph", folder: Path) -> None:
         table.add_row(str(prediction.class_id), prediction.name, f"{value:.3f}")
     console = Console()
     console.print(table)
-    for line in _lines(explained, folder):
+    for line in _lines(explained, classifier, folder):
         print_line(console, line)
 
 
-def _lines(explained: "ExplainedPhotograph", folder: Path) -> Iterator[str]:
+def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> Iterator[str]:
     from ..frameworks.base import AS_IS
 
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
     head = next(iter(explained.maps.values())).head
     yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
+    yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
         yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
     for note in explained.notes:

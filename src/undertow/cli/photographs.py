@@ -2,15 +2,19 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import debugging, error_line
+
+if TYPE_CHECKING:
+    from ..classifier import Classifier
 
 RULES = ("gradient", "deconvnet", "guided")
 
@@ -29,12 +33,37 @@ out_option = click.option(
 # these differ in their help
 model_option = partial(click.option, "--model", "reference", metavar="REF", required=True)
 weights_option = partial(click.option, "--weights", metavar="FILE", type=click.Path(path_type=Path))
+preprocess_option = click.option(
+    "--preprocess",
+    metavar="HOW",
+    help="How pixels are scaled: 0..1, -1..1, 0..255, imagenet or caffe, each also with a size, as in imagenet@192. "
+    "Default: as the model's own source says.",
+)
 json_option = partial(click.option, "--json", "as_json", is_flag=True)
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --device, --out and --json to a command that fills a folder for each photograph."""
     return device_option(out_option(json_option(help="Print one JSON object instead of tables.")(command)))
+
+
+def load_classifier(reference: str, weights: Path | None = None, preprocess: str | None = None) -> "Classifier":
+    """Load a classifier; that the scale of its pixels is a guess is told on stderr, whatever else is printed."""
+    from .. import models
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=models.GUESSED)
+        classifier = models.load(reference, weights, preprocess)
+    if classifier.guessed:
+        click.echo(f"note: {models.guess_of(classifier)}", err=True)
+    return classifier
+
+
+def input_line(classifier: "Classifier") -> str:
+    """Say what becomes of a photograph before the network, and who says so."""
+    from ..scales import describe
+
+    return f"input: {describe(classifier.preprocessing)} ({classifier.preprocessing_from})"
 
 
 def for_each(

@@ -1,6 +1,7 @@
 """`undertow sites` and `undertow record`: choose modules of a network, and record what flows through them."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -9,7 +10,15 @@ from typing import Any
 
 import click
 
-from .photographs import device_option, json_option, model_option, weights_option
+from .photographs import (
+    device_option,
+    input_line,
+    json_option,
+    load_classifier,
+    model_option,
+    preprocess_option,
+    weights_option,
+)
 from .printing import print_json
 
 MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
@@ -22,8 +31,9 @@ MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogr
 )
 @click.argument("selection", metavar="[SITES]", default="**")
 @model_option(help="As in `undertow explain`.")
+@preprocess_option
 @json_option(help="Print one JSON list instead of a table.")
-def sites(selection: str, reference: str, as_json: bool) -> int:
+def sites(selection: str, reference: str, preprocess: str | None, as_json: bool) -> int:
     """Print the modules that SITES selects, in order of execution: name, kind, output shape, calls.
 
     SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
@@ -34,12 +44,12 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
     from rich.table import Table
 
     from .. import models
-    from ..photographs import batch_of
     from ..sites import select
 
-    classifier = models.load(reference)
+    with warnings.catch_warnings(action="ignore"):  # only the size of the input matters
+        classifier = models.load(reference, preprocess=preprocess)
     black = Image.new("RGB", (64, 64))
-    selected = select(classifier.module, selection, example=batch_of(classifier, black))
+    selected = select(classifier.module, selection, example=classifier.prepare(black))
     if as_json:
         print_json([asdict(site) for site in selected])
         return 0
@@ -85,6 +95,7 @@ def _shape(shape: Any) -> str:
 @click.option("--batch-size", metavar="N", type=click.IntRange(1), help="Default: 4 on a CPU, 32 elsewhere.")
 @click.option("--workers", metavar="N", type=click.IntRange(1), default=2, show_default=True, help="Threads that read.")
 @weights_option(help="As in `undertow explain`.")
+@preprocess_option
 @device_option
 @click.option("--diagnose", is_flag=True, help="Watch every 8th batch more closely, for `undertow diagnose`.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
@@ -96,6 +107,7 @@ def record(
     selection: str,
     measures: tuple[str, ...],
     weights: Path | None,
+    preprocess: str | None,
     device: str,
     resume: bool,
     as_json: bool,
@@ -107,7 +119,7 @@ def record(
     Photographs that cannot be read are named and passed over, and the exit code is 2. Ctrl-C leaves a readable run;
     the same command with --resume goes on with it.
     """
-    from .. import images, models
+    from .. import images
     from ..errors import InputError
     from ..photographs import on_device
     from ..recording.photographs import record_photographs
@@ -115,7 +127,7 @@ def record(
     if (out / "manifest.json").exists() and not resume:
         raise InputError(f"{out} is a run already; add --resume to go on with it, or choose another --out")
     count = len(images.find([folder])[:limit])
-    classifier = models.load(reference, weights)
+    classifier = load_classifier(reference, weights, preprocess)
     device = on_device(classifier, device)
     with _progress(count) as advance:
         recorded = record_photographs(
@@ -136,7 +148,8 @@ def record(
     else:
         failed = f", {len(recorded.failed)} could not be read" if recorded.failed else ""
         before = f", {recorded.before} batches were there already" if recorded.before else ""
-        click.echo(f"{recorded.photographs} photographs recorded{before}{failed}\n  -> {out}")
+        click.echo(f"{recorded.photographs} photographs recorded{before}{failed}")
+        click.echo(f"  {input_line(classifier)}\n  -> {out}")
         click.echo(f"Next: undertow quantiles {out}")
     return 2 if recorded.failed else 0
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import device_option
+from .photographs import device_option, input_line, load_classifier, preprocess_option
 
 if TYPE_CHECKING:
     from ..classifier import Classifier
@@ -31,6 +31,7 @@ WRONG = 1
     type=click.Path(path_type=Path),
     help="A .safetensors file, or a state dict saved by torch.save.",
 )
+@preprocess_option
 @click.option("--shape", metavar="B,C,H,W", help="Of the random input; the model's own, one image, if left out.")
 @click.option("--seed", default=0, show_default=True, help="Of the random input.")
 @device_option
@@ -39,6 +40,7 @@ def trace(
     photograph: Path | None,
     reference: str,
     weights: Path | None,
+    preprocess: str | None,
     shape: str | None,
     seed: int,
     device: str,
@@ -49,13 +51,14 @@ def trace(
     IMAGE is a photograph; without it the input is random. The gradient at the output is one everywhere: that of the
     sum of all scores. The exit code is 1 if a custom backward is wrong or a formula differs.
     """
-    from .. import models
     from ..frameworks.results import DIFFERS
     from ..recording.trace import trace as trace_pass
 
-    classifier = models.load(reference, weights)
+    classifier = load_classifier(reference, weights, preprocess)
     x = batch_for(classifier, photograph, shape, seed, device)
     traced = trace_pass(classifier.module, x)
+    if photograph is not None and not as_json:
+        click.echo(input_line(classifier))
     click.echo(json.dumps(traced.to_dict(), indent=1, ensure_ascii=False) if as_json else str(traced))
     return WRONG if traced.wrong or any(call.verdict == DIFFERS for call in traced.calls) else 0
 
@@ -70,7 +73,7 @@ def batch_for(
     """
     from ..errors import InputError
     from ..frameworks.base import capability, framework_of_model
-    from ..photographs import batch_of_file, on_device
+    from ..photographs import on_device
 
     if photograph is not None and shape is not None:
         raise InputError("--shape is for a random input; leave it out beside an IMAGE")
@@ -82,7 +85,7 @@ def batch_for(
         )
     device = on_device(classifier, device)
     if photograph is not None:
-        return batch_of_file(classifier, photograph, device)
+        return classifier.prepare(photograph, device)
     return capability("torch", "arrays").batch(list(_random(size, seed)), device)
 
 

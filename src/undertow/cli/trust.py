@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import RULES, for_each, model_option, output_options, photographs_argument, weights_option
+from .photographs import (
+    RULES,
+    for_each,
+    input_line,
+    load_classifier,
+    model_option,
+    output_options,
+    photographs_argument,
+    preprocess_option,
+    weights_option,
+)
 from .printing import print_line
 
 if TYPE_CHECKING:
@@ -40,6 +50,7 @@ Examples:
 )
 @click.option("--target", metavar="CLASS", help="A number or a name. Default: the predicted class.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save.")
+@preprocess_option
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
 @output_options
@@ -50,6 +61,7 @@ def trust(
     estimators: Sequence[str],
     target: str | None,
     weights: Path | None,
+    preprocess: str | None,
     device: str,
     out: Path,
     as_json: bool,
@@ -64,7 +76,7 @@ def trust(
     """
     from rich.console import Console
 
-    from .. import images, models
+    from .. import images
     from ..attribution.estimators import resolve
     from ..classifier import find_class
     from ..photographs import on_device
@@ -73,7 +85,7 @@ def trust(
     paths = images.find(photographs)
     names = list(dict.fromkeys(resolve(word).name for word in estimators)) or ["gradient"]
     pairs = pairs_of(list(dict.fromkeys(rules)) or ["guided"], names)
-    classifier = models.load(reference, weights)
+    classifier = load_classifier(reference, weights, preprocess)
     class_id = None if target is None else find_class(classifier, target)
     device = on_device(classifier, device)
     console = Console(stderr=True)
@@ -86,7 +98,7 @@ def trust(
         )
         result = write(judged, classifier, folder)
         if not as_json:
-            print_verdicts(judged, folder)
+            print_verdicts(judged, folder, input_line(classifier))
             for note in result["notes"]:
                 print_line(console, f"no picture: {note}")
         return result
@@ -127,8 +139,8 @@ def passes_bar(console: "Console") -> "Progress":
     return Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
 
 
-def print_verdicts(judged: "JudgedPhotograph", folder: Path) -> None:
-    """Print each verdict as a table with its sentence."""
+def print_verdicts(judged: "JudgedPhotograph", folder: Path, prepared: str) -> None:
+    """Print each verdict as a table with its sentence, and how the photograph was prepared."""
     from rich.console import Console
     from rich.table import Table
 
@@ -143,4 +155,5 @@ def print_verdicts(judged: "JudgedPhotograph", folder: Path) -> None:
             table.add_row(question, "-", "", reason)
         console.print(table)
         print_line(console, verdict.sentence, "bold")
+        print_line(console, f"  {prepared}")
         print_line(console, f"  {verdict.seconds:.1f} s -> {folder}\n")

@@ -6,7 +6,6 @@ A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the f
 """
 
 import importlib
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import Any, Literal, Protocol, Self, cast, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..classifier import Classifier, Reference
 from ..errors import FrameworkError, InputError, ModelError
+from ..inputs import ModelArguments
 from ..measures import Measure
 from ..outputs import Path
 from ..rules import Rule
@@ -59,9 +58,11 @@ class Request:
         target: None, class ids, "top:K", or a function of the output.
         output: the part of the output that holds the scores; None for the usual one.
         head: "before" or "as is".
+        around: from a model to what is called in its place: itself, or a function of a layer's output.
         fill: from tensors in the places of `inputs` to the positional and keyword arguments of the model.
         structure: a text that differs where those arguments differ in more than the tensors.
         is_plain: the inputs are batches, whose first axes are as long.
+        noun: what the inputs are, in messages; empty: "input 0" and so on.
     """
 
     model: Callable[..., Any]
@@ -74,18 +75,24 @@ class Request:
     training: bool
     output: Path | None = None
     head: str = BEFORE
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda model: model
     fill: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]] = positional
     structure: str = ""
     is_plain: bool = True
+    noun: str = ""
 
     def bind(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """Return a model as a function of the tensors alone."""
 
         def call(*tensors: Any) -> Any:
             args, kwargs = self.fill(tensors)
-            return model(*args, **kwargs)
+            return self.around(model)(*args, **kwargs)
 
         return call
+
+    def describe(self, i: int) -> str:
+        """Name an input in a message."""
+        return self.noun or f"input {i}"
 
     @property
     def batch(self) -> int | None:
@@ -101,6 +108,9 @@ class Arrays(Protocol):
 
     def like(self, array: npt.NDArray[Any], x: Any) -> Any:
         """Make an array a tensor of the dtype and on the device of `x`."""
+
+    def channels_last(self) -> bool:
+        """Whether images are `(B, H, W, C)`."""
 
     def batch(self, arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
         """Stack arrays `(C, H, W)` into a batch on a device, with the channels where the framework has them."""
@@ -121,12 +131,15 @@ class Explainer(Protocol):
     def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
         """Return the model's scores as they are, `(B, classes)` float64."""
 
+    def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
+        """Return, for each call of a layer, its output as arguments, and the request to explain by them."""
+
 
 class Inspector(Protocol):
     """A network's scores and layers."""
 
-    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
-        """Return the model's scores as they are, `(B, classes)`."""
+    def scores(self, model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
+        """Return the model's scores, `(B, classes)`, before a softmax or sigmoid at its end."""
 
     def layers(self, model: Any, x: Any) -> list[str]:
         """List the modules that hold weights of their own and run, in the order in which they are first called."""
@@ -282,25 +295,6 @@ class Recorder(Protocol):
         """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""
 
 
-class Zoo(Protocol):
-    """Classifiers that have a name."""
-
-    def names(self) -> list[str]:
-        """List every model, as references without weights."""
-
-    def rows(self, source: str, word: str | None) -> list[Reference]:
-        """List the models whose reference contains a word."""
-
-    def load(self, source: str, name: str, weights: str, file: pathlib.Path | None) -> Classifier:
-        """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
-
-    def from_object(self, reference: str, network: Any, file: pathlib.Path | None) -> Classifier:
-        """Complete what a user's function returned."""
-
-    def seeded(self) -> AbstractContextManager[None]:
-        """Draw random weights from seed 0 inside, and restore the caller's random state."""
-
-
 @overload
 def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 @overload
@@ -318,7 +312,7 @@ def capability(framework: str, name: Literal["inspect.derivatives"]) -> Differen
 @overload
 def capability(framework: str, name: Literal["record"]) -> Recorder: ...
 @overload
-def capability(framework: str, name: Literal["zoo"]) -> Zoo: ...
+def capability(framework: str, name: Literal["zoo"]) -> Any: ...
 def capability(framework: str, name: str) -> Any:
     """Import what a framework can do.
 

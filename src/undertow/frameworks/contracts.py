@@ -1,4 +1,4 @@
-"""Lets mypy hold each framework's files to their contracts in `base.py`. Nothing here runs.
+"""Lets mypy hold each framework's files to their contracts in `base.py` and `classifier.py`. Nothing here runs.
 
 A new framework adds a row for each capability that it has.
 """
@@ -6,6 +6,7 @@ A new framework adds a row for each capability that it has.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..classifier import Zoo
     from . import base
     from .keras import arrays as keras_arrays
     from .keras import explain as keras_explain
@@ -29,4 +30,4 @@ if TYPE_CHECKING:
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
     DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)
-    ZOOS: tuple[base.Zoo, ...] = (torch_zoo, keras_zoo)
+    ZOOS: tuple[Zoo, ...] = (torch_zoo, keras_zoo)

@@ -1,5 +1,6 @@
 """Which classes a target means; no framework is needed here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,44 @@ def refuse_missing(ids: npt.NDArray[np.int64], classes: int) -> None:
         TargetError: naming the first such id.
     """
     wrong = ids[(ids < 0) | (ids >= classes)]
+    if wrong.size and classes == 1:
+        raise TargetError(
+            f"target {int(wrong[0])} is out of range: the model has one score, class 0; what spoke against it is "
+            "target=lambda output: -output[:, 0]"
+        )
     if wrong.size:
         raise TargetError(f"target {int(wrong[0])} is out of range: the model has classes 0 to {classes - 1}")
+
+
+def places(target: Any, shape: Sequence[int]) -> tuple[npt.NDArray[np.int64], bool]:
+    """Return places in dense scores, `(B, K, axes)`, and whether there is one for each sample.
+
+    Args:
+        target: a place after the batch axis, such as `(class, y, x)`; one for each sample, `(B, axes)`; or several,
+            `(B, K, axes)`. Negative ones count from the end.
+        shape: of the scores, the batch first.
+
+    Raises:
+        TargetError: the target is something else, or out of range.
+
+    >>> places((1, -1), (2, 3, 4))[0].tolist()
+    [[[1, 3]], [[1, 3]]]
+    """
+    batch, sizes = shape[0], np.asarray(shape[1:])
+    try:
+        array = np.asarray(target)
+    except (TypeError, ValueError) as error:
+        raise _not_understood(target) from error
+    is_several = array.ndim == 3 and array.shape == (batch, array.shape[1] or 1, len(sizes))
+    if array.dtype.kind not in "iu" or not (is_several or array.shape in ((len(sizes),), (batch, len(sizes)))):
+        raise TargetError(
+            f"target {target!r} names no place in scores of shape {tuple(shape)}: pass {len(sizes)} whole numbers, one "
+            "for each axis after the batch, as in (class, y, x)"
+        )
+    indices = np.broadcast_to(array, (batch, len(sizes)))[:, None] if array.ndim < 3 else array
+    if ((indices < -sizes) | (indices >= sizes)).any():
+        raise TargetError(f"target {target!r} is out of range: the scores have shape {tuple(shape)}, the batch first")
+    return np.where(indices < 0, indices + sizes, indices).astype(np.int64), array.ndim < 3
 
 
 def _not_understood(target: Any) -> TargetError:

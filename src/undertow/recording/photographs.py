@@ -16,6 +16,7 @@ from ..classifier import Classifier, find_class
 from ..errors import InputError, PhotographError, TargetError
 from ..frameworks.base import capability, framework_of_model
 from ..runs import Run
+from ..scales import describe
 from .record import record
 
 _WATCH_EVERY = 8
@@ -89,6 +90,7 @@ def record_photographs(
     batch_size = batch_size or (4 if device == "cpu" else 32)
     batches = [photographs[start : start + batch_size] for start in range(0, len(photographs), batch_size)]
     source_facts = _identity(photographs) | {"batch_size": batch_size, "objective": objective}
+    source_facts |= {"input": describe(classifier.preprocessing), "input_from": classifier.preprocessing_from}
     options |= {"objective": objective, "reference": classifier.reference, "source": source_facts}
     options |= {"loss_reduction": "sum", "diagnose": _WATCH_EVERY if diagnose is True else diagnose}
     recorder = capability(framework_of_model(classifier.module), "record")

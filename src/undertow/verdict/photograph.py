@@ -12,7 +12,7 @@ from .. import images
 from ..classifier import Classifier
 from ..errors import FrameworkError
 from ..files import readable
-from ..photographs import batch_of, batch_of_file, provenance, result_folder
+from ..photographs import provenance, result_folder
 from ..show import verdict as show
 from .evaluation import Cost
 from .result import Verdict
@@ -54,7 +54,7 @@ def cost_of(classifier: Classifier, path: Path, pairs: Sequence[tuple[str, str]]
     Raises:
         PhotographError, InputError, ModelError: as `trust_photograph`.
     """
-    x = batch_of_file(classifier, path, device)
+    x = classifier.prepare(path, device)
     costs = [trust.cost(classifier.module, x, rule=r, estimator=e, samples=samples) for r, e in pairs]
     return Cost(sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.seconds for c in costs))
 
@@ -78,7 +78,7 @@ def trust_photograph(
         PhotographError, ModelError, TargetError, RuleError, InputError: as `images.read` and `undertow.trust` say.
     """
     photograph = images.read(path)
-    x = batch_of(classifier, photograph, device)
+    x = classifier.prepare(photograph, device)
     options["names"] = classifier.classes
     verdicts = {label(r, e): trust(classifier.module, x, rule=r, estimator=e, **options) for r, e in pairs}
     return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)

@@ -325,14 +325,14 @@ def tokens(height: int, width: int, extra: int = 0) -> Planes:
     return lambda t: t[:, extra:].mT.unflatten(2, (height, width))
 
 
-INTEGERS = "x is torch.int64; a map needs floating point, as in x.float() or embeddings"
+INTEGERS = "x is torch.int64; a map needs floating point: pass x.float(), or at='LAYER' of embeddings"
 NO_SCORES = (
     "; it must be a float tensor, a tuple of them, or have .logits; name the part that holds the scores, as in "
     "output='out', or pass target=lambda output: ... that returns one score for each sample"
 )
 DENSE = (
-    "the model returned shape {} for a batch of 2, not (2, classes); pass "
-    "target=lambda output: ... that returns one score for each sample"
+    "the model returned shape (2, 4, 8, 8), not (2, classes): say which of its scores, as in target=(0, 0, 0), "
+    "ut.targets.where(mask, class), ut.targets.token(id) or a function of the output"
 )
 
 
@@ -392,7 +392,11 @@ REAL_MODELS = [
         left="TanhBackward0 x1",
         refused=(
             guided_refused(BERT, smooth_only("GeluBackward0 x2, TanhBackward0 x1"), ALL),
-            Refused('ut.explain(model, {"input_ids": ids, "attention_mask": mask}, rule="gradient")', INTEGERS, BERT),
+            Refused(
+                'ut.explain(model, {"input_ids": ids, "attention_mask": mask}, rule="gradient")',
+                INTEGERS,
+                'ut.explain(model, {"input_ids": ids, "attention_mask": mask}, rule="gradient", at="bert.embeddings")',
+            ),
             Refused(
                 'ut.explain(model, {"inputs_embeds": embeddings, "labels": labels, "return_dict": False}, '
                 'rule="gradient", target=1)',
@@ -439,7 +443,7 @@ REAL_MODELS = [
         rewired=1,
         left="GeluBackward0 x2",
         layers=(("decode_head.linear_fuse", planes),),
-        refused=(Refused(IMAGES, DENSE.format("(2, 4, 8, 8)"), SEGFORMER),),
+        refused=(Refused(IMAGES, DENSE, "ut.explain(model, images, rule='gradient', target=(1, 4, 4))"),),
     ),
     RealModel(
         "DETR, a query's class (transformers)",

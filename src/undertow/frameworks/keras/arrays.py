@@ -25,10 +25,15 @@ def like(array: npt.NDArray[Any], x: Any) -> Any:
     return tf.cast(tf.constant(array), x.dtype)
 
 
+def channels_last() -> bool:
+    """Whether images are `(B, H, W, C)`, as they are in Keras unless it is set otherwise."""
+    return bool(keras.config.image_data_format() == "channels_last")
+
+
 def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> Any:
     """Stack arrays `(C, H, W)` into a batch on a device: `(B, H, W, C)` unless Keras is set to `channels_first`."""
     stacked = np.stack(arrays)
-    if keras.config.image_data_format() == "channels_last":
+    if channels_last():
         stacked = np.moveaxis(stacked, 1, -1)
     with tf.device(device):
         return tf.constant(stacked)

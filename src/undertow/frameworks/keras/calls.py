@@ -8,10 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ...errors import FrameworkError, InputError, ModelError, TargetError
+from ...errors import FrameworkError, InputError, ModelError
 from ...outputs import Path, head_of
 from ...structures import tensors_with_paths
-from ..targets import top
 
 
 def refuse_other_backends() -> None:
@@ -100,35 +99,6 @@ def output_of(model: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     return scores_of(run(model, inputs, {}))
 
 
-def scores_to_explain(output: Any, target: Any, ids: Any, batch: int | None) -> tuple[Any, Any, list[Any]]:
-    """Return the scores to explain, their class ids, and where each of K backward passes begins.
-
-    Args:
-        output: the scores of classes, `(B, classes)`; what a target function is given where the target is one.
-        target: as `undertow.explain` takes it.
-        ids: `(B, K)` where the target is class ids, else None.
-        batch: the number of samples, where the inputs tell.
-
-    Returns:
-        The scores, `(B, K)`; the class ids, int64 `(B, K)`, None where the target is a function; and K pairs of a
-        tensor to differentiate and the gradient there.
-
-    Raises:
-        TargetError: the target function does not return one score for each sample, or K of "top:K" is too large.
-    """
-    if callable(target):
-        scores = _checked_scores(target(output), batch)
-        return scores[:, None], None, [(scores, tf.ones_like(scores))]
-    refuse_non_class_scores(output, output.shape[0] if batch is None else batch)
-    if ids is None:
-        k = 1 if target is None else top(target, output.shape[1])
-        ids = tf.math.top_k(output, k).indices
-    ids = tf.cast(ids, tf.int64)
-    scores = tf.gather(output, ids, axis=1, batch_dims=1)
-    columns = [(output, tf.one_hot(ids[:, k], output.shape[1], dtype=output.dtype)) for k in range(ids.shape[1])]
-    return scores, ids, columns
-
-
 def refuse_non_class_scores(output: Any, batch: int) -> None:
     """Refuse an output that is not `(B, classes)`.
 
@@ -141,15 +111,6 @@ def refuse_non_class_scores(output: Any, batch: int) -> None:
             f"the model returned shape {shape} for a batch of {batch}, not ({batch}, classes); "
             "pass target=lambda output: ... that returns one score for each sample"
         )
-
-
-def _checked_scores(scores: Any, batch: int | None) -> Any:
-    if isinstance(scores, tf.Tensor) and scores.shape.rank == 1 and batch in (None, scores.shape[0]):
-        return scores
-    description = f"shape {tuple(scores.shape)}" if isinstance(scores, tf.Tensor) else f"a {type(scores).__name__}"
-    raise TargetError(
-        f"the target function returned {description}; it must return one score for each sample, ({batch},)"
-    )
 
 
 def refuse_non_finite(scores: Any) -> None:

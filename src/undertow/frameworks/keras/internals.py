@@ -60,7 +60,18 @@ def recomputes(op: Any) -> bool:
 
 def called_graph(call: Any) -> Any:
     """Return the graph of the function that an operation calls; None where its graph and those around it lack it."""
-    name, graph = call.get_attr("f").name, call.graph
+    return _graph_of_function(call, call.get_attr("f").name)
+
+
+def called_graphs(op: Any) -> list[Any]:
+    """Return the graphs of all functions that an operation calls: of a call, a loop, a branch; of others none."""
+    attributes = op.node_def.attr.values()
+    names = [a.func.name for a in attributes if a.HasField("func")] + [f.name for a in attributes for f in a.list.func]
+    return [graph for graph in (_graph_of_function(op, name) for name in names) if graph is not None]
+
+
+def _graph_of_function(op: Any, name: str) -> Any:
+    graph = op.graph
     while graph is not None:
         function = graph._get_function(name)
         if function is not None:

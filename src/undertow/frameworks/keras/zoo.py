@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
 from ...classifier import RANDOM, Classifier, Reference, imagenet_names
 from ...errors import ModelError, did_you_mean
 from ...images import Preprocessing, one_line, printable
+from ...scales import SCALES, Scaling
 from ..downloading import downloaded
 from .calls import refuse_other_backends
-from .internals import all_layers
 from .layers import weights_sha256
+from .pixels import GUESS, pixel_scale
 
 _HUB = "https://storage.googleapis.com/tensorflow/keras-applications/"
 
@@ -70,7 +72,8 @@ def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
     if file:
         _load_weights(module, file, reference)
     weights = file.name if file else "ImageNet" if trained else RANDOM
-    return _classifier(reference, module, own_preprocessing(build, module), imagenet_names(), weights)
+    told_by = f"preprocess_input of {name}"
+    return _classifier(reference, module, own_preprocessing(build, module), imagenet_names(), weights, told_by)
 
 
 def _build_trained(build: Callable[..., Any], reference: str) -> Any:
@@ -125,17 +128,11 @@ def _square_crop(module: Any, **options: Any) -> Preprocessing:
 
 
 def _from_saved(reference: str, file: Path | None) -> Classifier:
-    """Load a model that Keras saved, without running any code in the file.
-
-    Pixels are scaled to [0, 1], or left as they are in [0, 255] where a layer of the model rescales them.
-    """
+    """Load a model that Keras saved, without running any code in the file."""
     path = Path(reference).expanduser()
     refuse_other_backends()
     name = printable(path)
-    if not path.is_file():
-        raise ModelError(f"no model {name}: there is no such file")
-    if not zipfile.is_zipfile(path):
-        raise ModelError(f"{name} is no readable .keras file, which is a zip archive; save it with model.save")
+    _refuse_unreadable(path, name)
     try:
         module = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
@@ -145,17 +142,44 @@ def _from_saved(reference: str, file: Path | None) -> Classifier:
     return _complete(reference, module, None, file.name if file else path.name)
 
 
+def _refuse_unreadable(path: Path, name: str) -> None:
+    """Refuse what is no model that Keras saved, or holds code, in `.h5` too, where Keras may run it."""
+    if path.is_dir():
+        raise ModelError(
+            f"{name} is a SavedModel, in which Keras finds no layers: save the model with model.save('FILE.keras'), or "
+            f"in Python, with saved = tf.saved_model.load({str(path)!r}), pass saved.serve to undertow.explain"
+        )
+    if not path.is_file():
+        raise ModelError(f"no model {name}: there is no such file")
+    if path.suffix.lower() == ".keras":
+        if not zipfile.is_zipfile(path):
+            raise ModelError(f"{name} is no readable .keras file, which is a zip archive; save it with model.save")
+        return
+    if not h5py.is_hdf5(path):
+        raise ModelError(f"{name} is no readable HDF5 file; save the model with model.save('FILE.keras')")
+    with h5py.File(path) as content:
+        config = content.attrs.get("model_config")
+    if config is None:
+        raise ModelError(
+            f"{name} holds weights alone; pass them as --weights {name} beside the --model that they belong to"
+        )
+    if '"Lambda"' in (config.decode() if isinstance(config, bytes) else str(config)):
+        raise ModelError(f"{name} {_unreadable(ValueError('lambda'))}")
+
+
 def _unreadable(error: Exception) -> str:
     text = one_line(error)
     if "unsafe" in text or "lambda" in text.lower():
         return "holds a lambda, which is code and is never run; load it yourself in FILE.py:FUNCTION if you trust it"
     if "deserialize" in text or "custom" in text.lower():
         return "holds custom layers; load it in FILE.py:FUNCTION, where their classes are defined"
-    return f"is no readable .keras file ({text[:120]}); save it with model.save"
+    return f"cannot be loaded ({text[:120]}); save it with model.save('FILE.keras')"
 
 
-def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
+def from_object(reference: str, network: Any, file: Path | None, scaling: Scaling | None = None) -> Classifier:
     """Return the classifier of a Keras model, or of a mapping or `Classifier` with one.
+
+    No size of a picture need be known beforehand, so `scaling` is left to `undertow.models.load`.
 
     Raises:
         ModelError: the network is no classifier of images, or its class names or weights do not fit.
@@ -174,33 +198,27 @@ def _complete(reference: str, network: Any, file: Path | None, weights: str) -> 
                          f"{wrong}")  # fmt: skip
     if file:
         _load_weights(module, file, reference)
+    told_by = "returned with the network"
     if not isinstance(preprocessing, Preprocessing):
-        preprocessing = _preprocessing_from(reference, module, preprocessing)
+        preprocessing, told_by = _preprocessing_from(reference, module, preprocessing)
     count = _count_classes(reference, module)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
     class_names = [f"class {index}" for index in range(count)] if classes is None else classes
     rows = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in class_names)
-    return _classifier(reference, module, preprocessing, rows, weights)
+    return _classifier(reference, module, preprocessing, rows, weights, told_by)
 
 
-def _preprocessing_from(reference: str, module: Any, options: Any) -> Preprocessing:
-    """Return the preprocessing that a user's options describe, or the default one where they are None."""
+def _preprocessing_from(reference: str, module: Any, options: Any) -> tuple[Preprocessing, str]:
+    """Return the preprocessing that a user's options describe, or, where they are None, the model itself; and which."""
     if len(getattr(module, "input_shape", None) or ()) != 4:
         raise ModelError(
             f"{reference} does not take one batch of images; undertow.explain takes any input, from Python"
         )
     if options is not None:
-        return Preprocessing(**dict(options))
-    std = (1 / 255,) * 3 if any(map(_takes_bytes, all_layers(module))) else (1.0,) * 3
-    return _square_crop(module, mean=(0.0,) * 3, std=std)
-
-
-def _takes_bytes(layer: Any) -> bool:
-    """Whether a layer rescales or normalises pixels from 0 to 255, by its figures; those for 0 to 1 are about one."""
-    if isinstance(layer, keras.layers.Rescaling):
-        return bool(np.max(np.abs(layer.scale)) < 0.1)
-    return isinstance(layer, keras.layers.Normalization) and layer.mean is not None and bool(np.max(layer.mean) > 1)
+        return Preprocessing(**dict(options)), "returned with the network"
+    scale, told_by = pixel_scale(module)
+    return _square_crop(module, **SCALES[scale]), told_by
 
 
 def _count_classes(reference: str, module: Any) -> int:
@@ -222,7 +240,17 @@ def _load_weights(module: Any, file: Path, reference: str) -> None:
 
 
 def _classifier(
-    reference: str, module: Any, preprocessing: Preprocessing, names: tuple[tuple[str, ...], ...], weights: str
+    reference: str,
+    module: Any,
+    preprocessing: Preprocessing,
+    names: tuple[tuple[str, ...], ...],
+    weights: str,
+    told_by: str,
 ) -> Classifier:
     first, others = tuple(row[0] for row in names), tuple(row[1:] for row in names)
-    return Classifier(reference, module, preprocessing, first, weights, weights_sha256(module), others)
+    digest = weights_sha256(module)
+    return Classifier(
+        *(reference, module, preprocessing, first, weights, digest, others),
+        preprocessing_from=told_by,
+        guessed=told_by == GUESS,
+    )

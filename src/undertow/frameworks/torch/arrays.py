@@ -21,6 +21,11 @@ def like(array: npt.NDArray[Any], x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(x.device, x.dtype)
 
 
+def channels_last() -> bool:
+    """Images are `(B, C, H, W)` in torch."""
+    return False
+
+
 def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> torch.Tensor:
     """Stack arrays of one shape into a batch on a device."""
     return torch.stack([torch.from_numpy(array) for array in arrays]).to(device)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import InputError, ModelError, TargetError
+from ...errors import InputError, ModelError
 from ...outputs import Path, described, head_of
-from ..targets import from_one_hot, top
 from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
 
@@ -107,7 +106,9 @@ def leaves_and_copies(
         if x.is_complex():
             raise InputError(f"input {i} is complex ({x.dtype}); pass its real view, torch.view_as_real(x)")
     if not any(x.is_floating_point() for x in inputs):
-        raise InputError(f"x is {inputs[0].dtype}; a map needs floating point, as in x.float() or embeddings")
+        raise InputError(
+            f"x is {inputs[0].dtype}; a map needs floating point: pass x.float(), or at='LAYER' of embeddings"
+        )
     ordinary = [x.clone() if x.is_inference() else x.detach() for x in inputs]
     sources = [x.requires_grad_() if x.is_floating_point() else None for x in ordinary]
     fed = [x.clone() for x in ordinary]
@@ -198,87 +199,3 @@ class _InPlaceOnViews(TorchDispatchMode):
         if func.overloadpacket in self.activations and is_view(args[0]):
             self.seen = True
         return func(*args, **(kwargs or {}))
-
-
-def target_scores(
-    output: Any, target: Any, batch: int | None, path: Path | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Return the scores to explain, their class ids or None, and whether each sample has a single target.
-
-    Args:
-        output: as the model returned it.
-        target: as `undertow.explain` takes it; a function is given the output, or the part of it that `path` names.
-        batch: the number of samples, where the inputs tell.
-        path: the part of the output that holds the scores.
-
-    Raises:
-        TargetError: a class that the model does not have, or a target that does not fit the batch.
-        ModelError: the output is not `(B, classes)`, or a score to explain is not finite.
-    """
-    if callable(target):
-        given = output if path is None else head_of(output, path)
-        scores, ids, single = _function_scores(target(given), batch).unsqueeze(1), None, True
-    else:
-        classes = scores_of(output, path)
-        if classes.ndim != 2 or classes.shape[0] != (batch or classes.shape[0]):
-            wanted = ", not (batch, classes)" if batch is None else f" for a batch of {batch}, not ({batch}, classes)"
-            has_others = isinstance(output, tuple | list) and len(output) > 1 and path is None
-            other = "; name another part of it, as in output=1, or " if has_others else "; "
-            raise ModelError(
-                f"the model returned shape {tuple(classes.shape)}{wanted}{other}"
-                "pass target=lambda output: ... that returns one score for each sample"
-            )
-        ids, single = _class_ids(classes, target)
-        scores = classes.gather(1, ids)
-    finite = scores.detach().isfinite()
-    if not bool(finite.all()):
-        sample, k = finite.logical_not().nonzero()[0].tolist()
-        value = scores.detach()[sample, k].item()
-        raise ModelError(f"the score of sample {sample} is {value}; check its pixels and the model's weights for NaN")
-    return scores, ids, single
-
-
-def _function_scores(scores: Any, batch: int | None) -> torch.Tensor:
-    if (
-        isinstance(scores, torch.Tensor)
-        and scores.ndim == 1
-        and len(scores) == (len(scores) if batch is None else batch)
-    ):
-        return scores
-    batch = "B" if batch is None else batch  # type: ignore[assignment]
-    returned = f"shape {tuple(scores.shape)}" if isinstance(scores, torch.Tensor) else f"a {type(scores).__name__}"
-    raise TargetError(f"the target function returned {returned}; it must return one score for each sample, ({batch},)")
-
-
-def _class_ids(output: torch.Tensor, target: Any) -> tuple[torch.Tensor, bool]:
-    """Return class ids `(B, K)` int64, and whether the target names a single class for each sample."""
-    batch, classes = output.shape
-    if target is None:
-        return output.detach().argmax(1, keepdim=True), True
-    if isinstance(target, str):
-        return output.detach().topk(top(target, classes), dim=1).indices, False
-    ids = _integers(target, output.device)
-    if ids.ndim == 0:
-        ids = ids.expand(batch)
-    if ids.ndim not in (1, 2) or ids.shape[0] != batch or 0 in ids.shape[1:]:
-        raise TargetError(
-            f"target has shape {tuple(ids.shape)} for a batch of {batch}: pass an int, ({batch},) or (B, K)"
-        )
-    if batch and not bool(((ids >= 0) & (ids < classes)).all()):
-        wrong = int(ids[(ids < 0) | (ids >= classes)][0])
-        raise TargetError(f"target {wrong} is out of range: the model has classes 0 to {classes - 1}")
-    return (ids.unsqueeze(1), True) if ids.ndim == 1 else (ids, False)
-
-
-def _integers(target: Any, device: torch.device) -> torch.Tensor:
-    try:
-        ids = torch.as_tensor(target, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TargetError(
-            f"target {target!r} is not understood: pass None, an int, (B,) or (B, K) class ids, 'top:K' or a function"
-        ) from error
-    if ids.ndim == 2 and ids.dtype not in (torch.bool, torch.bfloat16) and not ids.is_complex():
-        ids = torch.as_tensor(from_one_hot(ids.detach().cpu().numpy()), device=device)
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TargetError(f"target has dtype {ids.dtype}; class ids are integers")
-    return ids.long()

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ....errors import RuleError
+from ....errors import ModelError, RuleError, TargetError
+from ....inputs import ModelArguments
+from ....targets import Target
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ...targets import class_ids, refuse_missing
@@ -29,18 +31,26 @@ def explain(request: Request) -> Explanation:
     if request.through == "hook":
         raise RuleError("through='hook' is PyTorch's: Keras layers have no backward hooks; use 'graph' or 'swap'")
     inputs = tensors(request.inputs, request.is_plain)
-    target, ids, single = request.target, None, not isinstance(request.target, str)
-    if target is not None and single and not callable(target):
-        ids, single = class_ids(target, len(inputs[0]))
+    ids, single = _class_ids(request.target, len(inputs[0]) if inputs[0].shape.rank else 1)
     graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
     if ids is not None and graph.classes is not None:
         refuse_missing(ids, graph.classes)
     with restored(graph.written):
         scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
     refuse_non_finite(scores)
-    targets = None if callable(target) else explained_ids
-    explanation = _explanation(request, inputs, maps, targets, scores, single)
-    return replace(explanation, stats=deepcopy(graph.stats), head=graph.head)
+    targets = explained_ids if graph.classes is not None else None
+    explanation = _explanation(request, inputs, maps, targets, scores, single if graph.is_general else graph.single)
+    return replace(explanation, stats=deepcopy(graph.stats), head=graph.head, acting=dict(graph.acting))
+
+
+def _class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64] | None, bool]:
+    """Return class ids `(B, K)`, None where the target may be anything else, and whether there is one a sample."""
+    if target is None or isinstance(target, str | Target) or callable(target):
+        return None, not isinstance(target, str)
+    try:
+        return class_ids(target, batch)
+    except TargetError:  # a place in dense scores, perhaps, which only the output tells
+        return None, True
 
 
 def _explanation(
@@ -61,6 +71,17 @@ def _explanation(
 
 def _like_input(x: Any, value: Any) -> Any:
     return value.numpy() if isinstance(x, np.ndarray) and value is not None else value
+
+
+def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
+    """Refuse: a layer's output cannot be put in its place here yet.
+
+    Raises:
+        ModelError: always.
+    """
+    raise ModelError(
+        f"at={layer!r} is not there for Keras yet; explain keras.Model(layer.output, model.output) instead"
+    )
 
 
 def scores(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:

@@ -20,10 +20,13 @@ import tensorflow as tf
 from ....errors import InputError
 from ....outputs import head_of
 from ....rules import gradient
+from ....targets import Target
 from ...base import AS_IS, Request
 from ...results import RewiringStats
-from ..calls import run, scores_of, scores_to_explain
+from ..calls import run, scores_of
 from ..internals import all_layers
+from ..targets import chosen_scores
+from .acting import what_acts
 from .gradients import Rewiring
 from .heads import before_head
 from .swap import MARK, swapped
@@ -40,10 +43,13 @@ class TracedGraph:
     Attributes:
         run: takes the inputs, and class ids `(B, K)` int64 where the target is such; returns scores and ids `(B, K)`,
             then a map `(B, K, ...)` for each input of floating point.
-        classes: how many scores the model gives; None where the target is a function.
+        classes: how many scores the model gives; None where the target is none of classes.
         stats: what the rule met.
         written: the variables that it may write, to be put back afterwards.
         head: the softmax or sigmoid that the model ends in; "" where it does not, or the target is a function.
+        single: each sample has one target.
+        is_general: it serves other class ids too.
+        acting: what acts in it as in training, by name and how often.
     """
 
     run: Any
@@ -51,6 +57,9 @@ class TracedGraph:
     stats: RewiringStats
     written: tuple[Any, ...]
     head: str
+    single: bool
+    is_general: bool
+    acting: dict[str, int]
 
 
 cache: OrderedDict[Hashable, tuple[Any, TracedGraph]] = OrderedDict()
@@ -75,6 +84,8 @@ def traced_graph(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph
             cache.move_to_end(key)
             return cache[key][1]
     graph = trace(request, inputs, k)
+    if not graph.is_general:
+        return graph
     with _lock:
         cache[key] = weakref.ref(request.model, lambda _: _forget(key)), graph
         while len(cache) > MAX_GRAPHS:
@@ -91,10 +102,12 @@ def _key(request: Request, inputs: Sequence[Any], k: int) -> Hashable | None:
     """Return the cache's key of a graph; None where the graph depends on what no key can tell."""
     model = request.model
     is_function = isinstance(model, tf.types.experimental.PolymorphicFunction)
-    if callable(request.target) or not (isinstance(model, keras.Layer) or is_function):
+    if callable(request.target) or isinstance(request.target, Target):
+        return None
+    if not is_function and not isinstance(model, keras.Layer):
         return None
     shapes = tuple((tuple(x.shape), x.dtype.name) for x in inputs)
-    target = k or request.target
+    target = k or repr(request.target)
     options = (request.rule, request.through, request.activations, request.training)
     arguments = (request.structure, repr(request.output), request.head)
     return (id(model), _attributes(model) if not is_function else (), shapes, target, *options, *arguments)
@@ -130,26 +143,37 @@ def trace(request: Request, inputs: Sequence[Any], k: int) -> TracedGraph:
             output = scores_of(output, request.output)
             before, properties["head"] = before_head(output)
             output = output if request.head == AS_IS else before
-        scores, ids, columns = scores_to_explain(output, request.target, ids, request.batch)
-        if not callable(request.target):
+        chosen = properties["chosen"] = chosen_scores(output, request.target, ids, request.batch)
+        if chosen.ids is not None:
             properties["classes"] = output.shape[1]
         rewiring = None
+        properties["acting"] = what_acts([begin for begin, _ in chosen.columns], request.training)
         operations = tf.compat.v1.get_default_graph().get_operations()
         if request.rule is not gradient:
             rewiring = Rewiring(request, MARK if swap else None)
             rewiring.attach(operations, sources)
-        maps = _maps(columns, sources)
+        maps = _maps(chosen.columns, sources)
         if rewiring is not None:
             rewiring.finish()
             properties["stats"] = rewiring.stats
         properties["writes"] = any(op.type in _WRITING_OPS for op in operations)
-        return scores, tf.zeros((), tf.int64) if ids is None else ids, *maps
+        return chosen.scores, tf.zeros((), tf.int64) if chosen.ids is None else chosen.ids, *maps
 
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in inputs]
     specs += [tf.TensorSpec((inputs[0].shape[0], k), tf.int64)] if k else []
     graph = tf.function(explain_batch, autograph=False).get_concrete_function(*specs)
     written = tuple(graph.graph.variables) if properties["writes"] else ()
-    return TracedGraph(graph, properties.get("classes"), properties["stats"], written, properties.get("head", ""))
+    head, chosen = properties.get("head", ""), properties["chosen"]
+    return TracedGraph(
+        graph,
+        properties.get("classes"),
+        properties["stats"],
+        written,
+        head,
+        chosen.single,
+        chosen.is_general,
+        properties["acting"],
+    )
 
 
 def _maps(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
 from ....errors import InputError, ModelError, RuleError
+from ....inputs import ModelArguments
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
-from ..calls import class_scores, eager, has_channels_last, leaves_and_copies, refuse_training, target_scores
+from ..calls import class_scores, eager, has_channels_last, leaves_and_copies, refuse_training
 from ..heads import run_to_scores
+from ..layers import call_number, from_layer, layer_outputs
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
+from ..targets import target_scores, with_function
 from .acting import what_acts
 from .cuts import first_nan, where_cut, without_gradient
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
@@ -37,6 +41,7 @@ def explain(request: Request) -> Explanation:
         plain = request.rule is gradient
         attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
         network = eager(request.model) if attachment is None else attachment.network
+        request = with_function(request, network, stack)
         output, path, head = run_to_scores(request, fed, network)
         scores, ids, single = target_scores(output, request.target, request.batch, path)
         if scores.grad_fn is None:
@@ -104,6 +109,28 @@ def _refuse_missing(gradients: tuple[Any, ...], request: Request, fed: list[torc
             f"the scores are finite and their gradient is NaN, first at {first_nan(request, fed)}; look for a root, "
             "a norm or a logarithm at zero there"
         )
+
+
+def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
+    """Return, for each call of a layer, its output as arguments, and the request to explain by them.
+
+    Raises:
+        InputError: there is no such layer, or it does not run.
+    """
+    calls = []
+    for call, output in enumerate(layer_outputs(request, layer), call_number(layer) or 0):
+        arguments = ModelArguments(output, (output,), {})
+        inside = replace(
+            request,
+            inputs=arguments.tensors,
+            around=from_layer(request, layer, call),
+            fill=arguments.fill,
+            structure=f"{layer}@{call}",
+            is_plain=False,
+            noun=f"the output of layer {layer!r}",
+        )
+        calls.append((arguments, inside))
+    return calls
 
 
 def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:

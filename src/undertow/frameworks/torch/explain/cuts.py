@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ....structures import tensors_with_paths
 from ...base import Request
-from ..calls import eager, module_of, run, scores_of, target_scores, uncompiled
+from ..calls import eager, module_of, run, scores_of, uncompiled
 from ..heads import run_to_scores
+from ..targets import target_scores
 
 _CUTS = "no_grad, detach, .item(), quantised weights or whole numbers"
 
@@ -54,8 +55,9 @@ def without_gradient(request: Request, fed: Sequence[Tensor], i: int) -> str:
     with torch.no_grad():
         before, after = (scores_of(run(request.bind(eager(request.model)), x), request.output) for x in (fed, moved))
     if torch.equal(before, after):
-        return f"input {i} does not influence the scores; bind it, as with functools.partial"
-    return f"the gradient of the scores does not reach input {i}: {where_cut(request, fed)}"
+        remedy = "name a layer on the way to them" if request.noun else "bind it, as with functools.partial"
+        return f"{request.describe(i)} does not influence the scores; {remedy}"
+    return f"the gradient of the scores does not reach {request.describe(i)}: {where_cut(request, fed)}"
 
 
 def first_nan(request: Request, fed: Sequence[Tensor]) -> str:

@@ -21,11 +21,12 @@ from torch.autograd.graph import GradientEdge
 
 from ....errors import InputError, ModelError
 from ...results import END, Block, BlockGraph, Carried
-from ..calls import leaves_and_copies, run, target_scores
+from ..calls import leaves_and_copies, run
 from ..internals import next_sequence_number, sequence_number
 from ..nodes import HIDDEN, hidden_reason, name_of
 from ..record.sites import network
 from ..state import unchanged
+from ..targets import target_scores
 from .module_calls import hookable_modules
 
 NodeOutput = tuple[Any, int]  # a graph node and the index of one of its outputs, which together name a tensor

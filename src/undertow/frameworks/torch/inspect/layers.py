@@ -3,7 +3,6 @@
 import copy
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ....errors import InputError, ModelError, did_you_mean
+from ....errors import InputError, ModelError
 from ....outputs import Path
 from ....rules import gradient
 from ...base import Request
@@ -28,17 +27,15 @@ from ..calls import (
     refuse_training,
     run,
     scores_of,
-    target_scores,
     uncompiled,
 )
 from ..explain.acting import what_acts
 from ..explain.graph import ThroughGraph, rewired_backward
 from ..heads import run_before_head, run_to_scores
-from ..internals import CONVOLUTION, NORM, reset_of
+from ..internals import reset_of
+from ..layers import channel_axis, record_outputs
 from ..state import unchanged
-
-CHANNELS_FIRST = (CONVOLUTION, NORM, nn.GroupNorm)
-CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+from ..targets import target_scores, with_function
 
 
 def scores(model: Callable[..., Any], x: torch.Tensor, output: Path | None = None) -> npt.NDArray[Any]:
@@ -144,9 +141,10 @@ def layer_gradients(
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training) as start, ExitStack() as stack:
+        request = with_function(request, eager(request.model), stack)
         (source,), fed = leaves_and_copies(request.inputs, request.is_plain)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
-        outputs = _record_outputs(request.model, layers, stack)
+        outputs = record_outputs(request.model, layers, stack)
         output, path, head = run_to_scores(request, fed)
         scores, ids, single = _columns(output, path, request, directions)
         if attachment is not None and scores.grad_fn is not None:
@@ -164,7 +162,7 @@ def layer_gradients(
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
-        channel_axes={name: _channel_axis(request.model, name) for name in outputs},
+        channel_axes={name: channel_axis(request.model, name) for name in outputs},
     )
 
 
@@ -175,50 +173,6 @@ def _columns(
         return target_scores(output, request.target, request.batch, path)
     scores = scores_of(output, path)
     return scores @ like(directions, scores).T, None, False
-
-
-def _record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:
-    """Return a dict that fills with the named modules' outputs in this thread, `layer@1` being those of a second call.
-
-    All calls of a module are recorded, whichever a name asks for.
-    The hooks are removed when the stack closes. The network goes on with a copy of each output, so that a successor
-    that works in place does not change what is recorded.
-    """
-    root = module_of(uncompiled(model))
-    if not names:
-        return {}
-    if root is None:
-        raise InputError(f"model is a {type(model).__name__}; layers are those of a torch.nn.Module")
-    modules = dict(root.named_modules())
-    outputs: dict[str, torch.Tensor] = {}
-    calls: Counter[str] = Counter()
-    thread = threading.get_ident()
-    for name in dict.fromkeys(name.partition("@")[0] for name in names):
-        if name not in modules or not name:
-            children = ", ".join(child for child, _ in root.named_children())
-            raise InputError(f"no layer {name!r}{did_you_mean(name, modules) or f'; at the top there are {children}'}")
-
-        def after(_: nn.Module, __: Any, output: Any, name: str = name) -> Any:
-            if threading.get_ident() != thread or not isinstance(output, torch.Tensor) or not output.requires_grad:
-                return None
-            call, calls[name] = calls[name], calls[name] + 1
-            outputs[f"{name}@{call}" if call else name] = output
-            return output.clone()
-
-        stack.callback(modules[name].register_forward_hook(after).remove)
-    return outputs
-
-
-def _channel_axis(model: Any, name: str) -> int | None:
-    """Return where a layer's modules have their channels, if all that tell agree."""
-    root = module_of(uncompiled(model))
-    assert root is not None  # its outputs were recorded
-    tell = {
-        1 if isinstance(module, CHANNELS_FIRST) else -1
-        for module in root.get_submodule(name.partition("@")[0]).modules()
-        if isinstance(module, CHANNELS_FIRST) or type(module) in CHANNELS_LAST  # subclasses of LayerNorm permute
-    }
-    return tell.pop() if len(tell) == 1 else None
 
 
 def _gradient_row(scores: torch.Tensor, k: int, tensors: list[Any]) -> list[npt.NDArray[Any]]:

@@ -15,6 +15,7 @@ from PIL import Image
 from ....classifier import RANDOM, Classifier, imagenet_names
 from ....errors import ModelError, did_you_mean
 from ....images import Preprocessing, one_line, printable
+from ....scales import Scaling
 from ...downloading import downloaded
 from ..weights import fit, read_state, weights_sha256
 from .catalogue import file_in_hub, file_in_hugging_face, reference_of
@@ -53,7 +54,8 @@ def _demo(file: Path | None) -> Classifier:
     with seeded():
         module = import_package("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
     fit(module, read_state(path), path, "demo")
-    return _classifier("demo", module, Preprocessing(), imagenet_names(), file.name if file else "ImageNet, packaged")
+    weights = file.name if file else "ImageNet, packaged"
+    return _classifier("demo", module, Preprocessing(), imagenet_names(), weights, "of the packaged weights")
 
 
 def _from_torchvision(name: str, choice: str, file: Path | None) -> Classifier:
@@ -70,7 +72,8 @@ def _from_torchvision(name: str, choice: str, file: Path | None) -> Classifier:
     sizes = preset.resize_size[0], preset.crop_size[0]
     preprocessing = Preprocessing(*sizes, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
     weights = file.name if file else RANDOM if choice == "none" else entry.name
-    return _classifier(reference_of("torchvision", name, choice), module, preprocessing, class_names, weights)
+    told_by = f"torchvision's, of {entry.name}"
+    return _classifier(reference_of("torchvision", name, choice), module, preprocessing, class_names, weights, told_by)
 
 
 def _entry(models: Any, name: str, choice: str) -> Any:
@@ -127,7 +130,7 @@ def _from_timm(name: str, choice: str, file: Path | None) -> Classifier:
     weights = file.name if file else RANDOM if choice == "none" else module.pretrained_cfg.get("tag") or full
     preprocessing = _timm_preprocessing(full, timm.data.resolve_model_data_config(module))
     class_names = _timm_names(timm, module, count)
-    return _classifier(reference_of("timm", name, choice), module, preprocessing, class_names, weights)
+    return _classifier(reference_of("timm", name, choice), module, preprocessing, class_names, weights, "timm's")
 
 
 def _refuse_unknown(timm: Any, name: str, trained: bool) -> None:
@@ -171,7 +174,7 @@ def _timm_names(timm: Any, module: Any, count: int) -> tuple[tuple[str, ...], ..
     return tuple(tuple(names.split(", ")) for names in timm.data.ImageNetInfo(subset).label_descriptions())
 
 
-def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
+def from_object(reference: str, network: Any, file: Path | None, scaling: Scaling | None = None) -> Classifier:
     """Complete what a user's function returned: a module, or a mapping or `Classifier` with one.
 
     Args:
@@ -179,6 +182,7 @@ def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
         network: the module, or a mapping of "module", and optionally "preprocessing" (a `Preprocessing` or its fields)
             and "classes" (names, in order; or for each class its name and its synonyms).
         file: weights to load into it.
+        scaling: of its preprocessing, instead of its own.
 
     Raises:
         ModelError: something else was returned, the network does not run, or the parts or weights do not fit.
@@ -189,6 +193,7 @@ def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
         network = {"module": network.module, "preprocessing": network.preprocessing, "classes": classes}
     parts = dict(network) if isinstance(network, Mapping) else {"module": network}
     module = parts.pop("module", None)
+    told_by = "returned with the network" if "preprocessing" in parts else "by default, as most ImageNet networks"
     preprocessing, classes = parts.pop("preprocessing", Preprocessing()), parts.pop("classes", None)
     if parts or not isinstance(module, torch.nn.Module):
         wrong = f"unknown {', '.join(map(str, parts))}" if parts else type(module).__name__
@@ -196,6 +201,7 @@ def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
                          f"not {wrong}")  # fmt: skip
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = _preprocessing(reference, preprocessing)
+    preprocessing = preprocessing if scaling is None else scaling.applied(preprocessing)
     if file:
         fit(module, read_state(file), file, reference)
     count = _count_classes(reference, module.eval(), preprocessing)
@@ -203,7 +209,8 @@ def from_object(reference: str, network: Any, file: Path | None) -> Classifier:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
     given = _numbered(count) if classes is None else classes
     names = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in given)
-    return _classifier(reference, module, preprocessing, names, file.name if file else f"made by {reference}")
+    weights = file.name if file else f"made by {reference}"
+    return _classifier(reference, module, preprocessing, names, weights, told_by)
 
 
 def _preprocessing(reference: str, settings: Any) -> Preprocessing:
@@ -223,7 +230,7 @@ def _count_classes(reference: str, module: torch.nn.Module, preprocessing: Prepr
         with torch.no_grad():
             scores = module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
     except Exception as error:
-        remedy = "return a dict with its own preprocessing"
+        remedy = "return a dict with its own preprocessing, or say its size, as in --preprocess imagenet@32"
         raise ModelError(f"{reference} does not run on an input {(1, *shape)} ({one_line(error)}); {remedy}") from error
     scores = scores[0] if isinstance(scores, tuple) else getattr(scores, "logits", scores)
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
@@ -233,10 +240,16 @@ def _count_classes(reference: str, module: torch.nn.Module, preprocessing: Prepr
 
 
 def _classifier(
-    reference: str, module: Any, preprocessing: Preprocessing, names: tuple[tuple[str, ...], ...], weights: str
+    reference: str,
+    module: Any,
+    preprocessing: Preprocessing,
+    names: tuple[tuple[str, ...], ...],
+    weights: str,
+    told_by: str,
 ) -> Classifier:
     first, others = tuple(row[0] for row in names), tuple(row[1:] for row in names)
-    return Classifier(reference, module.eval(), preprocessing, first, weights, weights_sha256(module), others)
+    digest = weights_sha256(module)
+    return Classifier(reference, module.eval(), preprocessing, first, weights, digest, others, told_by)
 
 
 def _numbered(count: int) -> tuple[tuple[str, ...], ...]:

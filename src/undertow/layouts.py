@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from .errors import InputError
 
 MAX_EXTRA_TOKENS = 8
 Array = npt.NDArray[Any]
