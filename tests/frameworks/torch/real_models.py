@@ -458,6 +458,7 @@ REAL_MODELS = [
         clip,
         CLIP,
         lambda out: out.logits_per_image[:, 2],
+        layers=(("vision_model.encoder.layers.0", tokens(4, 4, 1)),),
         refused=(
             guided_refused(CLIP, none_at_all("SigmoidBackward0 x2")),
             Refused(
@@ -465,6 +466,11 @@ REAL_MODELS = [
                 "the model returned a CLIPOutput of logits_per_image, logits_per_text, text_embeds, image_embeds, "
                 f"text_model_output, vision_model_output{NO_SCORES}",
                 CLIP,
+            ),
+            Refused(
+                f'{CLIP[:-1]}, estimator="grad-cam:text_model.encoder.layers.0")',
+                "layer 'text_model.encoder.layers.0' is not on the way from x to the scores, or returns no tensor",
+                f'{CLIP[:-1]}, estimator="grad-cam:vision_model.encoder.layers.0")',
             ),
         ),
     ),

@@ -101,9 +101,14 @@ def test_grad_cam_of_a_layer(row, layer):
     names, model, x = given(row)
     name, as_planes = layer
     attribution = run(row.call, names, rule="gradient", estimator=f"grad-cam:{name}")
-    size = tuple(x.shape[2:] if x.ndim > 2 else x.shape[1:])
+    leaves = tree_flatten(x)[0]
+    image = next(leaf for leaf in leaves if leaf.is_floating_point())
+    has_channels = image.ndim > 2
+    size = tuple(image.shape[2:] if has_channels else image.shape[1:])
     wanted = grad_cam(model, x, row.score, model.get_submodule(name), as_planes, size)
-    assert_same(attribution.values, wanted if x.ndim > 2 else wanted[:, 0])
+    assert_same(
+        attribution.values, [(wanted if has_channels else wanted[:, 0]) if t is image else None for t in leaves]
+    )
 
 
 @pytest.mark.parametrize(
