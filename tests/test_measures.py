@@ -16,6 +16,7 @@ from undertow.measures import (
     Histogram,
     Keep,
     Moments,
+    Norm,
     code_values,
     finite,
     reduce_all,
@@ -32,10 +33,12 @@ def same(measure, a, b):
     What a sum cancels is lost: its error is beside the magnitudes that went into it.
     """
     assert a.keys() == b.keys() == measure.columns.keys()
-    added = {"mean": ("min", "max"), "m2": ("m2",), "sums": ("absolutes",), "absolutes": ("absolutes",)}
+    added = {"mean": ("min", "max"), "m2": ("m2",), "norm": ("norm",)} | dict.fromkeys(
+        ("sums", "absolutes"), ("absolutes",)
+    )
     for key in a:
         for i, (one, other) in enumerate(zip(a[key], b[key], strict=True)):
-            if isinstance(measure, Moments | ChannelSums) and key in added:
+            if isinstance(measure, Norm | Moments | ChannelSums) and key in added:
                 within = 1e-5 * np.max(np.abs([b[name][i] for name in added[key]]), axis=0)
                 assert (np.abs(one - other) <= within).all()
             else:

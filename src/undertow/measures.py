@@ -32,14 +32,21 @@ _INFINITE = 0x7F80  # the truncated code of infinity; without its sign, a larger
 class Stats:
     """Statistics of an array `(B, C, ...)`, each computed when it is first asked for; this class is NumPy's.
 
+    Args:
+        x: the array, arranged so that its samples come first and its channels second.
+        original: the same as the framework gave it, whatever its axes; None is `x`.
+        samples: the axis of `original` that holds the samples; None where no axis does.
+
     A framework registers a subclass for its own tensors with `stats`; its numbers stay on the tensor's device.
 
     >>> stats(np.array([[1.0, 2.0, 6.0]])).moments
     array([ 3., 14.,  1.,  6.])
     """
 
-    def __init__(self, x: Any) -> None:
+    def __init__(self, x: Any, original: Any = None, samples: int | None = 0) -> None:
         self.x = x
+        self.original = x if original is None else original
+        self.samples = samples
 
     @property
     def size(self) -> int:
@@ -51,6 +58,12 @@ class Stats:
         """The ℓ2 norm over all axes behind the second, float32 `(B, C)`."""
         squares = np.square(np.asarray(self.x, np.float64))
         return np.sqrt(squares.sum(axis=tuple(range(2, self.x.ndim)))).astype(np.float32)
+
+    @cached_property
+    def norm(self) -> Any:
+        """The ℓ2 norm of the whole, float64 without an axis."""
+        with np.errstate(over="ignore"):
+            return np.asarray(np.sqrt(np.square(np.asarray(self.x, np.float64)).sum()))
 
     @cached_property
     def zeros(self) -> Any:
@@ -89,19 +102,24 @@ class Stats:
         codes = flat.view(np.uint32) >> np.uint32(16)
         return sparse(np.bincount(codes.astype(np.intp), minlength=CODES))
 
-    def copy(self) -> Any:
-        """Return a copy of the array that nothing else writes to."""
-        return np.array(self.x)
+    def copy(self, by_sample: bool) -> Any:
+        """Return a copy of the original that nothing else writes to; `by_sample`, its samples come first."""
+        return np.array(self.samples_first if by_sample else self.original)
+
+    @property
+    def samples_first(self) -> Any:
+        """The original with the axis of its samples in front, or an axis of length 1 where no axis holds them."""
+        return self.original[None] if self.samples is None else np.moveaxis(self.original, self.samples, 0)
 
 
 @singledispatch
-def stats(x: Any) -> Stats:
-    """Return the statistics of an array `(B, C, ...)`, NumPy's or a framework's own.
+def stats(x: Any, original: Any = None, samples: int | None = 0) -> Stats:
+    """Return the statistics of an array `(B, C, ...)`, NumPy's or a framework's own; `original` as in `Stats`.
 
     >>> stats(np.array([[[3.0, 4.0], [0.0, -2.0]]])).norms
     array([[5., 2.]], dtype=float32)
     """
-    return Stats(x)
+    return Stats(x, original, samples)
 
 
 def sparse(counters: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
@@ -160,9 +178,12 @@ class StatsMeasure(Measure):
         return self.pick(stats(x), start)
 
 
-def reduce_all(measures: Sequence[Measure], x: Any) -> list[State]:
-    """Return each measure's state of one array `(B, C, ...)`; what several need is computed once."""
-    statistics = stats(x)
+def reduce_all(measures: Sequence[Measure], x: Any, original: Any = None, samples: int | None = 0) -> list[State]:
+    """Return each measure's state of one array `(B, C, ...)`; what several need is computed once.
+
+    `original` and `samples` are as in `Stats`.
+    """
+    statistics = stats(x, original, samples)
     return [m.pick(statistics) if isinstance(m, StatsMeasure) else m.reduce(x) for m in measures]
 
 
@@ -193,6 +214,31 @@ class ChannelNorm(StatsMeasure):
 
     def finish(self, state: State) -> Columns:
         return {"values": _in_order(state)}
+
+
+@final
+class Norm(StatsMeasure):
+    """The ℓ2 norm of the whole array, in float64: what trainers log of each parameter's gradient.
+
+    >>> measure = Norm()
+    >>> measure.finish(measure.reduce(np.array([[3.0, 0.0], [0.0, -4.0]])))
+    {'norm': [5.0]}
+    """
+
+    name = "norm"
+    columns: ClassVar[Mapping[str, str]] = {"norm": "float64"}
+
+    def init(self) -> State:
+        return {"norm": np.zeros(())}
+
+    def pick(self, statistics: Stats, start: int = 0) -> State:
+        return {"norm": statistics.norm}
+
+    def merge(self, a: State, b: State) -> State:
+        return {"norm": np.asarray(np.hypot(a["norm"], b["norm"]))}
+
+    def finish(self, state: State) -> Columns:
+        return {"norm": [float(state["norm"])]}
 
 
 @final
@@ -330,7 +376,7 @@ class Histogram(StatsMeasure):
 
 @final
 class Keep(StatsMeasure):
-    """The tensor itself, in its own dtype: a file for each batch and site, or for each sample and site.
+    """The tensor itself, in its own dtype and with its own axes: a file for each batch and site, or sample and site.
 
     Args:
         by: "batch" or "sample".
@@ -359,7 +405,7 @@ class Keep(StatsMeasure):
         return {"sample": np.zeros(0, np.int64), "values": np.zeros((0, 0), np.float32)}
 
     def pick(self, statistics: Stats, start: int = 0) -> State:
-        return {"sample": np.arange(start, start + len(statistics.x)), "values": statistics.copy()}
+        return {"sample": np.arange(start, start + len(statistics.x)), "values": statistics.copy(self.per_sample)}
 
     def merge(self, a: State, b: State) -> State:
         return _joined(a, b)
@@ -370,7 +416,7 @@ class Keep(StatsMeasure):
 
 
 MEASURES: dict[str, type[Measure]] = {
-    m.name: m for m in (ChannelNorm, ZeroFraction, Moments, ChannelSums, Histogram, Keep)
+    m.name: m for m in (Norm, ChannelNorm, ZeroFraction, Moments, ChannelSums, Histogram, Keep)
 }
 
 

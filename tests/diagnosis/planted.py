@@ -3,6 +3,8 @@
 A row says how the network is built, what is recorded, how a batch is run, and which causes must be found.
 """
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,13 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
+from diagnosis import architectures as nets
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_RECURRENT = (*_LAYERS, nn.RNNCellBase, nn.RNNBase)
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A network and the causes that a diagnosis must name, with the sites that it must name for them."""
+    """A network and the causes that a diagnosis must name, with the sites that it must name for them.
+
+    `also` are informations that are true as well, and may come with them.
+    """
 
     name: str
     causes: frozenset[str]
@@ -27,9 +34,10 @@ class Planted:
     shape: tuple[int, ...] = (32, 3, 12, 12)
     batches: int = 2
     run: Callable[[nn.Module, torch.Tensor, int], None] | None = None
-    at: tuple[str, ...] = ()
+    at: tuple[str, ...] | None = None
     measures: tuple[str, ...] = ("zero-fraction", "moments")
     options: dict[str, object] = field(default_factory=dict)
+    also: frozenset[str] = frozenset()
 
 
 def step(model: nn.Module, x: torch.Tensor, number: int) -> None:
@@ -232,8 +240,207 @@ def _trained(model: nn.Module) -> nn.Module:
     return model
 
 
+def loss_of(loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module, torch.Tensor, int], None]:
+    """Make a batch whose loss is a function of the scores."""
+    return lambda model, x, number: loss(model(x)).backward()
+
+
+def task(loss: Callable[[nn.Module, torch.Generator], torch.Tensor]) -> Callable[[nn.Module, torch.Tensor, int], None]:
+    """Make a batch of a task in `architectures`, which draws its own input."""
+    return lambda model, x, number: loss(model, torch.Generator().manual_seed(number)).backward()
+
+
+def bytes_in(model: nn.Module, x: torch.Tensor, number: int) -> None:
+    """Give inputs from 0 to 255, as images are before anybody has scaled them."""
+    step(model, 128 + 60 * x, number)
+
+
+def missing(model: nn.Module, x: torch.Tensor, number: int) -> None:
+    """Put one missing value into the data of the second batch."""
+    if number == 1:
+        x = x.clone()
+        x.view(-1)[7] = float("nan")
+    step(model, x, number)
+
+
+def sure(model: nn.Module, x: torch.Tensor, number: int) -> None:
+    """Let every label be what the network is sure of."""
+    scores = model(x)
+    F.cross_entropy(scores, scores.argmax(1)).backward()
+
+
+def stepped(model: nn.Module, x: torch.Tensor, number: int) -> None:
+    """From the seventh batch on, all gradients are a hundred times as large."""
+    scores = model(x)
+    F.cross_entropy(scores, torch.arange(len(x)) % scores.shape[1]).mul(100.0 if number > 5 else 1.0).backward()
+
+
+def generate_detached(model: nn.Module, x: torch.Tensor, number: int) -> None:
+    """Let the generator's loss be taken of fakes that were detached for the discriminator's."""
+    fake = model.generator(torch.randn(32, 8, generator=torch.Generator().manual_seed(number))).detach()
+    F.softplus(-model.discriminator(fake)).mean().backward()
+
+
+def joined_by_numbers(how: str) -> Callable[[nn.Module, torch.Tensor, int], None]:
+    """Join what two branches say by way of Python's numbers; the head learns from the rest."""
+
+    def run(model: nn.Module, x: torch.Tensor, number: int) -> None:
+        scores = model(x)
+        parts = [scores[:, i].mean() for i in range(scores.shape[1])]
+        if how == "item":
+            joined = torch.tensor([part.item() for part in parts], requires_grad=True)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of this itself
+                joined = torch.tensor(parts, requires_grad=True)
+        joined.square().sum().backward()
+
+    return run
+
+
+class Gate(nn.Module):
+    """A choice among experts by argmax, a comparison or Python's numbers: the gate that chooses gets no gradient."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.gate, self.expert, self.head = how, nn.Linear(12, 4), nn.Linear(12, 12), nn.Linear(12, 5)
+        self.table = nn.Parameter(torch.randn(4, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, scores = torch.tanh(self.expert(x)), self.gate(x)
+        if self.how == "argmax":
+            return self.head(h * self.table[scores.argmax(1)])
+        if self.how == "compare":
+            return self.head(h * (scores.sum(1, keepdim=True) > 0))
+        weights = torch.tensor(scores.softmax(1).tolist()) if self.how == "tolist" else scores.mean().item()
+        return self.head(h * (weights @ self.table if self.how == "tolist" else weights))
+
+
+class ReZero(nn.Module):
+    """Residual branches whose factor begins at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.alpha * self.second(torch.tanh(self.first(x))))
+
+
+class Loop(nn.Module):
+    """A recurrent network out of linear layers, one of which is called at each point of time."""
+
+    def __init__(self, gain: float, width: int = 16, act: Callable[[torch.Tensor], torch.Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.inputs, self.again, self.head = (
+            nn.Linear(8, width),
+            nn.Linear(width, width, bias=False),
+            nn.Linear(width, 5),
+        )
+        nn.init.orthogonal_(self.again.weight, gain)
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.zeros(len(x), self.again.in_features)
+        for now in x.unbind(1):
+            h = self.act(self.inputs(now) + self.again(h))
+        return self.head(h)
+
+
+def relus(depth: int, conv: bool, he: bool = False) -> nn.Module:
+    """Build a plain stack of ReLU layers as torch initialises them, or as He et al. do."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layer = nn.Conv2d(8, 8, 3, padding=1) if conv else nn.Linear(32, 32)
+        if he:
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)] if conv else ()))
+
+
+def saturating(act: Callable[[], nn.Module], factor: float = 1.0) -> nn.Module:
+    model = nn.Sequential(nn.Linear(12, 24), act(), nn.Linear(24, 24), act(), nn.Linear(24, 5))
+    with torch.no_grad():
+        model[0].weight *= factor
+    return model
+
+
+def with_own_hooks(model: nn.Module) -> nn.Module:
+    """Put a full backward hook that does nothing on every layer, as people do to look at gradients."""
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_full_backward_hook(lambda *_: None)
+    return model
+
+
+def broken_weight() -> nn.Module:
+    model = dense(2, nn.Tanh, 1.0)
+    with torch.no_grad():
+        model[2].weight[3, 3] = float("inf")
+    return model
+
+
+def too_large_for_half() -> nn.Module:
+    model = dense(2, None, 1.0)
+    with torch.no_grad():
+        model[1].weight *= 1e4
+    return model.half()
+
+
+def frozen_at(name: str, model: nn.Module) -> nn.Module:
+    model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def scaled(model: nn.Module, name: str, factor: float) -> nn.Module:
+    with torch.no_grad():
+        model.get_submodule(name).weight *= factor
+    return model
+
+
+def dense_residual(depth: int, factor: float) -> nn.Module:
+    """Build linear layers beside a stream that each block multiplies by a factor."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return factor * x + self.layer(x)
+
+    return nn.Sequential(*(Block() for _ in range(depth)), nn.Linear(32, 10))
+
+
+def closed(model: nn.Module, name: str) -> nn.Module:
+    nn.init.constant_(model.get_submodule(name).bias, -1e3)
+    return model
+
+
+def stream(factor: float) -> nn.Module:
+    """Build a GPT without norms whose residual stream is multiplied by a factor in every block."""
+
+    class Shrinking(nets.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = factor * x + self.attend(x)
+            return x + self.down(F.gelu(self.up(x)))
+
+    model = nets.GPT(layers=8)
+    model.blocks = nn.ModuleList(Shrinking(32, first=True, causal=True) for _ in range(8))
+    nets._bert_like(model)
+    return model
+
+
 _row = Planted
-_FLAT, _DEEP = (64, 12), (64, 32)
+_FLAT, _DEEP, _LONG = (64, 12), (64, 32), (32, 60, 8)
+
+
+def _recurrent(name: str, module: nn.Module) -> bool:
+    return isinstance(module, _RECURRENT)
+
+
 PLANTED = [
     _row(
         "max-pooling behind a leaky ReLU",
@@ -320,6 +527,267 @@ PLANTED = [
         run=noisy,
         at=("0", "2"),
     ),
+    _row(
+        "every label ignored",
+        frozenset({"no-gradient"}),
+        lambda: dense(3, nn.Tanh, 1.0),
+        shape=_DEEP,
+        run=loss_of(lambda y: F.cross_entropy(y, torch.full((64,), -100), reduction="sum")),
+    ),
+    _row(
+        "a loss that is clipped",
+        frozenset({"no-gradient"}),
+        lambda: dense(3, nn.Tanh, 1.0),
+        shape=_DEEP,
+        run=loss_of(lambda y: (y + 50).clamp(-1, 1).mean()),
+    ),
+    _row(
+        "a hinge that is satisfied",
+        frozenset({"no-gradient"}),
+        lambda: dense(3, nn.Tanh, 1.0),
+        shape=_DEEP,
+        run=loss_of(lambda y: (1 - (y + 50)).relu().mean()),
+    ),
+    _row(
+        "scores that are rounded",
+        frozenset({"no-gradient"}),
+        lambda: dense(3, nn.Tanh, 1.0),
+        shape=_DEEP,
+        run=loss_of(lambda y: (y.round() - 0.3).abs().mean()),
+    ),
+    _row(
+        "a loss times zero",
+        frozenset({"no-gradient"}),
+        lambda: nets.MLP(12),
+        shape=_FLAT,
+        run=loss_of(lambda y: 0.0 * y.square().mean()),
+    ),
+    _row(
+        "text whose labels are all padding",
+        frozenset({"no-gradient"}),
+        nets.GPT,
+        run=task(
+            lambda m, draw: (
+                0 * m(nets._ids(draw)).sum()
+                + F.cross_entropy(m(nets._ids(draw)).flatten(0, 1), torch.full((96,), -100), reduction="sum")
+            )
+        ),
+    ),
+    _row(
+        "convolutions with ReLU, torch's weights",
+        frozenset({"vanishing"}),
+        lambda: relus(20, conv=True),
+        shape=(8, 8, 8, 8),
+        also=frozenset({"activation", "no-batch-norm", "dead-units"}),
+    ),
+    _row(
+        "linear layers with ReLU, torch's weights",
+        frozenset({"vanishing"}),
+        lambda: relus(20, conv=False),
+        shape=_DEEP,
+        run=loss_of(lambda y: (y * torch.linspace(-1, 1, 32)).sum()),
+        also=frozenset({"dead-units", "activation", "no-batch-norm"}),
+    ),
+    _row("a shrinking residual stream", frozenset({"vanishing"}), lambda: stream(0.2), run=task(nets.predict_next)),
+    _row("residual blocks whose stream grows", frozenset({"exploding"}), lambda: dense_residual(12, 4.0), shape=_DEEP),
+    _row(
+        "a plain recurrent cell over 60 points",
+        frozenset({"vanishing"}),
+        lambda: nets.Cell(nn.RNNCell(8, 24)),
+        sites=_recurrent,
+        shape=_LONG,
+    ),
+    _row(
+        "an LSTM cell over 60 points, last state read",
+        frozenset({"vanishing"}),
+        lambda: nets.Cell(nn.LSTMCell(8, 24)),
+        sites=_recurrent,
+        shape=_LONG,
+    ),
+    _row("a linear layer called 60 times", frozenset({"vanishing"}), lambda: Loop(0.6), shape=_LONG),
+    _row(
+        "a recurrent layer that explodes",
+        frozenset({"exploding"}),
+        lambda: Loop(1.4, act=lambda h: h),
+        shape=_LONG,
+        run=loss_of(lambda y: y.sum()),
+        also=frozenset({"no-batch-norm"}),
+    ),
+    _row(
+        "six linear layers that lose a factor of ten",
+        frozenset({"vanishing"}),
+        lambda: dense(6, None, 0.65),
+        shape=_DEEP,
+        run=loss_of(lambda y: (y * torch.linspace(-1, 1, 10)).sum()),
+        also=frozenset({"no-batch-norm"}),
+    ),
+    _row(
+        "a tanh network on bytes",
+        frozenset({"saturated"}),
+        lambda: saturating(nn.Tanh),
+        shape=_FLAT,
+        run=bytes_in,
+        at=("0",),
+        also=frozenset({"no-batch-norm"}),
+    ),
+    _row(
+        "a sigmoid network on bytes",
+        frozenset({"saturated"}),
+        lambda: saturating(nn.Sigmoid, 4.0),
+        shape=_FLAT,
+        run=bytes_in,
+        at=("0",),
+        also=frozenset({"no-batch-norm", "underflow"}),
+    ),
+    _row(
+        "hard tanh with large weights",
+        frozenset({"saturated"}),
+        lambda: saturating(nn.Hardtanh, 20.0),
+        shape=_FLAT,
+        at=("0",),
+        also=frozenset({"no-batch-norm"}),
+    ),
+    _row(
+        "a missing value in the data",
+        frozenset({"non-finite"}),
+        lambda: dense(3, nn.Tanh, 1.0),
+        shape=_DEEP,
+        run=missing,
+    ),
+    _row("a weight that is infinite", frozenset({"non-finite"}), broken_weight, shape=_DEEP),
+    _row(
+        "an output too large for float16",
+        frozenset({"non-finite"}),
+        too_large_for_half,
+        shape=_DEEP,
+        run=lambda m, x, n: m(x.half()).float().square().sum().backward(),
+    ),
+    _row(
+        "a logarithm of zero in the loss",
+        frozenset({"non-finite"}),
+        lambda: dense(2, nn.Tanh, 1.0),
+        shape=_DEEP,
+        run=loss_of(lambda y: torch.log((y * 0).abs()).sum()),
+        also=frozenset(),
+    ),
+    _row(
+        "scores sure beyond float32",
+        frozenset({"underflow"}),
+        lambda: scaled(dense(2, nn.Tanh, 1.0), "4", 150.0),
+        shape=(256, 32),
+        run=sure,
+        also=frozenset({"activation", "no-batch-norm"}),
+    ),
+    _row(
+        "one layer frozen amid others",
+        frozenset({"frozen"}),
+        lambda: frozen_at("2", nets.MLP(12)),
+        shape=_FLAT,
+        at=("2",),
+    ),
+    _row(
+        "a backbone frozen, a head that learns",
+        frozenset({"frozen"}),
+        lambda: frozen_at("blocks", frozen_at("stem", nets.ResNet())),
+        at=None,
+    ),
+    _row(
+        "an embedding's block frozen in a transformer",
+        frozenset({"frozen"}),
+        lambda: frozen_at("blocks.1", nets.GPT()),
+        run=task(nets.predict_next),
+        at=("blocks.1.qkv", "blocks.1.out", "blocks.1.up", "blocks.1.down"),
+    ),
+    _row("a choice by argmax", frozenset({"detached"}), lambda: Gate("argmax"), shape=_FLAT, at=("gate",)),
+    _row("a choice by a comparison", frozenset({"detached"}), lambda: Gate("compare"), shape=_FLAT, at=("gate",)),
+    _row("a weight by .item()", frozenset({"detached"}), lambda: Gate("item"), shape=_FLAT, at=("gate",)),
+    _row("weights by .tolist()", frozenset({"detached"}), lambda: Gate("tolist"), shape=_FLAT, at=("gate",)),
+    _row(
+        "losses joined by .item()",
+        frozenset({"detached"}),
+        lambda: nets.MLP(12),
+        shape=_FLAT,
+        run=joined_by_numbers("item"),
+    ),
+    _row(
+        "losses joined by torch.tensor",
+        frozenset({"detached"}),
+        lambda: nets.MLP(12),
+        shape=_FLAT,
+        run=joined_by_numbers("tensor"),
+    ),
+    _row(
+        "a generator behind detached fakes",
+        frozenset({"detached"}),
+        nets.GAN,
+        run=generate_detached,
+        at=("generator.0", "generator.2", "generator.4"),
+        also=frozenset({"no-batch-norm", "activation"}),
+    ),
+    _row(
+        "adapters in their first step",
+        frozenset({"zero-weights"}),
+        nets.lora,
+        run=task(nets.predict_next),
+        also=frozenset({"frozen"}),
+    ),
+    _row("last norms at zero", frozenset({"zero-weights"}), lambda: nets.ResNet(gamma=0.0)),
+    _row(
+        "branches whose factor begins at zero", frozenset({"zero-weights"}), ReZero, shape=_FLAT, at=("first", "second")
+    ),
+    _row(
+        "max-pooling behind hooks of the user's own",
+        frozenset({"pooling"}),
+        lambda: with_own_hooks(convolutions(nn.LeakyReLU(0.5), nn.MaxPool2d(2))),
+        at=("0",),
+    ),
+    _row(
+        "a closed ReLU behind hooks of the user's own",
+        frozenset({"activation"}),
+        lambda: with_own_hooks(biased(-1.5)),
+        at=("0",),
+    ),
+    _row("two poolings, one finding", frozenset({"pooling"}), nets.CNN, shape=(16, 3, 16, 16), at=("0", "3")),
+    _row(
+        "a dead layer in a CNN",
+        frozenset({"dead-layer"}),
+        lambda: closed(nets.CNN(), "3"),
+        shape=(16, 3, 16, 16),
+        at=("0", "3"),
+    ),
+    _row(
+        "a dead generator",
+        frozenset({"dead-layer"}),
+        lambda: closed(nets.GAN(), "generator.2"),
+        run=task(nets.play),
+        batches=4,
+        at=("generator.0", "generator.2"),
+        also=frozenset({"no-batch-norm", "activation"}),
+    ),
+    _row(
+        "gradients a hundred times as large from a batch on",
+        frozenset({"jump"}),
+        lambda: dense(3, nn.Tanh, 1.0),
+        shape=_DEEP,
+        batches=14,
+        run=stepped,
+    ),
+    _row(
+        "one loud batch of text",
+        frozenset({"jump"}),
+        nets.GPT,
+        batches=12,
+        measures=("moments",),
+        run=lambda m, x, n: nets.predict_next(m, torch.Generator().manual_seed(n)).mul(1e3 if n == 8 else 1).backward(),
+    ),
+    _row(
+        "a transformer in float16 with a small loss",
+        frozenset({"underflow"}),
+        lambda: Attention().half(),
+        shape=(16, 6, 16),
+        run=in_half,
+        also=frozenset({"no-batch-norm"}),
+    ),
     _row("residual, trained", frozenset(), lambda: _trained(Residual()), batches=8),
     _row("residual, sixteen layers", frozenset(), lambda: Residual(8)),
     _row("batch norm and one class", frozenset(), lambda: unnormalised(True), run=one_sided),
@@ -356,9 +824,13 @@ def recorded(folder: str, planted: Planted) -> "ut.Run":
     """Record a planted network's batches, watching each."""
     torch.manual_seed(0)
     model = planted.build()
-    with ut.record(
-        folder, model, sites=planted.sites, measures=planted.measures, diagnose=1, **planted.options
-    ) as recording:
+    # where no gradient arrives anywhere, the recording says so at its end; its run can be diagnosed all the same
+    with (
+        contextlib.suppress(ut.InputError),
+        ut.record(
+            folder, model, sites=planted.sites, measures=planted.measures, diagnose=1, **planted.options
+        ) as recording,
+    ):
         for number in range(planted.batches):
             x = torch.randn(planted.shape, generator=torch.Generator().manual_seed(50 + number))
             model.zero_grad()

@@ -49,7 +49,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("planted", PLANTED, ids=IDS)
 def test_what_is_planted_is_found_and_nothing_else(planted, runs):
     findings = ut.diagnose(runs(planted))
-    assert {finding.cause for finding in findings} == planted.causes
+    assert planted.causes <= {finding.cause for finding in findings} <= planted.causes | planted.also
+    assert all(finding.cause in planted.causes for finding in findings if finding.severity != "info")
     assert not planted.at or any(set(finding.sites) == set(planted.at) for finding in findings)
     for finding in findings:
         assert finding.severity in diagnosis.SEVERITIES
@@ -62,22 +63,28 @@ def test_what_is_planted_is_found_and_nothing_else(planted, runs):
 
 
 def test_there_are_enough_rows_and_every_cause_is_planted():
-    assert len(PLANTED) >= 25
+    assert len(PLANTED) >= 60
     assert set().union(*(planted.causes for planted in PLANTED)) == set(diagnosis.CAUSES)
     assert sum(not planted.causes for planted in PLANTED) >= 8
 
 
+@pytest.fixture(scope="module")
+def evidence(runs):
+    """The evidence of each planted network, whose tables are read once for all rules."""
+    read = {}
+
+    def of(run):
+        return read.setdefault(run.folder, Evidence(run))
+
+    return of
+
+
 @pytest.mark.parametrize("rule", diagnosis.RULES)
-def test_with_a_rule_switched_off_its_rows_fail(rule, runs, monkeypatch):
-    others = {name: function for name, function in diagnosis.RULES.items() if name != rule}
-    before = {
-        planted.name: {finding.cause for finding in ut.diagnose(runs(planted))} for planted in PLANTED if planted.causes
-    }
-    monkeypatch.setattr(diagnosis, "RULES", others)
-    after = {
-        planted.name: {finding.cause for finding in ut.diagnose(runs(planted))} for planted in PLANTED if planted.causes
-    }
-    assert [name for name in before if before[name] != after[name]]
+def test_with_a_rule_switched_off_its_rows_fail(rule, runs, evidence, monkeypatch):
+    monkeypatch.setattr(diagnosis, "Evidence", evidence)
+    monkeypatch.setattr(diagnosis, "RULES", {name: f for name, f in diagnosis.RULES.items() if name != rule})
+    missed = [p.name for p in PLANTED if not p.causes <= {finding.cause for finding in ut.diagnose(runs(p))}]
+    assert missed
 
 
 def test_one_finding_of_each_severity_comes_in_order(runs):

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
 from undertow.errors import InputError, ModelError, RunError
+from undertow.frameworks.torch.record.axes import Layouts, arranged
 from undertow.frameworks.torch.record.probe import Probe
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 from undertow.measures import ChannelNorm, Histogram, Keep, Measure, ZeroFraction
@@ -62,14 +63,16 @@ def probed(model, run, sites=None, phases=("backward", "forward"), scaler=None):
     assert not hooks_on(model)
     kept, measured = ({(*astuple(o.key), o.repeat): o for o in p.transfer(()).wait()} for p in (probe, beside))
     assert list(kept) == list(measured)
-    tensors = {}
+    tensors, layouts = {}, Layouts(modules, {})
     for key, observation in kept.items():
         assert (observation.dtype, observation.size) == (measured[key].dtype, measured[key].size)
         [values] = Keep().finish(observation.states[0])["file"]
         tensors[key] = torch.from_numpy(values)
         if observation.dtype != "bfloat16":  # whose bits were kept
+            site, _, output, *_ = key
+            x = arranged(modules[site], tensors[key], layouts.of(site, output, tensors[key].shape)).numpy()
             for measure, state in zip(STATISTICS, measured[key].states, strict=True):
-                columns, wanted = measure.finish(state), measure.finish(measure.reduce(values))
+                columns, wanted = measure.finish(state), measure.finish(measure.reduce(x))
                 assert list(columns) == list(wanted)
                 for column in wanted:
                     np.testing.assert_allclose(
@@ -183,10 +186,10 @@ def test_several_outputs_each_have_their_place():
     }
 
 
-def test_recurrent_outputs_have_features_second():
+def test_each_output_of_a_recurrent_layer_is_kept_as_it_is():
     model = nn.Sequential(nn.LSTM(3, 5, batch_first=True))
     found = probed(model, lambda: model(torch.randn(2, 7, 3))[0].square().sum().backward())
-    assert found["0", 0, "0", "backward", 0].shape == (2, 5, 7)
+    assert found["0", 0, "0", "backward", 0].shape == (2, 7, 5)
     assert {key[2] for key in found if key[3] == "forward"} == {"0", "1.0", "1.1"}
 
 
@@ -223,8 +226,7 @@ def test_values_are_those_before_an_in_place_successor(change, axes):
     (wanted,) = by_retain_grad(outside, lambda: outside(x).square().sum().backward(), nn.Linear).values()
     found = probed(inside, lambda: inside(x).square().sum().backward())
     for phase, value in zip(("backward", "forward"), wanted, strict=True):
-        arranged = value.movedim(-1, 1)
-        assert torch.equal(found["layer", 0, "", phase, 0], arranged), phase
+        assert torch.equal(found["layer", 0, "", phase, 0], value), phase
 
 
 def test_an_in_place_module_is_read_after_its_own_work():
@@ -300,7 +302,7 @@ def test_two_threads_record_one_model_into_two_runs(tmp_path):
 def test_a_single_sample_without_a_batch_axis():
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
     found = probed(model, lambda: model(torch.randn(1, 5, 5)).sum().backward())
-    assert found["0", 0, "", "backward", 0].shape == (1, 2, 3, 3)
+    assert found["0", 0, "", "backward", 0].shape == (2, 3, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -540,12 +542,15 @@ def test_recording_nothing_is_an_error(tmp_path):
         backward(model)
     with pytest.raises(InputError, match=r"put `with recording.batch"), recorded(tmp_path / "b", model):
         pass
-    with (
-        pytest.raises(InputError, match=r"call .backward\(\)"),
-        recorded(tmp_path / "c", model) as recording,
-        recording.batch(),
-    ):
-        model(torch.randn(2, 3))
+
+    def forgets_the_backward_pass():
+        with recorded(tmp_path / "c", model) as recording:
+            for said in (pytest.warns(UserWarning, match="nothing was recorded of batch 0"), nullcontext()):
+                with said, recording.batch():  # at once, and no second time
+                    model(torch.randn(2, 3))
+
+    with pytest.raises(InputError, match=r"call .backward\(\)"):
+        forgets_the_backward_pass()
 
 
 @pytest.mark.parametrize(
@@ -554,7 +559,7 @@ def test_recording_nothing_is_an_error(tmp_path):
         ({"phase": "sideways"}, "phase 'sideways'"),
         ({"loss_reduction": "none"}, "loss_reduction"),
         ({"sites": "conv"}, "select nothing"),
-        ({"measures": "norm"}, "unknown measure"),
+        ({"measures": "norms"}, "unknown measure"),
         ({"group": 0}, "group=0"),
     ],
 )
@@ -625,7 +630,11 @@ def test_a_first_axis_that_is_not_the_samples_has_no_names(tmp_path):
             return self.layer(x.flatten(0, 1))
 
     model = Folded()
-    with recorded(tmp_path, model, measures="channel-norm") as recording, recording.batch(samples=["a", "b"]):
+    with (
+        pytest.warns(UserWarning, match="no names at layer: its first axis is 10 long, and there are 2 names"),
+        recorded(tmp_path, model, measures="channel-norm") as recording,
+        recording.batch(samples=["a", "b"]),
+    ):
         model(torch.randn(2, 5, 3)).sum().backward()
     assert Run(tmp_path).table("channel_norm")["name"].to_pylist() == [None] * 10
 

@@ -48,6 +48,45 @@ def two_layer_sigmoid() -> nn.Module:
     return net
 
 
+def test_the_worked_example_as_it_is_taught_with_one_bias_for_both_units():
+    """A bias of one element is broadcast over the units, so its gradient is the sum over them."""
+    W1, W2, b1, b2 = [[0.15, 0.25], [0.20, 0.30]], [[0.40, 0.50], [0.45, 0.55]], [0.35], [0.60]
+    net = two_layer_sigmoid()
+    for layer, weight, bias in ((net.fc1, W1, b1), (net.fc2, W2, b2)):
+        layer.weight, layer.bias = nn.Parameter(torch.tensor(weight)), nn.Parameter(torch.tensor(bias))
+    seen = trace(net, torch.tensor([[0.05, 0.10]]))
+    assert {row.formula for row in seen.table()} == {"equal"}
+    assert "DIFFERS" not in str(seen)
+
+    def score(b1, b2):
+        h = 1 / (1 + np.exp(-(np.array([0.05, 0.10]) @ np.array(W1).T + b1)))
+        return (1 / (1 + np.exp(-(h @ np.array(W2).T + b2)))).sum()
+
+    by_hand = [
+        (score(0.35 + 1e-6, 0.6) - score(0.35 - 1e-6, 0.6)) / 2e-6,
+        (score(0.35, 0.6 + 1e-6) - score(0.35, 0.6 - 1e-6)) / 2e-6,
+    ]
+    assert [seen[name].parameter_gradients["bias"].item() for name in ("fc1", "fc2")] == pytest.approx(
+        by_hand, abs=1e-6
+    )
+    wrong = {"bias": 2 * seen["fc1"].parameter_gradients["bias"]}
+    call = seen["fc1"]
+    assert not formulas.formula_differences(net.fc1, call.inputs[0], call.output_gradients[0], wrong)["bias"].equal
+
+
+@pytest.mark.parametrize("layer", ["conv", "linear", "batch norm"])
+def test_a_long_sum_of_one_sign_may_be_off_by_its_rounding_and_no_more(layer):
+    """Behind average pooling all gradients of a channel are equal; added one by one, float32 loses digits."""
+    module = {"conv": nn.Conv2d(1, 2, 3), "linear": nn.Linear(1, 2), "batch norm": nn.BatchNorm2d(2)}[layer]
+    n, x = 120 * 120, torch.randn((1, 120 * 120, 1) if layer == "linear" else (1, 1, 122, 122))
+    x = torch.randn(1, 2, 120, 120) if layer == "batch norm" else x
+    g = torch.full((1, n, 2) if layer == "linear" else (1, 2, 120, 120), 0.1)
+    exact = g.double().sum().item() / 2
+    for share, equal in ((0.5, True), (2.0, False)):
+        bias = torch.full((2,), exact * (1 + share * n * 2.0**-24), dtype=torch.float64)
+        assert formulas.formula_differences(module, x, g, {"bias": bias})["bias"].equal is equal
+
+
 def test_worked_example_to_its_four_digits():
     expected = VECTORS["two_layer_sigmoid"]
     seen = trace(two_layer_sigmoid(), torch.tensor(expected["input"]), torch.tensor(expected["gradient_at_output"]))

@@ -19,10 +19,12 @@ class _Of(click.Choice[str]):
         return super().convert(str(value).replace("-", "_"), *context)
 
 
+_SIDE_BY_SIDE = 16  # sites in columns; more have a line each
+
 _of = click.option(
     "--of",
-    type=_Of(("magnitude", "value", "channel_norm")),
-    help="Default: magnitude where there are histograms, else channel_norm.",
+    type=_Of(("magnitude", "value", "channel_norm", "norm")),
+    help="Default: the first of magnitude, channel_norm and norm that was recorded.",
 )
 _plot = click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="A .png, .svg or .pdf.")
 _csv = click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="All of it, as CSV.")
@@ -55,13 +57,16 @@ def quantiles(
     table: Path | None,
     as_json: bool,
 ) -> int:
-    """Print the quantiles of each site of RUN, 5 to 95 % unless asked otherwise; the median is marked."""
+    """Print the quantiles of each site of RUN, 5 to 95 % unless asked otherwise; the median is marked.
+
+    Of more than 16 sites, a line each with the lowest, the middle and the highest of them; --csv has them all.
+    """
     from ..runs import Run
     from ..runs import quantiles as quantiles_of
 
     rows = quantiles_of(Run(run), steps(start, stop, step), of=of)
     flat = [row.to_dict() for row in rows]
-    _write_and_print(flat, table, as_json, [("quantile", *(row.site for row in rows)), *_by_quantile(rows)])
+    _write_and_print(flat, table, as_json, _by_quantile(rows) if len(rows) <= _SIDE_BY_SIDE else _by_site(rows))
     if plot:
         from ..show.plots import quantile_curves
 
@@ -82,11 +87,12 @@ def quantiles(
 def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path | None, as_json: bool) -> int:
     """Put the quantiles of RUNS side by side: values, ratios to the first run, and the spread p95/p5.
 
-    Sites are paired by name where all runs have the same names, and by their order where not. Where the runs were
-    recorded with diagnose=True, sentences say what the differences come from.
+    Sites are paired by name where all runs have the same names, and by their order where not. Of photographs it is
+    said in how many both networks saw the same class. Where the runs were recorded with diagnose=True, sentences say
+    what the differences come from.
     """
     from ..diagnosis import contrast
-    from ..runs import Run
+    from ..runs import Run, same_class
     from ..runs import compare as compare_runs
     from ..runs.quantiles import STEPS
 
@@ -102,8 +108,11 @@ def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path
                 spread, ratio = row.spreads[i], row.ratios[i][middle]
                 flat.append({"run": str(run), **site.to_dict(), "spread": spread, "ratio_of_medians": ratio})
                 cells = (site.values[0], site.values[middle], site.values[-1], ratio, spread)
-                lines.append((site.site, str(run), *(f"{value:.4g}" for value in cells)))
+                lines.append((_label(site.site, site.phase), str(run), *(f"{value:.4g}" for value in cells)))
     _write_and_print(flat, table, as_json, lines)
+    for other, run in zip(opened[1:], runs[1:], strict=True) if not as_json else ():
+        if (agreement := same_class(opened[0], other)) is not None:
+            click.echo(f"{runs[0]} and {run}: {agreement}")
     for sentence in contrast(opened) if not as_json else ():
         click.echo(sentence)
     if plot:
@@ -127,8 +136,13 @@ def steps(start: float, stop: float, step: float) -> list[float]:
     return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1)]
 
 
+def _label(site: str, phase: str) -> str:
+    """Return a site's name, with what was recorded there where that is not the gradient at a module's output."""
+    return site if phase == "backward" else f"{site} {phase}"
+
+
 def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
-    lines: list[Sequence[object]] = []
+    lines: list[Sequence[object]] = [("quantile", *(_label(row.site, row.phase) for row in rows))]
     for i, q in enumerate(rows[0].q if rows else ()):
         mark = "  <- median" if q == 0.5 else ""
         lines.append((f"{100 * q:g} %{mark}", *(f"{row.values[i]:.4g}" for row in rows)))
@@ -138,6 +152,18 @@ def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
         ("values", *(f"{row.count:,}" for row in rows)),
         ("not finite", *(f"{row.nonfinite:,}" for row in rows)),
     ]
+
+
+def _by_site(rows: Sequence[Any]) -> list[Sequence[object]]:
+    """Return a line for each site, with the lowest, the middle and the highest of the quantiles asked for."""
+    q = rows[0].q
+    some = sorted({0, min(range(len(q)), key=lambda i: abs(q[i] - 0.5)), len(q) - 1})
+    lines: list[Sequence[object]] = [("site", *(f"{100 * q[i]:g} %" for i in some), "zeros", "values", "not finite")]
+    for row in rows:
+        zeros = f"{row.zeros / row.count:.1%}" if row.count else "-"
+        values = (f"{row.values[i]:.4g}" for i in some)
+        lines.append((_label(row.site, row.phase), *values, zeros, f"{row.count:,}", f"{row.nonfinite:,}"))
+    return lines
 
 
 def _write_and_print(

@@ -1,6 +1,8 @@
 """`undertow sites` and `undertow record`: choose modules of a network, and record what flows through them."""
 
 import json
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ from .photographs import (
 )
 from .printing import print_json
 
-MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
+_SECONDS = 10.0  # between lines of progress where stderr is no terminal
+MEASURES = ("norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
 
 @click.command(
@@ -122,13 +125,19 @@ def record(
     from .. import images
     from ..errors import InputError
     from ..photographs import on_device
-    from ..recording.photographs import record_photographs
+    from ..recording.photographs import kept_bytes, record_photographs
 
     if (out / "manifest.json").exists() and not resume:
         raise InputError(f"{out} is a run already; add --resume to go on with it, or choose another --out")
     count = len(images.find([folder])[:limit])
     classifier = load_classifier(reference, weights, preprocess)
     device = on_device(classifier, device)
+    if any(measure.startswith("keep") for measure in measures):
+        each = kept_bytes(classifier, selection, options["phase"], device)
+        click.echo(
+            f"keep will take {_size(each * count)}: {_size(each)} for each photograph, {count} of them", err=True
+        )
+    started = time.monotonic()
     with _progress(count) as advance:
         recorded = record_photographs(
             classifier,
@@ -148,15 +157,60 @@ def record(
     else:
         failed = f", {len(recorded.failed)} could not be read" if recorded.failed else ""
         before = f", {recorded.before} batches were there already" if recorded.before else ""
-        click.echo(f"{recorded.photographs} photographs recorded{before}{failed}")
+        seconds = time.monotonic() - started
+        speed = f" in {_clock(seconds)}, {recorded.photographs / max(seconds, 1e-9):.1f} images/s"
+        click.echo(f"{recorded.photographs} photographs recorded{speed}{before}{failed}")
         click.echo(f"  {input_line(classifier)}\n  -> {out}")
         click.echo(f"Next: undertow quantiles {out}")
     return 2 if recorded.failed else 0
 
 
+def _size(n_bytes: float) -> str:
+    """Return a number of bytes as people read it.
+
+    >>> _size(71_680_000)
+    '71.7 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def _clock(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds.
+
+    >>> _clock(83.2)
+    '1:23'
+    """
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _lines(count: int) -> Callable[[int], None]:
+    """Return a function to call with the number of photographs done, which prints a line every ten seconds."""
+    started = said = time.monotonic()
+    done = 0
+
+    def advance(photographs: int) -> None:
+        nonlocal said, done
+        done += photographs
+        now = time.monotonic()
+        if now - said >= _SECONDS and done:
+            said, speed = now, done / (now - started)
+            left = _clock((count - done) / speed)
+            click.echo(f"{done} of {count} photographs, {speed:.1f} images/s, {left} left", err=True)
+
+    return advance
+
+
 @contextmanager
 def _progress(count: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with the number of photographs done, which moves a bar on a terminal."""
+    """Give a function to call with the number of photographs done, which moves a bar on a terminal, or prints lines."""
+    if not sys.stderr.isatty():
+        yield _lines(count)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from ..runs import Run
-from .arrival import arrival
+from .arrival import arrival, nothing
 from .channels import batch_norm
 from .contrast import contrast as contrast
 from .course import jump, noise
@@ -16,13 +16,16 @@ from .finding import CAUSES as CAUSES
 from .finding import SEVERITIES as SEVERITIES
 from .finding import Finding as Finding
 from .finding import Findings as Findings
-from .finding import NotRecorded
+from .finding import NotLookedAt, NotRecorded
 from .precision import nonfinite, underflow
 from .routing import activation, pooling
+from .saturation import saturated
 
 RULES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
+    "nothing": nothing,
     "non-finite": nonfinite,
     "dead": dead,
+    "saturated": saturated,
     "arrival": arrival,
     "depth": depth,
     "underflow": underflow,
@@ -68,8 +71,11 @@ def diagnose(run: Run | str | os.PathLike[str]) -> Findings:
     checked = {}
     for name, rule in RULES.items():
         try:
-            findings += rule(evidence)
+            for finding in rule(evidence):
+                findings.append(finding)
             checked[name] = "checked"
         except NotRecorded as error:
             checked[name] = f"not checked: {error}"
+        except NotLookedAt as error:
+            checked[name] = f"checked, but {error}"
     return Findings(findings, checked)

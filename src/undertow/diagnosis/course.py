@@ -15,13 +15,15 @@ _DEVIATIONS = 8.0
 _FACTOR = 8.0
 _DRIFT = 100.0
 _NOISE = 0.1
+_SIGNAL = 3.0
+_BEFORE = 4
 _JUMP_SOURCE = (
-    f"a batch whose log root mean square is {_DEVIATIONS:g} median absolute deviations and a factor of {_FACTOR:g} "
-    "from the median of the run"
+    f"a batch whose log root mean square lies {_DEVIATIONS:g} median absolute deviations and a factor of {_FACTOR:g} "
+    f"from the median of the {_BEFORE} batches before it, and a factor of {_FACTOR:g} from the last of them"
 )
 _NOISE_SOURCE = (
     f"|mean| / standard deviation over batches of each channel's summed gradient, the gradient of its bias: below "
-    f"{_NOISE:g} of the median site's, and below 1"
+    f"{_NOISE:g} of the median site's, and below 1; where the median site's is {_SIGNAL:g} standard errors at least"
 )
 
 
@@ -37,16 +39,33 @@ def jump(evidence: Evidence) -> Iterator[Finding]:
         if usable.sum() < MIN_BATCHES:
             continue
         logs = np.log2(course[usable])
-        distance = np.abs(logs - np.median(logs))
-        worst = int(np.argmax(distance))
-        if distance[worst] > max(_DEVIATIONS * np.median(distance), math.log2(_FACTOR)):
-            jumps[site] = (int(np.flatnonzero(usable)[worst]), float(2.0 ** (logs[worst] - np.median(logs))))
+        if (jumped := _jump(logs)) is not None:
+            jumps[site] = (int(np.flatnonzero(usable)[jumped[0]]), float(2.0 ** jumped[1]))
         elif _drifts(logs):
             drifts[site] = float(2.0 ** (fit(logs).slope * (len(logs) - 1)))
     if jumps:
         yield _jumped(jumps)
     if drifts:
         yield _drifted(drifts)
+
+
+def _jump(logs: npt.NDArray[np.float64]) -> tuple[int, float] | None:
+    """Return the batch that lies farthest from the batches before it, and how far; None where no one lies far enough.
+
+    Measured from the median of the run, each end of a steady decay would be a jump. A fall counts only where it lasts:
+    a batch of which hardly anything is wrong is no event.
+    """
+    before = np.array([np.median(logs[i - _BEFORE : i]) for i in range(_BEFORE, len(logs))])
+    ahead = np.array([np.median(logs[i : i + _BEFORE]) for i in range(_BEFORE, len(logs))])
+    own, last = logs[_BEFORE:], logs[_BEFORE - 1 : -1]
+    distance = own - before
+    least = max(_DEVIATIONS * float(np.median(np.abs(distance))), math.log2(_FACTOR))
+    far = (np.abs(distance) > least) & (np.abs(own - last) > math.log2(_FACTOR))
+    far &= (distance > 0) | (before - ahead > least)
+    if not far.any():
+        return None
+    worst = int(np.argmax(np.where(far, np.abs(distance), 0.0)))
+    return worst + _BEFORE, float(distance[worst])
 
 
 def _drifts(logs: npt.NDArray[np.float64]) -> bool:
@@ -63,7 +82,7 @@ def _jumped(jumps: dict[str, tuple[int, float]]) -> Finding:
         "warning",
         tuple(jumps),
         f"In recorded batch number {batch + 1} the gradient at {called(worst)} is {factor:.3g} times its median over "
-        f"the run; affected: {listed(jumps)}.",
+        f"the {_BEFORE} batches before; affected: {listed(jumps)}.",
         {"predicted": 1.0, "observed": factor, "jumps": {site: list(jump) for site, jump in jumps.items()}},
         "Check the samples of that batch and the learning rate; clip gradients if it happens again.",
         _JUMP_SOURCE,
@@ -89,8 +108,12 @@ def noise(evidence: Evidence) -> Iterator[Finding]:
     """Find sites whose gradient varies from batch to batch, relative to its mean, far more than at the other sites."""
     ratios = {site: ratio for site in evidence.outputs if (ratio := _signal(evidence, site)) is not None}
     if len(ratios) < 3:
-        raise NotRecorded(f"needs {MIN_BATCHES} watched batches at 3 sites; record it with diagnose=1")
+        watch = evidence.watch.replace("diagnose=True", "diagnose=1")
+        raise NotRecorded(f"needs {MIN_BATCHES} watched batches at 3 sites; {watch}")
     usual = float(np.median(list(ratios.values())))
+    n_batches = min(len(evidence.outputs[site]) for site in ratios)
+    if usual * math.sqrt(n_batches) < _SIGNAL:  # at the median site, too, the mean is no larger than chance makes it
+        return
     noisy = {site: ratio for site, ratio in ratios.items() if ratio < min(_NOISE * usual, 1.0)}
     if noisy:
         worst = min(noisy, key=lambda site: noisy[site])

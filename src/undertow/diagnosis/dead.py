@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 
-from .evidence import WATCH, Evidence, OpChain, Step
+import numpy as np
+
+from .evidence import Evidence, OpChain, Step
 from .finding import Finding, called, listed, percent
 
 MIN_ELEMENTS = 100
 _WARNING_SHARE = 0.1
+_WARNING_SHARE_OF_FEATURES = 2 / 3
+_MIN_SWITCHING = 0.05
 _SOURCE = f"a channel counts as dead if all its elements, at least {MIN_ELEMENTS}, were inactive; cf. arXiv 1903.06733"
 _REMEDY = "a smaller learning rate, He initialisation, batch norm before the activation, or a leaky activation"
 
@@ -14,17 +18,37 @@ _REMEDY = "a smaller learning rate, He initialisation, batch norm before the act
 def dead(evidence: Evidence) -> Iterator[Finding]:
     """Find channels and whole layers whose activation was inactive on every watched sample."""
     all_zero = [site for site, (zeros, total) in evidence.zeros.items() if zeros == total > 0]
-    layers: list[tuple[OpChain, Step]] = []
-    for chain, step in _activations(evidence):
-        n_dead = int((step.active == 0).sum())
-        if n_dead == len(step.active):
-            layers.append((chain, step))
-        elif n_dead:
-            yield _units(evidence, chain, step, n_dead)
+    layers = inactive_layers(evidence) if evidence.watched else []
+    units = [(chain, step) for chain, step in _activations(evidence) if 0 < _dead(step) < len(step.active)]
+    if units:
+        yield _units(evidence, units)
     if layers:
         yield _layer(evidence, layers, all_zero)
     elif all_zero and len(all_zero) < len(evidence.zeros):
-        yield _nothing_passes(evidence, all_zero)
+        multiplied = _behind_zero_weights(evidence)
+        if explained := [site for site in all_zero if site in multiplied]:
+            yield _zero_weights(explained, multiplied)
+        if unexplained := [site for site in all_zero if site not in multiplied and not _saturates(evidence, site)]:
+            yield _nothing_passes(evidence, unexplained)
+    if evidence.watched:
+        evidence.refuse_unfollowed()
+
+
+def inactive_layers(evidence: Evidence) -> list[tuple[OpChain, Step]]:
+    """Return the layers no unit of which was active in any watched batch."""
+    return [(chain, step) for chain, step in _activations(evidence) if _dead(step) == len(step.active)]
+
+
+def _dead(step: Step) -> int:
+    return int((step.active == 0).sum())
+
+
+def _saturates(evidence: Evidence, site: str) -> bool:
+    """Whether a saturated activation, which has a finding of its own, lets nothing pass at a site or behind it."""
+    if not evidence.watched:
+        return False
+    closed = {c.site for c in evidence.chains for s in c.pointwise if s.saturates and s.closed == s.elements}
+    return any(evidence.position[other] >= evidence.position[site] for other in closed)
 
 
 def _activations(evidence: Evidence) -> Iterator[tuple[OpChain, Step]]:
@@ -36,6 +60,7 @@ def _activations(evidence: Evidence) -> Iterator[tuple[OpChain, Step]]:
             if (
                 len(step.active)
                 and step.closed >= 0
+                and not step.saturates
                 and elements >= MIN_ELEMENTS
                 and (chain.site, step.module) not in seen
             ):
@@ -43,22 +68,81 @@ def _activations(evidence: Evidence) -> Iterator[tuple[OpChain, Step]]:
                 yield chain, step
 
 
-def _units(evidence: Evidence, chain: OpChain, step: Step, n_dead: int) -> Finding:
-    share = n_dead / len(step.active)
+def _units(evidence: Evidence, units: list[tuple[OpChain, Step]]) -> Finding:
+    chain, step = max(units, key=lambda unit: _dead(unit[1]) / len(unit[1].active))
+    share = _dead(step) / len(step.active)
+    many = [unit for unit in units if _are_many(unit[1])]
+    varied = bool(many) and float(np.median([_switching(*unit) for unit in many])) >= _MIN_SWITCHING
+    others = {other.site: f"{_dead(its)} of {len(its.active)}" for other, its in units if other is not chain}
+    sentence = (
+        f"{_dead(step)} of {len(step.active)} channels of {called(chain.site)} ({percent(share)}) were inactive after "
+        f"{step.op} on all {evidence.samples} watched samples: they pass no gradient and their weights do not learn"
+    )
+    if others:
+        sentence += f"; likewise {', '.join(f'{number} at {called(site)}' for site, number in others.items())}"
+    if many and not varied:
+        sentence += "; most other channels never switch either, so these samples may be too alike to tell"
     return Finding(
         "dead-units",
-        "warning" if share >= _WARNING_SHARE else "info",
-        (chain.site,),
-        f"{n_dead} of {len(step.active)} channels of {called(chain.site)} ({percent(share)}) were inactive after "
-        f"{step.op} on all {evidence.samples} watched samples: they pass no gradient and their weights do not learn.",
+        "warning" if varied else "info",
+        tuple(dict.fromkeys(chain.site for chain, _ in units)),
+        sentence + ".",
         {
-            "channels": [channel for channel, active in enumerate(step.active.tolist()) if not active],
+            "channels": {chain.site: np.flatnonzero(step.active == 0).tolist() for chain, step in units},
             "predicted": step.closed / chain.steps[0].elements,
             "observed": chain.steps[0].zero_share,
             "samples": evidence.samples,
         },
         f"If there are many: {_REMEDY}.",
         _SOURCE,
+    )
+
+
+def _are_many(step: Step) -> bool:
+    """Whether so many are inactive that it matters.
+
+    A feature of a linear layer is seen at one position of each sample only: with inputs of one sign or little variety a
+    third of them is inactive in networks that learn well.
+    """
+    return _dead(step) / len(step.active) >= (_WARNING_SHARE if len(step.shape) > 2 else _WARNING_SHARE_OF_FEATURES)
+
+
+def _switching(chain: OpChain, step: Step) -> float:
+    """Return how often the median channel that is not dead is in the rarer of its two states, in [0, 0.5]."""
+    active = step.active[step.active > 0] * (len(step.active) / chain.steps[0].elements)
+    return float(np.median(np.minimum(active, 1 - active)))
+
+
+def _behind_zero_weights(evidence: Evidence) -> dict[str, list[str]]:
+    """Return the sites that get no gradient because their readers multiply by zeros, with the sites that read."""
+    if not evidence.watched:
+        return {}
+    zero = {(chain.site, chain.call) for chain in evidence.chains if chain.zero_operand}
+    explained: dict[str, list[str]] = {}
+    for outputs in evidence.graphs:
+        site_of = {output.number: output.site for output in outputs}
+        numbers: set[int] = set()
+        for output in reversed(outputs):
+            behind = bool(output.read_by) and numbers.issuperset(output.read_by)
+            if output.rms == 0 and ((output.site, output.call) in zero or behind):
+                numbers.add(output.number)
+                readers = [site_of[reader] for reader in output.read_by if reader in site_of]
+                explained.setdefault(output.site, readers)
+    return explained
+
+
+def _zero_weights(sites: list[str], readers: dict[str, list[str]]) -> Finding:
+    reading = dict.fromkeys(reader for site in sites for reader in readers[site] if reader not in readers)
+    by = f" ({listed(reading)})" if reading else ""
+    return Finding(
+        "zero-weights",
+        "info",
+        tuple(sites),
+        f"The gradient at {listed(sites)} is exactly zero, because what reads it multiplies it by zeros only{by}: "
+        "adapters and gates that begin at zero do so in their first step.",
+        {"predicted": 1.0, "observed": 1.0, "readers": list(reading)},
+        "Nothing is wrong at the start; if it is still so after some steps, the weights that are zero do not learn.",
+        "the chain rule: the gradient at the input of a product is the gradient at its output times the other factor",
     )
 
 
@@ -93,7 +177,7 @@ def _nothing_passes(evidence: Evidence, all_zero: list[str]) -> Finding:
     if evidence.watched:
         cause = "no activation after them is inactive throughout, so the zeros come from the function that reads them"
     else:
-        cause = f"to see what blocks it, {WATCH}"
+        cause = f"to see what blocks it, {evidence.watch}"
     return Finding(
         "dead-layer",
         "error",

@@ -1,6 +1,7 @@
 """The data that rules read: plain numbers by site, whichever tables of the run they come from. No framework."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,11 +15,10 @@ import numpy.typing as npt
 from ..measures import CODES, code_values, finite
 from ..runs import Run
 from ..runs.quantiles import weighted
-from .finding import NotRecorded, called
+from .finding import NotLookedAt, NotRecorded, called, listed
 
 Floats = npt.NDArray[np.float64]
 Kind = Literal["norm", "max-pool", "average-pool", "activation"]
-WATCH = "record it with diagnose=True"
 
 
 @dataclass
@@ -36,6 +36,10 @@ class Step:
         closed: elements of its input that get no gradient whatever arrives; -1 if unknown.
         expected_zeros: zeros of the gradient at its input, predicted from `closed` and the gradient at its output.
         slope: mean |derivative| of an activation; NaN for other functions.
+        rms_slope: root mean square of the derivative, the factor for gradients of random signs; NaN likewise.
+        saturated: elements where the derivative of a function that is flat on both sides is below 1 % of its largest
+            value; -1 for other functions.
+        operand: sum of magnitudes of what its reader multiplies it by, such as weights; NaN if it is no product.
         absolute: sum of |g|.
         expected_absolute: sum of |g| at an activation's input, predicted from its derivative; NaN for other functions.
         active: for each channel of an activation, the number of elements with a nonzero derivative.
@@ -50,7 +54,10 @@ class Step:
     zeros: int = 0
     closed: int = 0
     expected_zeros: int = 0
+    saturated: int = -1
     slope: float = float("nan")
+    rms_slope: float = float("nan")
+    operand: float = float("nan")
     absolute: float = 0.0
     expected_absolute: float = float("nan")
     active: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -61,6 +68,11 @@ class Step:
         if self.op.endswith("_norm"):
             return "norm"
         return "max-pool" if "max_pool" in self.op else "average-pool" if "avg_pool" in self.op else "activation"
+
+    @property
+    def saturates(self) -> bool:
+        """Whether the function is flat on both sides, as tanh and the sigmoid are."""
+        return self.saturated >= 0
 
     @property
     def zero_share(self) -> float:
@@ -91,14 +103,18 @@ class OpChain:
     """A site's output (the first step) and the activations, poolings and normalisations that it goes through.
 
     Attributes:
+        call: its number among the calls of the site.
         gain: ||W|| / sqrt(inputs) of the site's layer; NaN if it has no weights.
         joins: number of residual additions that its output meets.
+        weight_std: root mean square of the layer's weights; NaN if it has none.
     """
 
     site: str
     steps: list[Step]
     gain: float
     joins: int
+    call: int = 0
+    weight_std: float = float("nan")
 
     @property
     def pointwise(self) -> list[Step]:
@@ -121,9 +137,36 @@ class OpChain:
         return any(step.kind == "norm" for step in self.steps)
 
     @property
+    def followed(self) -> bool:
+        """Whether any function was seen to read the output."""
+        return bool(self.steps[0].readers)
+
+    @property
+    def zero_operand(self) -> bool:
+        """Whether the one reader of one of the outputs multiplies it by zeros only, so that no gradient comes back."""
+        return any(len(step.readers) == 1 and step.operand == 0 for step in self.steps)
+
+    @property
     def single_reader(self) -> bool:
         """Whether one function alone reads the last output, so that its gradient comes from that function only."""
         return len(self.steps[-1].readers) == 1
+
+
+@dataclass(frozen=True)
+class SiteOutput:
+    """One output of one call of a site in a watched batch.
+
+    Attributes:
+        number: of the output within the batch, in order of execution; outputs that are one tensor share it.
+        read_by: the numbers of the site outputs that read it first; -1 is the end of the graph.
+        rms: root mean square of its gradient; NaN where none arrived.
+    """
+
+    site: str
+    call: int
+    number: int
+    read_by: tuple[int, ...]
+    rms: float
 
 
 class Evidence:
@@ -141,6 +184,14 @@ class Evidence:
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return the rows of a table, none if it was not recorded."""
         return list(self.run.table(table).to_pylist()) if table in self.run.manifest["tables"] else []
+
+    @cached_property
+    def watch(self) -> str:
+        """What to do so that causes can be proved, for a sentence."""
+        framework = str(self.run.manifest.get("model", {}).get("framework", "torch"))
+        if framework.startswith("torch"):
+            return "record it with diagnose=True"
+        return f"watching batches is not there for {framework.split()[0].capitalize()} yet"
 
     @cached_property
     def watched(self) -> list[dict[str, Any]]:
@@ -166,13 +217,41 @@ class Evidence:
     def chains(self) -> list[OpChain]:
         """The chain of operations after each site, in order of execution."""
         if not self.watched:
-            raise NotRecorded(WATCH)
+            raise NotRecorded(self.watch)
         grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in self.watched:
             if row["call"] >= 0 and row["zeros"] >= 0:
                 grouped[row["site"], row["call"], row["output"]].append(row)
         chains = [_chain(key[0], rows) for key, rows in grouped.items()]
         return sorted((chain for chain in chains if chain), key=lambda chain: self.position[chain.site])
+
+    @cached_property
+    def unfollowed(self) -> list[str]:
+        """The sites that a gradient reached without any function having been seen to read their output."""
+        followed = {chain.site for chain in self.chains if chain.followed}
+        return [site for site in self.outputs if site not in followed]
+
+    def refuse_unfollowed(self) -> None:
+        """Say so where some sites could not be followed.
+
+        Raises:
+            NotLookedAt: a gradient reached them, but no function was seen to read their output.
+        """
+        if self.unfollowed:
+            raise NotLookedAt(
+                f"not at {listed(self.unfollowed)}: what reads the output was not seen (custom or compiled functions)"
+            )
+
+    @cached_property
+    def graphs(self) -> list[list[SiteOutput]]:
+        """For each watched batch, the outputs of its sites, in order of execution."""
+        batches: dict[tuple[int, int], list[SiteOutput]] = defaultdict(list)
+        for row in self.watched:
+            if row["step"] == 0 and row["call"] >= 0 and row.get("number", -1) >= 0:
+                rms = row["norm"] / math.sqrt(max(_size(row["shape"]), 1))
+                output = SiteOutput(row["site"], row["call"], row["number"], tuple(row["read_by"]), rms)
+                batches[_batch(row)].append(output)
+        return [sorted(outputs, key=lambda output: output.number) for outputs in batches.values()]
 
     @cached_property
     def zeros(self) -> dict[str, tuple[int, int]]:
@@ -187,7 +266,8 @@ class Evidence:
         for site, (values, weights) in self.values.items():
             counts.setdefault(site, (int(weights[values == 0].sum()), int(weights.sum())))
         if not counts:
-            raise NotRecorded("record the measure zero-fraction or histogram")
+            recorded = {"zero_fraction", "histogram", "diagnosis"} & set(self.run.manifest["tables"])
+            raise NotRecorded("no gradient came" if recorded else "record the measure zero-fraction or histogram")
         return {site: counts[site] for site in self.sites if site in counts}
 
     @cached_property
@@ -244,7 +324,10 @@ class Evidence:
         for row in self.rows("histogram") if not batches else ():
             batches[row["site"]][_backward_batch(row)].append(_squares(row))
         if not batches:
-            raise NotRecorded("record the measure moments, channel-norm or histogram")
+            recorded = {"moments", "channel_norm", "histogram"} & set(self.run.manifest["tables"])
+            raise NotRecorded(
+                "no gradient came" if recorded else "record the measure moments, channel-norm or histogram"
+            )
         return {
             site: _series(batches[site]) for site in self.sites if any(b is not None for b in batches.get(site, ()))
         }
@@ -296,7 +379,9 @@ def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
             length -= 1
             break
     steps = [_step([call[i] for call in calls]) for i in range(length)]
-    return OpChain(site, steps, float(calls[-1][0]["gain"]), min(call[0]["joins"] for call in calls))
+    last, joins = calls[-1][0], min(call[0]["joins"] for call in calls)
+    std = float(last.get("weight_std", math.nan))
+    return OpChain(site, steps, float(last["gain"]), joins, last["call"], std)
 
 
 def _step(rows: list[dict[str, Any]]) -> Step:
@@ -304,10 +389,12 @@ def _step(rows: list[dict[str, Any]]) -> Step:
     step = Step(last["op"], last["module"], json.loads(last["settings"]), json.loads(last["readers"]), ())
     step.shape = tuple(last["shape"])
     step.elements = sum(_size(row["shape"]) for row in rows)
-    for name in ("zeros", "closed", "expected_zeros"):
-        counts = [row[name] for row in rows]
+    for name in ("zeros", "closed", "expected_zeros", "saturated"):
+        counts = [row.get(name, -1) for row in rows]
         setattr(step, name, -1 if min(counts) < 0 else sum(counts))
     step.slope = float(np.mean([row["slope"] for row in rows]))
+    step.rms_slope = float(np.sqrt(np.mean([row.get("rms_slope", math.nan) ** 2 for row in rows])))
+    step.operand = max(float(row.get("operand", math.nan)) for row in rows)
     step.absolute, step.expected_absolute = (
         float(sum(row[name] for row in rows)) for name in ("absolute", "expected_absolute")
     )

@@ -7,7 +7,7 @@ from typing import Any
 SEVERITIES = ("info", "warning", "error")
 CAUSES = (
     *("pooling", "activation", "dead-units", "dead-layer", "vanishing", "exploding", "non-finite", "underflow"),
-    *("no-batch-norm", "unreached", "frozen", "detached", "jump", "noise"),
+    *("no-batch-norm", "unreached", "frozen", "detached", "jump", "noise", "no-gradient", "saturated", "zero-weights"),
 )
 
 
@@ -42,7 +42,7 @@ class Findings(list[Finding]):
     """Findings, the most severe first, and which rules were checked.
 
     Attributes:
-        checked: for each rule "checked", or "not checked: " and why.
+        checked: for each rule "checked", "not checked: " and why, or "checked, but " and where it could not look.
     """
 
     def __init__(self, findings: Iterable[Finding], checked: dict[str, str]) -> None:
@@ -60,6 +60,10 @@ class Findings(list[Finding]):
 
 class NotRecorded(Exception):
     """The run lacks data that a rule needs; the message says what to record."""
+
+
+class NotLookedAt(Exception):
+    """A rule could not look at some of the sites; the message names them and says why. Findings before it stand."""
 
 
 def called(site: str) -> str:

@@ -111,45 +111,61 @@ def split(chain: OpChain) -> ZeroShares:
 
 
 def pooling(evidence: Evidence) -> Iterator[Finding]:
-    """Say what pooling does to the gradient of each site that it follows."""
+    """Say what pooling does to the gradients of the sites that it follows: one finding for each of its two kinds."""
+    routed: dict[str, tuple[OpChain, Step, Step]] = {}
+    spread: dict[str, tuple[OpChain, Step, Step]] = {}
     for chain in evidence.chains:
         if chain.all_zero:
             continue
-        steps = [chain.steps[0], *chain.pointwise]
-        for before, step in pairwise(steps):
+        for before, step in pairwise([chain.steps[0], *chain.pointwise]):
             if step.kind == "max-pool" and len(step.shape) > 2:
-                yield _routed(chain, before, step)
+                routed.setdefault(chain.site, (chain, before, step))
             elif (
                 step.kind == "average-pool" and math.prod(step.shape[2:]) > 1
             ):  # a mean over the whole plane does not count
-                yield _spread(chain, before, step)
+                spread.setdefault(chain.site, (chain, before, step))
+    if routed:
+        yield _routed(routed)
+    if spread:
+        yield _spread(spread)
+    evidence.refuse_unfollowed()
 
 
-def _routed(chain: OpChain, before: Step, step: Step) -> Finding:
-    zeros = split(chain)
-    predicted = _least_zeros(before, step)
-    at_input = before.zero_share
+def _routed(at: dict[str, tuple[OpChain, Step, Step]]) -> Finding:
+    figures = {site: _routed_figures(*steps) for site, steps in at.items()}
+    worst = max(figures, key=lambda site: figures[site]["zeros"])
+    chain, _, step = at[worst]
+    of = figures[worst]
     between = [step.op for step in chain.pointwise if step.kind == "activation"]
     sentence = (
-        f"{percent(zeros.total)} of the gradient at {called(chain.site)} is exactly zero: {step} makes "
-        f"{percent(zeros.pooling)}, because each window passes its gradient to one element (at least "
-        f"{percent(predicted)} predicted at its input, {percent(at_input)} observed)"
+        f"{percent(of['zeros'])} of the gradient at {called(worst)} is exactly zero: {step} makes "
+        f"{percent(of['by_pooling'])}, because each window passes its gradient to one element (at least "
+        f"{percent(of['predicted'])} predicted at its input, {percent(of['observed'])} observed)"
     )
     if between:
-        sentence += f", and {listed(between)} {percent(zeros.activation)}"
-    sentence += f"; {percent(zeros.above)} was already zero." if zeros.above else "."
-    figures = {"predicted": predicted, "observed": at_input, "zeros": zeros.total, "kind": "max"}
-    shares = {"by_pooling": zeros.pooling, "by_activation": zeros.activation, "arrived_zero": zeros.above}
+        sentence += f", and {listed(between)} {percent(of['by_activation'])}"
+    if of["arrived_zero"]:
+        sentence += f"; {percent(of['arrived_zero'])} was already zero"
+    if others := [f"{called(site)} ({percent(figures[site]['zeros'])})" for site in figures if site != worst]:
+        sentence += f"; likewise at {', '.join(others)}"
     return Finding(
         "pooling",
         "info",
-        (chain.site,),
-        sentence,
-        {**figures, **shares, "foretold_exactly": zeros.predicted_exactly, "module": step.module, **step.settings},
+        tuple(at),
+        sentence + ".",
+        of | ({"by_site": figures} if others else {}),
         "Nothing is wrong: read quantiles of this gradient above the share of zeros, or use average pooling, which "
         "spreads it.",
         _SOURCE_POOLING,
     )
+
+
+def _routed_figures(chain: OpChain, before: Step, step: Step) -> dict[str, Any]:
+    zeros = split(chain)
+    predicted, observed = _least_zeros(before, step), before.zero_share
+    figures = {"predicted": predicted, "observed": observed, "zeros": zeros.total, "kind": "max"}
+    shares = {"by_pooling": zeros.pooling, "by_activation": zeros.activation, "arrived_zero": zeros.above}
+    return figures | shares | {"foretold_exactly": zeros.predicted_exactly, "module": step.module, **step.settings}
 
 
 def _least_zeros(before: Step, step: Step) -> float:
@@ -161,20 +177,27 @@ def _least_zeros(before: Step, step: Step) -> float:
     return least_zeros(inputs, kernel, stride, padding, dilation, step.settings["ceil_mode"])
 
 
-def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
-    predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
-    observed = before.mean_magnitude / step.mean_magnitude if step.absolute else 0.0
+def _spread(at: dict[str, tuple[OpChain, Step, Step]]) -> Finding:
+    figures = {}
+    for site, (_, before, step) in at.items():
+        predicted = math.prod(step.shape[2:]) / math.prod(before.shape[2:])
+        observed = before.mean_magnitude / step.mean_magnitude if step.absolute else 0.0
+        figures[site] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
+        figures[site] |= step.settings
+    first = next(iter(at))
+    of = figures[first]
     sentence = (
-        f"{step} after {called(chain.site)} spreads the gradient and makes none of it zero: its mean magnitude is "
-        f"multiplied by {observed:.3g} ({predicted:.3g} predicted: outputs / inputs)."
+        f"{at[first][2]} after {called(first)} spreads the gradient and makes none of it zero: its mean magnitude is "
+        f"multiplied by {of['observed']:.3g} ({of['predicted']:.3g} predicted: outputs / inputs)"
     )
-    figures: dict[str, Any] = {"predicted": predicted, "observed": observed, "kind": "average", "module": step.module}
+    if others := [f"{called(site)} ({figures[site]['observed']:.3g})" for site in figures if site != first]:
+        sentence += f"; likewise after {', '.join(others)}"
     return Finding(
         "pooling",
         "info",
-        (chain.site,),
-        sentence,
-        figures | step.settings,
+        tuple(at),
+        sentence + ".",
+        of | ({"by_site": figures} if others else {}),
         "Nothing is wrong: keep this factor in mind when you compare magnitudes before and after it.",
         "each input in a window of k elements receives 1/k of the gradient of the window's mean",
     )
@@ -183,18 +206,22 @@ def _spread(chain: OpChain, before: Step, step: Step) -> Finding:
 def activation(evidence: Evidence) -> Iterator[Finding]:
     """Find activations that set more than 60 % of a gradient to zero, or multiply it by a leaky ReLU's slope."""
     gated: dict[str, list[tuple[str, float, ZeroShares]]] = {}
+    leaky: dict[str, dict[str, tuple[OpChain, Step]]] = {}
     for chain in evidence.chains:
         steps = chain.pointwise
-        if not steps or steps[0].kind != "activation" or chain.all_zero:
+        if not steps or steps[0].kind != "activation" or steps[0].saturates or chain.all_zero:
             continue
         first, zeros = steps[0], split(chain)
         elements = chain.steps[0].elements
         if first.closed_where_alive > _MIN_SHARE and zeros.activation > max(_MIN_SHARE, zeros.pooling):
             gated.setdefault(first.op, []).append((chain.site, first.closed / elements, zeros))
         elif "negative_slope" in first.settings and _leaking(first) > _MIN_SHARE:
-            yield _leaky(chain, first)
+            leaky.setdefault(first.op, {}).setdefault(chain.site, (chain, first))
     for op, rows in gated.items():
         yield _gate(op, rows)
+    for at in leaky.values():
+        yield _leaky(at)
+    evidence.refuse_unfollowed()
 
 
 def _gate(op: str, rows: list[tuple[str, float, ZeroShares]]) -> Finding:
@@ -229,22 +256,26 @@ def _leaking(step: Step) -> float:
     return float((1 - step.slope) / (1 - step.settings["negative_slope"]))
 
 
-def _leaky(chain: OpChain, step: Step) -> Finding:
+def _leaky(at: dict[str, tuple[OpChain, Step]]) -> Finding:
+    negative = {site: _leaking(step) for site, (_, step) in at.items()}
+    worst = max(negative, key=lambda site: negative[site])
+    chain, step = at[worst]
     observed, predicted = (
         total / step.absolute if step.absolute else 0.0 for total in (chain.steps[0].absolute, step.expected_absolute)
     )
-    share = _leaking(step)
     sentence = (
-        f"{step.op} after {called(chain.site)} multiplies {percent(share)} of the gradient by "
+        f"{step.op} after {called(worst)} multiplies {percent(negative[worst])} of the gradient by "
         f"{step.settings['negative_slope']:g} and makes none of it zero: its total magnitude falls to {observed:.3g} "
-        f"of the incoming gradient's ({predicted:.3g} predicted)."
+        f"of the incoming gradient's ({predicted:.3g} predicted)"
     )
+    if others := [f"{called(site)} ({percent(negative[site])})" for site in at if site != worst]:
+        sentence += f"; likewise at {', '.join(others)}"
     return Finding(
         "activation",
         "info",
-        (chain.site,),
-        sentence,
-        {"op": step.op, "predicted": predicted, "observed": observed, "negative": share},
+        tuple(at),
+        sentence + ".",
+        {"op": step.op, "predicted": predicted, "observed": observed, "negative": negative[worst], "by_site": negative},
         "Nothing is wrong; a larger slope would pass more.",
         "the derivative of a leaky ReLU is its slope for x < 0",
     )

@@ -232,6 +232,19 @@ class NamedModule:
         return self.names[0]
 
 
+@dataclass(frozen=True)
+class NamedParameter:
+    """A parameter of a network: all its names and itself."""
+
+    names: tuple[str, ...]
+    parameter: Any
+
+    @property
+    def name(self) -> str:
+        """Its first name."""
+        return self.names[0]
+
+
 class Transfer(Protocol):
     """Results on their way from a device to the host."""
 
@@ -245,14 +258,22 @@ class BatchProbe(Protocol):
     """Reads the sites of one batch from `__enter__` to `__exit__`.
 
     Attributes:
+        observations: in order of arrival.
         order: the sites in the order in which they first gave an output.
         views: the sites whose output is a view, on which an in-place operation hides the gradient.
+        unread: the sites whose output no measure reads, each with the reason.
         unscaled: float16 came out of autocast, and there is no scaler.
         scale: of the AMP scaler when the first gradient came; None without one.
+        n_samples: how many there are, where a module told.
+        inputs: how many samples the network may have been called with, where that is known.
     """
 
+    n_samples: int | None
+    inputs: set[int]
+    observations: list[Observation]
     order: dict[str, None]
     views: set[str]
+    unread: dict[str, str]
     unscaled: bool
     scale: Any
 
@@ -267,15 +288,51 @@ class BatchProbe(Protocol):
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
         """Return what was seen for a diagnosis of the named sites."""
 
-    def transfer(self, points: Sequence[Any]) -> Transfer:
-        """Begin to copy what was observed to the host."""
+    def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> Transfer:
+        """Begin to copy what was observed, here and by others, to the host."""
+
+
+class ParameterProbe(Protocol):
+    """Reads the parameters of one batch: backward passes until `__exit__`, steps of the optimizers until `close`.
+
+    Attributes:
+        observations: in order of arrival.
+        steps: a row for each group of parameters in each step of an optimizer.
+    """
+
+    observations: list[Observation]
+    steps: list[dict[str, Any]]
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a gradient has come to any of them."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None: ...
+
+    def close(self) -> None:
+        """Watch the optimizers no longer."""
+
+
+Objective = Callable[[Any, Sequence[int] | None], tuple[list[int], list[float]]]
+"""From a batch and its labels, if it has any, to each sample's class and the score of that class."""
 
 
 class Recorder(Protocol):
-    """A network's modules, read batch by batch."""
+    """A network's modules and parameters, read batch by batch."""
 
     def named_modules(self, model: Any) -> list[NamedModule]:
         """List every module that can be a site, in the order of definition, each once."""
+
+    def named_parameters(self, model: Any) -> list[NamedParameter]:
+        """List every parameter that can be a site, in the order of definition, each once."""
+
+    def optimizers_of(self, optimizer: Any) -> tuple[Any, ...]:
+        """Return the optimizers in what a user gave as one or several. Raises InputError: something else is there."""
+
+    def optimizer_groups(self, parameters: Mapping[str, Any], optimizers: Sequence[Any]) -> dict[str, Any]:
+        """Return for each name the position of its optimizer and of its group there; None where it is in none."""
 
     def visits(self, model: Any, example: Any) -> dict[str, list[Any]]:
         """Run the network on an example; return the output shapes of each module that was called, in order."""
@@ -286,12 +343,30 @@ class Recorder(Protocol):
     def world(self) -> tuple[int, int]:
         """Return this process's rank and the number of processes."""
 
-    def new_probe(
-        self, modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
-    ) -> BatchProbe:
-        """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis."""
+    def layouts(self, model: Any, given: Mapping[str, str]) -> Any:
+        """Return the axes of all modules' outputs, for `new_probe`; `given` has letters for some of them."""
 
-    def objective(self, model: Any, name: str) -> AbstractContextManager[Callable[[Any, Sequence[int] | None], None]]:
+    def new_probe(
+        self,
+        modules: Mapping[str, Any],
+        measures: Sequence[Measure],
+        phases: frozenset[str],
+        scaler: Any,
+        watched: Any,
+        layouts: Any = None,
+        n_samples: int | None = None,
+    ) -> BatchProbe:
+        """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis.
+
+        `n_samples` are as many as there are names, where there are any.
+        """
+
+    def new_parameter_probe(
+        self, parameters: Mapping[str, Any], measures: Sequence[Measure], optimizers: Sequence[Any], scaler: Any
+    ) -> ParameterProbe:
+        """Return a probe of parameters for one batch and the steps that follow it."""
+
+    def objective(self, model: Any, name: str) -> AbstractContextManager[Objective]:
         """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""
 
 

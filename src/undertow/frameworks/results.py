@@ -77,10 +77,10 @@ class TensorKey:
     """Which tensor was observed.
 
     Attributes:
-        site: the module's dotted name.
-        call: how often it had been called before in this batch.
+        site: the module's or the parameter's dotted name.
+        call: how often the module had been called before in this batch, or the parameter been in an optimizer's step.
         output: the tensor's position in the output: "" for one alone, "0", "1.hidden".
-        phase: "forward" or "backward".
+        phase: "forward" or "backward"; of a parameter "gradient", "accumulated", "weight" or "update".
     """
 
     site: str
@@ -97,8 +97,13 @@ class Observation:
         key: which tensor.
         repeat: how often a gradient had come to it before in this batch.
         dtype: its own, such as "float32".
-        size: the length of its first axis.
+        size: how many rows a measure of samples has of it.
         states: of each measure, its state: arrays on the tensor's device, NumPy's once they are on the host.
+        sampled: whether those rows are samples; those of a parameter are not.
+        certain: whether the module or the user says so; else the first axis is taken for the samples'.
+        axes: a letter for each axis of the tensor: b the samples, c the channels, - any other.
+        run: how often the whole network had been called before in this batch.
+        first: the place of its first row among the batch's samples; -1 where its rows are none of them.
     """
 
     key: TensorKey
@@ -106,6 +111,11 @@ class Observation:
     dtype: str
     size: int
     states: list[dict[str, Any]]
+    sampled: bool = True
+    certain: bool = False
+    axes: str = ""
+    run: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)

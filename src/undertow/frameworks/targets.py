@@ -103,7 +103,7 @@ def places(target: Any, shape: Sequence[int]) -> tuple[npt.NDArray[np.int64], bo
     if array.dtype.kind not in "iu" or not (is_several or array.shape in ((len(sizes),), (batch, len(sizes)))):
         raise TargetError(
             f"target {target!r} names no place in scores of shape {tuple(shape)}: pass {len(sizes)} whole numbers, one "
-            "for each axis after the batch, as in (class, y, x)"
+            "for each axis after the batch, as in (class, y, x), or ut.targets.where(mask, class)"
         )
     indices = np.broadcast_to(array, (batch, len(sizes)))[:, None] if array.ndim < 3 else array
     if ((indices < -sizes) | (indices >= sizes)).any():

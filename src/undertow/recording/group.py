@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..measures import Columns, Measure
-from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, TABLES, arrow, schema
+from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, STEPS, TABLES, arrow, schema
 
 SITE = {**KEYS, **SITE_KEYS, "dtype": "string"}
 """The columns of an observation that are the same for all of its samples, in order."""
@@ -30,18 +30,23 @@ class BatchGroup:
 
     Args:
         measures: in the order in which each observation has its columns.
+        sample_columns: the types of further columns of the table `samples`.
 
     Attributes:
         nbytes: how much memory the lists of numbers in them take.
     """
 
-    def __init__(self, measures: Sequence[Measure]) -> None:
+    def __init__(self, measures: Sequence[Measure], sample_columns: Mapping[str, str] | None = None) -> None:
         self._measures = measures
+        self._sample_columns = dict(sample_columns or {})
+        self._described: dict[str, list[Any]] = {name: [] for name in self._sample_columns}
         self._batches: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
         self._samples: list[Sequence[str | None]] = []
         self._sites: list[tuple[Any, ...]] = []
-        self._sizes: list[tuple[int, int]] = []  # of an observation; its batch, or -1 without names
+        self._sizes: list[tuple[int, int, int]] = []  # of an observation, as `_sampled` takes it
+        self._named = 0
         self._columns: list[dict[str, list[Any]]] = [{name: [] for name in measure.columns} for measure in measures]
         self._lists = [{name for name, kind in m.columns.items() if kind.startswith("list<")} for m in measures]
         self.nbytes = 0
@@ -49,22 +54,38 @@ class BatchGroup:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def begin(self, row: dict[str, Any], names: Sequence[str | None], points: Sequence[dict[str, Any]]) -> None:
-        """Begin a batch: its row in `batches`, a name or None for each sample, and its rows in `diagnosis`."""
+    def begin(
+        self,
+        row: dict[str, Any],
+        names: Sequence[str | None],
+        points: Sequence[dict[str, Any]],
+        steps: Sequence[dict[str, Any]] = (),
+        described: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Begin a batch: its row in `batches`, a name or None for each sample, its rows in `diagnosis` and `steps`.
+
+        `described` has a value for each sample in each of the further columns; none is null.
+        """
+        for name, column in self._described.items():
+            column += (described or {}).get(name, [None] * len(names))
         self._batches.append(row)
         self._points += points
+        self._steps += steps
+        self._named += len(self._samples[-1]) if self._samples else 0
         self._samples.append(names)
 
-    def add(self, site: tuple[Any, ...], size: int, blocks: Sequence[Columns]) -> None:
+    def add(self, site: tuple[Any, ...], size: int, first: int, blocks: Sequence[Columns]) -> None:
         """Add an observation of the batch.
 
         Args:
             site: the values of `SITE`.
-            size: of its first axis. Where that is not the number of the batch's samples, it is not the samples' axis.
+            size: how many rows a measure of samples has of it.
+            first: the place of the first of them among the batch's samples; -1 where they are none of them.
             blocks: the columns that each measure finished.
         """
         self._sites.append(site)
-        self._sizes.append((size, len(self._samples) - 1 if size == len(self._samples[-1]) else -1))
+        named = first >= 0 and first + size <= len(self._samples[-1])
+        self._sizes.append((size, max(first, 0), self._named + first if named else -1))
         for columns, lists, block in zip(self._columns, self._lists, blocks, strict=True):
             for name, column in columns.items():
                 rows = block[name]
@@ -77,12 +98,16 @@ class BatchGroup:
         """Make the tables that have rows; `batches`, which makes the others count, comes last."""
         batches = _columns(TABLES[COMMITTED], self._batches)
         keys = {name: batches[name] for name in KEYS}
-        sizes = [(len(names), number) for number, names in enumerate(self._samples)]
-        yield "samples", _table(TABLES["samples"], self._sampled(keys, sizes))
+        starts = np.cumsum([0, *map(len, self._samples)])
+        sizes = [(len(names), 0, int(start)) for names, start in zip(self._samples, starts, strict=False)]
+        described = _joined(self._sample_columns, self._described)
+        yield "samples", _table(TABLES["samples"] | self._sample_columns, self._sampled(keys, sizes) | described)
         if self._points:
             kinds = KEYS | DIAGNOSIS
             points = {name: [*chain(*(_rows(point[name]) for point in self._points))] for name in kinds}
             yield "diagnosis", _table(kinds, _joined(kinds, points))
+        if self._steps:
+            yield "steps", _table(KEYS | STEPS, _columns(KEYS | STEPS, self._steps))
         if self._sites:
             yield from self._of_measures()
         yield COMMITTED, _table(TABLES[COMMITTED], batches)
@@ -97,22 +122,22 @@ class BatchGroup:
             own = _joined(measure.columns, finished)
             yield measure.table, _table(columns_of(measure), (sampled if measure.per_sample else sites) | own)
 
-    def _sampled(self, columns: Mapping[str, Any], observed: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def _sampled(self, columns: Mapping[str, Any], observed: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
         """Repeat columns for the samples, and add their positions and names.
 
         Args:
             columns: one row for each of `observed`.
-            observed: how many samples there are, and the number of the batch whose names they have, or -1.
+            observed: how many samples there are, the place of the first in its batch, and that of its name among the
+                names of all batches, or -1 without names.
         """
         pa = arrow()
-        sizes, batches = np.array(observed, np.int64).reshape(-1, 2).T
+        sizes, places, firsts = np.array(observed, np.int64).reshape(-1, 3).T
         rows = np.repeat(np.arange(len(sizes)), sizes)
-        sample = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        firsts = np.cumsum([0, *map(len, self._samples)])[batches]
-        names = self._names.take(pa.array(firsts[rows] + sample, mask=(batches < 0)[rows]))
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        names = self._names.take(pa.array(firsts[rows] + within, mask=(firsts < 0)[rows]))
         index = pa.array(rows)
         repeated = {name: column.take(index) for name, column in columns.items()}
-        return repeated | {"sample": pa.array(sample, pa.int32()), "name": names}
+        return repeated | {"sample": pa.array(places[rows] + within, pa.int32()), "name": names}
 
     @cached_property
     def _names(self) -> Any:

@@ -1,6 +1,7 @@
 """A folder of photographs through one classifier, recorded: each image's own gradients, in batches, resumable."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from .. import images
 from ..classifier import Classifier, find_class
@@ -17,9 +19,11 @@ from ..errors import InputError, PhotographError, TargetError
 from ..frameworks.base import capability, framework_of_model
 from ..runs import Run
 from ..scales import describe
+from ..sites import selection
 from .record import record
 
 _WATCH_EVERY = 8
+SAMPLE_COLUMNS = {"class": "int32", "class_name": "string", "score": "float64"}
 OBJECTIVES = ("predicted", "label", "loss")
 Loaded = tuple[str, npt.NDArray[np.float32] | PhotographError]
 
@@ -62,7 +66,7 @@ def record_photographs(
     """Record the gradients of every photograph of a folder; goes on with its own unfinished run.
 
     The network is in eval mode and the objective is summed over the batch, so each photograph's gradients are its
-    own, whatever the batch size.
+    own, whatever the batch size. The table `samples` has the class that each was asked about, and its score.
 
     Args:
         source: a folder, or one photograph. Names are relative to it.
@@ -95,17 +99,22 @@ def record_photographs(
     options |= {"loss_reduction": "sum", "diagnose": _WATCH_EVERY if diagnose is True else diagnose}
     recorder = capability(framework_of_model(classifier.module), "record")
     result = RecordedPhotographs()
-    with (
-        recorder.objective(classifier.module, objective) as run_objective,
-        record(folder, classifier.module, measures=measures, **options) as recording,
-    ):
+    recording = record(folder, classifier.module, measures=measures, **options)
+    if recording.learning.parameters:
+        raise InputError(
+            "the weights are frozen while photographs are recorded; record parameters with undertow.record"
+        )
+    recording.sample_columns = SAMPLE_COLUMNS
+    with recorder.objective(classifier.module, objective) as run_objective, recording:
         before = set(Run(folder).table("batches")["batch"].to_pylist())
         result.before = len(before)
         advance(sum(len(batches[number]) for number in before))
         remaining = {number: batch for number, batch in enumerate(batches) if number not in before}
         for number, names, x in _loaded(classifier, remaining, device, workers, result, advance):
             with recording.batch(samples=names, batch=number):
-                run_objective(x, [labels[name] for name in names] if labels else None)
+                ids, scores = run_objective(x, [labels[name] for name in names] if labels else None)
+                class_names = _class_names(classifier, ids)
+                recording.describe({"class": ids, "class_name": class_names, "score": scores})
             result.photographs += len(names)
         if not result.photographs and not result.before:
             first = result.failed[0][1]
@@ -138,6 +147,26 @@ def _listed(root: Path, limit: int | None) -> list[tuple[str, Path]]:
         raise PhotographError(f"{root} does not exist; check the name")
     paths = images.find([root])[:limit]
     return [(str(path.relative_to(root)) if root.is_dir() else path.name, path) for path in paths]
+
+
+def _class_names(classifier: Classifier, ids: Sequence[int]) -> list[str]:
+    return [classifier.classes[i] if i < len(classifier.classes) else str(i) for i in ids]
+
+
+def kept_bytes(classifier: Classifier, sites: str, phase: str, device: str = "cpu") -> int:
+    """Return how many bytes the measure "keep" takes for each photograph, by the shapes of one pass, in float32."""
+    recorder = capability(framework_of_model(classifier.module), "record")
+    shapes = recorder.visits(classifier.module, classifier.prepare(Image.new("RGB", (64, 64)), device))
+    chosen = selection(sites).chosen(recorder.named_modules(classifier.module), list(shapes))
+    elements = sum(_elements(shape) for name in chosen for shape in shapes.get(name, ()))
+    return 4 * elements * (2 if phase == "both" else 1)
+
+
+def _elements(shape: Sequence[Any]) -> int:
+    """Return the number of elements of a shape, or of several."""
+    if all(isinstance(side, int) for side in shape):
+        return math.prod(shape)
+    return sum(_elements(one) for one in shape)
 
 
 def _identity(photographs: Sequence[tuple[str, Path]]) -> dict[str, Any]:

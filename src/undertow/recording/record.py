@@ -2,25 +2,28 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from ..errors import InputError, RunError
-from ..frameworks.base import BatchProbe, Recorder
+from ..frameworks.base import BatchProbe, NamedModule, ParameterProbe, Recorder
+from ..frameworks.results import Observation
 from ..measures import Measure, resolve
-from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manifest, write_manifest
+from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, TABLES, arrow, read_manifest, write_manifest
 from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
+from .naming import give_names, n_samples
 from .schedule import Schedule
 from .writer import Batch, Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
 REDUCTIONS = ("mean", "sum")
 _HIDDEN = "no gradient reached its output, a view: if that is changed in place afterwards, take the module before it"
-_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size", "diagnose")
+_SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size", "diagnose", "axes")
+_REMEDY = "run the model, and call .backward() for gradients, inside `with recording.batch(...)`"
 
 
 def record(
@@ -33,6 +36,8 @@ def record(
     schedule: Schedule | None = None,
     loss_reduction: str = "mean",
     scaler: Any = None,
+    optimizer: Any = None,
+    axes: str | Mapping[str, str] | None = None,
     objective: str | None = None,
     reference: str | None = None,
     source: dict[str, Any] | None = None,
@@ -54,13 +59,22 @@ def record(
         model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count. Or a Keras model
             that runs eagerly, under a `tf.GradientTape` or compiled with `run_eagerly=True`.
         sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
-        measures: "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for each
-            batch and site), "keep:sample" (one for each sample and site), or measures of your own.
+            Parameters are "params", "params:layer4" or "layer4.*.weight".
+        measures: "norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for
+            each batch and site), "keep:sample" (one for each sample and site), or measures of your own.
         phase: "backward" (gradients with respect to outputs), "forward" (the outputs) or "both".
         schedule: which batches; None is all.
         loss_reduction: "mean" or "sum": how the loss joins the samples of a batch. Recorded, see above.
         scaler: the `torch.amp.GradScaler` or `keras.optimizers.LossScaleOptimizer` that scales the loss, where there
             is one.
+        optimizer: the `torch.optim.Optimizer` that steps the parameters among the sites, or a list of several: what
+            each step is given and makes of them is recorded, in the batch or behind it. A parameter's rows have the
+            phase "accumulated" (the gradient that the backward passes left, the AMP scale divided out), "gradient" (as
+            the step was given it, after clipping), "weight" (before the step) and "update" (weight after less weight
+            before). Without `optimizer`, "gradient" is what the last backward pass of the batch left.
+        axes: a letter for each axis of modules' outputs, where these do not tell: b the samples, c the channels, any
+            other a further axis, as in "tbc". One text for all outputs of as many axes, or one for each selection, as
+            in {"head": "tbc", "norm": "bhwc"}.
         objective: what the gradient is of, in words, for the manifest.
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
@@ -94,7 +108,20 @@ def record(
     arrow()
     chosen = selection(sites)
     recorder = recorder_of(model)
-    chosen.candidates(recorder.named_modules(model))
+    modules, parameters = recorder.named_modules(model), recorder.named_parameters(model)
+    chosen.candidates(modules, parameters)
+    by_name = {parameter.name: parameter.parameter for parameter in parameters}
+    selected = {name: by_name[name] for name in chosen.parameters(modules, parameters)}
+    optimizers = () if optimizer is None else recorder.optimizers_of(optimizer)
+    places = recorder.optimizer_groups(selected, optimizers)
+    if optimizers and not any(places.values()):
+        raise InputError(
+            "optimizer= is given, but no site is a parameter; add 'params' to sites"
+            if not selected
+            else f"none of the {len(selected)} parameters among the sites is in the optimizer; was it made for a copy?"
+        )
+    given = _given_axes(axes, modules)
+    layouts = recorder.layouts(model, given)
     resolved = resolve(measures)
     rank, world_size = recorder.world()
     settings = {
@@ -106,10 +133,94 @@ def record(
         "loss_reduction": loss_reduction,
         "world_size": world_size,
         "diagnose": int(every),
+        "axes": dict(axes) if isinstance(axes, Mapping) else axes,
     }
-    return Recording(
-        Path(folder), model, recorder, chosen, resolved, schedule, scaler, settings, reference, rank, group
-    )
+    learning = _Learning(selected, optimizers, places)
+    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts)
+    return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
+
+
+def _given_axes(axes: str | Mapping[str, str] | None, modules: Sequence[NamedModule]) -> dict[str, str]:
+    """Return the letters that a user gave for the outputs of modules, by the modules' names.
+
+    Raises:
+        InputError: letters that say nothing, or a selection that names no module.
+    """
+    by_selection = axes if isinstance(axes, Mapping) else {"**": axes} if axes else {}
+    given: dict[str, str] = {}
+    for what, letters in by_selection.items():
+        if not isinstance(letters, str) or not set("bc") & set(letters) or len(set(letters)) < len(letters):
+            raise InputError(f"axes {letters!r} are not understood; write a letter for each, as in 'tbc' or 'bhwc'")
+        given |= dict.fromkeys(selection(what).candidates(modules), letters)
+    return given
+
+
+@dataclass(frozen=True)
+class _Learning:
+    """The parameters among the sites, by name, the optimizers, and each parameter's optimizer and group, if any."""
+
+    parameters: Mapping[str, Any]
+    optimizers: Sequence[Any]
+    places: Mapping[str, tuple[int, int] | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the manifest says of each parameter."""
+        return {
+            name: {
+                "shape": list(parameter.shape),
+                "trainable": bool(parameter.requires_grad),
+                **dict(zip(("optimizer", "group"), self.places.get(name) or (None, None), strict=True)),
+            }
+            for name, parameter in self.parameters.items()
+        }
+
+    def why_none(self, name: str) -> str:
+        """Say why nothing was recorded of a parameter."""
+        if not self.parameters[name].requires_grad:
+            return "it is frozen: requires_grad is False"
+        if not self.optimizers:
+            return "no gradient came to it inside a batch"
+        if self.places[name] is None:
+            return "it is in no optimizer that was given"
+        return "no step of its optimizer, in a recorded batch or behind it, had a gradient for it"
+
+
+@dataclass
+class _Ending:
+    """A batch that waits for the steps that may come behind it."""
+
+    epoch: int
+    number: int
+    names: list[str] | None
+    size: int
+    sites: Sequence[str]
+    facts: dict[str, Any]
+    probe: BatchProbe
+    points: Sequence[Any]
+    parameters: ParameterProbe | None
+    described: Mapping[str, Sequence[Any]]
+
+    @property
+    def arrived(self) -> set[str]:
+        """The modules at which a gradient has come, and the parameters of which anything was read."""
+        of_parameters = () if self.parameters is None else self.parameters.observations
+        return self.probe.arrived | {observation.key.site for observation in of_parameters}
+
+    @property
+    def observed(self) -> bool:
+        """Whether anything was recorded."""
+        return bool(self.probe.observations or (self.parameters is not None and self.parameters.arrived))
+
+    def close(self) -> Batch:
+        """Watch the optimizers no longer, and return what the batch and the steps left."""
+        steps: Sequence[dict[str, Any]] = ()
+        others: Sequence[Observation] = ()
+        if self.parameters is not None:
+            self.parameters.close()
+            steps, others = self.parameters.steps, self.parameters.observations
+        transfer = self.probe.transfer(self.points, others)
+        keys = (self.epoch, self.number, self.names, self.size, self.sites, self.facts)
+        return Batch(*keys, self.probe.scale, self.points, transfer, steps, self.described)
 
 
 @dataclass
@@ -120,6 +231,7 @@ class Recording:
         folder: of the run.
         batches: how many batches this process has recorded.
         skipped: how many were on the disk already.
+        sample_columns: the types of further columns of the table `samples`, which `describe` fills.
     """
 
     folder: Path
@@ -133,6 +245,9 @@ class Recording:
     reference: str | None
     rank: int
     group: int
+    learning: _Learning
+    layouts: Any
+    sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
@@ -141,21 +256,29 @@ class Recording:
         self._reached: set[str] = set()
         self._arrived: set[str] = set()
         self._views: set[str] = set()
+        self._unread: dict[str, str] = {}
+        self._axes: dict[str, dict[str, str]] = {}
+        self._unsure: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._described: dict[str, list[Any]] = {}
         self._stack = ExitStack()
         self._writer: Writer | None = None
-        self._open = self._warned = False
+        self._ending: _Ending | None = None
+        self._open = False
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(self.folder, self.rank))
             self._named_modules = self.recorder.named_modules(self.model)
+            self._named_parameters = self.recorder.named_parameters(self.model)
             self.manifest = self._begin()
             names = self.manifest["sites"]["names"]
-            self._choose(names or self.selection.candidates(self._named_modules))
+            self._choose(names or self.selection.candidates(self._named_modules, self._named_parameters))
             self._done = _on_disk(self.folder, self.rank)
-            diagnose = bool(self.settings["diagnose"])
-            self._writer = Writer(self.folder, self.measures, self.rank, self.group, diagnose)
+            others = [name for name in ("diagnosis", "steps") if name in self.manifest["tables"]]
+            facts = (self.rank, self.group, others, self.sample_columns)
+            self._writer = Writer(self.folder, self.measures, *facts)
             self._clear_tensors()
             stack.callback(self._finish_writing)
             self._stack = stack.pop_all()
@@ -179,7 +302,8 @@ class Recording:
         counts as one batch, also under gradient accumulation; calls of modules are counted within it.
 
         Args:
-            samples: one name for each sample, or None.
+            samples: one name for each sample, or None. Where the network runs several times inside, as under gradient
+                accumulation, those of all passes in turn, or of each.
             epoch: counted from 0.
             batch: counted from 0 within its epoch; None counts the calls of this method.
 
@@ -188,9 +312,10 @@ class Recording:
 
         Raises:
             RunError: something could not be written.
-            InputError: the batch was there already, or is inside another.
+            InputError: the batch was there already, is inside another, or has not as many samples as names.
         """
         writer = self._entered()
+        self._end_batch()
         names = None if samples is None else as_names(samples)
         epoch, number = int(epoch), self._count(int(epoch), batch)
         writer.check()
@@ -206,17 +331,23 @@ class Recording:
             return
         watched = self.model if self._is_watched(number) else None
         phases = frozenset(PHASES[self.settings["phase"]])
-        probe = self.recorder.new_probe(self._modules, self.measures, phases, self.scaler, watched)
-        self._open = True
+        count = None if names is None else len(names)
+        facts = (phases, self.scaler, watched, self.layouts, count)
+        probe = self.recorder.new_probe(self._modules, self.measures, *facts)
+        parameters = self._parameter_probe()
+        self._open, self._described = True, {}
         try:
-            with probe:
+            with probe, parameters or nullcontext():
                 yield True
+            self._take(probe, parameters, names, epoch, number)
         except BaseException:
             self._seen.discard((epoch, number))
+            self._ending = None
+            if parameters is not None:
+                parameters.close()
             raise
         finally:
             self._open = False
-        self._take(probe, names, epoch, number)
 
     @property
     def unreached(self) -> dict[str, str]:
@@ -225,12 +356,30 @@ class Recording:
         reasons = {name: "its module was never called" for name in self._names if name not in self._reached}
         for name in self._names if backward else ():
             if name in self._reached and name not in self._arrived:
-                reasons[name] = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
+                lost = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
+                reasons[name] = self._unread.get(name, lost)
+        for name in self.learning.parameters:
+            if name not in self._arrived:
+                reasons[name] = self.learning.why_none(name)
         return reasons if self.batches else {}
+
+    def describe(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Add to the batch that is being recorded a value for each sample, in columns named in `sample_columns`.
+
+        Raises:
+            InputError: no batch is being recorded, or no such column was announced.
+        """
+        if not self._open:
+            raise InputError("no batch is being recorded; describe its samples inside `with recording.batch(...)`")
+        if unknown := set(columns) - set(self.sample_columns):
+            raise InputError(f"the column {unknown.pop()!r} was not announced in sample_columns")
+        self._described |= {name: list(values) for name, values in columns.items()}
 
     def flush(self) -> None:
         """Publish all that was recorded so far; call it where a checkpoint of the training is saved."""
-        self._entered().flush()
+        writer = self._entered()
+        self._end_batch()
+        writer.flush()
 
     def _entered(self) -> Writer:
         if self._writer is None:
@@ -249,36 +398,98 @@ class Recording:
         every = self.settings["diagnose"]
         return bool(every) and number % every == 0
 
-    def _take(self, probe: BatchProbe, names: list[str] | None, epoch: int, number: int) -> None:
-        """Hand a batch over to the writer."""
+    def _parameter_probe(self) -> ParameterProbe | None:
+        if not self.learning.parameters:
+            return None
+        return self.recorder.new_parameter_probe(
+            self.learning.parameters, self.measures, self.learning.optimizers, self.scaler
+        )
+
+    def _take(
+        self, probe: BatchProbe, parameters: ParameterProbe | None, names: list[str] | None, epoch: int, number: int
+    ) -> None:
+        """Hand a batch over to the writer, now or, where a step of an optimizer may follow, before the next."""
+        selected = set(self.selection.chosen(self._named_modules, list(probe.order)) if probe.order else self._names)
+        observations = [o for o in probe.observations if o.key.site in selected]
+        nameless = give_names(names, observations, probe.inputs)
+        self._note_axes(observations)
         self._settle_sites(list(probe.order))
         self._reached.update(probe.order)
-        if len(self._arrived) < len(self._names):
-            self._arrived.update(probe.arrived)
         self._views.update(probe.views)
+        self._unread.update(probe.unread)
         self._warn_of_scale(probe.unscaled)
+        self._warn_of_axes(nameless)
         facts = {key: self.settings[key] for key in ("loss_reduction", "world_size")}
+        sites = [*self._names, *self.learning.parameters]
         points = probe.diagnosis_points(self._names)
-        transfer = probe.transfer(points)
-        assert self._writer is not None
-        self._writer.put(Batch(epoch, number, names, self._names, facts, probe.scale, points, transfer))
+        size = n_samples(names, observations, probe.n_samples)
+        described = self._described_for(size)
+        self._ending = _Ending(epoch, number, names, size, sites, facts, probe, points, parameters, described)
         self.batches += 1
+        if not self.learning.optimizers:
+            self._end_batch()
+
+    def _described_for(self, size: int) -> dict[str, list[Any]]:
+        for name, values in self._described.items():
+            if len(values) != size:
+                raise InputError(f"{name} has {len(values)} values, and the batch {size} samples")
+        return self._described
+
+    def _end_batch(self) -> None:
+        """Hand over the batch that has ended, with the steps that came behind it."""
+        ending, self._ending = self._ending, None
+        if ending is None:
+            return
+        assert self._writer is not None
+        batch = ending.close()
+        if len(self._arrived) < len(batch.sites):
+            self._arrived.update(ending.arrived)
+        self._writer.put(batch)
+        if not ending.observed:
+            where = f"nothing was recorded of batch {ending.number} of epoch {ending.epoch}"
+            self._warn(f"{where}: {_listed(self.unreached)}; {_REMEDY}", once="nothing")
+
+    def _warn(self, message: str, once: str) -> None:
+        """Warn, once for each of the things that a recording may warn of."""
+        if once not in self._told:
+            self._told.add(once)
+            warnings.warn(message, stacklevel=7)
 
     def _warn_of_scale(self, unscaled: bool) -> None:
-        if unscaled and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if unscaled:
+            self._warn(
                 "float16 gradients came out of autocast, and no scaler was given: if a GradScaler scales the loss, the "
                 "recorded gradients are scaled too; pass record(..., scaler=scaler)",
-                stacklevel=6,
+                once="scale",
             )
+
+    def _note_axes(self, observations: Iterable[Observation]) -> None:
+        """Note the axes of each site's outputs, and which of them are not sure, for the manifest."""
+        for o in observations:
+            self._axes.setdefault(o.key.site, {}).setdefault(o.key.output, o.axes)
+            unsure = ["samples"] * (not o.sampled) + ["channels (the second is taken)"] * _hides_channels(o.axes)
+            if unsure:
+                self._unsure.setdefault(o.key.site, f"which axis holds the {' and the '.join(unsure)}")
+
+    def _warn_of_axes(self, nameless: Mapping[str, str]) -> None:
+        """Say of which sites it is not known what their axes are, where that is asked for; and what cannot be read."""
+        remedy = "where an axis holds the samples or the channels, say so, as in record(..., axes={'head': 'tbc'})"
+        if nameless:
+            self._warn(f"samples bear no names at {_listed(dict(nameless))}; {remedy}", once="names")
+        if self._unread:
+            self._warn(_listed(self._unread), once="unread")
+
+    def _of_axes(self) -> dict[str, Any]:
+        """Return what the manifest says of the axes: a letter for each, and the sites at which some are not sure."""
+        before = self.manifest["sites"]
+        return {"axes": before.get("axes", {}) | self._axes, "unsure": before.get("unsure", {}) | self._unsure}
 
     def _settle_sites(self, order: list[str]) -> None:
         """Resolve slices, and put the sites in order, by the first batch that called any of them."""
         if self.manifest["sites"]["names"] or not order:
             return
         self._choose(self.selection.chosen(self._named_modules, order))
-        self.manifest["sites"] = {"select": self.selection.text, "names": self._names, "order": "execution"}
+        self.manifest["sites"] |= {"names": self._names, "order": "execution", **self._of_axes()}
         if self.rank == 0:
             write_manifest(self.folder, self.manifest)
 
@@ -300,9 +511,12 @@ class Recording:
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": {"reference": self.reference, **self.recorder.identity(self.model)},
             "sites": {"select": self.selection.text, "names": [], "order": None},
+            "parameters": self.learning.to_dict(),
             **self.settings,
             "tables": {measure.table: columns_of(measure) for measure in self.measures}
-            | ({"diagnosis": KEYS | DIAGNOSIS} if self.settings["diagnose"] else {}),
+            | ({"diagnosis": KEYS | DIAGNOSIS} if self.settings["diagnose"] else {})
+            | ({"steps": KEYS | STEPS} if self.learning.optimizers else {})
+            | ({"samples": TABLES["samples"] | self.sample_columns} if self.sample_columns else {}),
         }
         _refuse_strangers(self.folder)
         try:
@@ -314,8 +528,12 @@ class Recording:
         return manifest
 
     def _finish_writing(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
+        if self._writer is None:
+            return
+        try:
+            self._end_batch()
+        finally:
+            writer, self._writer = self._writer, None
             writer.close()
 
     def _finish(self) -> None:
@@ -323,19 +541,16 @@ class Recording:
         if not self.batches and not self._done:
             raise InputError(f"no batch was recorded into {self.folder}: {self._why_none()}")
         unreached = self.unreached
-        if self._names and len(unreached) == len(self._names) and not self._done:
-            raise InputError(
-                f"nothing was recorded into {self.folder}: {_listed(unreached)}; run the model, and call "
-                ".backward() for gradients, inside `with recording.batch(...)`"
-            )
+        n_sites = len(self._names) + len(self.learning.parameters)
+        if n_sites and len(unreached) == n_sites and not self._done:
+            raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {_REMEDY}")
         if self._is_last():
             finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
             self.manifest = {**read_manifest(self.folder), **finished}
+            self.manifest["sites"] |= self._of_axes()
             write_manifest(self.folder, self.manifest)
         if unreached:
-            warnings.warn(
-                f"{len(unreached)} of {len(self._names)} sites were not recorded: {_listed(unreached)}", stacklevel=3
-            )
+            warnings.warn(f"{len(unreached)} of {n_sites} sites were not recorded: {_listed(unreached)}", stacklevel=3)
 
     def _is_last(self) -> bool:
         """Whether all processes of this run have come to their end, this one among them; each leaves a mark."""
@@ -348,6 +563,10 @@ class Recording:
         if self._seen:
             return f"the schedule wanted none of {len(self._seen)} batches; see Schedule(epoch=, first=, every=)"
         return "put `with recording.batch(samples=names, epoch=epoch):` around each of them"
+
+
+def _hides_channels(axes: str) -> bool:
+    return len(axes) > 2 and "c" not in axes
 
 
 def as_names(samples: Any) -> list[str]:
@@ -429,7 +648,7 @@ def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
         facts += ["mode", "weights_sha256"]
     pairs = [(f"model {fact}", before["model"][fact], now["model"][fact]) for fact in facts]
     pairs += [("sites", before["sites"]["select"], now["sites"]["select"])]
-    pairs += [(name, before[name], now[name]) for name in (*_SETTINGS, "tables")]
+    pairs += [(name, before.get(name), now[name]) for name in (*_SETTINGS, "tables")]
     for name, recorded, asked in pairs:
         if recorded != asked:
             raise RunError(f"{folder} is a run with {name} {recorded!r}, not {asked!r}; choose another folder")

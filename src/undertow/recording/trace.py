@@ -123,8 +123,8 @@ def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
     For Linear, Conv2d (padded with zeros), Sigmoid, Tanh, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, BatchNorm1d,
     BatchNorm2d, Softmax and Flatten each gradient is also computed by a closed formula, in float64. "equal" means that
     they differ by no more than rounding: 1e-5 in float32 (2e-3 for products on CUDA, which may use TF32), 1e-10 in
-    float64, 1e-2 in float16 and 8e-2 in bfloat16, relative to the largest sum of absolute values; √(n/1000) times as
-    much for parameters whose gradients are sums over n > 1000 positions.
+    float64, 1e-2 in float16 and 8e-2 in bfloat16, relative to the largest sum of absolute values. A sum of n terms may
+    be off by n units of roundoff (2⁻²⁴ in float32); in half precision by √(n/1000) times as much where n > 1000.
 
     A user's own `torch.autograd.Function` is checked by central differences in float64 along random directions; where
     that is impossible (kinks, random or float32-only forwards) its status is "not checked".

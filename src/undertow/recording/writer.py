@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ class Batch:
     epoch: int
     batch: int
     names: Sequence[str] | None
+    size: int
     sites: Sequence[str]
     facts: dict[str, Any]
     scale: Any
     points: Sequence[Any]
     transfer: Transfer
+    steps: Sequence[dict[str, Any]] = ()
+    described: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -59,17 +62,25 @@ class Writer:
         rank: of the process, part of the names of its files.
         group: how many batches are published together at most; fewer where the first has waited for 10 seconds, or at
             64 MiB.
-        diagnose: whether some batches are watched for a diagnosis.
+        others: further tables, such as that of a diagnosis.
+        sample_columns: the types of further columns of the table `samples`.
     """
 
     def __init__(
-        self, folder: Path, measures: Sequence[Measure], rank: int = 0, group: int = 256, diagnose: bool = False
+        self,
+        folder: Path,
+        measures: Sequence[Measure],
+        rank: int = 0,
+        group: int = 256,
+        others: Sequence[str] = (),
+        sample_columns: Mapping[str, str] | None = None,
     ) -> None:
+        self._sample_columns = sample_columns
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
-        self._names = [*TABLES, *(measure.table for measure in measures), *(["diagnosis"] if diagnose else [])]
+        self._names = [*TABLES, *(measure.table for measure in measures), *others]
         self._number = _clear_uncommitted(folder, rank, self._names)
         self._with_tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
-        self._pending = BatchGroup(measures)
+        self._pending = BatchGroup(measures, sample_columns)
         self._held: list[Batch] = []
         self._unpublished = self._weight = 0
         self._since = 0.0
@@ -135,7 +146,7 @@ class Writer:
                 self._take(handover)
             except BaseException as error:  # whatever it was, the user's thread must hear of it
                 self._error = error
-                self._pending = BatchGroup(self.measures)
+                self._pending = BatchGroup(self.measures, self._sample_columns)
             handover.done.set()
             handover = None  # batches must not live on while the thread waits
 
@@ -152,38 +163,39 @@ class Writer:
         position = {name: i for i, name in enumerate(batch.sites)}
         observations = [o for o in batch.transfer.wait() if o.key.site in position]
         observations.sort(key=lambda o: (o.key.phase, position[o.key.site], o.key.call, o.repeat, o.key.output))
-        size = len(batch.names) if batch.names is not None else max((o.size for o in observations), default=0)
-        names = [None] * size if batch.names is None else _storable(batch.names)
+        names = [None] * batch.size if batch.names is None else _storable(batch.names)
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
-        row = {**keys, **batch.facts, "size": size, "scale": scale}
-        self._pending.begin(row, names, [{**keys, **point.row()} for point in batch.points])
+        row = {**keys, **batch.facts, "size": batch.size, "scale": scale}
+        points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
+        self._pending.begin(row, names, points, steps, batch.described)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
-            self._pending.add(site, o.size, self._finished(o, site, batch))
+            self._pending.add(site, o.size, o.first, self._finished(o, site, batch))
 
     def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
         """Return each measure's columns, with the names of files in the place of tensors."""
         blocks = [m.finish(state) for m, state in zip(self.measures, observation.states, strict=True)]
         for n in self._with_tensors:
-            blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch))
+            blocks[n].update(self._filed(self.measures[n], blocks[n], site, batch, observation.first))
         return blocks
 
-    def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch) -> Columns:
+    def _filed(self, measure: Measure, block: Columns, site: tuple[Any, ...], batch: Batch, first: int) -> Columns:
         """Write the tensors of a block into files and return their names in their places."""
         facts = dict(zip(SITE, site, strict=True))
         return {
             column: [
-                self._file(facts, n if measure.per_sample else None, a, batch) for n, a in enumerate(block[column])
+                self._file(facts, max(first, 0) + n if measure.per_sample else None, a, batch, first >= 0)
+                for n, a in enumerate(block[column])
             ]
             for column, kind in measure.columns.items()
             if kind == "tensor"
         }
 
-    def _file(self, site: Mapping[str, Any], sample: int | None, array: Any, batch: Batch) -> str:
+    def _file(self, site: Mapping[str, Any], sample: int | None, array: Any, batch: Batch, named: bool) -> str:
         """Write one tensor; the file is named after its sample or batch and its site, and after a digest of both."""
         facts = {key: site[key] for key in (*KEYS, *SITE_KEYS)}
-        label, names = f"epoch{batch.epoch}-batch{batch.batch}", batch.names or []
+        label, names = f"epoch{batch.epoch}-batch{batch.batch}", (batch.names or []) if named else []
         if sample is not None:
             facts |= {"sample": sample}
             label = names[sample] if sample < len(names) else f"{label}-sample{sample}"
@@ -208,7 +220,7 @@ class Writer:
         sync_folder(self.folder / COMMITTED)
         self.committed += len(self._pending)
         self._number += 1
-        self._pending = BatchGroup(self.measures)
+        self._pending = BatchGroup(self.measures, self._sample_columns)
 
 
 def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from ..errors import InputError
-from .quantiles import STEPS, SiteQuantiles, quantiles
+from .quantiles import STEPS, SiteQuantiles, default_of, quantiles
 from .reader import Run
 
 
@@ -17,7 +17,7 @@ class Comparison:
 
     Attributes:
         place: 0 for the first site, in order of execution.
-        phase: "backward" or "forward".
+        phase: as `SiteQuantiles` has it.
         sites: the name in each run, None where a run has no site in this place.
         quantiles: of each run, None likewise.
         ratios: for each run, each quantile divided by that of the first run; NaN where there is nothing to divide.
@@ -51,7 +51,7 @@ def compare(
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run(s) were given to compare; give two or more")
     opened = [Run.of(run) for run in runs]
-    of = of or ("magnitude" if all("histogram" in run.manifest["tables"] for run in opened) else "channel_norm")
+    of = of or default_of(opened)
     fractions = (*q, 0.05, 0.95)
     by_run = [quantiles(run, fractions, of=of, per_sample=per_sample) for run in opened]
     rows = []
@@ -59,6 +59,39 @@ def compare(
         columns = [[site for site in sites if site.phase == phase] for sites in by_run]
         rows += [_comparison(i, phase, group, len(q)) for i, group in enumerate(_paired(columns))]
     return rows
+
+
+@dataclass(frozen=True)
+class SameClass:
+    """For how many of the photographs that two runs share both networks saw the same class."""
+
+    same: int
+    photographs: int
+
+    def __str__(self) -> str:
+        others = self.photographs - self.same
+        rest = f"; the gradients of the other {others} are of different classes" if others else ""
+        return f"both networks saw the same class in {self.same} of {self.photographs} photographs{rest}"
+
+
+def same_class(run: Run, other: Run) -> SameClass | None:
+    """Say for how many photographs two networks saw the same class, by its name where classes have one.
+
+    None where the gradients are not of the class that the network saw, or no photograph is in both runs.
+    """
+    classes = [_classes(one) for one in (run, other)]
+    shared = classes[0].keys() & classes[1].keys()
+    if not shared:
+        return None
+    return SameClass(sum(classes[0][name] == classes[1][name] for name in shared), len(shared))
+
+
+def _classes(run: Run) -> dict[str, str]:
+    """Return the name of the class that the network saw in each photograph."""
+    if run.manifest.get("objective") != "predicted" or "class_name" not in run.manifest["tables"].get("samples", {}):
+        return {}
+    table = run.table("samples")
+    return dict(zip(table["name"].to_pylist(), table["class_name"].to_pylist(), strict=True))
 
 
 def _paired(columns: list[list[SiteQuantiles]]) -> list[tuple[SiteQuantiles | None, ...]]:

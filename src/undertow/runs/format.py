@@ -41,13 +41,27 @@ DIAGNOSIS = SITE_KEYS | {
     "shape": "list<int64>",
     "dtype": "string",
     "arrival": "string",
+    "flat": "string",
+    "number": "int32",
+    "read_by": "list<int32>",
+    "trainable": "int8",
     "joins": "int32",
     "gain": "float64",
+    "weight_std": "float64",
+    "broken_data": "int64",
+    "broken_input": "int64",
+    "broken_weights": "int64",
+    "broken_output": "int64",
+    "ignored_labels": "float64",
+    "operand": "float64",
     "zeros": "int64",
     "expected_zeros": "int64",
     "closed": "int64",
+    "saturated": "int64",
     "slope": "float64",
+    "rms_slope": "float64",
     "absolute": "float64",
+    "norm": "float64",
     "expected_absolute": "float64",
     "active": "list<int64>",
     "codes": "list<uint16>",
@@ -57,6 +71,12 @@ DIAGNOSIS = SITE_KEYS | {
 }
 """The columns, behind KEYS, of the table `diagnosis`: a row for each site of a batch that was watched (step 0), and one
 for each function that its output alone went through. `undertow.diagnosis` says what they mean."""
+
+
+STEPS = {"optimizer": "int32", "class": "string", "step": "int32", "group": "int32"} | dict.fromkeys(
+    ("lr", "weight_decay"), "float64"
+)
+"""The columns, behind KEYS, of the table `steps`: a row for each group of parameters in each step of an optimizer."""
 
 
 def arrow() -> Any:

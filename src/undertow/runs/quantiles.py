@@ -12,7 +12,8 @@ from ..errors import InputError, did_you_mean
 from ..measures import CODES, code_values, finite
 from .format import KEYS
 
-OF = {"magnitude": "histogram", "value": "histogram", "channel_norm": "channel_norm"}
+OF = {"magnitude": "histogram", "value": "histogram", "channel_norm": "channel_norm", "norm": "norm"}
+DEFAULTS = ("magnitude", "channel_norm", "norm")
 STEPS = tuple(step / 100 for step in range(5, 100, 5))
 """5, 10, ... 95 %."""
 BY = ("site", "call", "output", "repeat", "epoch", "batch")
@@ -26,7 +27,11 @@ class Recorded(Protocol):
 
     @property
     def sites(self) -> list[str]:
-        """The names of the sites, in order of execution."""
+        """The names of the modules, in order of execution."""
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters, in the order of definition."""
 
     def table(self, name: str) -> Any:
         """Return a table as a `pyarrow.Table`."""
@@ -38,8 +43,8 @@ class SiteQuantiles:
 
     Attributes:
         site: dotted name.
-        phase: "backward" or "forward".
-        of: "magnitude", "value" or "channel_norm".
+        phase: "backward" or "forward"; of a parameter "gradient", "accumulated", "weight" or "update".
+        of: "magnitude", "value", "channel_norm" or "norm".
         q: fractions in [0, 1].
         values: for each, the smallest recorded value that at least this fraction of them do not exceed; NaN where
             there is none. In units of the objective per unit of the site's output ("backward"), or of the output.
@@ -80,10 +85,10 @@ def quantiles(
     are within 2**-8 of it, relatively, and exact where bfloat16 was recorded; those of channel norms are exact.
 
     Args:
-        run: a run with histograms, or channel norms.
+        run: a run with histograms, channel norms or norms.
         q: fractions in [0, 1].
-        of: "magnitude" or "value" of each element (histogram), or "channel_norm"; None takes magnitudes where there
-            are histograms, else channel norms.
+        of: "magnitude" or "value" of each element (histogram), "channel_norm" or "norm"; None takes the first of
+            magnitude, channel_norm and norm that the run holds.
         by: "site", or also "call", "output", "repeat", "epoch", "batch", in a list: each combination apart.
         per_sample: undo the mean of a mean-reduced loss: gradients times the size of their batch, so that they are
             those of each sample's own objective, whatever the batch size. Outputs are left alone.
@@ -94,7 +99,7 @@ def quantiles(
     fractions = tuple(float(fraction) for fraction in q)
     if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
         raise InputError(f"quantiles {fractions} must be fractions from 0 to 1, as in [0.5, 0.9]")
-    of = (of or ("magnitude" if "histogram" in run.manifest["tables"] else "channel_norm")).replace("-", "_")
+    of = (of or default_of([run])).replace("-", "_")
     if of not in OF:
         raise InputError(f"quantiles of {of!r} are unknown{did_you_mean(of, OF)} (known: {', '.join(OF)})")
     if OF[of] not in run.manifest["tables"]:
@@ -105,11 +110,17 @@ def quantiles(
     columns = list(dict.fromkeys(["site", "phase", *columns]))
     table = run.table(OF[of])
     factors = _factors(run, table, per_sample)
-    weighed = _of_norms if of == "channel_norm" else _of_codes
+    weighed = {"channel_norm": _of_channel_norms, "norm": _of_norms}.get(of, _of_codes)
     return [
         _summary(key, columns, of, fractions, *weighed(table, rows, factors[rows], of))
         for key, rows in _groups(run, table, columns)
     ]
+
+
+def default_of(runs: Sequence[Recorded]) -> str:
+    """Return what quantiles are of where nobody says: the first that all runs hold, or else the first of all."""
+    held = (of for of in DEFAULTS if all(OF[of] in run.manifest["tables"] for run in runs))
+    return next(held, DEFAULTS[0])
 
 
 def weighted(values: npt.NDArray[Any], weights: npt.NDArray[np.int64], q: Sequence[float]) -> list[float]:
@@ -144,7 +155,7 @@ def _summary(
 
 def _groups(run: Recorded, table: Any, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], npt.NDArray[np.intp]]]:
     """Yield the rows of each combination of columns, in the order of the run's sites."""
-    position = {name: i for i, name in enumerate(run.sites)}
+    position = {name: i for i, name in enumerate([*run.sites, *run.parameters])}
     ids = np.zeros(table.num_rows, np.int64)
     levels: list[list[Any]] = []
     for column in columns:
@@ -175,7 +186,13 @@ def _factors(run: Recorded, table: Any, per_sample: bool) -> npt.NDArray[np.floa
     batches = run.table("batches")
     sizes = dict(zip(zip(*_lists(batches, KEYS), strict=True), batches["size"].to_pylist(), strict=True))
     rows = zip(*_lists(table, ("phase", *KEYS)), strict=True)
-    return np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    factors = np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    if not factors.all():
+        raise InputError(
+            f"{run.folder} does not say how many samples each batch had, which per_sample needs; "
+            "record with samples= or axes="
+        )
+    return factors
 
 
 def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
@@ -183,6 +200,15 @@ def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
 
 
 def _of_norms(
+    table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+    """Return values, weights, and how many were not finite, of a group of norms of whole tensors."""
+    values = table["norm"].take(rows).to_numpy() * factors
+    keep = np.isfinite(values)
+    return values[keep], np.ones(int(keep.sum()), np.int64), int((~keep).sum())
+
+
+def _of_channel_norms(
     table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
     """Return values, weights, and how many were not finite, of a group of channel norms."""

@@ -55,8 +55,13 @@ class Run:
 
     @property
     def sites(self) -> list[str]:
-        """The names of the sites, in order of execution."""
+        """The names of the modules among the sites, in order of execution."""
         return list(self.manifest["sites"]["names"])
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters among the sites, in the order in which the network defines them."""
+        return list(self.manifest.get("parameters", {}))
 
     @property
     def tables(self) -> list[str]:

@@ -72,7 +72,7 @@ def test_values_equal_those_of_a_tape(net, x, tmp_path):
     }
     for row, values in run.tensors():
         value, gradient = tapes[keys[row["site"], row["call"]]]
-        expected = np.moveaxis(value if row["phase"] == "forward" else gradient, -1, 1)
+        expected = value if row["phase"] == "forward" else gradient
         assert np.allclose(values, expected, rtol=1e-5, atol=1e-6)
     for row in run.table("channel_norm").to_pylist():
         value, gradient = tapes[keys[row["site"], row["call"]]]
@@ -94,6 +94,20 @@ def test_recording_changes_no_gradient_and_leaves_nothing(net, x, tmp_path):
             raise ZeroDivisionError
     assert all(np.array_equal(a, b) for a, b in zip(plain, recorded, strict=True))
     assert [(id(layer), sorted(vars(layer))) for layer in all_layers(net)] == before
+
+
+def test_explanations_inside_a_batch_are_not_recorded(net, x, tmp_path):
+    with ut.record(tmp_path / "run", net, sites="shared", measures="norm") as recording, recording.batch():
+        ut.explain(net, x, rule="guided")
+        step(net, x)
+        ut.explain(net, x, rule="guided", estimator="smoothgrad:2")
+    assert sorted(ut.Run(tmp_path / "run").table("norm")["call"].to_pylist()) == [0, 1]
+
+
+@pytest.mark.parametrize("options", [{"axes": "bhwc"}, {"optimizer": "adam"}, {"sites": "params"}], ids=str)
+def test_what_is_torchs_alone_is_refused(net, options, tmp_path):
+    with pytest.raises(ut.UndertowError, match=r"not there for Keras|none that can be recorded"):
+        ut.record(tmp_path / "run", net, **{"sites": "conv", **options})
 
 
 def test_sites_are_dotted_paths_of_every_kind(net, x):

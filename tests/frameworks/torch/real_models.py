@@ -331,8 +331,8 @@ NO_SCORES = (
     "output='out', or pass target=lambda output: ... that returns one score for each sample"
 )
 DENSE = (
-    "the model returned shape (2, 4, 8, 8), not (2, classes): say which of its scores, as in target=(0, 0, 0), "
-    "ut.targets.where(mask, class), ut.targets.token(id) or a function of the output"
+    "target 1 names no place in scores of shape (2, 4, 8, 8): pass 3 whole numbers, one for each axis after the batch, "
+    "as in (class, y, x), or ut.targets.where(mask, class)"
 )
 
 

@@ -131,6 +131,21 @@ def test_a_tensor_hook_runs_inside_the_backward_pass_at_its_node():
     assert not internals.in_backward_pass()
 
 
+def test_a_call_after_the_backward_pass_is_the_last_of_those_asked_for():
+    order, x = [], leaf(2)
+    engine = torch.autograd.Variable._execution_engine
+
+    def arrived(_):
+        order.append(internals.backward_pass() >= 0)
+        internals.after_backward_pass(lambda: order.append("ours"))
+        engine.queue_callback(lambda: order.append("another's, asked for later"))
+
+    x.register_post_accumulate_grad_hook(arrived)
+    (x * 2).sum().backward()
+    assert order == [True, "another's, asked for later", "ours"]
+    assert internals.backward_pass() == -1
+
+
 def test_the_engine_says_which_nodes_it_will_run():
     x, other = leaf(2), leaf(2)
     a, b = x.exp(), other.sin()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import InputError, ModelError
 from ...outputs import Path, described, head_of
+from ..own_passes import own_pass
 from .internals import DROPOUT, NORM, TorchDispatchMode, compiled_from, eager_call, is_view
 
 
@@ -153,7 +154,7 @@ def class_scores(call: Callable[..., Any], x: torch.Tensor, path: Path | None = 
     Raises:
         ModelError: the output has another number of axes.
     """
-    with torch.no_grad():
+    with own_pass(), torch.no_grad():
         return refuse_non_class_scores(output_of(call, [x], path))
 
 

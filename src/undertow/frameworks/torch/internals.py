@@ -53,6 +53,20 @@ def in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def backward_pass() -> int:
+    """Return the number of the backward pass that this code runs in, -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward_pass(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now has ended; DistributedDataParallel averages in such a call.
+
+    Such calls are made in the order in which they were asked for; this one asks again in its turn, to be the last.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    engine.queue_callback(lambda: engine.queue_callback(function))
+
+
 def current_node() -> Any:
     """Return the graph node whose backward runs now, or None."""
     return torch._C._current_autograd_node()
@@ -121,6 +135,11 @@ def base_of(tensor: Tensor) -> Tensor | None:
 def version(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place."""
     return tensor._version
+
+
+def is_functorch_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is one of those that `torch.func` transforms wrap, which have no values of their own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def in_memory(tensor: Tensor) -> Tensor:

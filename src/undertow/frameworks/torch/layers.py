@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import InputError, did_you_mean
 from ...structures import map_tensors, tensors_with_paths
 from ..base import Request
+from ..own_passes import own_pass
 from .calls import eager, module_of, run, uncompiled
 from .internals import CONVOLUTION, NORM
 
@@ -99,7 +100,7 @@ def layer_outputs(request: Request, layer: str) -> list[Any]:
 
     handle = submodule(request.model, layer).register_forward_hook(after)
     try:
-        with torch.no_grad():
+        with own_pass(), torch.no_grad():
             run(request.bind(eager(request.model)), [x.clone() for x in request.inputs])
     finally:
         handle.remove()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..own_passes import own_pass
 from .calls import module_of
 
 
@@ -60,7 +61,7 @@ def unchanged(model: Callable[..., Any], inputs: Sequence[Tensor], buffers: bool
     """Restore at the end the random state, and the buffers where they may change; yield what restores them earlier."""
     state = RngAndBuffers(module_of(model) if buffers else None, inputs)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with own_pass(), torch.inference_mode(False), torch.enable_grad():
             yield state
     finally:
         state.restore()

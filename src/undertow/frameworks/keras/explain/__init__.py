@@ -14,6 +14,7 @@ from ....errors import ModelError, RuleError, TargetError
 from ....inputs import ModelArguments
 from ....targets import Target
 from ...base import Request
+from ...own_passes import own_pass
 from ...results import Explanation, RewiringStats
 from ...targets import class_ids, refuse_missing
 from ..arrays import to_numpy
@@ -32,10 +33,11 @@ def explain(request: Request) -> Explanation:
         raise RuleError("through='hook' is PyTorch's: Keras layers have no backward hooks; use 'graph' or 'swap'")
     inputs = tensors(request.inputs, request.is_plain)
     ids, single = _class_ids(request.target, len(inputs[0]) if inputs[0].shape.rank else 1)
-    graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
+    with own_pass():
+        graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
     if ids is not None and graph.classes is not None:
         refuse_missing(ids, graph.classes)
-    with restored(graph.written):
+    with own_pass(), restored(graph.written):
         scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
     refuse_non_finite(scores)
     targets = explained_ids if graph.classes is not None else None
@@ -90,6 +92,7 @@ def scores(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    output = output_of(model, [x])
+    with own_pass():
+        output = output_of(model, [x])
     refuse_non_class_scores(output, len(x))
     return to_numpy(tf.cast(output, tf.float64))

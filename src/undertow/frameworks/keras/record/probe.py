@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from ....errors import InputError
 from ....measures import Measure, reduce_all
+from ...own_passes import in_own_pass
 from ...results import Observation, TensorKey
 from ..calls import output_of
 from ..internals import copy_logits
@@ -90,8 +91,24 @@ def _nested_key(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
+def layouts(model: Any, given: Mapping[str, str]) -> None:
+    """Return nothing: Keras layers have their samples first, and say where their channels are.
+
+    Raises:
+        InputError: axes are given.
+    """
+    if given:
+        raise InputError("axes= is not there for Keras: its layers say where their samples and channels are")
+
+
 def new_probe(
-    modules: Mapping[str, Any], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
+    modules: Mapping[str, Any],
+    measures: Sequence[Measure],
+    phases: frozenset[str],
+    scaler: Any,
+    watched: Any,
+    layouts: Any = None,
+    n_samples: int | None = None,
 ) -> "LayerProbe":
     """Return a probe of layers.
 
@@ -114,6 +131,7 @@ class LayerProbe:
         views: always empty; TensorFlow has no in-place operations on views.
         unscaled: an output was float16, and there is no scaler.
         scale: the scale of the `LossScaleOptimizer` at the first gradient; None without one.
+        n_samples, inputs, unread: nothing; every layer has its samples first.
     """
 
     modules: Mapping[str, Any]
@@ -126,6 +144,9 @@ class LayerProbe:
     views: set[str] = field(default_factory=set)
     unscaled: bool = False
     scale: float | None = None
+    n_samples: int | None = None
+    inputs: set[int] = field(default_factory=set)
+    unread: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._calls: dict[str, int] = defaultdict(int)
@@ -152,12 +173,12 @@ class LayerProbe:
         """Return nothing: diagnosis is not there for Keras yet."""
         return []
 
-    def transfer(self, points: Sequence[Any]) -> "HostObservations":
-        """Return the observations, which are on the host already."""
-        return HostObservations(self.observations)
+    def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> "HostObservations":
+        """Return what was observed, here and by others, which is on the host already."""
+        return HostObservations([*self.observations, *others])
 
     def _read_output(self, name: str, layer: Any, output: Any) -> Any:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or in_own_pass():
             return output
         call = self._calls[name]
         self._calls[name] += 1
@@ -196,10 +217,12 @@ class LayerProbe:
         return wide / self.scale
 
     def _observe(self, key: TensorKey, layer: Any, tensor: Any) -> None:
-        x = channels_second(layer, tensor)
+        original = as_array(tensor)
+        x = channels_second(layer, original)
         repeat = self._repeats[key]
         self._repeats[key] += 1
-        self.observations.append(Observation(key, repeat, str(x.dtype), len(x), reduce_all(self.measures, x)))
+        states = reduce_all(self.measures, x, original, 0 if original.ndim else None)
+        self.observations.append(Observation(key, repeat, str(x.dtype), len(x), states))
 
 
 def _with_gradient_hook(tensor: Any, arrived: Callable[[Any], None]) -> Any:
@@ -216,12 +239,13 @@ def _with_gradient_hook(tensor: Any, arrived: Callable[[Any], None]) -> Any:
     return identity(tensor)
 
 
-def channels_second(layer: Any, tensor: Any) -> npt.NDArray[Any]:
-    """Return a layer's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space.
+def as_array(tensor: Any) -> npt.NDArray[Any]:
+    """Return a tensor's values; bfloat16, which NumPy lacks, becomes float32."""
+    return np.asarray(tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor)
 
-    bfloat16, which NumPy lacks, becomes float32.
-    """
-    x = np.asarray(tf.cast(tensor, tf.float32) if tensor.dtype == tf.bfloat16 else tensor)
+
+def channels_second(layer: Any, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """View a layer's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
     if x.ndim < 2:
         return x.reshape(-1, 1)
     first = getattr(layer, "data_format", None) or keras.config.image_data_format()

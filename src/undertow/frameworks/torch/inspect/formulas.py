@@ -21,9 +21,12 @@ Formula = Callable[[Any, Tensor, Tensor], ValuesAndScales]
 # Relative to the scale. TF32, which CUDA may use for float32, keeps 10 bits of each factor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 _TF32 = 2e-3
-# A parameter's gradient is a sum over positions. Added one by one, as oneDNN does for a bias, rounding grows with their
-# number: an error of 1.2e-4 of the value was measured for 98,568 positions in float32.
-_POSITIONS_WITHOUT_GROWTH = 1000
+# A gradient is a sum of n terms. Added one by one, as oneDNN does for a bias, its rounding error is at most n - 1 units
+# of roundoff of the sum of absolute values, and comes near to that where all terms have one sign, as behind average
+# pooling. Source: Higham, Accuracy and Stability of Numerical Algorithms, section 4.2.
+_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+# Half-precision kernels add up in float32 mostly, so the result's own rounding dominates and grows slowly.
+_TERMS_WITHOUT_GROWTH = 1000
 _USES_TF32 = (nn.Linear, nn.Conv2d)
 
 
@@ -42,16 +45,38 @@ def formula_differences(
         return {}
     expected = formula(module, to_float64(x), to_float64(g))
     dtypes = [t.dtype for t in (x, g) if t.dtype in TOLERANCE]
-    tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
-    if x.is_cuda and isinstance(module, _USES_TF32) and tolerance == TOLERANCE[torch.float32]:
+    coarsest = max(dtypes, key=lambda dtype: TOLERANCE[dtype])
+    tolerance = TOLERANCE[coarsest]
+    if x.is_cuda and isinstance(module, _USES_TF32) and coarsest is torch.float32:
         tolerance = _TF32
-    n_positions = g.numel() / max(1, expected["bias"][0].numel()) if "bias" in expected else 1
-    of_sums = tolerance * max(1.0, math.sqrt(n_positions / _POSITIONS_WITHOUT_GROWTH))
-    return {
-        name: _difference(gradients[name], *value_and_scale, tolerance if name == "input" else of_sums)
-        for name, value_and_scale in expected.items()
-        if gradients.get(name) is not None
-    }
+    n_positions = g.numel() // max(1, expected["bias"][0].numel()) if "bias" in expected else 1
+    differences = {}
+    for name, (value, scale) in expected.items():
+        gradient = gradients.get(name)
+        if gradient is None:
+            continue
+        n_terms = _terms_of_input(module, n_positions) if name == "input" else n_positions
+        if value.shape != gradient.shape:  # one element stands for several, as one bias for all units
+            n_terms *= value.numel() // max(1, gradient.numel())
+            value, scale = value.sum_to_size(gradient.shape), scale.sum_to_size(gradient.shape)
+        differences[name] = _difference(gradient, value, scale, _grown(tolerance, coarsest, n_terms))
+    return differences
+
+
+def _terms_of_input(module: nn.Module, n_positions: int) -> int:
+    """Return how many terms are added up for one element of the gradient by the input."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels // module.groups * math.prod(module.kernel_size)
+    return n_positions
+
+
+def _grown(tolerance: float, dtype: torch.dtype, n_terms: int) -> float:
+    """Return a tolerance, or, where it is larger, the bound of a sum's rounding error, relative to the scale."""
+    if dtype in _ROUNDOFF:
+        return max(tolerance, n_terms * _ROUNDOFF[dtype])
+    return tolerance * max(1.0, math.sqrt(n_terms / _TERMS_WITHOUT_GROWTH))
 
 
 def to_float64(t: Any) -> Tensor:

@@ -16,6 +16,7 @@ from ....errors import InputError, ModelError
 from ....outputs import Path
 from ....rules import gradient
 from ...base import Request
+from ...own_passes import own_pass
 from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import like, to_numpy
 from ..calls import (
@@ -45,7 +46,7 @@ def scores(model: Callable[..., Any], x: torch.Tensor, output: Path | None = Non
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    with torch.no_grad():
+    with own_pass(), torch.no_grad():
         before, _ = run_before_head(eager(model), [x.clone()], output)
     return to_numpy(refuse_non_class_scores(before))
 
@@ -66,7 +67,7 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
         if threading.get_ident() == thread:
             order.setdefault(names[module])
 
-    with ExitStack() as stack, torch.no_grad():
+    with own_pass(), ExitStack() as stack, torch.no_grad():
         for module in names:
             stack.callback(module.register_forward_pre_hook(before).remove)
         run(eager(model), [x.clone()])

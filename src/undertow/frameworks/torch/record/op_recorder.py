@@ -7,7 +7,7 @@ forward pass closed to the gradient, and which zeros came. `undertow.diagnosis` 
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,16 +21,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ....measures import ChannelSums, Histogram, stats
 from ..hooks import ModuleHook
-from .stats import arranged
-from .zero_causes import Forecast, forecast, gain, l1
+from ..internals import unseen_by_function_modes
+from .cuts import Cut, Cuts
+from .site_graph import END, first_readers
+from .stats import arranged, count_true
+from .zero_causes import Forecast, forecast, l1, l2, operand, weight_statistics
 
 _JOINS = frozenset(("add", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"))
-_CUTS = {Tensor.detach: "detach()", Tensor.detach_: "detach_()", torch.detach: "detach()"}
-_CUTS[Tensor.data.__get__] = ".data"  # type: ignore[attr-defined]
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+_LABELLED = ("cross_entropy", "nll_loss")
+_HOOKED = "BackwardHookFunctionBackward"  # the node that a full backward hook of the user's puts around a tensor
 _AT_SITES = (Histogram(), ChannelSums())
-_COUNTS = ("zeros", "expected_zeros", "closed")
-_AMOUNTS = ("absolute", "expected_absolute", "slope", "gain")
+_COUNTS = (
+    *("zeros", "expected_zeros", "closed", "saturated"),
+    *("broken_data", "broken_input", "broken_weights", "broken_output"),
+)
+_AMOUNTS = (
+    *("absolute", "expected_absolute", "slope", "rms_slope", "norm", "operand", "gain"),
+    *("weight_std", "ignored_labels"),
+)
 
 
 @dataclass(eq=False)
@@ -42,14 +51,18 @@ class Point:
         module: the site's, which says where the channels are.
         state: what was measured, on the tensor's device.
         node: of the autograd graph, for a site's output.
+        cut: what a site's output without a gradient was computed from.
         readers: the functions that read it and let a gradient through.
+        read_by: the numbers of the site outputs that read a site's output first, `END` for the end of the graph.
     """
 
     facts: dict[str, Any]
     module: nn.Module
     state: dict[str, Any] = field(default_factory=dict)
     node: Any = None
+    cut: Cut | None = None
     readers: list[str] = field(default_factory=list)
+    read_by: list[int] = field(default_factory=list)
 
     @property
     def site(self) -> str:
@@ -64,28 +77,13 @@ class Point:
     def row(self) -> dict[str, Any]:
         """Return its row, once its state is on the host; what was not measured is NaN, -1 or an empty list."""
         columns: dict[str, Any] = {"readers": json.dumps(self.readers), "active": [self.state.get("active", ())]}
+        columns |= {"read_by": [self.read_by]}
         for measure in _AT_SITES:
             measured = self.arrived and self.facts["step"] == 0
             columns |= measure.finish(self.state) if measured else {column: [()] for column in measure.columns}
         columns |= {key: int(self.state.get(key, -1)) for key in _COUNTS}
         columns |= {key: float(self.state.get(key, math.nan)) for key in _AMOUNTS}
         return {**self.facts, **columns, "shape": [self.facts["shape"]]}
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A call whose result left the autograd graph, with the node that it left from."""
-
-    how: str
-    module: str | None
-    node: Any
-
-    @property
-    def arrival(self) -> str:
-        """What the column `arrival` says of a gradient that was lost here."""
-        if self.module is None:
-            return f"{self.how} outside the network"
-        return f"{self.how} in {self.module or 'the forward of the network itself'}"
 
 
 @final
@@ -95,19 +93,24 @@ class OpRecorder(TorchFunctionMode):
     Args:
         network: all modules by name, so that each call can be told where it was made.
         unscaled: undoes the AMP scale of a gradient.
+        sites: names of the modules that are observed.
 
     Attributes:
         points: in the order in which they were made.
     """
 
-    def __init__(self, network: nn.Module, unscaled: Callable[[Tensor], Any]) -> None:
+    def __init__(self, network: nn.Module, unscaled: Callable[[Tensor], Any], sites: Container[str]) -> None:
         super().__init__()
         self.points: list[Point] = []
-        self._network, self._unscaled = network, unscaled
+        self._network, self._unscaled, self._sites = network, unscaled, sites
         self._points_of: Any = WeakTensorKeyDictionary()  # the points whose value a tensor is
-        self._running: list[tuple[nn.Module, str]] = []  # module calls, the innermost last
-        self._cuts: list[Cut] = []
+        self._points_at: dict[tuple[Any, int], list[Point]] = {}  # the same, by the graph's node and its output
+        self._running: list[tuple[nn.Module, str, Any]] = []  # calls with their broken inputs, the innermost last
+        self._cuts = Cuts()
+        self._broken_data: Any = None
+        self._ignored_labels: Any = None
         self._used: set[int] = set()
+        self._roots: list[Any] = []
         self._ran_backward = False
         self._stack = ExitStack()
 
@@ -115,7 +118,7 @@ class OpRecorder(TorchFunctionMode):
         with ExitStack() as stack:
             for name, module in self._network.named_modules():
                 before, after = ModuleHook(partial(self._call_begins, name)), ModuleHook(self._call_ends)
-                stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+                stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after).remove)
             super().__enter__()  # type: ignore[no-untyped-call]
             self._stack = stack.pop_all()
@@ -128,45 +131,107 @@ class OpRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._used.update(id(tensor) for tensor in _tensors((args, kwargs)) if isinstance(tensor, nn.Parameter))
+        tensors = [*_tensors((args, kwargs))]
+        self._used.update(id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter))
         if func in _BACKWARD:
             self._ran_backward = True
+            self._roots += [tensor.grad_fn for tensor in tensors]
+            for point in [point for tensor in tensors for point in self._points(tensor)]:
+                point.readers.append("backward")
             return func(*args, **kwargs)
-        inputs = [tensor for tensor in _tensors((args, kwargs)) if tensor.requires_grad]
+        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        if func is Tensor.view_as and args[0] is args[1]:  # what returns its input as it is, such as a hook's wrapper
+            return func(*args, **kwargs)
         if not inputs:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._cuts.follow(tensors, _tensors(result), self._in_layer)
+            return result
         name = str(getattr(func, "__name__", "")).rstrip("_") or str(func)
-        before = [point for tensor in inputs for point in self._points_of.get(tensor, ())]
-        node = inputs[0].grad_fn
+        before = [point for tensor in inputs for point in self._points(tensor)]
         expected = self._forecast(func, name, args, kwargs) if before else None
+        other = operand(name, args, kwargs) if before else None
+        self._cuts.take_flat(name, inputs, self._caller)
+        if name in _LABELLED:
+            self._take_labels(args, kwargs)
         result = func(*args, **kwargs)
         outputs = [tensor for tensor in _tensors(result) if tensor.requires_grad]
-        if outputs:
-            self._follow(name, inputs, outputs, before, expected)
-        elif func in _CUTS or (not torch.is_grad_enabled() and any(True for _ in _tensors(result))):
-            self._cuts.append(Cut(_CUTS.get(func, "no_grad"), self._caller, node))
+        if outputs and not any(tensor.is_leaf for tensor in outputs):
+            self._cuts.follow(tensors, outputs, self._in_layer)
+            self._follow(name, inputs, outputs, before, expected, other)
+        else:
+            self._cuts.take(func, str(getattr(func, "__name__", name)), tensors, inputs, result, self._caller)
         return result
 
     def begin(self, site: str, call: int, position: str, module: nn.Module, output: Tensor, hooked: Tensor) -> None:
         """Record a site's output; `hooked` is the tensor that its gradient arrives at."""
         facts = {"site": site, "call": call, "output": position, "phase": "backward", "repeat": 0}
-        facts |= {"step": 0, "op": "", "module": site, "settings": "{}"}
+        facts |= {"step": 0, "op": "", "module": site, "settings": "{}", "flat": ""}
         shape = arranged(module, output.detach()).shape
         facts |= {"shape": list(shape), "dtype": str(output.dtype).removeprefix("torch."), "joins": 0}
-        point = Point(facts | {"arrival": self._why_none(module, output)}, module, gain(module), hooked.grad_fn)
+        facts |= {"number": len(self.points), "trainable": _trainable(module)}
+        state = weight_statistics(module) | {"broken_output": _broken([output.detach()])}
+        if self._running and self._running[-1][0] is module:
+            state["broken_input"] = self._running[-1][2]
+        point = Point(facts | {"arrival": self._why_none(module, output)}, module, state, hooked.grad_fn)
+        point.cut = None if output.requires_grad else self._cuts.at(output)
         self.points.append(point)
         if output.requires_grad:
-            self._points_of[output] = [*self._points_of.get(output, ()), point]
+            self._add_point(output, point)
             self._await_gradient(point, hooked)
+
+    def replayed(self, site: str) -> None:
+        """Take note that checkpointing runs a site's module again, so that what was seen of it had no gradient yet."""
+        for point in self.points:
+            if point.site == site and point.facts["arrival"] == "no_grad":
+                point.facts["arrival"] = "checkpointed"
+
+    def _add_point(self, output: Tensor, point: Point) -> None:
+        self._points_of[output] = [*self._points_of.get(output, ()), point]
+        self._points_at.setdefault((output.grad_fn, output.output_nr), []).append(point)
+
+    def _points(self, tensor: Tensor) -> Sequence[Point]:
+        """Return the points whose value a tensor is, also where a user's full backward hook has wrapped it."""
+        points: Sequence[Point] | None = self._points_of.get(tensor)
+        if points is not None:
+            return points
+        node, output = tensor.grad_fn, tensor.output_nr
+        if node is None or node.name() != _HOOKED:
+            return ()
+        while node is not None and node.name() == _HOOKED:
+            node, output = node.next_functions[output]
+        return self._points_at.get((node, output), ())
 
     def close(self, names: Sequence[str]) -> list[Point]:
         """Return the points of the named sites, each with the reason where no gradient came."""
         called = {point.site for point in self.points}
+        chosen = set(names)
+        points = [point for point in self.points if point.site in chosen]
+        anything_arrived = any(point.arrived for point in self.points)
+        for point in points:
+            if point.facts["step"] == 0:
+                if point.facts["arrival"] == "":
+                    point.facts["arrival"] = "arrived" if point.arrived else self._lost(point, anything_arrived)
+                if point.facts["arrival"] == "no_grad":
+                    point.facts["arrival"] = _without_grad(point)
+                point.facts["flat"] = self._cuts.flat(point.node)
+                point.state["broken_data"] = self._broken_data
+                point.state["ignored_labels"] = self._ignored_labels
+                point.state = {key: value for key, value in point.state.items() if value is not None}
+        self._link([point for point in points if point.facts["step"] == 0])
+        return points + [self._uncalled(name) for name in names if name not in called]
+
+    def _link(self, outputs: Sequence[Point]) -> None:
+        """Find which site outputs read which, and let go of the graph."""
+        numbers: dict[Any, int] = {}
+        for point in outputs:
+            if point.node is not None:
+                point.facts["number"] = numbers.setdefault(point.node, point.facts["number"])
+        readers = first_readers(numbers, self._roots)
         for point in self.points:
-            if point.facts["step"] == 0 and point.facts["arrival"] == "":
-                point.facts["arrival"] = "arrived" if point.arrived else self._lost(point)
-        never = [self._uncalled(name) for name in names if name not in called]
-        return [point for point in self.points if point.site in set(names)] + never
+            point.read_by = readers.get(point.facts["number"], [END]) if point.facts["step"] == 0 else []
+            point.node = point.cut = None
+        self._roots, self._points_at = [], {}
+        self._cuts.clear()
 
     def _uncalled(self, name: str) -> Point:
         module = self._network.get_submodule(name)
@@ -174,8 +239,21 @@ class OpRecorder(TorchFunctionMode):
         by_another = bool(weights) and self._used.issuperset(weights)  # as attention does with its last layer
         return Point({**_UNCALLED, "site": name} | ({"arrival": "used unseen"} if by_another else {}), module)
 
-    def _call_begins(self, name: str, module: nn.Module, _: Any) -> None:
-        self._running.append((module, name))
+    def _call_begins(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        broken = None
+        if module is self._network or name in self._sites:
+            with unseen_by_function_modes():
+                broken = _broken(tensor.detach() for tensor in _tensors((args, kwargs)))
+        if module is self._network and self._broken_data is None:
+            self._broken_data = broken
+        self._running.append((module, name, broken))
+
+    def _take_labels(self, args: Any, kwargs: Any) -> None:
+        """Take the share of labels that a loss ignores, of those that are class indices."""
+        target = args[1] if len(args) > 1 else kwargs.get("target")
+        if isinstance(target, Tensor) and not target.is_floating_point() and target.numel():
+            ignored = count_true(target == kwargs.get("ignore_index", -100))
+            self._ignored_labels = ignored / target.numel()
 
     def _call_ends(self, module: nn.Module, _: Any, __: Any) -> None:
         while self._running and self._running.pop()[0] is not module:
@@ -186,8 +264,20 @@ class OpRecorder(TorchFunctionMode):
         """The name of the module whose forward runs; None outside the network."""
         return self._running[-1][1] if self._running else None
 
+    @property
+    def _in_layer(self) -> bool:
+        """Whether the innermost call is of a module with parameters of its own that learn."""
+        own = self._running[-1][0].parameters(recurse=False) if self._running else ()
+        return any(parameter.requires_grad for parameter in own)
+
     def _follow(
-        self, name: str, inputs: list[Tensor], outputs: list[Tensor], before: list[Point], expected: Forecast | None
+        self,
+        name: str,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        before: list[Point],
+        expected: Forecast | None,
+        other: Any,
     ) -> None:
         """Record who was read by one call and what it joined, and go on behind it where it is followed."""
         if name in _JOINS and sum(not tensor.is_leaf for tensor in inputs) > 1:
@@ -195,6 +285,8 @@ class OpRecorder(TorchFunctionMode):
                 point.facts["joins"] += 1
         for point in before:
             point.readers.append(name)
+            if other is not None:
+                point.state["operand"] = other
         for tensor in inputs:
             if tensor in self._points_of and any(tensor is output for output in outputs):
                 del self._points_of[tensor]  # it was changed in place
@@ -206,11 +298,11 @@ class OpRecorder(TorchFunctionMode):
     def _add_step(self, before: Point, name: str, expected: Forecast, output: Tensor) -> None:
         """Add the point behind another one."""
         facts = {**before.facts, "step": before.facts["step"] + 1, "op": name, "module": self._caller or ""}
-        facts |= {"joins": 0, "arrival": "", "settings": json.dumps(expected.settings)}
+        facts |= {"joins": 0, "arrival": "", "flat": "", "settings": json.dumps(expected.settings)}
         facts["shape"] = list(arranged(before.module, output.detach()).shape)
         after = Point(facts, before.module, expected.state(before.module))
         self.points.append(after)
-        self._points_of[output] = [*self._points_of.get(output, ()), after]
+        self._add_point(output, after)
         self._await_gradient(after, output, expected.predict)
 
     def _await_gradient(
@@ -225,7 +317,7 @@ class OpRecorder(TorchFunctionMode):
                 g = self._unscaled(gradient.detach().reshape(shape))
                 point.state |= predict(g)
                 statistics = stats(arranged(point.module, g))
-                point.state["absolute"] = l1(statistics.x)
+                point.state["absolute"], point.state["norm"] = l1(statistics.x), l2(statistics.x)
                 if point.facts["step"] == 0:
                     for measure in _AT_SITES:
                         point.state |= measure.pick(statistics)
@@ -235,7 +327,7 @@ class OpRecorder(TorchFunctionMode):
 
     def _forecast(self, func: Any, name: str, args: Any, kwargs: Any) -> Forecast | None:
         x = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
-        if not isinstance(x, Tensor) or not self._points_of.get(x):
+        if not isinstance(x, Tensor) or not self._points(x):
             return None
         # what is computed here must not be counted among the tensors that a checkpoint keeps
         with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
@@ -249,16 +341,34 @@ class OpRecorder(TorchFunctionMode):
         trainable = [parameter.requires_grad for parameter in module.parameters()]
         if any(trainable):
             return "detached inside"
-        return self._cuts[0].arrival if self._cuts and not trainable else "frozen"
+        cut = self._cuts.first()
+        return cut.description if cut is not None and not trainable else "frozen"
 
-    def _lost(self, point: Point) -> str:
+    def _lost(self, point: Point, anything_arrived: bool) -> str:
         """Say where a gradient was lost that did not arrive."""
         if not self._ran_backward:
             return "no backward"
-        for cut in self._cuts:
-            if _leads_to(cut.node, point.node):
-                return cut.arrival
-        return "unread"
+        cut = self._cuts.of(point.node, anything_arrived)
+        return "unread" if cut is None else cut.description
+
+
+def _without_grad(point: Point) -> str:
+    """Tell what ran under no_grad on its way to a trained layer from what stands aside, as a target network does."""
+    if point.cut is None:
+        return "no_grad" if point.facts["trainable"] == 1 else "frozen"
+    return "no_grad" if point.cut.read_by_layer else "no_grad aside"
+
+
+def _trainable(module: nn.Module) -> int:
+    """Return whether any of a module's parameters is trained: 1, 0, or -1 where it has none."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    return int(any(trained)) if trained else -1
+
+
+def _broken(tensors: Iterable[Tensor]) -> Any:
+    """Count the infinite elements and those that are not a number; None without floating-point tensors."""
+    counts = [count_true(~torch.isfinite(tensor)) for tensor in tensors if tensor.is_floating_point()]
+    return sum(counts[1:], start=counts[0]) if counts else None
 
 
 _UNCALLED: dict[str, Any] = {
@@ -274,6 +384,9 @@ _UNCALLED: dict[str, Any] = {
     "dtype": "",
     "joins": 0,
     "arrival": "never called",
+    "flat": "",
+    "number": -1,
+    "trainable": -1,
 }
 
 
@@ -286,16 +399,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _tensors(item)
-
-
-def _leads_to(start: Any, target: Any) -> bool:
-    """Whether a node of the autograd graph has another one behind it."""
-    seen, stack = {start}, [start]
-    while stack:
-        node = stack.pop()
-        if node is target:
-            return True
-        behind = [n for n, _ in getattr(node, "next_functions", ()) if n is not None and n not in seen]
-        seen.update(behind)
-        stack.extend(behind)
-    return False

@@ -15,30 +15,39 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ....errors import ModelError
 from ....measures import Measure, reduce_all
+from ...own_passes import in_own_pass
 from ...results import Observation, TensorKey
 from ..hooks import ModuleHook
 from ..internals import (
     base_of,
     current_node,
     in_backward_pass,
+    is_functorch_tensor,
     is_view,
     next_sequence_number,
     scale_of,
     sequence_number,
     unseen_by_function_modes,
 )
+from .axes import Layouts, arranged, dense
 from .op_recorder import OpRecorder, Point
 from .sites import network, tensors_in
-from .stats import arranged
 from .transfer import HostTransfer
 
 
 def new_probe(
-    modules: Mapping[str, nn.Module], measures: Sequence[Measure], phases: frozenset[str], scaler: Any, watched: Any
+    modules: Mapping[str, nn.Module],
+    measures: Sequence[Measure],
+    phases: frozenset[str],
+    scaler: Any,
+    watched: Any,
+    layouts: Any = None,
+    n_samples: int | None = None,
 ) -> "Probe":
     """Return a probe of modules; `watched` is the whole network where the batch is watched for a diagnosis."""
-    return Probe(modules, measures, phases, scaler, watched)
+    return Probe(modules, measures, phases, scaler, watched, layouts, n_samples)
 
 
 @dataclass(eq=False)
@@ -47,8 +56,12 @@ class Probe:
 
     Attributes:
         watched: the whole network, where this batch is also watched for a diagnosis.
+        layouts: the axes of all modules of the network; None takes them from the modules that are read alone.
+        n_samples: how many there are, if that is known; time-first modules tell it when they run.
+        inputs: how many samples the network may have been called with: the sizes of its inputs' first axes.
         order: the sites in the order in which they first gave an output.
         views: the sites whose output is a view, on which an in-place operation hides the gradient.
+        unread: the sites with complex outputs, which no measure reads.
         unscaled: float16 came out of autocast, and there is no scaler.
         scale: of the AMP scaler when the first gradient came; None without one.
         observations: in order of arrival.
@@ -59,8 +72,12 @@ class Probe:
     phases: frozenset[str]
     scaler: Any = None
     watched: Any = None
+    layouts: Layouts | None = None
+    n_samples: int | None = None
+    inputs: set[int] = field(default_factory=set)
     order: dict[str, None] = field(default_factory=dict)
     views: set[str] = field(default_factory=set)
+    unread: dict[str, str] = field(default_factory=dict)
     unscaled: bool = False
     scale: Tensor | None = None
     observations: list[Observation] = field(default_factory=list)
@@ -72,11 +89,19 @@ class Probe:
         self._repeats: dict[TensorKey, int] = defaultdict(int)
         self._ungraphed: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self._replayed: dict[tuple[int, str], int] = defaultdict(int)
-        self._op_recorder = None if self.watched is None else OpRecorder(network(self.watched), self._unscaled)
+        self._layouts = self.layouts or Layouts(self.modules, {})
+        self._runs = 0
+        self._op_recorder = (
+            None if self.watched is None else OpRecorder(network(self.watched), self._unscaled, self.modules)
+        )
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
         with ExitStack() as stack:
+            if (root := self._layouts.root) is not None:
+                stack.callback(root.register_forward_pre_hook(ModuleHook(self._run_begins), with_kwargs=True).remove)
+            for name, module in self._layouts.time_first.items():
+                stack.callback(module.register_forward_hook(ModuleHook(partial(self._count_samples, name))).remove)
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_hook(ModuleHook(partial(self._called, name))).remove)
             if self._op_recorder is not None:
@@ -96,9 +121,25 @@ class Probe:
         """Return what was seen for a diagnosis of the named sites; nothing where this batch was not watched."""
         return [] if self._op_recorder is None else self._op_recorder.close(names)
 
-    def transfer(self, points: Sequence[Point]) -> HostTransfer:
-        """Begin to copy what was observed to the host."""
-        return HostTransfer(self.observations, [point.state for point in points])
+    def transfer(self, points: Sequence[Point], others: Sequence[Observation] = ()) -> HostTransfer:
+        """Begin to copy what was observed, here and by others, to the host."""
+        return HostTransfer([*self.observations, *others], [point.state for point in points])
+
+    def _run_begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Count the calls of the whole network, and note what sizes it is given."""
+        if threading.get_ident() == self._thread and not in_backward_pass() and not in_own_pass():
+            self._runs += 1
+            for _, tensor in tensors_in((args, kwargs), of_any_dtype=True):
+                self.inputs.update(tensor.shape[: 2 if self._layouts.time_first else 1])
+
+    def _count_samples(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Note how many samples a module with time first was given."""
+        if in_own_pass():
+            return
+        for position, tensor in tensors_in(output):
+            axes = self._layouts.of(name, position, tensor.shape)
+            if axes.samples is not None:
+                self.n_samples = tensor.shape[axes.samples]
 
     def _called(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         with nullcontext() if self._op_recorder is None else unseen_by_function_modes():
@@ -107,19 +148,29 @@ class Probe:
     def _take(self, name: str, module: nn.Module, output: Any) -> None:
         """Observe the outputs of a call, and put hooks on them for their gradients."""
         replay = in_backward_pass()  # checkpointing runs it once more
-        if not replay and threading.get_ident() != self._thread:
+        if in_own_pass() or (not replay and threading.get_ident() != self._thread):
             return
         call = self._replayed_call(name) if replay else self._calls[name]
         if call is None:
             return
         if not replay:
             self._calls[name] += 1
+        elif self._op_recorder is not None:
+            self._op_recorder.replayed(name)
         if not torch.is_grad_enabled():
             self._ungraphed[name].append((next_sequence_number(), call))
         self.order[name] = None
+        for _, tensor in tensors_in(output, of_any_dtype=True):
+            if is_functorch_tensor(tensor):
+                raise ModelError(
+                    f"{name or 'the model'} was called inside torch.func.vmap or grad, whose gradients no hook sees; "
+                    "record an ordinary backward pass instead"
+                )
+            if tensor.is_complex():
+                self.unread[name] = f"its output is {_word(tensor)}, which no measure reads; take the module behind it"
         for position, tensor in tensors_in(output):
             if "forward" in self.phases and not replay:
-                self._observe(TensorKey(name, call, position, "forward"), module, tensor.detach())
+                self._observe(TensorKey(name, call, position, "forward"), module, tensor.detach(), self._runs)
             hooked = _hookable(module, tensor)
             if self._op_recorder is not None and not replay:
                 self._op_recorder.begin(name, call, position, module, tensor, hooked)
@@ -129,7 +180,7 @@ class Probe:
                 if self.scaler is None and tensor.dtype is torch.float16:
                     self.unscaled |= torch.is_autocast_enabled(tensor.device.type)
                 key = TensorKey(name, call, position, "backward")
-                hook = hooked.register_hook(partial(self._arrived, key, module, tensor.shape))
+                hook = hooked.register_hook(partial(self._arrived, key, module, tensor.shape, self._runs))
                 self._stack.callback(hook.remove)
 
     def _replayed_call(self, name: str) -> int | None:
@@ -147,9 +198,10 @@ class Probe:
         self._replayed[checkpoint, name] += 1
         return of_segment[index] if index < len(of_segment) else None
 
-    def _arrived(self, key: TensorKey, module: nn.Module, shape: torch.Size, gradient: Tensor) -> None:
+    def _arrived(self, key: TensorKey, module: nn.Module, shape: torch.Size, run: int, gradient: Tensor) -> None:
         gradient = gradient.detach()
-        self._observe(key, module, self._unscaled(gradient if gradient.shape == shape else gradient.reshape(shape)))
+        gradient = gradient if gradient.shape == shape else gradient.reshape(shape)
+        self._observe(key, module, self._unscaled(gradient), run)
 
     def _unscaled(self, gradient: Tensor) -> Any:
         """Divide by the AMP scaler's scale, in float32, without waiting for the device."""
@@ -162,12 +214,20 @@ class Probe:
             self.scale = scale.detach().clone()  # the scaler changes it in place
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale.to(gradient.device)
 
-    def _observe(self, key: TensorKey, module: nn.Module, tensor: Tensor) -> None:
+    def _observe(self, key: TensorKey, module: nn.Module, tensor: Tensor, run: int) -> None:
         """Let the measures reduce a tensor before anything changes it."""
-        x = arranged(module, tensor)
-        dtype = str(x.dtype).removeprefix("torch.")
-        self.observations.append(Observation(key, self._repeats[key], dtype, x.shape[0], reduce_all(self.measures, x)))
+        original = dense(tensor)
+        axes = self._layouts.of(key.site, key.output, original.shape, self.n_samples)
+        x = arranged(module, original, axes)
+        dtype = _word(x)
+        states = reduce_all(self.measures, x, original, axes.samples)
+        facts = axes.sampled, axes.certain, axes.letters(original.ndim), max(run - 1, 0)
+        self.observations.append(Observation(key, self._repeats[key], dtype, x.shape[0], states, *facts))
         self._repeats[key] += 1
+
+
+def _word(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _hookable(module: nn.Module, output: Tensor) -> Tensor:

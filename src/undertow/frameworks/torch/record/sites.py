@@ -11,9 +11,11 @@ from torch import nn
 
 from ....errors import ModelError
 from ...base import NamedModule
+from ...own_passes import own_pass
 from ..explain.modules import ACTIVATIONS
 from ..internals import CONVOLUTION, NORM, is_compiled
 from ..weights import weights_sha256
+from .axes import Layouts, is_linear
 
 _POOLS = tuple(
     getattr(nn, f"{prefix}{kind}Pool{axes}d")
@@ -23,7 +25,6 @@ _POOLS = tuple(
 )
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (CONVOLUTION,),
-    "linear": (nn.Linear, nn.Bilinear),
     "norm": (NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
     "relu": ACTIVATIONS["relu-like"],
     "pool": (*_POOLS, nn.LPPool1d, nn.LPPool2d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
@@ -64,7 +65,14 @@ def named_modules(model: Any) -> list[NamedModule]:
     ]
 
 
+def layouts(model: Any, given: Mapping[str, str]) -> Layouts:
+    """Return the axes of all modules' outputs; `given` has letters for some of them, as in "tbc"."""
+    return Layouts(dict(network(model).named_modules()), given)
+
+
 def _kind(module: nn.Module) -> str:
+    if is_linear(module):
+        return "linear"
     return next((kind for kind, types in _KINDS.items() if isinstance(module, types)), type(module).__name__.lower())
 
 
@@ -85,7 +93,7 @@ def visits(model: Any, example: Any) -> dict[str, list[Any]]:
         visited.setdefault(name, []).append(shapes[0] if len(shapes) == 1 else shapes)
 
     inputs = example if isinstance(example, tuple) else (example,)
-    with _buffers_restored(root), torch.no_grad(), ExitStack() as stack:
+    with own_pass(), _buffers_restored(root), torch.no_grad(), ExitStack() as stack:
         for named in named_modules(model):
             stack.callback(named.module.register_forward_hook(partial(after, named.name)).remove)
         model(*inputs)
@@ -132,16 +140,16 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def tensors_in(output: Any, key: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(output: Any, key: str = "", of_any_dtype: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the floating-point tensors of a module's output with their positions: "" for one alone, "0", "1.hidden"."""
     if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
+        if of_any_dtype or output.is_floating_point():
             yield key, output
     elif isinstance(output, Mapping):
         for name, value in output.items():
-            yield from tensors_in(value, f"{key}.{name}" if key else str(name))
+            yield from tensors_in(value, f"{key}.{name}" if key else str(name), of_any_dtype)
     elif isinstance(output, tuple | list):
         for i, value in enumerate(output):
-            yield from tensors_in(value, f"{key}.{i}" if key else str(i))
+            yield from tensors_in(value, f"{key}.{i}" if key else str(i), of_any_dtype)
     elif hasattr(output, "__dataclass_fields__"):
-        yield from tensors_in(vars(output), key)
+        yield from tensors_in(vars(output), key, of_any_dtype)

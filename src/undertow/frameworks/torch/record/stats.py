@@ -5,31 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....measures import CODES, Stats, sparse, stats
-from ..internals import CONVOLUTION, in_memory
-
-_FEATURES_LAST: tuple[type[nn.Module], ...] = (
-    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention),
-    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder),
-)
-
-
-def arranged(module: nn.Module, x: Tensor) -> Tensor:
-    """View a module's output, or its gradient, as `(B, C, ...)`: samples, then channels or features, then space."""
-    x = in_memory(x if x.layout is torch.strided else x.to_dense())
-    if isinstance(module, CONVOLUTION):
-        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x  # a single sample has no batch axis
-    if x.ndim < 2:
-        return x.reshape(-1, 1)
-    return x.movedim(-1, 1) if isinstance(module, _FEATURES_LAST) else x
+from .axes import arranged as arranged
 
 
 class TorchStats(Stats):
     """The statistics of a tensor `(B, C, ...)`, on its device.
 
     Sums over the axes behind the second are taken in the tensor's precision, float32 at least, and added up in float64.
+    Norm, mean and squared deviations of a float64 tensor are torch's own sums over the whole.
     """
 
     x: Tensor
@@ -38,6 +24,13 @@ class TorchStats(Stats):
     def norms(self) -> Any:
         """As in `Stats`; float32 `(B, C)`."""
         return self._wide_norms.float()
+
+    @cached_property
+    def norm(self) -> Any:
+        """As in `Stats`; float64 without an axis."""
+        if self.x.dtype == torch.float64:
+            return torch.linalg.vector_norm(self.x)
+        return self._wide_norms.double().square().sum().sqrt()
 
     @cached_property
     def zeros(self) -> Any:
@@ -54,6 +47,9 @@ class TorchStats(Stats):
 
     def _mean_and_m2(self) -> tuple[Any, Any]:
         """Mean and sum of squared deviations, those from a first mean where the mean is large beside them."""
+        if self.x.dtype == torch.float64:
+            exact = self.x.mean()
+            return exact, (self.x - exact).square().sum()
         n, mean, squares = self.size, self._sums.sum() / self.size, self._wide_norms.double().square().sum()
         if self._on_cpu:  # elsewhere, to compare would be to wait
             first, total = float(mean), float(squares)
@@ -85,9 +81,14 @@ class TorchStats(Stats):
         counters = torch.zeros(CODES, dtype=torch.int64, device=codes.device)
         return _ALL_CODES, counters.scatter_add_(0, codes.long() & 0xFFFF, ones)
 
-    def copy(self) -> Any:
+    def copy(self, by_sample: bool) -> Any:
         """As in `Stats`."""
-        return self.x.clone(memory_format=torch.contiguous_format)
+        return (self.samples_first if by_sample else self.original).clone(memory_format=torch.contiguous_format)
+
+    @property
+    def samples_first(self) -> Any:
+        """As in `Stats`."""
+        return self.original[None] if self.samples is None else self.original.movedim(self.samples, 0)
 
     @property
     def _on_cpu(self) -> bool:

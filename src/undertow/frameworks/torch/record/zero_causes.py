@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,12 @@ _RELUS = ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "threshold", "clam
 _SMOOTH = ("elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "sigmoid", "tanh", "hardswish", "hardsigmoid")
 _ACTIVATIONS = frozenset((*_RELUS, *_SMOOTH, "logsigmoid", "softsign"))
 _NORMS = frozenset(("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"))
+_SATURATING = {"tanh": 1.0, "sigmoid": 0.25, "hardtanh": 1.0, "hardsigmoid": 1 / 6, "softsign": 1.0}
+"""Activations that are flat on both sides, with the largest value of their derivative."""
+_SATURATED = 0.01
+_SCALED_NORMS = {"batch_norm": 3, "layer_norm": 2, "group_norm": 2, "instance_norm": 3, "rms_norm": 2}
+_WEIGHTED = frozenset(("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))))
+_PRODUCTS = frozenset(("mul", "__mul__", "__rmul__", "matmul", "__matmul__", "mm", "bmm"))
 _POOL_AXES = {f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
 _GEOMETRY = ("kernel_size", "stride", "padding")
 
@@ -42,13 +49,13 @@ class Forecast:
 def forecast(function: Any, name: str, x: Tensor, args: Any, kwargs: Any) -> Forecast | None:
     """Return what is known of a call of a function on `x`; None for a function that is not followed."""
     if name in _ACTIVATIONS:
-        return _activation(function, x, args, kwargs)
+        return _activation(function, name, x, args, kwargs)
     if name in _POOL_AXES and x.ndim == _POOL_AXES[name] + 2:
         return _pooling(name, x, args, kwargs)
     return Forecast() if name in _NORMS else None
 
 
-def _activation(function: Any, x: Tensor, args: Any, kwargs: Any) -> Forecast:
+def _activation(function: Any, name: str, x: Tensor, args: Any, kwargs: Any) -> Forecast:
     """Compute the derivative of a pointwise activation: zero where it closes an element."""
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
@@ -59,7 +66,11 @@ def _activation(function: Any, x: Tensor, args: Any, kwargs: Any) -> Forecast:
     def state(module: nn.Module) -> State:
         active = arranged(module, ~closed).float()  # booleans add up slowly; over space alone, floats are exact
         active = (active.flatten(2).sum(2) if active.ndim > 2 else active).long().sum(0)
-        return {"closed": count_true(closed), "slope": l1(slope) / max(slope.numel(), 1), "active": active}
+        n = max(slope.numel(), 1)
+        slopes = {"slope": l1(slope) / n, "rms_slope": l2(slope) / math.sqrt(n)}
+        if name in _SATURATING and not (name == "hardtanh" and _lower_bound(args, kwargs) >= 0):  # as ReLU6 is one
+            slopes["saturated"] = count_true(slope < _SATURATED * _SATURATING[name])
+        return {"closed": count_true(closed), "active": active} | slopes
 
     def predict(g: Tensor) -> State:
         predicted = slope * g.reshape(slope.shape)
@@ -70,6 +81,10 @@ def _activation(function: Any, x: Tensor, args: Any, kwargs: Any) -> Forecast:
 
     settings = {key: v for key, v in kwargs.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return Forecast(settings, state, predict)
+
+
+def _lower_bound(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    return float(args[1] if len(args) > 1 else kwargs.get("min_val", -1.0))
 
 
 def _pooling(name: str, x: Tensor, args: Any, kwargs: Any) -> Forecast:
@@ -115,24 +130,54 @@ def _per_axis(value: Any, axes: int) -> Sequence[int]:
     return list(value) * axes if len(value) == 1 else list(value)
 
 
-def gain(module: nn.Module) -> State:
-    """Return by what a convolution or linear layer multiplies the root mean square of a gradient of random signs.
+def operand(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the sum of magnitudes of what a call multiplies its input by: a layer's weights, a factor, a norm's gains.
 
-    Each of its inputs is the sum of as many products as weights reach it, so it is ||W|| / sqrt(inputs x stride).
+    Where that is zero, so is the gradient at the input. None for calls that multiply by nothing.
+    """
+    factor: Any = None
+    if name in _WEIGHTED:
+        factor = args[1] if len(args) > 1 else kwargs.get("weight")
+    elif name in _SCALED_NORMS:
+        position = _SCALED_NORMS[name]
+        factor = args[position] if len(args) > position else kwargs.get("weight")
+    elif name in _PRODUCTS and len(args) == 2:
+        numbers = [arg for arg in args if not isinstance(arg, Tensor)]
+        factor = numbers[0] if numbers else min(args, key=torch.numel)
+    if isinstance(factor, int | float):
+        return np.asarray(abs(float(factor)))
+    return l1(factor.detach()) if isinstance(factor, Tensor) and factor.is_floating_point() else None
+
+
+def weight_statistics(module: nn.Module) -> State:
+    """Return whether a module's own weights are broken and, for convolutions and linear layers, how large they are.
+
+    A layer multiplies the root mean square of a gradient of random signs by `gain`: each of its inputs is the sum of as
+    many products as weights reach it, so it is ||W|| / sqrt(inputs x stride).
     """
     if isinstance(module, nn.Linear):
         inputs = module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         inputs = module.in_channels * math.prod(module.stride)
     else:
-        return {}
-    weight = module.weight.detach()
-    return {"gain": torch.linalg.vector_norm(weight, dtype=wide_dtype(weight)) / math.sqrt(inputs)}
+        own = [l2(parameter.detach()) for parameter in module.parameters(recurse=False)]
+        return {"broken_weights": count_true(~torch.isfinite(torch.stack(own)))} if own else {}
+    norm = l2(module.weight.detach())
+    return {
+        "gain": norm / math.sqrt(inputs),
+        "weight_std": norm / math.sqrt(max(module.weight.numel(), 1)),
+        "broken_weights": count_true(~torch.isfinite(norm)),
+    }
 
 
 def l1(x: Tensor) -> Any:
     """Return the sum of magnitudes, in float32 at least."""
     return torch.linalg.vector_norm(x, 1, dtype=wide_dtype(x))
+
+
+def l2(x: Tensor) -> Any:
+    """Return the square root of the sum of squares, in float32 at least."""
+    return torch.linalg.vector_norm(x, dtype=wide_dtype(x))
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
