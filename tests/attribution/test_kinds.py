@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten
 
 import undertow as ut
-from attribution.kinds import INPUTS, LAYERS, OUTPUTS, network
+from attribution.kinds import HEIGHT, IMAGE, INPUTS, LAYERS, OUTPUTS, WIDTH, OneList, OneSequence, network
 from frameworks.torch.references import grad_cam, ruled, smoothgrad
 
 CLASS = 2
@@ -17,7 +17,7 @@ CLASS = 2
 
 def plain(x: Any) -> Any:
     """Return `x` as the references take it."""
-    inputs = (*x,) if type(x) is list and all(t.ndim != x[0].ndim for t in x[1:]) else x
+    inputs = (*x,) if type(x) is list and len({getattr(t, "ndim", None) for t in x}) > 1 else x
     return dict(inputs) if isinstance(inputs, UserDict) else inputs
 
 
@@ -77,12 +77,34 @@ def test_several_classes_of_every_output(outputs, estimator):
 
 
 @pytest.mark.parametrize("layers", [name for name, kind in LAYERS.items() if kind.layer is not None])
-def test_grad_cam_of_every_layer(layers):
-    x, kind, net = INPUTS["tensor"][1], LAYERS[layers], network("tensor", layers)
-    wanted = grad_cam(net, x, of_class("tensor"), net.layers.get_submodule(kind.layer), kind.as_planes, x.shape[2:])
-    for target in (CLASS, of_class("tensor")):
-        a = ut.explain(net, x, rule="gradient", target=target, estimator=f"grad-cam:layers.{kind.layer}")
-        assert_same(a.values, wanted)
+@pytest.mark.parametrize("inputs", [name for name, (cls, _) in INPUTS.items() if cls not in (OneList, OneSequence)])
+def test_grad_cam_of_every_layer_and_input(inputs, layers):
+    """The image has a map; the column beside it, over which no layer lies, has none."""
+    x, kind, net = INPUTS[inputs][1], LAYERS[layers], network(inputs, layers, "a path")
+    layer = net.layers.get_submodule(kind.layer)
+    wanted = grad_cam(net, plain(x), of_class("a path"), layer, kind.as_planes, (HEIGHT, WIDTH))
+    maps = [wanted if leaf is IMAGE else None for leaf in tree_flatten(plain(x))[0]]
+    for target, path in ((CLASS, "heads.1.b"), (of_class("a path"), None)):
+        a = ut.explain(net, x, rule="gradient", target=target, output=path, estimator=f"grad-cam:layers.{kind.layer}")
+        assert_same(a.values, maps)
+        assert type(a.values) is type(x)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "layers", "layer", "message"),
+    [
+        ("tensor", "LSTM over rows", "2", "its tokens make no grid"),
+        ("a list that is one argument", "convolution", "0", "pass one tensor"),
+        ("a list in a tuple", "linear over tokens", "1", "pass one tensor"),
+        ("a packed sequence", "linear over tokens", "1", "a place for each sample"),
+        ("tensor", "convolution", "1.4", "no layer 'layers.1.4'"),
+        ("tuple", "convolution", "1.3", "needs a layer of channels on a plane"),
+    ],
+)
+def test_a_layer_that_does_not_lie_over_the_input_is_refused(inputs, layers, layer, message):
+    with pytest.raises(ut.InputError, match=message) as caught:
+        ut.explain(network(inputs, layers), INPUTS[inputs][1], target=CLASS, estimator=f"grad-cam:layers.{layer}")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_packed_sequence_has_no_map_of_its_sizes():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import undertow as ut
 from frameworks.torch.references import grad_cam
@@ -78,6 +79,58 @@ def test_a_layer_that_runs_twice_counts_with_both_calls():
     assert not torch.allclose(second, both)
     with pytest.raises(ut.InputError, match="layer 'shared@2' is not on the way"):
         ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared@2")
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), pooled(4)
+
+    def forward(self, a, b, column=None):
+        scores = self.head(self.trunk(a)) * self.head(self.trunk(b))
+        return scores if column is None else scores * column
+
+
+def test_each_of_several_inputs_has_the_calls_that_read_it():
+    torch.manual_seed(4)
+    net, outputs = Siamese().double().eval(), []
+    a, b = torch.randn(2, 3, 8, 6, dtype=torch.float64), torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    handle = net.trunk.register_forward_hook(lambda _, __, output: outputs.append(output))
+    gradients = torch.autograd.grad(net(a, b)[:, 1].sum(), outputs)
+    handle.remove()
+    wanted = [
+        F.interpolate(
+            (v.detach() * g.mean((2, 3), keepdim=True)).sum(1, keepdim=True).clamp(min=0), x.shape[2:], mode="bilinear"
+        )
+        for v, g, x in zip(outputs, gradients, (a, b), strict=True)
+    ]
+    values = ut.explain(net, (a, b), rule="gradient", target=1, estimator="grad-cam:trunk").values
+    torch.testing.assert_close(values, tuple(wanted))
+    second = ut.explain(net, {"a": a, "b": b}, rule="gradient", target=1, estimator="grad-cam:trunk@1").values
+    assert second["a"] is None
+    torch.testing.assert_close(second["b"], wanted[1])
+    column = torch.ones(2, 3, dtype=torch.float64)
+    values = ut.explain(net, (a, b, column), rule="guided", target=1, estimator="guided-grad-cam:trunk").values
+    guided = ut.explain(net, (a, b), rule="guided", target=1).values
+    torch.testing.assert_close(values, (guided[0] * wanted[0], guided[1] * wanted[1], None))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_layers_of_a_graph_that_has_no_modules_are_refused():
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), pooled(4)).eval(), torch.randn(1, 3, 8, 6)
+    for graph in (torch.jit.trace(net, x), torch.export.export(net, (x,)).module()):
+        with pytest.raises(ut.InputError, match="layer '0' does not run as a module in TorchScript or an exported"):
+            ut.explain(graph, x, rule="gradient", target=1, estimator="grad-cam:0")
+
+
+def test_a_cut_gradient_and_one_that_is_no_number_are_said_of_layers_too():
+    x = torch.randn(1, 3, 8, 6)
+    cut = nn.Sequential(nn.Conv2d(3, 4, 3), pooled(4), Shaped(torch.Tensor.detach)).eval()
+    with pytest.raises(ut.InputError, match="do not depend on x by any gradient: it ends in '2'"):
+        ut.explain(cut, x, rule="gradient", target=1, estimator="grad-cam:0")
+    root = nn.Sequential(nn.Conv2d(3, 4, 3), Shaped(lambda v: (v - v.detach()).pow(2).sqrt()), pooled(4)).eval()
+    with pytest.raises(ut.ModelError, match="gradient is NaN, first at PowBackward0"):
+        ut.explain(root, x, rule="gradient", target=1, estimator="grad-cam:0")
 
 
 @pytest.mark.parametrize("axes", ["bchw", "bhwc"])

@@ -61,7 +61,8 @@ def test_a_numpy_array_is_told_how():
 
 
 def test_a_jax_array_is_recognised():
-    jnp = pytest.importorskip("jax.numpy")
+    import jax.numpy as jnp
+
     x = jnp.asarray(IMAGE[None].numpy())
     with pytest.raises(ut.InputError, match="x is a JAX array, and the model takes a torch tensor") as said:
         ut.explain(CONV, x)

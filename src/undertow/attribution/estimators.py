@@ -10,8 +10,9 @@
 | guided-grad-cam:LAYER[:AXES] | the rule's map times the Grad-CAM of the plain gradient | 2 |
 
 A layer that runs several times counts with all of its calls; `LAYER@1` is its second alone. AXES, such as `bhwc`, say
-where its channels are where `layouts` cannot tell. Of lines `(B, L)` its map has the input's shape. Targets are those
-of the input itself: noise does not change the class that is explained.
+where its channels are where `layouts` cannot tell. Of several inputs each has the map of the calls that read it, None
+where the layer does not lie over it. Of lines `(B, L)` the map has the input's shape. Targets are those of the input
+itself: noise does not change the class that is explained.
 """
 
 import math
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import Arrays, Request, as_numpy, capability
-from ..frameworks.results import Explanation
+from ..frameworks.results import Explanation, LayerGradients
 from ..layouts import Layout, find_layout
 from ..rules import gradient
 
@@ -322,22 +323,67 @@ def _stacked_maps(
 
 def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -> Explanation:
     guided = estimator.kind == "guided-grad-cam"
-    x = request.inputs[0]
     plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
     layer, at_layer = estimator.layer, capability(framework, "inspect.layers").layer_gradients(plain, [estimator.layer])
-    calls = [name for name in at_layer.values if name.partition("@")[0] == layer] or [layer]
     if at_layer.explanation.channels_last:
         raise InputError("Grad-CAM is not there for Keras on torch yet; run the model with KERAS_BACKEND=tensorflow")
-    if calls[0] not in at_layer.values:
+    calls = [name for name in at_layer.values if layer in (name, name.partition("@")[0])]
+    reached = {i for call in calls for i in at_layer.reached[call]}
+    cams: list[Array | None] = [None] * len(request.inputs)
+    refused: list[InputError] = []
+    for i in sorted(reached):
+        reaching = [call for call in calls if i in at_layer.reached[call]]
+        try:
+            shape = _batch_shape(request, i, is_alone=len(reached) == 1)
+            cam = _grad_cam(at_layer, layer, reaching, shape, estimator.axes)
+            cams[i] = cam if request.inputs[i].ndim > 2 else cam.squeeze(-2)
+        except InputError as error:  # a column of numbers beside an image, say, over which nothing can be laid
+            refused.append(error)
+    if refused and all(cam is None for cam in cams):
+        raise refused[0]
+    if all(cam is None for cam in cams):
         raise InputError(f"layer {layer!r} is not on the way from x to the scores, or returns no tensor")
+    arrays = capability(framework, "arrays")
+    if not guided:
+        maps = (None if cam is None else arrays.like(cam, x) for cam, x in zip(cams, request.inputs, strict=True))
+        return replace(at_layer.explanation, maps=tuple(maps))
+    explanation = capability(framework, "explain").explain(request)
+    maps = (
+        None if m is None or cam is None else arrays.like(arrays.to_numpy(m) * cam, x)
+        for m, cam, x in zip(explanation.maps, cams, request.inputs, strict=True)
+    )
+    return replace(explanation, maps=tuple(maps))
+
+
+def _batch_shape(request: Request, i: int, is_alone: bool) -> tuple[int, ...]:
+    """Return the shape of an input as `(B, C, ...)`, where it has places over which a layer can lie.
+
+    Args:
+        is_alone: no other input has a map; then `(B, L)` is a line without an axis of channels.
+
+    Raises:
+        InputError: it is one of several images in a list, which have no batch axis.
+    """
+    x = request.inputs[i]
+    args, kwargs = request.fill(range(len(request.inputs)))
+    if x.ndim == 3 and i not in (*args, *kwargs.values()):
+        raise InputError("Grad-CAM needs a batch axis, and x has images one by one; pass one tensor (B, C, H, W)")
+    return (x.shape[0], 1, x.shape[1]) if x.ndim == 2 and is_alone else tuple(x.shape)
+
+
+def _grad_cam(
+    at_layer: LayerGradients, layer: str, calls: Sequence[str], input_shape: tuple[int, ...], axes: str
+) -> Array:
+    """Return the Grad-CAM of a layer's calls over one input, `(B, 1, ...)`, or `(B, K, 1, ...)` for K targets.
+
+    Raises:
+        InputError: the calls' layout cannot be told, or the scores read only tokens without a place.
+    """
     if len({at_layer.values[call].shape for call in calls}) > 1:
         raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
     shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
-    plane = tuple(x.shape[2:] if x.ndim > 2 else x.shape[1:])  # (B, L) is a line without an axis of channels
-    layout = find_layout(
-        layer, shape, x.shape if x.ndim > 2 else (*x.shape[:1], 1, *plane), channel_axis, estimator.axes
-    )
-    _refuse_tokens(layer, shape, x.shape, layout)
+    layout = find_layout(layer, shape, input_shape, channel_axis, axes)
+    _refuse_tokens(layer, shape, input_shape, layout)
     values = [layout.channels_first(at_layer.values[call]) for call in calls]
     gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
     if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):
@@ -346,14 +392,8 @@ def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -
             f"{layout.extra}); take a layer before the last attention"
         )
     terms = [weighted_channels(v, g) for v, g in zip(values, gradients, strict=True)]
-    arrays = capability(framework, "arrays")
-    cam = upsampled(np.maximum(sum(terms), 0), plane)
-    cam = cam[:, :, None] if x.ndim > 2 else cam
-    cam = cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
-    if not guided:
-        return replace(at_layer.explanation, maps=(arrays.like(cam, x),))
-    explanation = capability(framework, "explain").explain(request)
-    return replace(explanation, maps=(arrays.like(arrays.to_numpy(explanation.maps[0]) * cam, x),))
+    cam = upsampled(np.maximum(sum(terms), 0), input_shape[2:])[:, :, None]
+    return cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
 
 
 def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout) -> None:

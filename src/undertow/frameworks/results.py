@@ -61,8 +61,9 @@ class LayerGradients:
         explanation: of the pass itself, as `explain` returns it, without maps.
         values: each layer's output, `(B, ...)`; of a layer's second call under `layer@1`.
         gradients: the gradient at each layer's output under the rule, `(B, K, ...)`, for K targets or directions.
-        at_input: the gradient at the input, `(B, K, ...)`.
+        at_input: the gradient at the first floating-point input, `(B, K, ...)`.
         channel_axes: 1 or -1, where a layer's output has its channels; None where its module does not tell.
+        reached: which of the inputs each layer's output depends on.
     """
 
     explanation: Explanation
@@ -70,6 +71,7 @@ class LayerGradients:
     gradients: dict[str, npt.NDArray[Any]]
     at_input: npt.NDArray[Any]
     channel_axes: dict[str, int | None]
+    reached: dict[str, frozenset[int]]
 
 
 @dataclass(frozen=True, slots=True)

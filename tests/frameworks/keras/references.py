@@ -16,6 +16,7 @@ from unittest import mock
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import tree
 
 Local = Callable[[Any], Any]
 
@@ -142,15 +143,52 @@ def reference(model: Any, x: Any, target: int, rule: Any, activations: str = "re
     Returns:
         The map, NumPy, of the shape of x (a tuple for a tuple), and how many activation calls the rule was applied to.
     """
-    twin = Twin(RULES[rule] if isinstance(rule, str) else rule)
-    several = isinstance(x, tuple)
-    leaves = [tf.convert_to_tensor(part) for part in (x if several else (x,))]
-    with replaced(twin, activations), tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(leaves)
-        output = model(leaves) if several else model(leaves[0])
+
+    def score(output: Any) -> Any:
         output = output[0] if isinstance(output, tuple) else output["logits"] if isinstance(output, dict) else output
-        chosen = tf.reduce_sum(output[:, target])
+        return output[:, target]
+
+    maps, calls = ruled(
+        lambda given: model(list(given) if isinstance(x, tuple) else given), x, score, rule, activations
+    )
+    given = x if isinstance(x, tuple) else (x,)
+    values = tuple(np.zeros_like(part) if m is None else m for m, part in zip(maps, given, strict=True))
+    return (values if isinstance(x, tuple) else values[0]), calls
+
+
+def ruled(
+    model: Callable[[Any], Any],
+    x: Any,
+    score: Callable[[Any], Any],
+    rule: Any = "gradient",
+    activations: str = "relu-like",
+) -> tuple[list[Any], int]:
+    """Explain any function of any output eagerly.
+
+    Args:
+        model: called with one argument, tensors in the structure of `x`.
+        x: arrays or tensors, nested in tuples, lists and dicts.
+        score: of the output as the model returned it; it is summed.
+
+    Returns:
+        For each leaf of `x`, in the order in which they stand there, its gradient as NumPy, None for whole numbers and
+        for what the score does not depend on; and how many activation calls the rule was applied to.
+    """
+    twin = Twin(RULES[rule] if isinstance(rule, str) else rule)
+    fed = tree.map_structure(tf.convert_to_tensor, x)
+    leaves = _in_order(fed)
+    watched = [leaf for leaf in leaves if leaf.dtype.is_floating]
+    with replaced(twin, activations), tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(watched)
+        total = tf.reduce_sum(score(model(fed)))
     with replaced(twin, activations):
-        maps = tape.gradient(chosen, leaves, unconnected_gradients="zero")
-    maps = tuple(np.array(values) for values in maps)
-    return (maps if several else maps[0]), twin.calls
+        found = iter(tape.gradient(total, watched))
+    maps = [next(found) if leaf.dtype.is_floating else None for leaf in leaves]
+    return [None if m is None else np.array(m) for m in maps], twin.calls
+
+
+def _in_order(x: Any) -> list[Any]:
+    """Return the leaves in the order in which they stand; `keras.tree` sorts the keys of a dict."""
+    if isinstance(x, dict | tuple | list):
+        return [leaf for item in (x.values() if isinstance(x, dict) else x) for leaf in _in_order(item)]
+    return [x]

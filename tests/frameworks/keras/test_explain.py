@@ -550,7 +550,8 @@ def test_a_sample_without_a_batch_axis_is_recognised(x):
 
 
 def test_tensors_of_the_other_framework_are_told_how(net):
-    torch = pytest.importorskip("torch")
+    import torch
+
     x = torch.ones(2, 4, requires_grad=True)
     with pytest.raises(
         ut.InputError, match=r"x is a PyTorch tensor, and the model is of Keras on TensorFlow; use x\.nu"
@@ -575,7 +576,6 @@ def test_an_array_of_another_library_is_told_how(net):
 
 
 def test_keras_on_jax_is_refused_in_one_line():
-    pytest.importorskip("jax")
     code = (
         "import keras, numpy as np, undertow as ut, jax.numpy as jnp\n"
         "net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])\n"

@@ -43,6 +43,21 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Also:
+    """Another question to the same model.
+
+    Attributes:
+        call: in Python; its rule is the gradient unless it says another.
+        score: what it explains, of the output as the model returned it.
+        at: the layer by whose output it explains, and which of its calls; None for the input.
+    """
+
+    call: str
+    score: Score
+    at: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
 class RealModel:
     """A model and what is asked of it.
 
@@ -55,6 +70,7 @@ class RealModel:
         activations: those that `rewired` counts.
         left: activations that a rule leaves alone, of which it warns.
         layers: layers that Grad-CAM is taken of, and their outputs as `(B, channels, *positions)`.
+        also: other questions to it.
         refused: calls that are refused.
         warnings: a filter of pytest's, for what the model's own library warns of.
     """
@@ -67,6 +83,7 @@ class RealModel:
     activations: str = "relu-like"
     left: str = ""
     layers: tuple[tuple[str, Planes], ...] = ()
+    also: tuple[Also, ...] = ()
     refused: tuple[Refused, ...] = ()
     warnings: str = ""
 
@@ -95,8 +112,16 @@ def with_tokens(model: Any) -> Names:
     return {"model": model, "ids": IDS, "mask": MASK, "embeddings": model.get_input_embeddings()(IDS).detach()}
 
 
+def likeliest_query(logits: Tensor) -> Tensor:
+    """Return the highest score of the query that is surest of its class, "no object" aside, of each image."""
+    sure = logits.softmax(-1)[..., :-1].amax(-1).argmax(1)
+    return logits[torch.arange(len(logits)), sure, :-1].amax(-1)
+
+
 def with_images(make: Callable[[], nn.Module]) -> Callable[[], Names]:
-    return lambda: {"model": built(make), "images": drawn(2, 3, 32, 32)}
+    region = torch.zeros(8, 8, dtype=torch.bool)
+    region[2:5, 3:7] = True
+    return lambda: {"model": built(make), "images": drawn(2, 3, 32, 32), "region": region}
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -269,7 +294,7 @@ class Detector(nn.Module):
         self.trunk = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU())
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        return [{"scores": self.trunk(image[None]).mean((2, 3))[0]} for image in images]
+        return [{"scores": self.trunk(i[None]).mean((2, 3))[0], "boxes": torch.zeros(5, 4).to(i)} for i in images]
 
 
 class LowRank(nn.Module):
@@ -390,6 +415,14 @@ REAL_MODELS = [
         rewired=2,
         activations="all",
         left="TanhBackward0 x1",
+        also=(
+            Also(
+                'ut.explain(model, {"input_ids": ids, "attention_mask": mask}, at="bert.embeddings", target="LABEL_1", '
+                'rule="gradient")',
+                of_class(1),
+                ("bert.embeddings", 0),
+            ),
+        ),
         refused=(
             guided_refused(BERT, smooth_only("GeluBackward0 x2, TanhBackward0 x1"), ALL),
             Refused(
@@ -412,9 +445,31 @@ REAL_MODELS = [
         gpt2,
         GPT2,
         lambda out: out.logits[:, -1, 7],
+        also=(
+            Also(
+                'ut.explain(model, {"input_ids": ids, "attention_mask": mask}, at="transformer.wte", '
+                'target=ut.targets.token(7), rule="gradient")',
+                lambda out: out.logits[:, -1, 7],
+                ("transformer.wte", 0),
+            ),
+        ),
         refused=(guided_refused(GPT2, none_at_all("TanhBackward0 x2")),),
     ),
-    RealModel("T5, the next token (transformers)", t5, T5, lambda out: out.logits[:, -1, 7], rewired=4),
+    RealModel(
+        "T5, the next token (transformers)",
+        t5,
+        T5,
+        lambda out: out.logits[:, -1, 7],
+        rewired=4,
+        also=(
+            Also(
+                'ut.explain(model, {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": start}, '
+                'at="encoder.embed_tokens", target=ut.targets.token(7), rule="gradient")',
+                lambda out: out.logits[:, -1, 7],
+                ("encoder.embed_tokens", 0),
+            ),
+        ),
+    ),
     RealModel(
         "ViT (transformers)",
         with_images(vit),
@@ -443,6 +498,13 @@ REAL_MODELS = [
         rewired=1,
         left="GeluBackward0 x2",
         layers=(("decode_head.linear_fuse", planes),),
+        also=(
+            Also(
+                "ut.explain(model, images, target=ut.targets.where(region, 1))",
+                lambda out: out.logits[:, 1, 2:5, 3:7],
+            ),
+            Also("ut.explain(model, images, target=(1, 4, 4))", lambda out: out.logits[:, 1, 4, 4]),
+        ),
         refused=(Refused(IMAGES, DENSE, "ut.explain(model, images, rule='gradient', target=(1, 4, 4))"),),
     ),
     RealModel(
@@ -452,12 +514,31 @@ REAL_MODELS = [
         lambda out: out.logits[:, 2, 1],
         rewired=7,
         layers=(("model.input_projection", planes),),
+        also=(
+            Also(
+                "ut.explain(model, images, target=ut.targets.box())",
+                lambda out: likeliest_query(out.logits),
+            ),
+            Also(
+                'ut.explain(model, images, output="pred_boxes", target=(2, 0), head="as is")',
+                lambda out: out.pred_boxes[:, 2, 0],
+            ),
+        ),
     ),
     RealModel(
         "CLIP, an image among texts (transformers)",
         clip,
         CLIP,
         lambda out: out.logits_per_image[:, 2],
+        layers=(("vision_model.encoder.layers.0", tokens(4, 4, 1)),),
+        also=(
+            Also(
+                'ut.explain(model, {"pixel_values": images, "input_ids": texts}, output="logits_per_text", target=1, '
+                'at="text_model.embeddings", rule="gradient")',
+                lambda out: out.logits_per_text[:, 1],
+                ("text_model.embeddings", 0),
+            ),
+        ),
         refused=(
             guided_refused(CLIP, none_at_all("SigmoidBackward0 x2")),
             Refused(
@@ -465,6 +546,11 @@ REAL_MODELS = [
                 "the model returned a CLIPOutput of logits_per_image, logits_per_text, text_embeds, image_embeds, "
                 f"text_model_output, vision_model_output{NO_SCORES}",
                 CLIP,
+            ),
+            Refused(
+                f'{CLIP[:-1]}, estimator="grad-cam:text_model.encoder.layers.0")',
+                "layer 'text_model.encoder.layers.0' is not on the way from x to the scores, or returns no tensor",
+                f'{CLIP[:-1]}, estimator="grad-cam:vision_model.encoder.layers.0")',
             ),
         ),
     ),
@@ -529,6 +615,7 @@ REAL_MODELS = [
         rewired=26,
         left="HardsigmoidBackward0 x8, HardswishBackward0 x20",
         layers=(("backbone.1", planes), ("classifier.0", planes)),
+        also=(Also('ut.explain(model, images, output="out", target=(1, 9, 20))', lambda out: out["out"][:, 1, 9, 20]),),
         refused=(
             Refused("ut.explain(model, images)", f"the model returned an OrderedDict of out, aux{NO_SCORES}", DEEPLAB),
         ),
@@ -540,6 +627,12 @@ REAL_MODELS = [
         lambda out: out["cls_logits"][:, 40, 1],
         rewired=10,
         layers=(("fine", planes),),
+        also=(
+            Also(
+                'ut.explain(model, images, output="cls_logits", target=(40, 1))',
+                lambda out: out["cls_logits"][:, 40, 1],
+            ),
+        ),
     ),
     RealModel(
         "ResNet of videos (torchvision)",
@@ -600,6 +693,12 @@ REAL_MODELS = [
         DETECTOR,
         lambda out: out[0]["scores"][2] + out[1]["scores"][2],
         rewired=2,
+        also=(
+            Also(
+                "ut.explain(model, images, target=ut.targets.box(2))",
+                lambda out: out[0]["scores"][2] + out[1]["scores"][2],
+            ),
+        ),
         refused=(Refused("ut.explain(model, images)", f"the model returned a list of 2{NO_SCORES}", DETECTOR),),
     ),
     RealModel(
@@ -664,8 +763,9 @@ REAL_MODELS = [
 def page() -> str:
     """Return `docs/models.md`."""
     models = [f"| {m.name} | `{m.call}` | {_guided(m)} | {_layers(m)} |" for m in REAL_MODELS]
+    also = [f"| {m.name} | `{a.call}` |" for m in REAL_MODELS for a in m.also]
     refused = [f"| {m.name} | `{r.call}` | {r.line} | `{r.instead}` |" for m in REAL_MODELS for r in m.refused]
-    return "\n".join([*HEAD, *models, *MIDDLE, *refused, ""])
+    return "\n".join([*HEAD, *models, *ALSO, *also, *REFUSED, *refused, ""])
 
 
 HEAD = (
@@ -679,7 +779,14 @@ HEAD = (
     "| model | called as | activations that guided rewires | Grad-CAM of |",
     "|---|---|---|---|",
 )
-MIDDLE = (
+ALSO = (
+    "",
+    "## Other questions: tokens, places, boxes, layers",
+    "",
+    "| model | called as |",
+    "|---|---|",
+)
+REFUSED = (
     "",
     "## Refused, in one line",
     "",

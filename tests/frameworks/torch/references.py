@@ -290,6 +290,27 @@ def smoothgrad(
     return [None if t is None else t / count for t in totals]
 
 
+def at_output(
+    model: Callable[..., Any], x: Any, score: Callable[[Any], Tensor], layer: torch.nn.Module, call: int = 0
+) -> Tensor:
+    """Return the gradient at what one call of a layer returns, which the rest of the model is run on as a leaf."""
+    leaves: list[Tensor] = []
+    count = 0
+
+    def cut(_: Any, __: Any, output: Tensor) -> Tensor | None:
+        nonlocal count
+        count += 1
+        if count != call + 1:
+            return None
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0].clone()
+
+    handle = layer.register_forward_hook(cut)
+    total = score(called(model, x)).sum()
+    handle.remove()
+    return torch.autograd.grad(total, leaves[0])[0]
+
+
 def called(model: Callable[..., Any], x: Any) -> Any:
     """Call a model as undertow says it does."""
     return model(**x) if isinstance(x, dict) else model(*x) if type(x) is tuple else model(x)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 import undertow as ut
 from frameworks.torch.real_models import REAL_MODELS, RealModel, page
-from frameworks.torch.references import grad_cam, ruled, smoothgrad
+from frameworks.torch.references import at_output, grad_cam, ruled, smoothgrad
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 MODELS = [
@@ -25,7 +25,7 @@ MODELS = [
 
 def run(call: str, names: dict[str, Any], explain: Any = ut.explain, **options: Any) -> Any:
     """Run a call as it stands in the table, with more options."""
-    stand_in = SimpleNamespace(explain=lambda *args, **more: explain(*args, **{**more, **options}))
+    stand_in = SimpleNamespace(explain=lambda *args, **more: explain(*args, **{**more, **options}), targets=ut.targets)
     return eval(call, {**names, "ut": stand_in})
 
 
@@ -101,9 +101,29 @@ def test_grad_cam_of_a_layer(row, layer):
     names, model, x = given(row)
     name, as_planes = layer
     attribution = run(row.call, names, rule="gradient", estimator=f"grad-cam:{name}")
-    size = tuple(x.shape[2:] if x.ndim > 2 else x.shape[1:])
+    leaves = tree_flatten(x)[0]
+    image = next(leaf for leaf in leaves if leaf.is_floating_point())
+    has_channels = image.ndim > 2
+    size = tuple(image.shape[2:] if has_channels else image.shape[1:])
     wanted = grad_cam(model, x, row.score, model.get_submodule(name), as_planes, size)
-    assert_same(attribution.values, wanted if x.ndim > 2 else wanted[:, 0])
+    assert_same(
+        attribution.values, [(wanted if has_channels else wanted[:, 0]) if t is image else None for t in leaves]
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "also"),
+    [pytest.param(row, also, id=f"{row.name}: {also.call[17:]}") for row in REAL_MODELS for also in row.also],
+)
+def test_tokens_places_boxes_and_layers(row, also):
+    names, model, _ = given(row)
+    x = run(also.call, names, lambda model, x, **_: x)
+    values = run(also.call, names, rule="gradient").values
+    if also.at is None:
+        assert_same(values, ruled(model, x, also.score)[0])
+    else:
+        layer, call = also.at
+        assert_same(values, at_output(model, x, also.score, model.get_submodule(layer), call))
 
 
 @pytest.mark.parametrize(

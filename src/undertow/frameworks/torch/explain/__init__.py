@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ....errors import InputError, ModelError, RuleError
+from ....errors import InputError, RuleError
 from ....inputs import ModelArguments
 from ....outputs import Path
 from ....rules import RULES, gradient
@@ -22,7 +22,7 @@ from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
 from ..targets import target_scores, with_function
 from .acting import what_acts
-from .cuts import cudnn_errors_named, first_nan, where_cut, without_gradient
+from .cuts import cudnn_errors_named, nan_gradient, no_gradient, without_gradient
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
 
@@ -46,7 +46,7 @@ def explain(request: Request) -> Explanation:
         output, path, head = run_to_scores(request, fed, network)
         scores, ids, single = target_scores(output, request.target, request.batch, path)
         if scores.grad_fn is None:
-            raise InputError(f"the scores do not depend on x by any gradient: {where_cut(request, fed)}")
+            raise no_gradient(request, fed)
         if attachment is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
         acting = what_acts(request, scores.grad_fn, start)
@@ -107,10 +107,7 @@ def _refuse_missing(gradients: tuple[Any, ...], request: Request, fed: list[torc
         floating = [i for i, x in enumerate(fed) if x.is_floating_point()]
         raise InputError(without_gradient(request, fed, floating[missing[0]]))
     if any(g is not None and bool(g.isnan().any()) for g in gradients):
-        raise ModelError(
-            f"the scores are finite and their gradient is NaN, first at {first_nan(request, fed)}; look for a root, "
-            "a norm or a logarithm at zero there"
-        )
+        raise nan_gradient(request, fed)
 
 
 def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ....errors import ModelError
+from ....errors import InputError, ModelError
 from ....structures import tensors_with_paths
 from ...base import Request
 from ..calls import eager, module_of, run, scores_of, uncompiled
@@ -78,6 +78,19 @@ def without_gradient(request: Request, fed: Sequence[Tensor], i: int) -> str:
         remedy = "name a layer on the way to them" if request.noun else "bind it, as with functools.partial"
         return f"{request.describe(i)} does not influence the scores; {remedy}"
     return f"the gradient of the scores does not reach {request.describe(i)}: {where_cut(request, fed)}"
+
+
+def no_gradient(request: Request, fed: Sequence[Tensor]) -> InputError:
+    """Return the error for scores that no gradient leads to."""
+    return InputError(f"the scores do not depend on {request.noun or 'x'} by any gradient: {where_cut(request, fed)}")
+
+
+def nan_gradient(request: Request, fed: Sequence[Tensor]) -> ModelError:
+    """Return the error for a gradient that is no number."""
+    return ModelError(
+        f"the scores are finite and their gradient is NaN, first at {first_nan(request, fed)}; look for a root, "
+        "a norm or a logarithm at zero there"
+    )
 
 
 def first_nan(request: Request, fed: Sequence[Tensor]) -> str:

@@ -31,7 +31,7 @@ from ..calls import (
     uncompiled,
 )
 from ..explain.acting import what_acts
-from ..explain.cuts import cudnn_errors_named
+from ..explain.cuts import cudnn_errors_named, nan_gradient, no_gradient
 from ..explain.graph import ThroughGraph, rewired_backward
 from ..heads import run_before_head, run_to_scores
 from ..internals import reset_of
@@ -136,23 +136,30 @@ def layer_gradients(
         directions: `(K, classes)`: explain these weighted sums of the scores in place of the request's targets.
 
     Raises:
-        InputError: a layer is not there, or the request is not for the graph of a single input.
+        InputError: a layer is not there, or does not run as a module, or the request is not for the graph.
     """
-    if request.through != "graph" or len(request.inputs) != 1:
-        raise InputError("layers are read with one input and through='graph' alone")
+    if request.through != "graph":
+        raise InputError("layers are read through='graph' alone")
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training) as start, ExitStack() as stack:
         request = with_function(request, eager(request.model), stack)
-        (source,), fed = leaves_and_copies(request.inputs, request.is_plain)
+        sources, fed = leaves_and_copies(request.inputs, request.is_plain)
+        first = next(source for source in sources if source is not None)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
         outputs = record_outputs(request.model, layers, stack)
         output, path, head = run_to_scores(request, fed)
         scores, ids, single = _columns(output, path, request, directions)
-        if attachment is not None and scores.grad_fn is not None:
+        if scores.grad_fn is None:
+            raise no_gradient(request, fed)
+        _refuse_compiled(request.model, [name for name in layers if name.partition("@")[0] not in outputs])
+        reached = {name: _reached(tensor, sources) for name, tensor in outputs.items()}
+        if attachment is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
         acting = what_acts(request, scores.grad_fn, start)
-        rows = [_gradient_row(scores, k, [*outputs.values(), source]) for k in range(scores.shape[1])]
+        rows = [_gradient_row(scores, k, [*outputs.values(), first]) for k in range(scores.shape[1])]
+        if any(np.isnan(gradients).any() for row in rows for gradients in row):
+            raise nan_gradient(request, fed)
         stats = RewiringStats() if attachment is None else attachment.stats
     stacked = [np.stack(column, 1) for column in zip(*rows, strict=True)]
     at_input = stacked.pop()
@@ -160,12 +167,32 @@ def layer_gradients(
     if single:
         detached, ids = detached[:, 0], None if ids is None else ids[:, 0]
     return LayerGradients(
-        explanation=Explanation((None,), ids, detached, stats, has_channels_last(request.model), acting, head),
+        explanation=Explanation(
+            (None,) * len(sources), ids, detached, stats, has_channels_last(request.model), acting, head
+        ),
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
         channel_axes={name: channel_axis(request.model, name) for name in outputs},
+        reached=reached,
     )
+
+
+def _refuse_compiled(model: Any, missing: Sequence[str]) -> None:
+    """Refuse a layer that did not run because its model is a graph, whose modules only hold the weights."""
+    if any(isinstance(module_of(uncompiled(model)), kind) for kind in (torch.jit.ScriptModule, torch.fx.GraphModule)):
+        for name in missing:
+            raise InputError(
+                f"layer {name!r} does not run as a module in TorchScript or an exported program; explain the Python "
+                "module that it was made of"
+            )
+
+
+def _reached(tensor: torch.Tensor, sources: Sequence[torch.Tensor | None]) -> frozenset[int]:
+    """Return which of the inputs a tensor depends on."""
+    wanted = {i: source for i, source in enumerate(sources) if source is not None}
+    gradients = torch.autograd.grad(tensor.sum(), list(wanted.values()), retain_graph=True, allow_unused=True)
+    return frozenset(i for i, g in zip(wanted, gradients, strict=True) if g is not None)
 
 
 def _columns(
