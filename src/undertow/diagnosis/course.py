@@ -44,7 +44,7 @@ def jump(evidence: Evidence) -> Iterator[Finding]:
         elif _drifts(logs):
             drifts[site] = float(2.0 ** (fit(logs).slope * (len(logs) - 1)))
     if jumps:
-        yield _jumped(jumps)
+        yield _jumped(jumps, evidence.n_earlier)
     if drifts:
         yield _drifted(drifts)
 
@@ -74,16 +74,21 @@ def _drifts(logs: npt.NDArray[np.float64]) -> bool:
     return slope * (len(logs) - 1) > math.log2(_DRIFT)
 
 
-def _jumped(jumps: dict[str, tuple[int, float]]) -> Finding:
+def _jumped(jumps: dict[str, tuple[int, float]], n_earlier: int) -> Finding:
     worst = max(jumps, key=lambda site: abs(math.log2(jumps[site][1])))
     batch, factor = jumps[worst]
     return Finding(
         "jump",
         "warning",
         tuple(jumps),
-        f"In recorded batch number {batch + 1} the gradient at {called(worst)} is {factor:.3g} times its median over "
-        f"the {_BEFORE} batches before; affected: {listed(jumps)}.",
-        {"predicted": 1.0, "observed": factor, "jumps": {site: list(jump) for site, jump in jumps.items()}},
+        f"In recorded batch number {n_earlier + batch + 1} the gradient at {called(worst)} is {factor:.3g} times its "
+        f"median over the {_BEFORE} batches before; affected: {listed(jumps)}.",
+        {
+            "predicted": 1.0,
+            "observed": factor,
+            "batch": n_earlier + batch,
+            "jumps": {site: [n_earlier + number, size] for site, (number, size) in jumps.items()},
+        },
         "Check the samples of that batch and the learning rate; clip gradients if it happens again.",
         _JUMP_SOURCE,
     )

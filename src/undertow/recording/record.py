@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
+from ..diagnosis import Findings, diagnosed
 from ..errors import InputError, RunError
 from ..frameworks.base import BatchProbe, Recorder
 from ..measures import Measure, resolve
@@ -15,6 +17,7 @@ from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, arrow, read_manife
 from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
 from .schedule import Schedule
+from .telling import OnFinding, Teller, checked
 from .writer import Batch, Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
@@ -37,6 +40,8 @@ def record(
     reference: str | None = None,
     source: dict[str, Any] | None = None,
     diagnose: bool | int = False,
+    on_finding: OnFinding = None,
+    every: int = 100,
     group: int = 256,
 ) -> "Recording":
     """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
@@ -65,6 +70,10 @@ def record(
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
         diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 32.
+        on_finding: what to do with findings while it trains: "log" (the logger "undertow"), "raise" (`FindingError`,
+            from warnings on), or a function that is given each `Finding`. Each is told once. Without `diagnose`, every
+            `every`-th batch is watched.
+        every: after how many batches to look for findings; the first time after the first batch.
         group: how many batches are published together at most; what ten seconds brought is published
             anyway with the batch that follows. A killed process loses what is not yet published.
 
@@ -85,11 +94,12 @@ def record(
     for option, word, choices in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
         if word not in choices:
             raise InputError(f"{option} {word!r} is not understood (known: {', '.join(choices)})")
-    every = 32 if diagnose is True else diagnose or 0
-    for option, value, least in (("group", group, 1), ("diagnose", every, 0)):
+    checked(on_finding, every)
+    watch = 32 if diagnose is True else diagnose or (every if on_finding is not None else 0)
+    for option, value, least in (("group", group, 1), ("diagnose", watch, 0)):
         if not isinstance(value, int) or value < least:
             raise InputError(f"{option}={value!r} must be a whole number of at least {least}")
-    if every and phase == "forward":
+    if watch and phase == "forward":
         raise InputError('diagnose needs gradients; record with phase="backward" or "both"')
     arrow()
     chosen = selection(sites)
@@ -105,11 +115,10 @@ def record(
         "source": source,
         "loss_reduction": loss_reduction,
         "world_size": world_size,
-        "diagnose": int(every),
+        "diagnose": int(watch),
     }
-    return Recording(
-        Path(folder), model, recorder, chosen, resolved, schedule, scaler, settings, reference, rank, group
-    )
+    facts = (schedule, scaler, settings, reference, rank, group, Teller(on_finding, every))
+    return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
 
 
 @dataclass
@@ -133,6 +142,7 @@ class Recording:
     reference: str | None
     rank: int
     group: int
+    teller: Teller
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
@@ -189,6 +199,7 @@ class Recording:
         Raises:
             RunError: something could not be written.
             InputError: the batch was there already, or is inside another.
+            FindingError: `on_finding` is "raise", and something is wrong; the batch is recorded.
         """
         writer = self._entered()
         names = None if samples is None else as_names(samples)
@@ -217,6 +228,30 @@ class Recording:
         finally:
             self._open = False
         self._take(probe, names, epoch, number)
+        if self.teller.wants(self.batches):
+            self.teller.tell(self.check())
+
+    def check(self) -> Findings:
+        """Diagnose what this process has recorded so far, without reading the run: the findings of `undertow.diagnose`.
+
+        The course of 1024 batches is kept, and 8 of those that were watched (`diagnose=`).
+
+        Raises:
+            RunError: something could not be written.
+            InputError: the recording is not open, or a batch is being recorded.
+
+        >>> import tempfile, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> with record(tempfile.mkdtemp(), net, sites="linear", diagnose=1) as recording:
+        ...     with recording.batch():
+        ...         net(torch.ones(8, 4)).mul(0).sum().backward()
+        ...     print([finding.cause for finding in recording.check()])
+        ['no-gradient']
+        """
+        writer = self._entered()
+        writer.settle()
+        run = SimpleNamespace(manifest=self.manifest | {"unreached": self.unreached}, sites=self._names)
+        return diagnosed(writer.live.evidence(run))
 
     @property
     def unreached(self) -> dict[str, str]:

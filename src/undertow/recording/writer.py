@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..diagnosis import Live
 from ..errors import RunError
 from ..files import readable
 from ..frameworks.base import Transfer
@@ -60,6 +61,10 @@ class Writer:
         group: how many batches are published together at most; fewer where the first has waited for 10 seconds, or at
             64 MiB.
         diagnose: whether some batches are watched for a diagnosis.
+
+    Attributes:
+        committed: how many batches were published.
+        live: what was put here, as evidence for a diagnosis; the thread's own until `settle` returns.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Writer:
         self._unpublished = self._weight = 0
         self._since = 0.0
         self.committed = 0
+        self.live = Live()
         self._error: BaseException | None = None
         self._queue: queue.Queue[_Handover | None] = queue.Queue(_QUEUED_HANDOVERS)
         self._thread = threading.Thread(target=self._run, name="undertow-writer", daemon=True)
@@ -102,6 +108,12 @@ class Writer:
         """Publish all that was put here, and wait until it lies on the disk."""
         self.check()
         self._hand_over(True).done.wait()
+        self.check()
+
+    def settle(self) -> None:
+        """Wait until `live` holds all that was put here; it need not lie on the disk."""
+        self.check()
+        self._hand_over(False).done.wait()
         self.check()
 
     def close(self) -> None:
@@ -157,10 +169,15 @@ class Writer:
         keys = {"epoch": batch.epoch, "batch": batch.batch, "rank": self.rank}
         scale = None if batch.scale is None else float(batch.scale)
         row = {**keys, **batch.facts, "size": size, "scale": scale}
-        self._pending.begin(row, names, [{**keys, **point.row()} for point in batch.points])
+        points = [{**keys, **point.row()} for point in batch.points]
+        self._pending.begin(row, names, points)
+        self.live.begin(row, points)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
-            self._pending.add(site, o.size, self._finished(o, site, batch))
+            blocks = self._finished(o, site, batch)
+            self._pending.add(site, o.size, blocks)
+            tables = zip(self.measures, blocks, strict=True)
+            self.live.add(dict(zip(SITE, site, strict=True)), {measure.table: block for measure, block in tables})
 
     def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
         """Return each measure's columns, with the names of files in the place of tensors."""
