@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
+from diagnosis import confusion
 from diagnosis.planted import PLANTED, recorded, step
 from undertow import diagnosis
 from undertow.cli import main
@@ -71,6 +72,12 @@ def test_while_it_trains_the_same_is_found(planted, runs):
     assert [(f.cause, f.severity, f.sites) for f in runs.live[planted.name]] == told
     if planted.batches <= 8:
         assert [f.sentence for f in runs.live[planted.name]] == [f.sentence for f in ut.diagnose(runs(planted))]
+
+
+def test_the_table_in_the_documentation_is_what_is_found(runs):
+    found = {planted.name: ut.diagnose(runs(planted)) for planted in PLANTED}
+    assert confusion.written() == confusion.table(found), "renew it: PYTHONPATH=tests python -m diagnosis.confusion"
+    assert "| 0 | 0 | |" in confusion.written().splitlines()[-1]  # none missed, no false alarm
 
 
 def test_there_are_enough_rows_and_every_cause_is_planted():

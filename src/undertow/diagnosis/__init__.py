@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from ..runs import Run
 from .arrival import arrival, nothing
 from .channels import batch_norm
+from .contrast import coincidences as coincidences
 from .contrast import contrast as contrast
 from .course import jump, noise
 from .dead import dead
