@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .depth import fit
 from .evidence import Evidence
@@ -55,8 +56,9 @@ def _jump(logs: npt.NDArray[np.float64]) -> tuple[int, float] | None:
     Measured from the median of the run, each end of a steady decay would be a jump. A fall counts only where it lasts:
     a batch of which hardly anything is wrong is no event.
     """
-    before = np.array([np.median(logs[i - _BEFORE : i]) for i in range(_BEFORE, len(logs))])
-    ahead = np.array([np.median(logs[i : i + _BEFORE]) for i in range(_BEFORE, len(logs))])
+    padded = np.append(logs, np.full(_BEFORE - 1, logs[-1]))
+    medians = np.sort(sliding_window_view(padded, _BEFORE), axis=1)[:, _BEFORE // 2 - 1 : _BEFORE // 2 + 1].mean(axis=1)
+    before, ahead = medians[: len(logs) - _BEFORE], medians[_BEFORE:]
     own, last = logs[_BEFORE:], logs[_BEFORE - 1 : -1]
     distance = own - before
     least = max(_DEVIATIONS * float(np.median(np.abs(distance))), math.log2(_FACTOR))

@@ -283,8 +283,11 @@ class Evidence:
         rows = rows or [row for rows in self.outputs.values() for row in rows]
         counts: dict[str, npt.NDArray[np.int64]] = {}
         for row in rows:
-            of_site = counts.setdefault(row["site"], np.zeros(CODES, np.int64))
-            of_site[np.asarray(row["codes"], np.intp)] += np.asarray(row["counts"], np.int64)  # each code once a row
+            if row["site"] not in counts:
+                counts[row["site"]] = np.zeros(CODES, np.int64)
+            counts[row["site"]][np.asarray(row["codes"], np.intp)] += np.asarray(
+                row["counts"], np.int64
+            )  # each code once a row
         bfloat16 = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
         is_finite = finite(np.arange(CODES))
         values = {}
@@ -367,7 +370,7 @@ def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
 
 
 def _size(shape: Iterable[int]) -> int:
-    return int(np.prod(list(shape), dtype=np.int64))
+    return math.prod(int(n) for n in shape)
 
 
 def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:

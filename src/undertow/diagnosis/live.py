@@ -64,8 +64,10 @@ class Live:
 
     def _add_histogram(self, site: Mapping[str, Any], block: Columns) -> None:
         if site["phase"] == "backward":
-            counts = self.counts.setdefault((site["site"], site["dtype"]), np.zeros(CODES, np.int64))
-            counts[block["codes"][0]] += block["counts"][0]
+            of = site["site"], site["dtype"]
+            if of not in self.counts:
+                self.counts[of] = np.zeros(CODES, np.int64)
+            self.counts[of][block["codes"][0]] += block["counts"][0]
 
     def _add_channel_sums(self, site: Mapping[str, Any], block: Columns) -> None:
         self.rows["channel_sums"].append({**site, **{name: column[0] for name, column in block.items()}})
