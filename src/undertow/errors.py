@@ -8,13 +8,15 @@ UndertowError
 ├── RuleError                         the rule cannot be applied to this network: nothing to rewire,
 │                                     or a node of the graph that hides a computation
 ├── RunError                          a run folder that cannot be read, written or resumed
+├── FindingError                      something is wrong in a training, and it was to stop for that
 └── FrameworkError (also ImportError) a package that is missing or does not fit another
 
 UndertowWarning (a UserWarning)       a result that is right and easily misread
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UndertowError(Exception):
@@ -43,6 +45,18 @@ class RuleError(UndertowError):
 
 class RunError(UndertowError):
     """A run folder that cannot be read, written or resumed."""
+
+
+class FindingError(UndertowError):
+    """Findings in a run, where `on_finding="raise"` asks to stop for them.
+
+    Attributes:
+        findings: the new warnings and errors, the most severe first.
+    """
+
+    def __init__(self, message: str, findings: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.findings = list(findings)
 
 
 class FrameworkError(UndertowError, ImportError):

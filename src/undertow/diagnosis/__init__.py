@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from ..runs import Run
 from .arrival import arrival, nothing
 from .channels import batch_norm
+from .contrast import coincidences as coincidences
 from .contrast import contrast as contrast
 from .course import jump, noise
 from .dead import dead
@@ -17,6 +18,7 @@ from .finding import SEVERITIES as SEVERITIES
 from .finding import Finding as Finding
 from .finding import Findings as Findings
 from .finding import NotLookedAt, NotRecorded
+from .live import Live as Live
 from .precision import nonfinite, underflow
 from .routing import activation, pooling
 from .saturation import saturated
@@ -66,7 +68,11 @@ def diagnose(run: Run | str | os.PathLike[str]) -> Findings:
     >>> [(f.cause, f.evidence["predicted"], f.evidence["observed"]) for f in ut.diagnose(ut.Run(folder))]
     [('pooling', 0.75, 0.75)]
     """
-    evidence = Evidence(Run.of(run))
+    return diagnosed(Evidence(Run.of(run)))
+
+
+def diagnosed(evidence: Evidence) -> Findings:
+    """Let every rule look at the evidence."""
     findings: list[Finding] = []
     checked = {}
     for name, rule in RULES.items():

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
+from ..diagnosis import Findings, diagnosed
 from ..errors import InputError, RunError
 from ..frameworks.base import BatchProbe, NamedModule, ParameterProbe, Recorder
 from ..frameworks.results import Observation
@@ -17,6 +19,7 @@ from ..sites import Predicate, Selection, Site, recorder_of, selection
 from .group import columns_of
 from .naming import give_names, n_samples
 from .schedule import Schedule
+from .telling import OnFinding, Teller, checked
 from .writer import Batch, Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
@@ -42,6 +45,8 @@ def record(
     reference: str | None = None,
     source: dict[str, Any] | None = None,
     diagnose: bool | int = False,
+    on_finding: OnFinding = None,
+    every: int = 100,
     group: int = 256,
 ) -> "Recording":
     """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
@@ -79,6 +84,10 @@ def record(
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
         diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 32.
+        on_finding: what to do with findings while it trains: "log" (the logger "undertow"), "raise" (`FindingError`,
+            from warnings on), or a function that is given each `Finding`. Each is told once. Without `diagnose`, every
+            `every`-th batch is watched.
+        every: after how many batches to look for findings; the first time after the first batch.
         group: how many batches are published together at most; what ten seconds brought is published
             anyway with the batch that follows. A killed process loses what is not yet published.
 
@@ -99,11 +108,12 @@ def record(
     for option, word, choices in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
         if word not in choices:
             raise InputError(f"{option} {word!r} is not understood (known: {', '.join(choices)})")
-    every = 32 if diagnose is True else diagnose or 0
-    for option, value, least in (("group", group, 1), ("diagnose", every, 0)):
+    checked(on_finding, every)
+    watch = 32 if diagnose is True else diagnose or (every if on_finding is not None else 0)
+    for option, value, least in (("group", group, 1), ("diagnose", watch, 0)):
         if not isinstance(value, int) or value < least:
             raise InputError(f"{option}={value!r} must be a whole number of at least {least}")
-    if every and phase == "forward":
+    if watch and phase == "forward":
         raise InputError('diagnose needs gradients; record with phase="backward" or "both"')
     arrow()
     chosen = selection(sites)
@@ -132,11 +142,11 @@ def record(
         "source": source,
         "loss_reduction": loss_reduction,
         "world_size": world_size,
-        "diagnose": int(every),
+        "diagnose": int(watch),
         "axes": dict(axes) if isinstance(axes, Mapping) else axes,
     }
     learning = _Learning(selected, optimizers, places)
-    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts)
+    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts, Teller(on_finding, every))
     return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
 
 
@@ -250,6 +260,7 @@ class Recording:
     group: int
     learning: _Learning
     layouts: Any
+    teller: Teller
     sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -316,6 +327,8 @@ class Recording:
         Raises:
             RunError: something could not be written.
             InputError: the batch was there already, is inside another, or has not as many samples as names.
+            InputError: the batch was there already, or is inside another.
+            FindingError: `on_finding` is "raise", and something is wrong; the batch is recorded.
         """
         writer = self._entered()
         self._end_batch()
@@ -351,6 +364,30 @@ class Recording:
             raise
         finally:
             self._open = False
+        if self.teller.wants(self.batches):
+            self.teller.tell(self.check())
+
+    def check(self) -> Findings:
+        """Diagnose what this process has recorded so far, without reading the run: the findings of `undertow.diagnose`.
+
+        The course of 1024 batches is kept, and 8 of those that were watched (`diagnose=`).
+
+        Raises:
+            RunError: something could not be written.
+            InputError: the recording is not open, or a batch is being recorded.
+
+        >>> import tempfile, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> with record(tempfile.mkdtemp(), net, sites="linear", diagnose=1) as recording:
+        ...     with recording.batch():
+        ...         net(torch.ones(8, 4)).mul(0).sum().backward()
+        ...     print([finding.cause for finding in recording.check()])
+        ['no-gradient']
+        """
+        writer = self._entered()
+        writer.settle()
+        run = SimpleNamespace(manifest=self.manifest | {"unreached": self.unreached}, sites=self._names)
+        return diagnosed(writer.live.evidence(run))
 
     @property
     def unreached(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..diagnosis import Live
 from ..errors import RunError
 from ..files import readable
 from ..frameworks.base import Transfer
@@ -64,6 +65,11 @@ class Writer:
             64 MiB.
         others: further tables, such as that of a diagnosis.
         sample_columns: the types of further columns of the table `samples`.
+        diagnose: whether some batches are watched for a diagnosis.
+
+    Attributes:
+        committed: how many batches were published.
+        live: what was put here, as evidence for a diagnosis; the thread's own until `settle` returns.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Writer:
         self._unpublished = self._weight = 0
         self._since = 0.0
         self.committed = 0
+        self.live = Live()
         self._error: BaseException | None = None
         self._queue: queue.Queue[_Handover | None] = queue.Queue(_QUEUED_HANDOVERS)
         self._thread = threading.Thread(target=self._run, name="undertow-writer", daemon=True)
@@ -113,6 +120,12 @@ class Writer:
         """Publish all that was put here, and wait until it lies on the disk."""
         self.check()
         self._hand_over(True).done.wait()
+        self.check()
+
+    def settle(self) -> None:
+        """Wait until `live` holds all that was put here; it need not lie on the disk."""
+        self.check()
+        self._hand_over(False).done.wait()
         self.check()
 
     def close(self) -> None:
@@ -169,9 +182,13 @@ class Writer:
         row = {**keys, **batch.facts, "size": batch.size, "scale": scale}
         points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
         self._pending.begin(row, names, points, steps, batch.described)
+        self.live.begin(row, points)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
-            self._pending.add(site, o.size, o.first, self._finished(o, site, batch))
+            blocks = self._finished(o, site, batch)
+            self._pending.add(site, o.size, o.first, blocks)
+            tables = zip(self.measures, blocks, strict=True)
+            self.live.add(dict(zip(SITE, site, strict=True)), {measure.table: block for measure, block in tables})
 
     def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
         """Return each measure's columns, with the names of files in the place of tensors."""

@@ -31,6 +31,12 @@ class Comparison:
     ratios: tuple[tuple[float, ...], ...]
     spreads: tuple[float, ...]
 
+    @property
+    def same(self) -> tuple[bool, ...]:
+        """For each run, whether its quantiles are those of the first run, to the last bit."""
+        first = self.quantiles[0]
+        return tuple(first is not None and s is not None and s.values == first.values for s in self.quantiles)
+
 
 def compare(
     runs: Sequence[Run | str | os.PathLike[str]],
