@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import FrameworkError, TargetError, did_you_mean
-from .images import Preprocessing, printable
+from .errors import FrameworkError, TargetError, did_you_mean, printable
+from .images import Preprocessing
 
 RANDOM = "random (seed 0)"
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .errors import FrameworkError, ModelError, PhotographError
+from .errors import FrameworkError, ModelError, PhotographError, one_line, printable
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused by their header alone; Pillow itself raises at the same size (half a gigabyte as RGB)."""
@@ -173,20 +173,6 @@ class Preprocessing:
         width, height = size
         other = int(self.resize * max(size) / min(size))
         return (self.resize, other) if width <= height else (other, self.resize)
-
-
-def printable(text: object) -> str:
-    """Escape a path or any text, so that an error stays one line and can be printed, whatever the bytes.
-
-    >>> printable("two\\nlines.png")
-    'two\\\\nlines.png'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's text, or else its kind, on one line."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

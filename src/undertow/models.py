@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from .classifier import Classifier, Reference
-from .errors import FrameworkError, ModelError, UndertowError, did_you_mean
+from .errors import FrameworkError, ModelError, UndertowError, did_you_mean, printable
 from .frameworks.base import Zoo, capability, framework_of_model
 from .frameworks.starting import quietly
-from .images import printable
 
 FORMS = "demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras or FILE.py:FUNCTION"
 SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "keras": "keras"}

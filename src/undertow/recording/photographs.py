@@ -15,7 +15,6 @@ from .. import images
 from ..classifier import Classifier, find_class
 from ..errors import InputError, PhotographError, TargetError
 from ..frameworks.base import capability, framework_of_model
-from ..runs import Run
 from .record import record
 
 _WATCH_EVERY = 8
@@ -97,7 +96,7 @@ def record_photographs(
         recorder.objective(classifier.module, objective) as run_objective,
         record(folder, classifier.module, measures=measures, **options) as recording,
     ):
-        before = set(Run(folder).table("batches")["batch"].to_pylist())
+        before = {number for _, number in recording.done}
         result.before = len(before)
         advance(sum(len(batches[number]) for number in before))
         remaining = {number: batch for number, batch in enumerate(batches) if number not in before}

@@ -7,8 +7,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ....errors import InputError, ModelError, RuleError
-from ....images import one_line
+from ....errors import InputError, ModelError, RuleError, one_line
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
