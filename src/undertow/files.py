@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -122,8 +123,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def to_json(value: Any, indent: int | None = 1, **options: Any) -> str:
+def to_json(value: Any, indent: int | None = 1) -> str:
     r"""Write plain data as JSON: letters of every script as they are, all that a terminal might obey as escapes.
+
+    Infinity and NaN, which JSON lacks, become null.
 
     Bytes of a file name that are no text (surrogates, as Python has them) are escapes too, and come back from
     `json.loads` as they were.
@@ -131,8 +134,16 @@ def to_json(value: Any, indent: int | None = 1, **options: Any) -> str:
     >>> print(to_json(["猫\x9b1m", "\udcff.jpg"], indent=None))
     ["猫\u009b1m", "\udcff.jpg"]
     """
-    text = json.dumps(value, indent=indent, ensure_ascii=False, **options)
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
     return re.sub(r"[^\x20-\x7e\n]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def readable(name: str, max_bytes: int = 80) -> str:

@@ -4,13 +4,14 @@ NumPy and Pillow only. `read` accepts what a person has (rotated, transparent, g
 `Preprocessing` makes of it, to the last bit, what torchvision and timm make of it.
 """
 
+import ctypes
 import importlib.util
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, _imaging
 
 from .errors import FrameworkError, ModelError, PhotographError, one_line, printable
 
@@ -54,6 +55,7 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     name = printable(path)
     _refuse_non_file(path, name)
+    _silence_libtiff()
     try:
         with _without_warnings(), Image.open(path, formats=_formats()) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -223,6 +225,19 @@ def _refuse_non_file(path: Path, name: str) -> None:
         raise PhotographError(f"{name} is not a regular file, or a link to nothing; name a file")
     if path.stat().st_size == 0:
         raise PhotographError(f"{name} is empty (0 bytes); copy it again")
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff, and the libjpeg in it, from writing lines of their own to stderr; Pillow raises what they mean.
+
+    The handlers are those of the copy that Pillow is linked with. Where that hides them, the lines remain.
+    """
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(_imaging.__file__)
+        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
 
 
 @cache

@@ -34,17 +34,34 @@ def unwound_by_sigterm() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Give a list that is empty until Ctrl-C comes; any other KeyboardInterrupt was raised by somebody's code."""
-    came: list[int] = []
+class _Interrupts:
+    """The handler of SIGINT inside `interrupts`: notes that it came, and raises as Python's own does."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def __init__(self) -> None:
+        self.came: list[int] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came.append(number)
         raise KeyboardInterrupt
 
-    with _handled(signal.SIGINT, signal.default_int_handler, note):
-        yield came
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Give a list that is empty until Ctrl-C comes; any other KeyboardInterrupt was raised by somebody's code.
+
+    Where somebody else handles SIGINT that cannot be told, and the list is not empty.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler in (signal.SIG_IGN, signal.SIG_DFL):
+        yield []
+    elif isinstance(handler, _Interrupts):
+        yield handler.came
+    elif handler is not signal.default_int_handler:
+        yield [signal.SIGINT]
+    else:
+        own = _Interrupts()
+        with _handled(signal.SIGINT, signal.default_int_handler, own):
+            yield own.came
 
 
 @contextmanager

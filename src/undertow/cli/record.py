@@ -1,6 +1,5 @@
 """`undertow sites` and `undertow record`: choose modules of a network, and record what flows through them."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Any
 import click
 
 from .photographs import device_option, json_option, model_option, weights_option
-from .printing import print_json
+from .printing import echo, echo_error, print_json, print_table
 
 MEASURES = ("channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
@@ -30,8 +29,6 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
     layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), or several of them with commas.
     """
     from PIL import Image
-    from rich.console import Console
-    from rich.table import Table
 
     from .. import models
     from ..photographs import batch_of
@@ -43,12 +40,11 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
     if as_json:
         print_json([asdict(site) for site in selected])
         return 0
-    table = Table(box=None)
-    for heading in ("name", "kind", "output shape", "calls"):
-        table.add_column(heading, justify="right" if heading == "calls" else "left")
-    for site in selected:
-        table.add_row(site.name, site.kind, "never called" if not site.calls else _shape(site.shape), str(site.calls))
-    Console().print(table)
+    cells = [
+        (site.name, site.kind, "never called" if not site.calls else _shape(site.shape), site.calls)
+        for site in selected
+    ]
+    print_table(("name", "kind", "output shape", "calls"), cells, right=("calls",))
     return 0
 
 
@@ -130,14 +126,14 @@ def record(
             **options,
         )
     for _, error in recorded.failed:
-        click.echo(f"error: {error}", err=True)
+        echo_error(error)
     if as_json:
-        click.echo(json.dumps(recorded.to_dict(out), indent=1, ensure_ascii=False))
+        print_json(recorded.to_dict(out))
     else:
         failed = f", {len(recorded.failed)} could not be read" if recorded.failed else ""
         before = f", {recorded.before} batches were there already" if recorded.before else ""
-        click.echo(f"{recorded.photographs} photographs recorded{before}{failed}\n  -> {out}")
-        click.echo(f"Next: undertow quantiles {out}")
+        echo(f"{recorded.photographs} photographs recorded{before}{failed}\n  -> {out}")
+        echo(f"Next: undertow quantiles {out}")
     return 2 if recorded.failed else 0
 
 
