@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..files import published
 from ..frameworks.base import AS_IS, as_numpy
-from ..images import printable
 from ..show import heatmap
 from ..similarity import correlation, spearman
 from ..structures import map_tensors, tensors_with_paths

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from .photographs import json_option
-from .printing import print_json
+from .printing import echo, print_json, print_table
 
 
 class _Of(click.Choice[str]):
@@ -120,9 +120,9 @@ def compare(
     _write_and_print(flat, table, as_json, _each_quantile(rows, runs) if asked else _three_quantiles(rows, runs))
     for other, run in zip(opened[1:], runs[1:], strict=True) if not as_json else ():
         if (agreement := same_class(opened[0], other)) is not None:
-            click.echo(f"{runs[0]} and {run}: {agreement}")
+            echo(f"{runs[0]} and {run}: {agreement}")
     for sentence in (*coincidences(opened, rows), *contrast(opened)) if not as_json else ():
-        click.echo(sentence)
+        echo(sentence)
     if plot:
         from ..show.plots import quantile_curves
 
@@ -233,19 +233,12 @@ def _write_and_print(
     from ..files import published
 
     if path:
-        with published(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        with published(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
             writer.writeheader()
             writer.writerows(flat)
     if as_json:
         print_json(flat)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
-    for column, heading in enumerate(lines[0]):
-        table.add_column(str(heading), justify="right" if column else "left")
-    for line in lines[1:]:
-        table.add_row(*(str(cell) for cell in line), style="bold" if "median" in str(line[0]) else "")
-    Console().print(table)
+    bold = [i for i, line in enumerate(lines[1:]) if "median" in str(line[0])]
+    print_table(lines[0], lines[1:], right=lines[0][1:], bold=bold)

@@ -97,7 +97,8 @@ def _classes(run: Run) -> dict[str, str]:
     if run.manifest.get("objective") != "predicted" or "class_name" not in run.manifest["tables"].get("samples", {}):
         return {}
     table = run.table("samples")
-    return dict(zip(table["name"].to_pylist(), table["class_name"].to_pylist(), strict=True))
+    rows = zip(table["name"].to_pylist(), table["class_name"].to_pylist(), strict=True)
+    return {name: seen for name, seen in rows if name is not None and seen is not None}
 
 
 def _paired(columns: list[list[SiteQuantiles]]) -> list[tuple[SiteQuantiles | None, ...]]:

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from ...classifier import RANDOM, Classifier, Reference, imagenet_names
-from ...errors import ModelError, did_you_mean
-from ...images import Preprocessing, one_line, printable
+from ...errors import ModelError, did_you_mean, one_line, printable
+from ...images import Preprocessing
 from ...outputs import head_of
 from ...scales import SCALES, Scaling
 from ..downloading import downloaded

@@ -10,8 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ...errors import ModelError
-from ...images import printable
+from ...errors import ModelError, printable
 from .internals import COMPILED_PREFIX
 
 _NESTED = ("state_dict", "model_state_dict", "model")
