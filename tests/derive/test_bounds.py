@@ -84,10 +84,14 @@ def test_two_thousand_terms_take_well_under_a_second_or_so():
     assert time.monotonic() - started < 10  # 0.3 s where the processor is free
 
 
-def test_a_chain_of_divisions_is_no_recursion_error():
-    text = "1/" + "/".join(f"tr(X**{1 + i % 20}*A)" for i in range(600))
-    with pytest.raises(InputError, match="nested too deeply"):
-        directional(text, "X", SQUARE)
+@pytest.mark.parametrize("sign", ["/", "*"])
+def test_a_chain_of_scalars(sign):
+    traces = [f"tr({'X*' * (1 + i % 7)}{'A*' * (i // 7)}A)" for i in range(200)]
+    with pytest.raises(InputError, match="a product with 61 scalars"):
+        directional(f"1{sign}" + sign.join(traces), "X", SQUARE)
+    d = directional(f"1{sign}" + sign.join(traces[:30]), "X", SQUARE)
+    assert d.latex.count("tr") < 10_000  # each is written once, though fractions stand within fractions
+    assert d.check() < 1e-9
 
 
 def test_components_beyond_sense():

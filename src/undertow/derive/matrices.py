@@ -19,6 +19,8 @@ MAX_DIGITS = 300
 """Of a number, before and after its fraction's bar: what float64 holds."""
 MAX_FACTORS = 300
 """Of one product: its derivative has as many products."""
+MAX_SCALARS = 60
+"""Of one product, such as traces: they are nested, and simplifying them takes the cube of their number."""
 _TOO_LONG = 10**MAX_DIGITS
 
 
@@ -149,7 +151,16 @@ def scaled(scalar: MatrixExpr, body: MatrixExpr) -> MatrixExpr:
     if body.kind == "scaled" and _base_and_exponent(scalar)[0] == _base_and_exponent(body.operands[0])[0]:
         (base, first), (_, second) = _base_and_exponent(scalar), _base_and_exponent(body.operands[0])
         return times(value, scaled(power(base, first + second), body.operands[1]))
+    if (depth := _scalars(body)) > MAX_SCALARS:
+        raise InputError(f"a product with {depth:,} scalars comes of it; {MAX_SCALARS} are the most")
     return times(value, MatrixExpr("scaled", body.shape, (scalar, body)))
+
+
+def _scalars(expr: MatrixExpr) -> int:
+    count = 1
+    while expr.kind == "scaled":
+        count, expr = count + 1, expr.operands[1]
+    return count
 
 
 def _base_and_exponent(scalar: MatrixExpr) -> tuple[MatrixExpr, Fraction]:
