@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, RunError, did_you_mean, printable
 from ..measures import CODES, code_values, finite
 from .format import KEYS
 
@@ -175,7 +175,10 @@ def _factors(run: Recorded, table: Any, per_sample: bool) -> npt.NDArray[np.floa
     batches = run.table("batches")
     sizes = dict(zip(zip(*_lists(batches, KEYS), strict=True), batches["size"].to_pylist(), strict=True))
     rows = zip(*_lists(table, ("phase", *KEYS)), strict=True)
-    return np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    try:
+        return np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    except KeyError as error:
+        raise RunError(f"{printable(run.folder)} has rows of batch {error}, which its table batches lacks") from error
 
 
 def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
