@@ -6,6 +6,7 @@ NumPy and Pillow only. `read` accepts what a person has (rotated, transparent, g
 
 import ctypes
 import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -55,7 +56,7 @@ def read(path: str | os.PathLike[str]) -> Image.Image:
     path = Path(path)
     name = printable(path)
     _refuse_non_file(path, name)
-    _silence_libtiff()
+    _silence_decoders()
     try:
         with _without_warnings(), Image.open(path, formats=_formats()) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -228,11 +229,12 @@ def _refuse_non_file(path: Path, name: str) -> None:
 
 
 @cache
-def _silence_libtiff() -> None:
-    """Keep libtiff, and the libjpeg in it, from writing lines of their own to stderr; Pillow raises what they mean.
+def _silence_decoders() -> None:
+    """Keep Pillow's log, libtiff and the libjpeg in it from lines of their own on stderr; Pillow raises what they mean.
 
-    The handlers are those of the copy that Pillow is linked with. Where that hides them, the lines remain.
+    libtiff's handlers are those of the copy that Pillow is linked with. Where that hides them, the lines remain.
     """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # logs that somebody set up get them all the same
     with suppress(AttributeError, OSError):
         library = ctypes.CDLL(_imaging.__file__)
         for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):

@@ -94,6 +94,12 @@ def test_a_chain_of_scalars(sign):
     assert d.check() < 1e-9
 
 
+def test_a_matrix_that_is_singular_wherever_it_is_tried():
+    with pytest.raises(InputError, match="has no finite value at any of 40 random points"):
+        directional("inv(X - X)*X", "X", SQUARE).check()
+    assert directional("inv(relu(X))*X", "X", SQUARE).check() < 1e-6  # at some
+
+
 def test_components_beyond_sense():
     network = Network.parse("x1>n1 n1>n2")
     for wrt in ("x1[99999999]", f"v[1,1][{NINES}]"):

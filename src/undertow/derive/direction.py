@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -143,10 +144,10 @@ class Directional:
         sizes: dict[Dimension, int] = dict(zip(dimensions, _distinct_sizes(len(dimensions), rng), strict=True))
         for attempt in range(40):
             values = {name: _random_matrix(s.shape, sizes, attempt % 2 == 1, rng) for name, s in symbols.items()}
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), suppress(np.linalg.LinAlgError, OverflowError):  # singular at this point
                 f, df = (evaluate(expr, values, sizes, np) for expr in (self.function, self.derivative))
-            if np.isfinite(f).all() and np.isfinite(df).all():
-                return values, sizes, df
+                if np.isfinite(f).all() and np.isfinite(df).all():
+                    return values, sizes, df
         raise InputError(
             f"{to_text(self.function)} has no finite value at any of 40 random points; is it defined anywhere?"
         )
