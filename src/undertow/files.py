@@ -55,13 +55,14 @@ def _aside(path: Path) -> Iterator[Path]:
     stem, suffix = path.stem.encode(errors="ignore")[:40].decode(errors="ignore"), path.suffix
     aside = path.with_name(f"{_ASIDE}{secrets.token_hex(6)}-{stem}{suffix}")
     handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | _WITHOUT_LINKS, 0o666)
-    if not _claim(handle):  # Windows replaces no file that is open
+    claimed = _claim(handle)
+    if not claimed:  # Windows, which locks otherwise, replaces no file that is open
         os.close(handle)
     try:
         yield aside
     finally:
         aside.unlink(missing_ok=True)
-        with suppress(OSError):
+        if claimed:
             os.close(handle)
 
 

@@ -6,6 +6,7 @@ NumPy and Pillow only. `read` accepts what a person has (rotated, transparent, g
 
 import ctypes
 import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -59,7 +60,7 @@ def read(photograph: Photograph) -> Image.Image:
     name = "the Pillow image" if isinstance(photograph, Image.Image) else printable(photograph)
     if not isinstance(photograph, Image.Image):
         _refuse_non_file(Path(photograph), name)
-    _silence_libtiff()
+    _silence_decoders()
     try:
         with _without_warnings(), _opened(photograph) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -317,11 +318,12 @@ def _refuse_non_file(path: Path, name: str) -> None:
 
 
 @cache
-def _silence_libtiff() -> None:
-    """Keep libtiff, and the libjpeg in it, from writing lines of their own to stderr; Pillow raises what they mean.
+def _silence_decoders() -> None:
+    """Keep Pillow's log, libtiff and the libjpeg in it from lines of their own on stderr; Pillow raises what they mean.
 
-    The handlers are those of the copy that Pillow is linked with. Where that hides them, the lines remain.
+    libtiff's handlers are those of the copy that Pillow is linked with. Where that hides them, the lines remain.
     """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # logs that somebody set up get them all the same
     with suppress(AttributeError, OSError):
         library = ctypes.CDLL(_imaging.__file__)
         for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
