@@ -35,7 +35,7 @@ def test_numbers_and_products_that_are_too_long(text, message):
     with pytest.raises(InputError, match=message) as caught:
         directional(text, "X", SQUARE)
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # it does not hang, on a busy machine either
 
 
 @pytest.mark.parametrize(
