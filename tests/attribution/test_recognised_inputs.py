@@ -79,9 +79,8 @@ assert np.array_equal(as_numpy(x), np.asarray(x))
 
 
 def test_a_jax_array_is_recognised():
-    ended = subprocess.run(
-        [sys.executable, "-c", JAX], capture_output=True, text=True, check=True
-    )  # JAX objects to forks
+    # in a process of its own: JAX objects to the forks of other tests
+    ended = subprocess.run([sys.executable, "-c", JAX], capture_output=True, text=True, check=True)
     assert ended.stdout.startswith("x is a JAX array, and the model takes a torch tensor")
     assert "torch.from_numpy(numpy.array(x))" in ended.stdout
 

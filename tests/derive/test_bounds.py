@@ -81,7 +81,7 @@ def test_two_thousand_terms_take_well_under_a_second_or_so():
     started = time.monotonic()
     d = directional(text, "X", SQUARE)
     assert d.text == "D(2001000AXA⁻¹)[H] = 2001000AHA⁻¹"
-    assert time.monotonic() - started < 10  # 0.3 s where the processor is free
+    assert time.monotonic() - started < 60  # 0.3 s where the processor is free
 
 
 @pytest.mark.parametrize("sign", ["/", "*"])
