@@ -81,6 +81,19 @@ def test_a_layer_that_runs_twice_counts_with_both_calls():
         ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared@2")
 
 
+def test_a_convolution_within_does_not_tell_of_tokens():
+    """The 16 tokens have 16 channels each; the convolution's own are in second place, the tokens' are not."""
+    torch.manual_seed(5)
+    embedding = nn.Sequential(nn.Conv2d(3, 16, 4, 4), Shaped(lambda v: v.flatten(2).mT))
+    net = nn.Sequential(embedding, Shaped(lambda v: v.tanh().mT), pooled(16)).double().eval()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    with pytest.raises(ut.InputError, match="cannot be told; pass axes='btc' or 'bct'"):
+        ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0")
+    wanted = reference(net, x, 1, net[0], lambda t: t.mT.unflatten(2, (4, 4)))
+    a = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0", axes="btc")
+    torch.testing.assert_close(a.values, wanted)
+
+
 class Siamese(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,6 +195,8 @@ def test_a_layout_is_found(shape, input_shape, more, layout):
         ((1, 28, 64), (1, 1, 28, 28), {}, "tokens make no grid"),  # rows, as an LSTM takes them
         ((1, 28, 64), (1, 1, 28, 28), {"channel_axis": -1}, "tokens make no grid"),
         ((1, 1569, 384), (1, 3, 16, 224, 224), {}, "tokens make no grid"),  # 8 x 14 x 14, not 2 x 28 x 28
+        ((1, 100, 256), (1, 3, 640, 640), {"channel_axis": -1}, "tokens make no grid"),  # a detector's queries
+        ((1, 8400, 4), (1, 3, 640, 640), {}, "tokens make no grid"),  # its boxes
         ((64, 49, 96), (1, 3, 224, 224), {}, "a place for each sample"),
         ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhcw"}, "axes 'bhcw' are not understood"),
         ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhw"}, "a letter for each of the layer's 4 axes"),
