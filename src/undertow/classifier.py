@@ -35,6 +35,7 @@ class Classifier:
         weights_sha256: of the values themselves (see `undertow.frameworks.torch.weights.weights_sha256`).
         synonyms: further names of each class, or nothing; `find_class` knows them too.
         preprocessing_from: who says so, for people: "torchvision's, of IMAGENET1K_V2", "--preprocess 0..1".
+        output: the part of the module's output that holds the scores, as `undertow.explain` takes it.
         guessed: nobody says how pixels are scaled: from 0 to 1 is what most do.
     """
 
@@ -47,6 +48,7 @@ class Classifier:
     synonyms: tuple[tuple[str, ...], ...] = ()
     preprocessing_from: str = "given with the network"
     guessed: bool = False
+    output: str | int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,10 +111,19 @@ class Zoo(Protocol):
     def rows(self, source: str, word: str | None) -> list[Reference]:
         """List the models whose reference contains a word."""
 
-    def load(self, source: str, name: str, weights: str, file: Path | None) -> Classifier:
+    def load(
+        self, source: str, name: str, weights: str, file: Path | None, output: str | int | None = None
+    ) -> Classifier:
         """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
 
-    def from_object(self, reference: str, network: Any, file: Path | None, scaling: Scaling | None) -> Classifier:
+    def from_object(
+        self,
+        reference: str,
+        network: Any,
+        file: Path | None,
+        scaling: Scaling | None,
+        output: str | int | None = None,
+    ) -> Classifier:
         """Complete what a user's function returned; its preprocessing is scaled otherwise where that was asked for."""
 
     def seeded(self) -> AbstractContextManager[None]:

@@ -37,7 +37,12 @@ SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "keras": "k
 """The framework that loads each source, the part of a reference before the colon."""
 
 
-def load(reference: str, weights: str | os.PathLike[str] | None = None, preprocess: str | None = None) -> Classifier:
+def load(
+    reference: str,
+    weights: str | os.PathLike[str] | None = None,
+    preprocess: str | None = None,
+    output: str | int | None = None,
+) -> Classifier:
     """Load the classifier that a reference names, its weights from a file where one is given.
 
     Weights are read from `.safetensors`, or from a state dict that `torch.load(weights_only=True)` accepts; no code in
@@ -50,6 +55,7 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None, preproce
         preprocess: how pixels are scaled, in the words of `undertow.scales`: "0..1", "imagenet@32". By
             default as the network's own source says. Where nothing does, as in a Keras model without a layer that
             scales, from 0 to 1, with a warning.
+        output: the part of the network's output that holds the scores, where it returns several.
 
     Raises:
         ModelError: an unknown reference, or weights that cannot be had or do not fit.
@@ -60,7 +66,7 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None, preproce
     'tiger cat'
     """
     scaling = None if preprocess is None else Scaling.parse(preprocess)
-    classifier = _load(os.fspath(reference), None if weights is None else Path(weights), scaling)
+    classifier = _load(os.fspath(reference), None if weights is None else Path(weights), scaling, output)
     if scaling is not None:
         scaled = scaling.applied(classifier.preprocessing)
         return replace(
@@ -83,16 +89,16 @@ def guess_of(classifier: Classifier) -> str:
     )
 
 
-def _load(reference: str, file: Path | None, scaling: Scaling | None) -> Classifier:
+def _load(reference: str, file: Path | None, scaling: Scaling | None, output: str | int | None) -> Classifier:
     source, _, rest = reference.partition(":")
     path, _, function = reference.rpartition(":")
     if source in SOURCES and (source != "demo" or not rest):
         name, _, choice = rest.partition("@")
-        return _zoo(SOURCES[source]).load(source, name, choice, file)
+        return replace(_zoo(SOURCES[source]).load(source, name, choice, file), output=output)
     if reference.lower().endswith((".keras", ".h5", ".hdf5")) or Path(reference, "saved_model.pb").is_file():
-        return _zoo("keras").load("file", reference, "", file)
+        return _zoo("keras").load("file", reference, "", file, output)
     if path.endswith(".py"):
-        return _from_file(reference, Path(path).expanduser(), function, file, scaling)
+        return _from_file(reference, Path(path).expanduser(), function, file, scaling, output)
     raise ModelError(f"unknown model '{printable(reference)}'; a reference is {FORMS}{_similar(reference)}")
 
 
@@ -148,7 +154,14 @@ def _similar(word: str) -> str:
     return f"; did you mean {' or '.join(bare[name] for name in close)}?" if close else ""
 
 
-def _from_file(reference: str, path: Path, function: str, weights: Path | None, scaling: Scaling | None) -> Classifier:
+def _from_file(
+    reference: str,
+    path: Path,
+    function: str,
+    weights: Path | None,
+    scaling: Scaling | None,
+    output: str | int | None,
+) -> Classifier:
     """Run the function and complete what it returns: class names, preprocessing, eval mode, weights."""
     if not path.is_file():
         raise ModelError(f"no file {printable(path)}; a reference is {FORMS}")
@@ -160,7 +173,7 @@ def _from_file(reference: str, path: Path, function: str, weights: Path | None, 
         except (Exception, SystemExit) as error:
             raise ModelError(f"{printable(path)} failed{_location(error, path)}; correct it, then try again") from error
     module = network.get("module") if isinstance(network, dict) else getattr(network, "module", network)
-    return _zoo(framework_of_model(module)).from_object(reference, network, weights, scaling)
+    return _zoo(framework_of_model(module)).from_object(reference, network, weights, scaling, output)
 
 
 @contextmanager

@@ -43,14 +43,14 @@ def x():
     return torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(5)).double() * 1.4 + 0.3
 
 
-def answer(model, x, rule="gradient", estimator="smoothgrad:3", seed=0, **more):
+def answer(model, x, rule="gradient", estimator="smoothgrad:3", seed=0):
     request = base.Request(model, (x,), ut.rules.RULES[rule], rule, None, "graph", "relu-like", False)
-    return estimators.estimate("torch", request, estimators.resolve(estimator), seed, **more)
+    return estimators.estimate("torch", request, estimators.resolve(estimator), seed)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_smoothgrad_without_noise_is_the_gradient(x, rule):
-    attribution = answer(net(), x, rule, "smoothgrad:3", noise=0.0).maps[0]
+    attribution = ut.explain(net(), x, rule=rule, estimator="smoothgrad:3", noise=0.0).values
     assert torch.allclose(attribution, ut.explain(net(), x, rule=rule).values, rtol=1e-5, atol=1e-7)
 
 
@@ -211,3 +211,113 @@ def test_layers_are_read_through_the_graph_alone(x):
 def test_bfloat16_stays_bfloat16(x):
     attribution = ut.explain(net().bfloat16(), x.bfloat16(), estimator="smoothgrad:2")
     assert attribution.values.dtype == torch.bfloat16
+
+
+BASELINES = {
+    "zero": lambda x: torch.zeros_like(x),
+    0.5: lambda x: torch.full_like(x, 0.5),
+    (0.1, -0.2, 0.3): lambda x: torch.tensor([0.1, -0.2, 0.3]).double()[:, None, None].expand_as(x),
+}
+
+
+def line_by_hand(model, x, start, count, classes):
+    """Integrated gradients by their definition, one point at a time, by autograd."""
+    total = torch.zeros_like(x)
+    for i in range(count):
+        point = (start + (x - start) * (i + 0.5) / count).requires_grad_()
+        total += torch.autograd.grad(model(point).gather(1, classes[:, None]).sum(), point)[0]
+    return (x - start) * total / count
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_integrated_gradients_begin_at_the_baseline(x, baseline):
+    model, classes = net(), torch.tensor([1, 3])
+    start = BASELINES[baseline](x)
+    a = ut.explain(model, x, rule="gradient", estimator="integrated:6", target=classes, baseline=baseline)
+    wanted = line_by_hand(model, x, start, 6, classes)
+    assert torch.allclose(a.values, wanted, atol=1e-9)
+    moved = (model(x) - model(start)).gather(1, classes[:, None])[:, 0].detach()
+    left = (moved - wanted.flatten(1).sum(1)) / moved
+    assert np.allclose(a.completeness, left, atol=1e-9)
+    tensor = ut.explain(model, x, rule="gradient", estimator="integrated:6", target=classes, baseline=start)
+    assert torch.allclose(tensor.values, wanted, atol=1e-9)
+
+
+def test_baselines_are_averaged_and_the_blur_is_a_gaussian(x):
+    from scipy import ndimage
+
+    model, classes = net(), torch.tensor([1, 3])
+    options = {"rule": "gradient", "estimator": "integrated:5", "target": classes}
+    each = [ut.explain(model, x, **options, baseline=b).values for b in ("zero", "blur", 0.5)]
+    mean = ut.explain(model, x, **options, baseline=["zero", "blur", 0.5])
+    assert torch.allclose(mean.values, torch.stack(each).mean(0), atol=1e-9)
+    big = np.random.default_rng(0).normal(size=(1, 2, 60, 45))
+    blurred = estimators.baseline_like("blur", [big], [big])[0]
+    sigma = (0, 0, 60 / 15, 45 / 15)
+    spread = ndimage.gaussian_filter(big, sigma, mode="constant", truncate=20)
+    weight = ndimage.gaussian_filter(np.ones_like(big), sigma, mode="constant", truncate=20)
+    assert np.allclose(blurred, spread / weight, atol=1e-9)
+    last = estimators.baseline_like("blur", [np.moveaxis(big, 1, -1)], [big], channels_last=True)[0]
+    assert np.allclose(np.moveaxis(last, -1, 1), blurred)
+
+
+@pytest.mark.parametrize("estimator", ["smoothgrad:7", "integrated:7"])
+def test_the_inner_batch_bounds_what_goes_through_at_once(x, estimator):
+    sizes, model = [], net()
+
+    def counted(v):
+        sizes.append(len(v))
+        return model(v)
+
+    wanted = ut.explain(model, x, estimator=estimator, target=1).values
+    for inner_batch in (1, 2, 6):
+        sizes.clear()
+        a = ut.explain(counted, x, estimator=estimator, target=1, inner_batch=inner_batch)
+        assert max(sizes) <= max(inner_batch, len(x))
+        assert torch.allclose(a.values, wanted, atol=1e-9)
+
+
+def test_noise_is_a_part_of_the_range(x):
+    model, classes, generator = net(), torch.tensor([1, 3]), np.random.default_rng(0)
+    ranges = (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)).numpy()
+    point = torch.tensor(x.numpy() + generator.standard_normal(x.shape) * 0.3 * ranges).requires_grad_()
+    (wanted,) = torch.autograd.grad(model(point).gather(1, classes[:, None]).sum(), point)
+    a = ut.explain(model, x, rule="gradient", estimator="smoothgrad:1", noise=0.3, target=classes)
+    assert torch.allclose(a.values, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baseline": "black"}, "unknown baseline 'black'; it is 'zero', 'blur'"),
+        ({"baseline": torch.ones(2, 2)}, r"a baseline of shape .*2, 2.* does not fit the input \(2, 3, 12, 16\)"),
+        ({"baseline": []}, "baseline=\\[\\] is empty"),
+        ({"noise": -1.0}, "noise=-1.0 must be 0 or more"),
+        ({"inner_batch": 0}, "inner_batch=0 must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(x, options, message):
+    with pytest.raises(ut.InputError, match=message):
+        ut.explain(net(), x, estimator="integrated:3", **options)
+    with pytest.raises(ut.InputError, match=r"'blur' needs images"):
+        ut.explain(nn.Linear(4, 2), torch.ones(1, 4), rule="gradient", estimator="integrated:3", baseline="blur")
+
+
+def test_likeness_says_whether_the_map_changes_with_the_class(x):
+    a = ut.explain(net(), x, rule="gradient", target=[[0, 3, 4]] * 2)
+    maps = a.values.flatten(2).numpy()
+    assert np.allclose(a.likeness(), [np.corrcoef(rows) for rows in maps], atol=1e-9)
+    from scipy import stats
+
+    ranks = [stats.spearmanr(np.abs(rows), axis=1).statistic for rows in maps]
+    assert np.allclose(a.likeness("magnitude"), ranks, atol=1e-9)
+    opposite = ut.explain(
+        lambda v: torch.stack([net()(v)[:, 0], -net()(v)[:, 0]], 1), x, rule="gradient", target="top:2"
+    )
+    assert np.allclose(opposite.likeness()[:, 0, 1], -1)
+    for make, message in (
+        (lambda: ut.explain(net(), x).likeness(), "one target a sample; explain several"),
+        (lambda: a.likeness("signs"), "it is 'values' or 'magnitude'"),
+    ):
+        with pytest.raises(ut.InputError, match=message):
+            make()

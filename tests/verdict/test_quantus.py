@@ -8,7 +8,8 @@ from quantus.functions import norm_func
 from torch import nn
 
 import undertow as ut
-from undertow.verdict import faithfulness, fill, null, similarity, stability
+from undertow import similarity
+from undertow.verdict import faithfulness, fill, null, stability
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 |---|---|---|
 | gradient | one backward pass at the input itself | 1 |
 | smoothgrad:N | the mean over N inputs with normal noise, a tenth of each sample's range of values | 2 + N |
-| integrated:N | the mean over N points on the straight line from zero to the input, times the input | 2 + N |
+| integrated:N | the mean over N points on the line from a baseline to the input, times their difference | 3 + N |
 | input-times | the gradient times the input | 1 |
 | grad-cam:LAYER[:AXES] | the layer's channels weighted by their mean gradients, positive part, `(B, 1, H, W)` | 1 |
 | guided-grad-cam:LAYER[:AXES] | the rule's map times the Grad-CAM of the plain gradient | 2 |
@@ -15,7 +15,8 @@ where the layer does not lie over it. Of lines `(B, L)` the map has the input's 
 itself: noise does not change the class that is explained.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, did_you_mean
-from ..frameworks.base import Arrays, Request, capability
+from ..frameworks.base import Arrays, Request, as_numpy, capability
 from ..frameworks.results import Explanation, LayerGradients
 from ..layouts import Layout, find_layout
 from ..rules import gradient
@@ -33,8 +34,7 @@ Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
 COUNTS = {"smoothgrad": 25, "integrated": 50}
 LAYERED = ("grad-cam", "guided-grad-cam")
-NOISE = 0.1
-MAX_BATCH = 8  # inputs in one pass: a larger batch gains nothing on a CPU and costs memory
+BLUR = 15  # the blur's standard deviation is this part of the image's side
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,32 @@ class Estimator:
         count: how many inputs are averaged; 1 where none are.
         layer: of Grad-CAM; empty elsewhere.
         axes: of the layer's output, as in "bhwc"; empty: find them.
+        noise: SmoothGrad's standard deviation, as a fraction of each sample's range (largest minus smallest value).
+        baselines: where the line of integrated gradients begins: "zero", "blur", numbers or arrays, one in turn.
+        inner_batch: how many samples go through the network at once, at most, where inputs are averaged.
     """
 
     kind: str
     count: int = 1
     layer: str = ""
     axes: str = ""
+    noise: float = 0.1
+    baselines: tuple[Any, ...] = ("zero",)
+    inner_batch: int = 8  # a larger one gains nothing on a CPU and costs memory
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < math.inf:
+            raise InputError(f"noise={self.noise} must be 0 or more: a fraction of the input's range, such as 0.1")
+        if self.inner_batch < 1:
+            raise InputError(f"inner_batch={self.inner_batch} must be at least 1")
+        if not self.baselines:
+            raise InputError("baseline=[] is empty; pass 'zero', 'blur', a number, or an array like the input")
 
     @property
     def passes(self) -> int:
         """How often each sample goes forward and backward."""
+        if self.kind == "integrated":
+            return 2 + len(self.baselines) * (1 + self.count)
         return 2 + self.count if self.kind in COUNTS else 2 if self.kind == "guided-grad-cam" else 1
 
     @property
@@ -72,7 +88,7 @@ def resolve(word: str) -> Estimator:
         InputError: no such estimator, not a number of inputs, or no layer.
 
     >>> resolve("smoothgrad:10")
-    Estimator(kind='smoothgrad', count=10, layer='', axes='')
+    Estimator(kind='smoothgrad', count=10, layer='', axes='', noise=0.1, baselines=('zero',), inner_batch=8)
     >>> resolve("grad-cam")
     Traceback (most recent call last):
     undertow.errors.InputError: estimator 'grad-cam' needs a layer, as in grad-cam:layer4
@@ -95,15 +111,14 @@ def resolve(word: str) -> Estimator:
     return Estimator(kind, int(detail) if colon else COUNTS[kind])
 
 
-def estimate(framework: str, request: Request, estimator: Estimator, seed: int, noise: float = NOISE) -> Explanation:
+def estimate(framework: str, request: Request, estimator: Estimator, seed: int) -> Explanation:
     """Explain by an estimator. Shapes as in the table above; dtype and device of the input.
 
     Args:
         seed: of SmoothGrad's noise, the same on every framework and device.
-        noise: SmoothGrad's standard deviation, as a fraction of each sample's range (largest minus smallest value).
 
     Raises:
-        InputError: Grad-CAM of a layer that is not there, or whose layout cannot be told.
+        InputError: Grad-CAM of a layer that is not there, or whose layout cannot be told; a baseline that does not fit.
 
     Source: SmoothGrad, Smilkov et al. 2017, arXiv 1706.03825; integrated gradients, Sundararajan et al. 2017,
         arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
@@ -116,14 +131,98 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int, 
     arrays = capability(framework, "arrays")
     inputs = [arrays.to_numpy(x) for x in request.inputs]
     values = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
+    completeness = None
     if estimator.kind == "smoothgrad":
-        values = _mean(framework, request, explanation, _noisy(inputs, values, estimator.count, seed, noise))
+        points = _noisy(inputs, values, estimator.count, seed, estimator.noise)
+        values = _mean(framework, request, explanation, points, estimator.inner_batch)
     elif estimator.kind == "integrated":
-        values = _mean(framework, request, explanation, _on_the_line(inputs, values, estimator.count))
-    if estimator.kind != "smoothgrad":
+        values, completeness = _integrated(framework, request, explanation, estimator, inputs, values)
+    else:
         values = [_times(v, x, explanation.scores) for v, x in zip(values, inputs, strict=True)]
     maps = (None if v is None else arrays.like(v, x) for v, x in zip(values, request.inputs, strict=True))
-    return replace(explanation, maps=tuple(maps))
+    return replace(explanation, maps=tuple(maps), completeness=completeness)
+
+
+def _integrated(
+    framework: str,
+    request: Request,
+    explanation: Explanation,
+    estimator: Estimator,
+    inputs: list[Array],
+    maps: list[Array | None],
+) -> tuple[list[Array | None], Array]:
+    """Return the maps, averaged over the baselines, and the part of the score's difference that they do not explain."""
+    explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
+    ids = request.target if explanation.targets is None else arrays.to_numpy(explanation.targets)
+    totals: list[Any] = [None if m is None else 0.0 for m in maps]
+    difference: Any = arrays.to_numpy(explanation.scores).astype(np.float64)
+    for baseline in estimator.baselines:
+        starts = baseline_like(baseline, inputs, maps, explanation.channels_last)
+        points = _on_the_line(inputs, starts, maps, estimator.count)
+        mean = _mean(framework, request, explanation, points, estimator.inner_batch)
+        for i, (gradients, x, start) in enumerate(zip(mean, inputs, starts, strict=True)):
+            if gradients is not None:
+                moved = x.astype(np.float64) - start
+                part = gradients * (moved if explanation.scores.ndim == 1 else moved[:, None])
+                totals[i] = totals[i] + part / len(estimator.baselines)
+        tensors = tuple(arrays.like(s, x) for s, x in zip(starts, request.inputs, strict=True))
+        at_start = explainer.explain(replace(request, inputs=tensors, target=ids, rule=gradient, rule_name="gradient"))
+        difference = difference - arrays.to_numpy(at_start.scores).astype(np.float64) / len(estimator.baselines)
+    explained = sum(total.reshape(*difference.shape, -1).sum(-1) for total in totals if total is not None)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return totals, np.where(difference == explained, 0.0, (difference - explained) / difference)
+
+
+def baseline_like(
+    baseline: Any, inputs: Sequence[Array], maps: Sequence[Array | None], channels_last: bool = False
+) -> list[Array]:
+    """Return where the line to each input begins; an input without a map stays as it is.
+
+    Args:
+        baseline: "zero"; "blur", the input smoothed by a normal kernel of a fifteenth of its side; a number; an array
+            that fits one sample or the batch, with one value for each channel where it has just as many.
+
+    Raises:
+        InputError: it is something else, or does not fit.
+
+    >>> x = np.ones((1, 3, 2, 2))
+    >>> baseline_like((0, 1, 2), [x], [x])[0][0, :, 0, 0].tolist()
+    [0.0, 1.0, 2.0]
+    """
+    return [x if m is None else _start(baseline, x, channels_last) for x, m in zip(inputs, maps, strict=True)]
+
+
+def _start(baseline: Any, x: Array, channels_last: bool) -> Array:
+    plane = range(1, x.ndim - 1) if channels_last else range(2, x.ndim)
+    if isinstance(baseline, str):
+        if baseline == "zero":
+            return np.zeros_like(x)
+        if baseline != "blur":
+            raise InputError(f"unknown baseline {baseline!r}; it is 'zero', 'blur', a number or an array like x")
+        if not plane:
+            raise InputError(f"baseline 'blur' needs images, (B, C, H, W), and the input has shape {x.shape}")
+        return _blurred(x, plane)
+    try:
+        array = as_numpy(baseline) if hasattr(baseline, "shape") else np.asarray(baseline, x.dtype)
+        channel_axis = x.ndim - 1 if channels_last else 1
+        if array.ndim == 1 and x.ndim > 2 and len(array) == x.shape[channel_axis]:
+            array = array.reshape([-1 if axis == channel_axis else 1 for axis in range(x.ndim)])
+        return np.broadcast_to(array, x.shape).astype(x.dtype)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"a baseline of shape {np.shape(baseline)} does not fit the input {x.shape}; pass 'zero', 'blur', a "
+            "number, one for each channel, or an array like the input"
+        ) from error
+
+
+def _blurred(x: Array, plane: Iterable[int]) -> Array:
+    blurred = x.astype(np.float64)
+    for axis in plane:
+        distance = np.subtract.outer(np.arange(x.shape[axis]), np.arange(x.shape[axis])) * BLUR / x.shape[axis]
+        kernel = np.exp(-(distance**2) / 2)
+        kernel /= kernel.sum(1, keepdims=True)
+        blurred = np.moveaxis(np.moveaxis(blurred, axis, -1) @ kernel.T, -1, axis)
+    return blurred.astype(x.dtype)
 
 
 def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
@@ -147,14 +246,19 @@ def _normal_noise(x: Array, generator: np.random.Generator, noise: float) -> Arr
     return drawn.astype(x.dtype)
 
 
-def _on_the_line(inputs: list[Array], maps: list[Any], count: int) -> Iterator[list[Array]]:
-    """Yield the midpoints of `count` equal parts of the line from zero to the input."""
+def _on_the_line(inputs: list[Array], starts: list[Array], maps: list[Any], count: int) -> Iterator[list[Array]]:
+    """Yield the midpoints of `count` equal parts of the line to the input."""
     for i in range(count):
         share = (i + 0.5) / count
-        yield [x if m is None else x * x.dtype.type(share) for x, m in zip(inputs, maps, strict=True)]
+        yield [
+            x if m is None else start + (x - start) * x.dtype.type(share)
+            for x, start, m in zip(inputs, starts, maps, strict=True)
+        ]
 
 
-def _mean(framework: str, request: Request, first: Explanation, points: Iterator[list[Array]]) -> list[Array | None]:
+def _mean(
+    framework: str, request: Request, first: Explanation, points: Iterator[list[Array]], inner_batch: int
+) -> list[Array | None]:
     """Return the mean of the maps at the points, each `(B, ...)` float64.
 
     Several points go in one batch where the input itself, put behind the first of them, keeps its score: samples of a
@@ -184,7 +288,7 @@ def _mean(framework: str, request: Request, first: Explanation, points: Iterator
                 totals[i] = totals[i] + m.sum(0)
 
     # a target function may depend on positions in the batch, so it is given the batch as it is
-    per_pass = 1 if first.targets is None or not request.batch else max(1, MAX_BATCH // request.batch)
+    per_pass = 1 if first.targets is None or not request.batch else max(1, inner_batch // request.batch)
     if per_pass > 1:
         trial = list(islice(points, per_pass - 1))
         maps = _stacked_maps(explain_points, [*trial, [arrays.to_numpy(x) for x in request.inputs]], first, arrays)

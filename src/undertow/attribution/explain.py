@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..rules import Rule, resolve
 from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
 from .result import Attribution
+from .unbatched import unbatched_named
 
 THROUGH = ("graph", "swap", "hook")
 ACTIVATIONS = ("relu-like", "all")
@@ -39,6 +41,9 @@ def explain(
     head: str = "before",
     axes: str | None = None,
     at: str | Sequence[str] | None = None,
+    baseline: Any = "zero",
+    noise: float = 0.1,
+    inner_batch: int = 8,
 ) -> Attribution:
     """Map how each element of the input speaks for a score, under a rule for the activations on the way.
 
@@ -64,7 +69,7 @@ def explain(
             with zero, in any spelling), or "all" (also GELU, SiLU, Mish, ELU, SELU, CELU, Softplus, Hardswish).
         training: explain although dropout or batch norm in training act, which `a.acting` then lists; batch statistics
             are put back afterwards.
-        estimator: "gradient" (one backward pass), "smoothgrad[:N]", "integrated[:N]" (from zero), "input-times",
+        estimator: "gradient" (one backward pass), "smoothgrad[:N]", "integrated[:N]", "input-times",
             "grad-cam:LAYER" or "guided-grad-cam:LAYER", each around any rule; see `undertow.attribution.estimators`.
         seed: of SmoothGrad's noise.
         output: the part of the output that holds the scores, where the model returns several: a name, an index, or
@@ -75,6 +80,12 @@ def explain(
 
         at: explain by a layer's output in place of `x`: its name, or several. `layer@1` is its second call. Of
             embeddings this gives token attributions for `x` of whole numbers alone.
+
+        baseline: where integrated gradients begin: "zero", "blur" (the image smoothed), a number, one for each channel,
+            an array or tensor like `x` or like one sample; a list of these is averaged over. `a.completeness` says
+            which part of the score's difference the map leaves out.
+        noise: SmoothGrad's standard deviation, as a fraction of each sample's range.
+        inner_batch: how many samples an estimator puts through the network at once, at most.
 
     Returns:
         Attribution: `values` of the shape and dtype of `x`, or `(B, K, ...)` for K targets a sample; in the structure
@@ -96,7 +107,12 @@ def explain(
     (tensor([[1., 0.]]), tensor([1.]), 1)
     """
     name, function = resolve(rule)
-    resolved = resolve_estimator(estimator if axes is None else f"{estimator}:{axes}")
+    resolved = replace(
+        resolve_estimator(estimator if axes is None else f"{estimator}:{axes}"),
+        baselines=tuple(baseline) if isinstance(baseline, list) else (baseline,),
+        noise=noise,
+        inner_batch=inner_batch,
+    )
     _check_choice("through", through, THROUGH)
     _check_choice("activations", activations, ACTIVATIONS)
     _check_choice("head", head, HEADS)
@@ -115,11 +131,12 @@ def explain(
         is_plain=arguments.is_plain,
     )
     framework = framework_of_input(arguments.tensors[0], model)
-    if at is None:
-        explanation = estimate(framework, request, resolved, seed)
-        values = arguments.in_structure(explanation.maps)
-    else:
-        values, explanation = _explain_at(framework, request, resolved, seed, at)
+    with unbatched_named(framework, request):
+        if at is None:
+            explanation = estimate(framework, request, resolved, seed)
+            values = arguments.in_structure(explanation.maps)
+        else:
+            values, explanation = _explain_at(framework, request, resolved, seed, at)
     _warn_if_saturated(explanation, head)
     _warn_if_left_alone(explanation, name, activations)
     return Attribution(
@@ -137,6 +154,7 @@ def explain(
         channels_last=explanation.channels_last,
         acting=explanation.acting,
         head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
+        completeness=explanation.completeness,
         at=(at,) if isinstance(at, str) else tuple(at or ()),
     )
 

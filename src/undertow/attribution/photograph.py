@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from ..show.panel import PanelRow, panel
 from .explain import explain
 from .predictions import Prediction, likeliest
 from .result import Attribution
+
+ALIKE = 0.9  # correlation from which maps of different classes are said to be nearly the same
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def explain_photograph(
     photograph = images.read(path)
     x = classifier.prepare(photograph, device)
     explainer = capability(framework_of_model(classifier.module), "explain")
-    returned = explainer.scores(classifier.module, x)[0]
+    returned = explainer.scores(classifier.module, x, classifier.output)[0]
+    options["output"] = classifier.output
     predictions = _predictions(classifier, returned)
     targets = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}
@@ -89,7 +92,7 @@ def explain_photograph(
         predictions=predictions,
         targets=[(i, classifier.classes[i], float(returned[i])) for i in ids],
         maps=maps,
-        notes=[*notes(maps), *remarks],
+        notes=[*notes(maps), *remarks, *_likeness_notes(maps)],
         seconds=seconds,
         device=device,
     )
@@ -188,6 +191,24 @@ def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:
     return float(table[np.triu_indices(len(maps), 1)].mean())
 
 
+def likeness(attribution: Attribution) -> list[list[float]] | None:
+    """Return how alike the maps of one photograph's targets are, each row rounded; None for a single target."""
+    if attribution.scores.shape[1] < 2:
+        return None
+    return [[round(value, 3) for value in row] for row in attribution.likeness()[0].tolist()]
+
+
+def _likeness_notes(maps: Mapping[str, Attribution]) -> list[str]:
+    """Say of which rules the maps of all classes are nearly the same."""
+    remarks = []
+    for rule, attribution in maps.items():
+        rows = likeness(attribution)
+        if rows is not None and (least := min(map(min, rows))) >= ALIKE:
+            what = f"the maps of these classes are nearly the same (correlation {least:.2f})"
+            remarks.append(f"{rule}: {what}: they show what the network sees, not why it chose one class.")
+    return remarks
+
+
 def notes(maps: dict[str, Attribution]) -> list[str]:
     """Return what is to be known of these maps, lest an artefact be taken for an insight."""
     remarks = []
@@ -205,7 +226,10 @@ def _result(explained: ExplainedPhotograph, classifier: Classifier) -> dict[str,
         **provenance(explained.path, classifier),
         "predictions": [prediction.to_dict() for prediction in explained.predictions],
         "targets": _targets(explained),
-        "rules": {name: {**a.to_dict(), "seconds": explained.seconds[name]} for name, a in explained.maps.items()},
+        "rules": {
+            name: {**a.to_dict(), "likeness": likeness(a), "seconds": explained.seconds[name]}
+            for name, a in explained.maps.items()
+        },
         "notes": explained.notes,
         "verdicts": explained.verdicts,
         "device": explained.device,

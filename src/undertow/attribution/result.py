@@ -13,6 +13,7 @@ from ..files import published
 from ..frameworks.base import AS_IS, as_numpy
 from ..images import printable
 from ..show import heatmap
+from ..similarity import correlation, spearman
 from ..structures import map_tensors, tensors_with_paths
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Attribution:
         acting: dropouts and batch norms in training, with `training=True`, and other random operations that acted in
             the forward pass, by name: with any, the map depends on chance or on the rest of the batch.
         head: "before softmax" or the like where the score before the last operation was explained, else "as is".
+        completeness: of integrated gradients, in the shape of `scores`: the part of the score's difference to the
+            baseline that the map does not account for, (difference - sum of the map) / difference; else None.
         at: the layers whose outputs the values are of; none: the input.
     """
 
@@ -57,6 +60,7 @@ class Attribution:
     acting: dict[str, int] = field(default_factory=dict)
     head: str = AS_IS
     at: tuple[str, ...] = ()
+    completeness: Any = None
 
     def numpy(self, channels_last: bool = False) -> Any:
         """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
@@ -108,6 +112,32 @@ class Attribution:
         values = array[sample, target] if several else array[sample]
         return np.moveaxis(values, -1, 0) if self.channels_last else values
 
+    def likeness(self, of: str = "values") -> npt.NDArray[np.float64]:
+        """Return how alike the maps of a sample's K targets are, `(B, K, K)`: does the map change with the class?
+
+        Args:
+            of: "values" gives Pearson's correlation of the signed values: 1 for the same map, 0 for unrelated ones, -1
+                for opposite ones. "magnitude" gives Spearman's rank correlation of |values|: do the same stand out?
+
+        Raises:
+            InputError: there is one target a sample, or `of` is another word.
+
+        >>> maps = np.array([[[1.0, 2.0, 4.0], [2.0, 4.0, 8.0], [-1.0, -2.0, -4.0]]])
+        >>> a = Attribution(maps, np.array([[7, 8, 9]]), np.zeros((1, 3)), "gradient")
+        >>> a.likeness()[0, 0].tolist(), a.likeness("magnitude")[0, 0].tolist()
+        ([1.0, 1.0, -1.0], [1.0, 1.0, 1.0])
+        """
+        if self.scores.ndim != 2:
+            raise InputError("there is one target a sample; explain several, as in target='top:3'")
+        if of not in ("values", "magnitude"):
+            raise InputError(f"unknown of={of!r}; it is 'values' or 'magnitude'")
+        batch, count = self.scores.shape
+        parts = [as_numpy(value) for _, value in tensors_with_paths(self.values)]
+        flat = np.concatenate([part.reshape(batch, count, -1) for part in parts], -1).astype(np.float64)
+        compare = correlation if of == "values" else lambda a, b: spearman(np.abs(a), np.abs(b))
+        table = [[[compare(a, b) for b in maps] for a in maps] for maps in flat]
+        return np.array(table).reshape(batch, count, count)
+
     def save(self, path: str | Path) -> Path:
         """Write values, targets and scores as safetensors, and the rest as its metadata; whole or not at all.
 
@@ -122,7 +152,7 @@ class Attribution:
         if path.suffix != ".safetensors":
             raise InputError(f"{path.name!r} must end in .safetensors; for a picture use .image(0).save(...)")
         tensors = {f"values.{path}" if path else "values": t for path, t in tensors_with_paths(self.values)}
-        tensors |= {"targets": self.targets, "scores": self.scores}
+        tensors |= {name: getattr(self, name) for name in ("targets", "scores", "completeness")}
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
         facts = {**self.to_dict(), "channels_last": self.channels_last}
         with published(path) as aside:
@@ -156,6 +186,7 @@ class Attribution:
             values=values.get("values", values),
             targets=arrays.get("targets"),
             scores=arrays["scores"],
+            completeness=arrays.get("completeness"),
             **{name: value for name, value in facts.items() if name in known},
         )
 

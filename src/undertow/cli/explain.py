@@ -12,6 +12,7 @@ from .photographs import (
     input_line,
     load_classifier,
     model_option,
+    output_option,
     output_options,
     photographs_argument,
     preprocess_option,
@@ -79,9 +80,19 @@ Examples:
     show_default=True,
     help="Of a network that ends in a softmax or sigmoid: the score before it, or what it returns.",
 )
+@click.option(
+    "--baseline",
+    "baselines",
+    metavar="START",
+    multiple=True,
+    help="Where integrated begins: zero (default), blur, or a colour such as black, grey or #ff8800; several average.",
+)
+@click.option("--noise", default=0.1, show_default=True, help="Of smoothgrad, as a part of the input's range.")
+@click.option("--inner-batch", default=8, show_default=True, help="Images in one pass of an estimator, at most.")
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
 @preprocess_option
+@output_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -94,6 +105,8 @@ def explain(
     out: Path,
     as_json: bool,
     judge: bool,
+    output: str | None,
+    baselines: Sequence[str],
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
@@ -106,9 +119,33 @@ def explain(
 
     paths = images.find(photographs)
     options["head"] = options["head"].replace("-", " ")
-    classifier = load_classifier(reference, weights, preprocess)
+    classifier = load_classifier(reference, weights, preprocess, output)
+    options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
+
+
+def _baseline(classifier: "Classifier", word: str) -> Any:
+    """Return what `undertow.explain` takes for a word: a colour becomes an image of it, as the network's input.
+
+    Raises:
+        InputError: it is no colour.
+    """
+    from PIL import Image
+
+    from ..errors import InputError
+    from ..images import printable
+
+    if word in ("zero", "blur"):
+        return word
+    try:
+        image = Image.new("RGB", (64, 64), word)
+    except ValueError as error:
+        raise InputError(
+            f"unknown baseline '{printable(word)}'; it is zero, blur, or a colour such as black or #ff8800"
+        ) from error
+    array = classifier.preprocessing.array(image)
+    return tuple(float(value) for value in array[:, array.shape[1] // 2, array.shape[2] // 2])
 
 
 def target_of(classifier: "Classifier", words: Sequence[str]) -> Any:
@@ -205,9 +242,26 @@ def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: P
     yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
         yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+    yield from _likeness_lines(explained)
     for note in explained.notes:
         yield f"  note: {note}"
     for rule, verdict in explained.verdicts.items():
         yield f"  {rule:<10}{verdict['sentence']}"
     yield f"  -> {folder / 'panel.png'}"
     yield ""
+
+
+def _likeness_lines(explained: "ExplainedPhotograph") -> Iterator[str]:
+    """Say how alike the maps of several classes are."""
+    from itertools import combinations
+
+    from ..attribution.photograph import likeness
+
+    ids = [class_id for class_id, _, _ in explained.targets]
+    if len(ids) > 1:
+        yield "  does the map change with the class? correlation: 1 the same map, 0 unrelated, -1 opposite"
+    for rule, attribution in explained.maps.items():
+        rows = likeness(attribution)
+        if rows is not None:
+            pairs = combinations(range(len(ids)), 2)
+            yield f"  {rule:<10}" + "   ".join(f"{ids[i]}, {ids[j]}: {rows[i][j]:.2f}" for i, j in pairs)

@@ -39,6 +39,9 @@ preprocess_option = click.option(
     help="How pixels are scaled: 0..1, -1..1, 0..255, imagenet or caffe, each also with a size, as in imagenet@192. "
     "Default: as the model's own source says.",
 )
+output_option = click.option(
+    "--output", metavar="PART", help="The part of the network's output that holds the scores, as in out, 1 or heads.1."
+)
 json_option = partial(click.option, "--json", "as_json", is_flag=True)
 
 
@@ -47,13 +50,15 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return device_option(out_option(json_option(help="Print one JSON object instead of tables.")(command)))
 
 
-def load_classifier(reference: str, weights: Path | None = None, preprocess: str | None = None) -> "Classifier":
+def load_classifier(
+    reference: str, weights: Path | None = None, preprocess: str | None = None, output: str | None = None
+) -> "Classifier":
     """Load a classifier; that the scale of its pixels is a guess is told on stderr, whatever else is printed."""
     from .. import models
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=models.GUESSED)
-        classifier = models.load(reference, weights, preprocess)
+        classifier = models.load(reference, weights, preprocess, output)
     if classifier.guessed:
         click.echo(f"note: {models.guess_of(classifier)}", err=True)
     return classifier

@@ -14,6 +14,7 @@ from .photographs import (
     input_line,
     load_classifier,
     model_option,
+    output_option,
     output_options,
     photographs_argument,
     preprocess_option,
@@ -51,6 +52,7 @@ Examples:
 @click.option("--target", metavar="CLASS", help="A number or a name. Default: the predicted class.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save.")
 @preprocess_option
+@output_option
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
 @output_options
@@ -62,6 +64,7 @@ def trust(
     target: str | None,
     weights: Path | None,
     preprocess: str | None,
+    output: str | None,
     device: str,
     out: Path,
     as_json: bool,
@@ -85,7 +88,7 @@ def trust(
     paths = images.find(photographs)
     names = list(dict.fromkeys(resolve(word).name for word in estimators)) or ["gradient"]
     pairs = pairs_of(list(dict.fromkeys(rules)) or ["guided"], names)
-    classifier = load_classifier(reference, weights, preprocess)
+    classifier = load_classifier(reference, weights, preprocess, output)
     class_id = None if target is None else find_class(classifier, target)
     device = on_device(classifier, device)
     console = Console(stderr=True)

@@ -6,10 +6,11 @@ A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the f
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, cast, overload
+from typing import Any, Literal, Protocol, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from ..inputs import ModelArguments
 from ..measures import Measure
 from ..outputs import Path
 from ..rules import Rule
+from ..structures import is_tensor
 from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
 
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow", "tf_keras")}
@@ -128,7 +130,7 @@ class Explainer(Protocol):
     def explain(self, request: Request) -> Explanation:
         """Explain the scores of one batch: one forward pass, and one backward pass for each target of a sample."""
 
-    def scores(self, model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+    def scores(self, model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
         """Return the model's scores as they are, `(B, classes)` float64."""
 
     def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
@@ -407,7 +409,7 @@ def capability(framework: str, name: str) -> Any:
             raise ModelError(f"{CAPABILITIES[name]} is not there for {TITLES[framework]} yet") from error
         if missing not in FRAMEWORKS[framework]:
             raise
-        raise FrameworkError(f'{framework} is not installed; run: pip install "undertow[{framework}]"') from error
+        raise FrameworkError(f'{missing} is not installed; run: pip install "undertow[{framework}]"') from error
 
 
 def framework_of(value: Any) -> str | None:
@@ -416,23 +418,74 @@ def framework_of(value: Any) -> str | None:
     >>> framework_of(np.zeros(1)) is None
     True
     """
-    packages = {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
+    packages = _packages_of(value)
     return next((name for name, roots in FRAMEWORKS.items() if packages.intersection(roots)), None)
+
+
+def _packages_of(value: Any) -> set[str]:
+    return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
 
 
 def framework_of_input(x: Any, model: Any = None) -> str:
     """Return the framework that a tensor belongs to; that of the model for a NumPy array and a Keras model.
 
     Raises:
-        InputError: neither says.
+        InputError: it belongs to none that is read here, or the model to another.
+        FrameworkError: Keras runs on JAX, say.
     """
-    framework = framework_of(x)
-    if framework is None and isinstance(x, np.ndarray) and framework_of(model) == "keras":
+    framework, of_model = framework_of(x), framework_of(model)
+    if of_model == "keras" and "keras" in _packages_of(model):
+        refuse_backend(sys.modules["keras"].backend.backend())
+    if framework is None and of_model == "keras" and isinstance(x, np.ndarray):
         return "keras"
-    if framework is None:
-        remedy = "; use torch.from_numpy(x)" if isinstance(x, np.ndarray) else ""
-        raise InputError(f"x is a {type(x).__name__}, not a torch tensor or a tuple of them{remedy}")
+    if framework is None or of_model not in (None, framework):
+        raise InputError(
+            f"x is {_title_of(x, framework)}, {_REMEDIES[of_model](_AS_NUMPY.get(framework, _numpy_of(x)))}"
+        )
     return framework
+
+
+def refuse_backend(name: str) -> None:
+    """Refuse a Keras that does not run on TensorFlow.
+
+    Raises:
+        FrameworkError: it runs on JAX, say, or on torch, whose tensors go to the side of PyTorch.
+    """
+    if name == "torch":
+        raise FrameworkError("keras runs on torch here: pass x as a torch tensor, as in torch.from_numpy(x)")
+    if name != "tensorflow":
+        raise FrameworkError(
+            f"keras runs on {name} here, which is not supported; set KERAS_BACKEND=tensorflow (or torch) before keras "
+            "is imported"
+        )
+
+
+_AS_NUMPY: dict[str | None, str] = {"torch": "x.numpy(force=True)", "keras": "x.numpy()"}
+_TITLES_OF_TENSORS = {
+    "torch": "a PyTorch tensor",
+    "keras": "a TensorFlow tensor",
+    "numpy": "a NumPy array",
+    "jax": "a JAX array",
+    "jaxlib": "a JAX array",
+    "mlx": "an MLX array",
+    "cupy": "a CuPy array",
+}
+_REMEDIES: dict[str | None, Callable[[str], str]] = {
+    None: lambda array: f"not a torch tensor or a tuple of them; use torch.from_numpy({array})",
+    "torch": lambda array: (
+        f"and the model takes a torch tensor; use torch.from_numpy({array}), axes in the model's order"
+    ),
+    "keras": lambda array: f"and the model is of Keras on TensorFlow; use {array}, axes in the model's order",
+}
+
+
+def _numpy_of(x: Any) -> str:
+    return "x" if isinstance(x, np.ndarray) else "numpy.array(x)"
+
+
+def _title_of(x: Any, framework: str | None) -> str:
+    root = type(x).__module__.partition(".")[0]
+    return _TITLES_OF_TENSORS.get(framework or root, f"a {type(x).__name__}")
 
 
 def framework_of_model(model: Any) -> str:
@@ -441,7 +494,10 @@ def framework_of_model(model: Any) -> str:
 
 
 def as_numpy(value: Any) -> npt.NDArray[Any]:
-    """Copy a tensor of any framework, or an array, to NumPy."""
-    if isinstance(value, np.ndarray):
-        return cast(npt.NDArray[Any], value.copy())
-    return capability(framework_of_input(value), "arrays").to_numpy(value)
+    """Copy a tensor of any framework, or an array of any library, to NumPy. Raises InputError: it is none."""
+    framework = framework_of(value)
+    if framework is not None:
+        return capability(framework, "arrays").to_numpy(value)
+    if not is_tensor(value):
+        raise InputError(f"a {type(value).__name__} is no array; pass a tensor, or a NumPy array")
+    return np.array(value)

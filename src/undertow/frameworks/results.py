@@ -40,6 +40,7 @@ class Explanation:
         channels_last: images are `(B, H, W, C)`, not `(B, C, H, W)`.
         acting: random operations and batch norms in training that acted in the forward pass, by name.
         head: the softmax or sigmoid that the model ends in, by name; "" where it does not, or the target is a function.
+        completeness: of integrated gradients, see `Attribution.completeness`.
     """
 
     maps: tuple[Any, ...]
@@ -49,6 +50,7 @@ class Explanation:
     channels_last: bool = False
     acting: dict[str, int] = field(default_factory=dict)
     head: str = ""
+    completeness: Any = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..attribution.estimators import Estimator
 from ..attribution.explain import explain
 from ..errors import InputError, ModelError, TargetError
 from ..frameworks.base import Arrays, Inspector, Request
+from ..outputs import Path
 from ..rules import Rule, resolve
 from . import class_, convergence, faithfulness, input, stability, weights
 from .null import Null
@@ -49,6 +50,7 @@ class Evaluation:
         scores: of the image, `(classes,)`.
         map_function: from a model, images `(n, C, H, W)` and their n class ids to maps `(n, C, H, W)` or `(n, H, W)`;
             None where a map was given and nothing can compute another.
+        output: the part of the model's output that holds the scores, as `undertow.explain` takes it.
         passes_per_map: how often an image goes forward and backward for one map.
         advance: called with the number of passes done.
     """
@@ -63,6 +65,7 @@ class Evaluation:
     seed: int = 0
     samples: int
     map_function: MapFunction | None = None
+    output: Path | None = None
     passes_per_map: int = 1
     advance: Callable[[int], object] = lambda _: None
     passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
@@ -73,6 +76,13 @@ class Evaluation:
     def name(self, class_id: int) -> str:
         """Name a class."""
         return self.names[class_id] if self.names is not None else f"class {class_id}"
+
+    def _scores(self, x: Any) -> Array:
+        return self.inspector.scores(self.model, x, self.output)
+
+    def _gradient_map(self, model: Any, x: Any, target: list[int]) -> Any:
+        """Return the plain gradient's maps, whatever rule is judged."""
+        return explain(model, x, rule="gradient", target=target, output=self.output).numpy()
 
     def count(self, kind: str, images: int) -> None:
         """Count images that went through the network."""
@@ -99,7 +109,7 @@ class Evaluation:
         scores = []
         for start in range(0, len(images), MAX_BATCH):
             batch = images[start : start + MAX_BATCH]
-            scores.append(self.inspector.scores(self.model, self.arrays.like(batch, self.x))[:, self.target])
+            scores.append(self._scores(self.arrays.like(batch, self.x))[:, self.target])
             self.count("forward", len(batch))
         return np.concatenate(scores).astype(np.float64)
 
@@ -110,7 +120,7 @@ class Evaluation:
             raise InputError("the model has one class alone")
         maps = dict(zip(roles, self._maps_of_classes(list(roles)), strict=True))
         class_ids = [self.target, *roles]
-        plain = self._maps_of_classes(class_ids, gradient_map) if compare else []
+        plain = self._maps_of_classes(class_ids, self._gradient_map) if compare else []
         names = {i: self.name(i) for i in class_ids}
         return class_.answer(original, maps, roles, names, self.target, null, plain)
 
@@ -149,7 +159,8 @@ class Evaluation:
     def ask_convergence(self, rule: str | Rule, estimator: Estimator) -> Answer:
         """Send random directions back; where a map ends at a layer, to that layer."""
         name, function = resolve(rule)
-        request = Request(self.model, (self.x,), function, name, None, "graph", "relu-like", False)
+        choices = "graph", "relu-like", False, self.output
+        request = Request(self.model, (self.x,), function, name, None, *choices)
         layers = self.inspector.layers(self.model, self.x)
         self.count("forward", 1)
         cam_layer = estimator.layer if estimator.kind == "grad-cam" else ""
@@ -175,15 +186,10 @@ class Evaluation:
         n_compared = 0 if plain else 1 + n_classes
         backward = self.passes_per_map * n_maps + n_compared + convergence.DIRECTIONS
         forward = 3 + faithfulness.n_images(self.samples)
-        gradient_map(self.model, self.x, [self.target])  # the first pass of a process is slow
-        forward_seconds = _seconds(lambda: self.inspector.scores(self.model, self.x))
-        backward_seconds = _seconds(lambda: gradient_map(self.model, self.x, [self.target]))
+        self._gradient_map(self.model, self.x, [self.target])  # the first pass of a process is slow
+        forward_seconds = _seconds(lambda: self._scores(self.x))
+        backward_seconds = _seconds(lambda: self._gradient_map(self.model, self.x, [self.target]))
         return Cost(forward, backward, forward * forward_seconds + backward * backward_seconds)
-
-
-def gradient_map(model: Any, x: Any, target: list[int]) -> Any:
-    """Return the plain gradient's maps, whatever rule is judged."""
-    return explain(model, x, rule="gradient", target=target).numpy()
 
 
 def check_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:

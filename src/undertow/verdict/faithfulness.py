@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..similarity import plane
 from .fill import blurred, imputed, mean_image
 from .input import edges
 from .null import random_maps
 from .result import NO, WEAK, YES, Answer
-from .similarity import plane
 
 Array = npt.NDArray[Any]
 Scores = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..similarity import correlation, plane, spearman, ssim
 from .null import thresholds_against
 from .result import NO, YES, Answer
-from .similarity import correlation, plane, spearman, ssim
 
 Array = npt.NDArray[Any]
 SOURCE = "Adebayo et al. 2018, arXiv 1810.03292, section 5; Nie et al. 2018, arXiv 1805.07039"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..similarity import correlation, cosine, plane, spearman
 from .result import NO, WEAK, YES
-from .similarity import correlation, cosine, plane, spearman
 
 Array = npt.NDArray[Any]
 Measure = Callable[[Array, Array], float]

@@ -55,7 +55,10 @@ def cost_of(classifier: Classifier, path: Path, pairs: Sequence[tuple[str, str]]
         PhotographError, InputError, ModelError: as `trust_photograph`.
     """
     x = classifier.prepare(path, device)
-    costs = [trust.cost(classifier.module, x, rule=r, estimator=e, samples=samples) for r, e in pairs]
+    costs = [
+        trust.cost(classifier.module, x, rule=r, estimator=e, samples=samples, output=classifier.output)
+        for r, e in pairs
+    ]
     return Cost(sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.seconds for c in costs))
 
 
@@ -79,7 +82,7 @@ def trust_photograph(
     """
     photograph = images.read(path)
     x = classifier.prepare(photograph, device)
-    options["names"] = classifier.classes
+    options |= {"names": classifier.classes, "output": classifier.output}
     verdicts = {label(r, e): trust(classifier.module, x, rule=r, estimator=e, **options) for r, e in pairs}
     return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..similarity import similarities
 from .null import Null
 from .result import NO, WEAK, YES, Answer
-from .similarity import similarities
 
 Array = npt.NDArray[Any]
 DRAWS = 8

@@ -12,6 +12,7 @@ from ..attribution import estimators
 from ..attribution.explain import explain
 from ..errors import InputError, UndertowError
 from ..frameworks.base import capability, framework_of_input
+from ..outputs import Path
 from ..rules import Rule, resolve
 from .evaluation import Cost, Evaluation, MapFunction, check_maps, check_target
 from .null import Null
@@ -43,6 +44,7 @@ class Trust:
         names: Sequence[str] | None = None,
         seed: int = 0,
         samples: int = SAMPLES,
+        output: Path | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Verdict:
         """Judge the map that `ut.explain` makes of one image.
@@ -59,6 +61,7 @@ class Trust:
             names: of the classes, for the sentences.
             seed: of the random maps, classes, weights and noise.
             samples: how many random maps stand for chance; 19 are the fewest that can tell at 5 %.
+            output: the part of the model's output that holds the scores, as `ut.explain` takes it.
             advance: called with the number of images that went through the network since the last call.
 
         Raises:
@@ -87,8 +90,9 @@ class Trust:
             names=names,
             seed=seed,
             samples=samples,
+            output=output,
             advance=advance,
-            map_function=own_map_function(rule, estimator, seed),
+            map_function=own_map_function(rule, estimator, seed, output),
             passes_per_map=resolved.passes,
         )
         original = evaluation.compute_maps(evaluation.image[None], [evaluation.target])[0]
@@ -115,6 +119,7 @@ class Trust:
         names: Sequence[str] | None = None,
         seed: int = 0,
         samples: int = SAMPLES,
+        output: Path | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Verdict:
         """Judge a map that another tool made, or that a person believes in.
@@ -126,7 +131,7 @@ class Trust:
             explainer: the tool's function `(model, images, class ids) -> maps`, for the questions that need other maps
                 (class, weights, stability); without it those stay unanswered. Convergence always does: it is about
                 a rule of this library.
-            target, names, seed, samples, advance: as `ut.trust`.
+            target, names, seed, samples, output, advance: as `ut.trust`.
 
         Raises:
             InputError: the map's shape does not fit the image; else as `ut.trust`.
@@ -139,7 +144,14 @@ class Trust:
         """
         started = time.perf_counter()
         evaluation = _evaluation(
-            model, x, target=target, names=names, seed=seed, samples=samples, advance=advance, map_function=explainer
+            *(model, x),
+            target=target,
+            names=names,
+            seed=seed,
+            samples=samples,
+            output=output,
+            advance=advance,
+            map_function=explainer,
         )
         array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
         maps = array[None] if array.ndim == 2 or array.shape[0] != 1 else array
@@ -168,6 +180,7 @@ class Trust:
         estimator: str = "gradient",
         target: int | None = None,
         samples: int = SAMPLES,
+        output: Path | None = None,
     ) -> Cost:
         """Return what `ut.trust` with the same arguments will take: passes, and seconds from two timed of each.
 
@@ -176,16 +189,19 @@ class Trust:
         """
         name, _ = resolve(rule)
         resolved = estimators.resolve(estimator)
-        evaluation = _evaluation(model, x, target=target, samples=samples, passes_per_map=resolved.passes)
+        evaluation = _evaluation(
+            model, x, target=target, samples=samples, output=output, passes_per_map=resolved.passes
+        )
         return evaluation.cost(plain=name == "gradient" and resolved.kind == "gradient")
 
 
-def own_map_function(rule: str | Rule, estimator: str, seed: int) -> MapFunction:
+def own_map_function(rule: str | Rule, estimator: str, seed: int, output: Path | None) -> MapFunction:
     """Return the function that computes the maps of a rule and an estimator."""
-    return lambda model, x, target: explain(model, x, rule=rule, estimator=estimator, target=target, seed=seed).numpy()
+    options: dict[str, Any] = {"rule": rule, "estimator": estimator, "seed": seed, "output": output}
+    return lambda model, x, target: explain(model, x, target=target, **options).numpy()
 
 
-def _evaluation(model: Any, x: Any, *, target: Any, samples: int, **settings: Any) -> Evaluation:
+def _evaluation(model: Any, x: Any, *, target: Any, samples: int, output: Path | None, **settings: Any) -> Evaluation:
     """Check what a verdict is asked about, and compute the image's scores.
 
     Args:
@@ -198,7 +214,7 @@ def _evaluation(model: Any, x: Any, *, target: Any, samples: int, **settings: An
         raise InputError(f"x has shape {shape}; a verdict is about one image, (1, C, H, W): pass image[None] of each")
     if samples < SAMPLES:
         raise InputError(f"samples={samples} are too few: {SAMPLES} are the fewest that can tell at 5 %")
-    scores = inspector.scores(model, x)[0]
+    scores = inspector.scores(model, x, output)[0]
     evaluation = Evaluation(
         arrays=capability(framework, "arrays"),
         inspector=inspector,
@@ -207,6 +223,7 @@ def _evaluation(model: Any, x: Any, *, target: Any, samples: int, **settings: An
         target=check_target(target, scores),
         scores=scores,
         samples=samples,
+        output=output,
         **settings,
     )
     if evaluation.names is not None and len(evaluation.names) != len(scores):

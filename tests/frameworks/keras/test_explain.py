@@ -535,3 +535,57 @@ def test_a_head_that_is_not_there_is_said():
         ut.explain(two_heads(), x, rule="gradient", target=0, output="c")
     with pytest.raises(ut.ModelError, match="returned a dict"):
         ut.explain(two_heads(), x, rule="gradient", target=0)
+
+
+# inputs of other libraries
+
+
+@pytest.mark.parametrize("x", [np.ones((6, 6, 3), np.float32), tf.ones((6, 6, 3))])
+def test_a_sample_without_a_batch_axis_is_recognised(x):
+    conv = keras.Sequential([keras.Input((6, 6, 3)), layers.Conv2D(2, 3), layers.Flatten(), layers.Dense(2)])
+    with pytest.raises(
+        ut.InputError, match=r"x of shape \(6, 6, 3\) looks like one sample without a batch axis; pass x\["
+    ):
+        ut.explain(conv, x, rule="gradient")
+
+
+def test_tensors_of_the_other_framework_are_told_how(net):
+    import torch
+
+    x = torch.ones(2, 4, requires_grad=True)
+    with pytest.raises(
+        ut.InputError, match=r"x is a PyTorch tensor, and the model is of Keras on TensorFlow; use x\.nu"
+    ):
+        ut.explain(net, x)
+    assert ut.explain(net, x.numpy(force=True)).values.shape == (2, 4)  # as the message says
+    module = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU()).eval()
+    with pytest.raises(
+        ut.InputError, match=r"TensorFlow tensor, and the model takes a torch tensor; use torch\.from_numpy\(x\.n"
+    ):
+        ut.explain(module, tf.ones((2, 4)))
+    assert ut.explain(module, torch.from_numpy(tf.ones((2, 4)).numpy())).values.shape == (2, 4)
+
+
+def test_an_array_of_another_library_is_told_how(net):
+    class ArrayImpl:
+        shape, dtype = (2, 4), np.dtype("float32")
+
+    ArrayImpl.__module__ = "jaxlib._jax"
+    with pytest.raises(ut.InputError, match=r"x is a JAX array, and the model is of Keras .*; use numpy\.array\(x\)"):
+        ut.explain(net, ArrayImpl())
+
+
+def test_keras_on_jax_is_refused_in_one_line():
+    code = (
+        "import keras, numpy as np, undertow as ut, jax.numpy as jnp\n"
+        "net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])\n"
+        "for x in (np.ones((1, 4), 'float32'), jnp.ones((1, 4))):\n"
+        "    try:\n"
+        "        ut.explain(net, x)\n"
+        "    except ut.FrameworkError as error:\n"
+        "        print(error)\n"
+    )
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    line = "keras runs on jax here, which is not supported; set KERAS_BACKEND=tensorflow (or torch) before keras is "
+    assert [text.startswith(line) for text in ended.stdout.splitlines()] == [True, True]

@@ -54,6 +54,11 @@ ROWS = {
     ),
     "arithmetic": (lambda: functional(lambda x: x / 127.5 - 1), "0..255", OWN),
     "mean alone": (lambda: functional(lambda x: x - np.array([123.7, 116.8, 103.9], np.float32)), "0..255", OWN),
+    "mean alone, in a nested model": (
+        lambda: keras.Sequential([keras.Input((16, 16, 3)), functional(lambda x: x - np.float32(120))]),
+        "0..255",
+        OWN,
+    ),
     "of a nested model": (lambda: nested([layers.Rescaling(1 / 255)]), "0..255", OWN),
     "before a nested model": (lambda: nested([], layers.Rescaling(1 / 255)), "0..255", OWN),
     "in two steps": (lambda: nested([layers.Rescaling(2.0, offset=-1)], layers.Rescaling(1 / 255)), "0..255", OWN),
@@ -91,7 +96,7 @@ def test_networks_of_keras_applications_are_recognised_whole_and_within(name):
     build = getattr(keras.applications, name)
     base = build(weights=None, include_top=False, input_shape=(96, 96, 3))
     own = own_preprocessing(build, base)
-    told_by = f"by its layers a {FAMILIES[name]} of keras.applications"
+    told_by = f"its layers are those of {FAMILIES[name]} of keras.applications"
     within = keras.Sequential([keras.Input((96, 96, 3)), base, layers.GlobalAveragePooling2D(), layers.Dense(4)])
     continued = keras.Model(base.input, layers.Dense(4)(layers.GlobalAveragePooling2D()(base.output)))
     for model in (base, within, continued):

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ...errors import FrameworkError, InputError, ModelError
+from ...errors import InputError, ModelError
 from ...outputs import Path, head_of
 from ...structures import tensors_with_paths
+from ..base import refuse_backend
 
 
 def refuse_other_backends() -> None:
@@ -19,14 +20,7 @@ def refuse_other_backends() -> None:
     Raises:
         FrameworkError: it runs on JAX, say, or on torch, whose tensors go to the side of PyTorch.
     """
-    name = keras.backend.backend()
-    if name == "torch":
-        raise FrameworkError("keras runs on torch here: pass x as a torch tensor, as in torch.from_numpy(x)")
-    if name != "tensorflow":
-        raise FrameworkError(
-            f"keras runs on {name} here, which is not supported; set KERAS_BACKEND=tensorflow (or torch) before keras "
-            "is imported"
-        )
+    refuse_backend(keras.backend.backend())
 
 
 def tensors(inputs: tuple[Any, ...], is_plain: bool = True) -> tuple[Any, ...]:

@@ -40,36 +40,42 @@ def pixel_scale(module: Any) -> tuple[str, str]:
     names = {layer.name for layer in all_layers(module)}
     for title, scale, layers in _APPLICATIONS:
         if layers <= names:
-            return scale, f"by its layers a {title} of keras.applications"
+            return scale, f"its layers are those of {title} of keras.applications"
     return "0..1", GUESS
 
 
 def _scaling_before_weights(model: Any) -> Any:
     """Return slope and offset, `(2, C)`, of what a model makes of pixels before its first weights; None: not known."""
-    first = next((layer for layer in model.layers if layer.weights and not _is_normalization(layer)), None)
-    if first is None:
-        return None
+    shape = [1, *(32 if side is None else side for side in model.input_shape[1:])]
     try:
-        before = keras.Model(model.inputs[0], keras.Operation.input.fget(first))  # a nested model's `.input` is its own
-        shape = [1, *(32 if side is None else side for side in model.input_shape[1:])]
-        black, white = (_centre(before(np.full(shape, value, np.float32), training=False)) for value in (0, 255))
+        black, white = (_before_weights(model, np.full(shape, value, np.float32)) for value in (0, 255))
     except (ValueError, AttributeError, TypeError):  # a subclassed model, or a layer that is called twice
         return None
-    scaling = np.stack([(white - black) / 255, black])
-    if not isinstance(first, keras.Model):
-        return scaling
-    within = _scaling_before_weights(first)
-    return None if within is None else np.stack([scaling[0] * within[0], scaling[1] * within[0] + within[1]])
+    return np.stack([(white - black) / 255, black])
+
+
+def _before_weights(model: Any, image: Any) -> Any:
+    """Return the channels, at the centre, of what the first layer with weights is given.
+
+    Raises:
+        ValueError, AttributeError, TypeError: no layer has weights, or its input is not to be had.
+    """
+    first = next((layer for layer in model.layers if layer.weights and not _is_normalization(layer)), None)
+    if first is None:
+        raise ValueError("no weights")
+    before = keras.Model(model.inputs[0], keras.Operation.input.fget(first))  # a nested model's `.input` is its own
+    given = before(image, training=False)
+    return _before_weights(first, given) if isinstance(first, keras.Model) else _centre(given)
 
 
 def _centre(image: Any) -> Any:
     """Return the channels of a picture's centre, which padding leaves alone."""
-    array = np.asarray(image)[0]
+    array = np.asarray(image)[0].astype(np.float64)
+    if array.ndim != 3:
+        return array.ravel()[:1]
     if keras.config.image_data_format() == "channels_first":
         array = np.moveaxis(array, 0, -1)
-    if array.ndim != 3:
-        return np.ravel(array)[:1]
-    return array[array.shape[0] // 2, array.shape[1] // 2].astype(np.float64)
+    return array[array.shape[0] // 2, array.shape[1] // 2]
 
 
 def _is_normalization(layer: Any) -> bool:

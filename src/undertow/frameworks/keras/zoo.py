@@ -6,6 +6,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from ...classifier import RANDOM, Classifier, Reference, imagenet_names
 from ...errors import ModelError, did_you_mean
 from ...images import Preprocessing, one_line, printable
+from ...outputs import head_of
 from ...scales import SCALES, Scaling
 from ..downloading import downloaded
 from .calls import refuse_other_backends
@@ -41,7 +43,7 @@ def rows(source: str, word: str | None) -> list[Reference]:
     return [row for row in references if not word or word.lower() in row.reference.lower()]
 
 
-def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
+def load(source: str, name: str, weights: str, file: Path | None, output: str | int | None = None) -> Classifier:
     """Load a classifier of keras.applications ("keras"), or a model that Keras saved ("file").
 
     Args:
@@ -54,7 +56,7 @@ def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
             missing, unreadable, holds code (a lambda layer) or is no image classifier.
         FrameworkError: Keras does not run on TensorFlow.
     """
-    return _from_saved(name, file) if source == "file" else _from_applications(name, weights, file)
+    return _from_saved(name, file, output) if source == "file" else _from_applications(name, weights, file)
 
 
 def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
@@ -127,7 +129,7 @@ def _square_crop(module: Any, **options: Any) -> Preprocessing:
     return Preprocessing(crop, crop, **options)
 
 
-def _from_saved(reference: str, file: Path | None) -> Classifier:
+def _from_saved(reference: str, file: Path | None, output: str | int | None) -> Classifier:
     """Load a model that Keras saved, without running any code in the file."""
     path = Path(reference).expanduser()
     refuse_other_backends()
@@ -139,7 +141,7 @@ def _from_saved(reference: str, file: Path | None) -> Classifier:
         raise ModelError(f"{name} {_unreadable(error)}") from error
     if file:
         _load_weights(module, file, reference)
-    return _complete(reference, module, None, file.name if file else path.name)
+    return _complete(reference, module, None, file.name if file else path.name, output)
 
 
 def _refuse_unreadable(path: Path, name: str) -> None:
@@ -176,7 +178,13 @@ def _unreadable(error: Exception) -> str:
     return f"cannot be loaded ({text[:120]}); save it with model.save('FILE.keras')"
 
 
-def from_object(reference: str, network: Any, file: Path | None, scaling: Scaling | None = None) -> Classifier:
+def from_object(
+    reference: str,
+    network: Any,
+    file: Path | None,
+    scaling: Scaling | None = None,
+    output: str | int | None = None,
+) -> Classifier:
     """Return the classifier of a Keras model, or of a mapping or `Classifier` with one.
 
     No size of a picture need be known beforehand, so `scaling` is left to `undertow.models.load`.
@@ -184,29 +192,31 @@ def from_object(reference: str, network: Any, file: Path | None, scaling: Scalin
     Raises:
         ModelError: the network is no classifier of images, or its class names or weights do not fit.
     """
-    return _complete(reference, network, file, file.name if file else f"made by {reference}")
+    return _complete(reference, network, file, file.name if file else f"made by {reference}", output)
 
 
-def _complete(reference: str, network: Any, file: Path | None, weights: str) -> Classifier:
+def _complete(reference: str, network: Any, file: Path | None, weights: str, output: str | int | None) -> Classifier:
     if isinstance(network, Classifier):
+        output = network.output if output is None else output
         network = {"module": network.module, "preprocessing": network.preprocessing, "classes": network.classes}
     parts = dict(network) if isinstance(network, Mapping) else {"module": network}
     module, preprocessing, classes = (parts.pop(key, None) for key in ("module", "preprocessing", "classes"))
+    path = parts.pop("output", None) if output is None else output
     if parts or not isinstance(module, keras.Model):
         wrong = f"unknown {', '.join(map(str, parts))}" if parts else type(module).__name__
-        raise ModelError(f"{reference} must return a keras.Model, or a dict with module, preprocessing, classes, not "
-                         f"{wrong}")  # fmt: skip
+        raise ModelError(f"{reference} must return a keras.Model, or a dict with module, preprocessing, classes, "
+                         f"output, not {wrong}")  # fmt: skip
     if file:
         _load_weights(module, file, reference)
     told_by = "returned with the network"
     if not isinstance(preprocessing, Preprocessing):
         preprocessing, told_by = _preprocessing_from(reference, module, preprocessing)
-    count = _count_classes(reference, module)
+    count = _count_classes(reference, module, path)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
     class_names = [f"class {index}" for index in range(count)] if classes is None else classes
     rows = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in class_names)
-    return _classifier(reference, module, preprocessing, rows, weights, told_by)
+    return replace(_classifier(reference, module, preprocessing, rows, weights, told_by), output=path)
 
 
 def _preprocessing_from(reference: str, module: Any, options: Any) -> tuple[Preprocessing, str]:
@@ -221,10 +231,12 @@ def _preprocessing_from(reference: str, module: Any, options: Any) -> tuple[Prep
     return _square_crop(module, **SCALES[scale]), told_by
 
 
-def _count_classes(reference: str, module: Any) -> int:
+def _count_classes(reference: str, module: Any, output: str | int | None) -> int:
     shape = getattr(module, "output_shape", None)
+    shape = shape if output is None else head_of(shape, output)
     if not isinstance(shape, tuple) or len(shape) != 2 or not isinstance(shape[1], int):
-        raise ModelError(f"{reference} must give scores of shape (B, classes), not {shape}")
+        remedy = "; name one output, as in --output 0" if isinstance(shape, list | Mapping) else ""
+        raise ModelError(f"{reference} must give scores of shape (B, classes), not {shape}{remedy}")
     return shape[1]
 
 

@@ -12,13 +12,22 @@ import tensorflow as tf
 
 from ....errors import ModelError, RuleError, TargetError
 from ....inputs import ModelArguments
+from ....outputs import Path
 from ....targets import Target
 from ...base import Request
 from ...own_passes import own_pass
 from ...results import Explanation, RewiringStats
 from ...targets import class_ids, refuse_missing
 from ..arrays import to_numpy
-from ..calls import output_of, refuse_non_class_scores, refuse_non_finite, refuse_other_backends, restored, tensors
+from ..calls import (
+    refuse_non_class_scores,
+    refuse_non_finite,
+    refuse_other_backends,
+    restored,
+    run,
+    scores_of,
+    tensors,
+)
 from .tracing import traced_graph
 
 
@@ -86,13 +95,13 @@ def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request
     )
 
 
-def scores(model: Callable[..., Any], x: Any) -> npt.NDArray[Any]:
+def scores(model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
     """Return the model's scores as they are, `(B, classes)` float64.
 
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
     with own_pass():
-        output = output_of(model, [x])
-    refuse_non_class_scores(output, len(x))
-    return to_numpy(tf.cast(output, tf.float64))
+        returned = scores_of(run(model, [x], {}), output)
+    refuse_non_class_scores(returned, len(x))
+    return to_numpy(tf.cast(returned, tf.float64))

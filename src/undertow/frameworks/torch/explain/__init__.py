@@ -10,6 +10,7 @@ import torch
 
 from ....errors import InputError, RuleError
 from ....inputs import ModelArguments
+from ....outputs import Path
 from ....rules import RULES, gradient
 from ...base import Request
 from ...results import Explanation, RewiringStats
@@ -21,7 +22,7 @@ from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
 from ..targets import target_scores, with_function
 from .acting import what_acts
-from .cuts import nan_gradient, no_gradient, without_gradient
+from .cuts import cudnn_errors_named, nan_gradient, no_gradient, without_gradient
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
 
@@ -89,7 +90,8 @@ def _stacked(maps: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
 def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], ones: torch.Tensor, keep: bool) -> tuple[Any, ...]:
     """Return the gradient by each input; None for one that the scores do not depend on."""
     try:
-        return torch.autograd.grad(scores, wanted, ones, retain_graph=keep, allow_unused=True)
+        with cudnn_errors_named():
+            return torch.autograd.grad(scores, wanted, ones, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         nodes = nodes_behind(scores.grad_fn) if scores.grad_fn is not None else ()
         hidden = [n for n, kind in nodes if kind is NodeKind.HIDDEN and name_of(n) != "CopySlices"]
@@ -130,10 +132,10 @@ def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request
     return calls
 
 
-def scores(model: Callable[..., Any], x: torch.Tensor) -> npt.NDArray[Any]:
+def scores(model: Callable[..., Any], x: torch.Tensor, output: Path | None = None) -> npt.NDArray[Any]:
     """Return the model's scores as they are, `(B, classes)` float64.
 
     Raises:
         ModelError: the output is not `(B, classes)`.
     """
-    return to_numpy(class_scores(model, x).double())
+    return to_numpy(class_scores(model, x, output).double())

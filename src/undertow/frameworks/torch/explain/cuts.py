@@ -1,8 +1,8 @@
 """Why an explanation has no gradient, or one that is no number: the model runs once more, watched module by module."""
 
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,26 @@ from ..calls import eager, module_of, run, scores_of, uncompiled
 from ..heads import run_to_scores
 from ..targets import target_scores
 
+_CUDNN = "cudnn RNN backward can only be called in training mode"
 _CUTS = "no_grad, detach, .item(), quantised weights or whole numbers"
+
+
+@contextmanager
+def cudnn_errors_named() -> Iterator[None]:
+    """Say what to do about a cuDNN recurrent layer, which has no backward in eval mode.
+
+    Raises:
+        ModelError: instead of its own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _CUDNN not in str(error):
+            raise
+        raise ModelError(
+            "cuDNN gives a recurrent layer no gradient in eval mode; explain inside `with "
+            "torch.backends.cudnn.flags(enabled=False):`, which runs it without cuDNN"
+        ) from error
 
 
 def where_cut(request: Request, fed: Sequence[Tensor]) -> str:

@@ -31,7 +31,7 @@ from ..calls import (
     uncompiled,
 )
 from ..explain.acting import what_acts
-from ..explain.cuts import nan_gradient, no_gradient
+from ..explain.cuts import cudnn_errors_named, nan_gradient, no_gradient
 from ..explain.graph import ThroughGraph, rewired_backward
 from ..heads import run_before_head, run_to_scores
 from ..internals import reset_of
@@ -205,5 +205,6 @@ def _columns(
 
 
 def _gradient_row(scores: torch.Tensor, k: int, tensors: list[Any]) -> list[npt.NDArray[Any]]:
-    gradients = torch.autograd.grad(scores[:, k].sum(), tensors, retain_graph=True, allow_unused=True)
+    with cudnn_errors_named():
+        gradients = torch.autograd.grad(scores[:, k].sum(), tensors, retain_graph=True, allow_unused=True)
     return [to_numpy(torch.zeros_like(t) if g is None else g) for g, t in zip(gradients, tensors, strict=True)]

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from ....classifier import RANDOM, Classifier, imagenet_names
 from ....errors import ModelError, did_you_mean
 from ....images import Preprocessing, one_line, printable
+from ....outputs import described, head_of
 from ....scales import Scaling
 from ...downloading import downloaded
 from ..weights import fit, read_state, weights_sha256
@@ -22,13 +23,14 @@ from .catalogue import file_in_hub, file_in_hugging_face, reference_of
 from .importing import import_package, import_timm, import_torchvision
 
 
-def load(source: str, name: str, weights: str, file: Path | None) -> Classifier:
+def load(source: str, name: str, weights: str, file: Path | None, output: str | int | None = None) -> Classifier:
     """Load the packaged classifier ("demo"), or one of torchvision or timm.
 
     Args:
         name: as `torchvision.models.list_models` or `timm.list_models` has it.
         weights: "" for the default ones, "none" for random ones, or the name of others.
         file: weights to use instead.
+        output: of no use here: these give scores alone.
 
     Raises:
         FrameworkError: torchvision or timm is missing or does not fit torch.
@@ -174,43 +176,53 @@ def _timm_names(timm: Any, module: Any, count: int) -> tuple[tuple[str, ...], ..
     return tuple(tuple(names.split(", ")) for names in timm.data.ImageNetInfo(subset).label_descriptions())
 
 
-def from_object(reference: str, network: Any, file: Path | None, scaling: Scaling | None = None) -> Classifier:
+def from_object(
+    reference: str,
+    network: Any,
+    file: Path | None,
+    scaling: Scaling | None = None,
+    output: str | int | None = None,
+) -> Classifier:
     """Complete what a user's function returned: a module, or a mapping or `Classifier` with one.
 
     Args:
         reference: FILE.py:FUNCTION, as given.
         network: the module, or a mapping of "module", and optionally "preprocessing" (a `Preprocessing` or its fields)
-            and "classes" (names, in order; or for each class its name and its synonyms).
+            "classes" (names, in order; or for each class its name and its synonyms) and "output" (the part of its
+            output that holds the scores).
         file: weights to load into it.
         scaling: of its preprocessing, instead of its own.
+        output: the part of its output that holds the scores; else the mapping's "output".
 
     Raises:
         ModelError: something else was returned, the network does not run, or the parts or weights do not fit.
     """
     if isinstance(network, Classifier):
+        output = network.output if output is None else output
         rows = zip(network.classes, network.synonyms or [()] * len(network.classes), strict=True)
         classes = [(name, *synonyms) for name, synonyms in rows]
         network = {"module": network.module, "preprocessing": network.preprocessing, "classes": classes}
     parts = dict(network) if isinstance(network, Mapping) else {"module": network}
+    path = parts.pop("output", None) if output is None else output
     module = parts.pop("module", None)
     told_by = "returned with the network" if "preprocessing" in parts else "by default, as most ImageNet networks"
     preprocessing, classes = parts.pop("preprocessing", Preprocessing()), parts.pop("classes", None)
     if parts or not isinstance(module, torch.nn.Module):
         wrong = f"unknown {', '.join(map(str, parts))}" if parts else type(module).__name__
         raise ModelError(f"{reference} must return a torch.nn.Module, or a dict with module, preprocessing, classes, "
-                         f"not {wrong}")  # fmt: skip
+                         f"output, not {wrong}")  # fmt: skip
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = _preprocessing(reference, preprocessing)
     preprocessing = preprocessing if scaling is None else scaling.applied(preprocessing)
     if file:
         fit(module, read_state(file), file, reference)
-    count = _count_classes(reference, module.eval(), preprocessing)
+    count = _count_classes(reference, module.eval(), preprocessing, path)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")
     given = _numbered(count) if classes is None else classes
     names = tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in given)
     weights = file.name if file else f"made by {reference}"
-    return _classifier(reference, module, preprocessing, names, weights, told_by)
+    return replace(_classifier(reference, module, preprocessing, names, weights, told_by), output=path)
 
 
 def _preprocessing(reference: str, settings: Any) -> Preprocessing:
@@ -222,7 +234,9 @@ def _preprocessing(reference: str, settings: Any) -> Preprocessing:
         raise ModelError(f"{reference}: preprocessing must be a Preprocessing or a dict of {names}") from error
 
 
-def _count_classes(reference: str, module: torch.nn.Module, preprocessing: Preprocessing) -> int:
+def _count_classes(
+    reference: str, module: torch.nn.Module, preprocessing: Preprocessing, output: str | int | None
+) -> int:
     """Return how many scores the network gives for one photograph, by running it on a black one."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
     shape = preprocessing.array(Image.new("RGB", (64, 64))).shape
@@ -232,10 +246,11 @@ def _count_classes(reference: str, module: torch.nn.Module, preprocessing: Prepr
     except Exception as error:
         remedy = "return a dict with its own preprocessing, or say its size, as in --preprocess imagenet@32"
         raise ModelError(f"{reference} does not run on an input {(1, *shape)} ({one_line(error)}); {remedy}") from error
-    scores = scores[0] if isinstance(scores, tuple) else getattr(scores, "logits", scores)
+    scores = head_of(scores, output)
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2:
-        shape_or_type = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ModelError(f"{reference} must return scores of shape (B, classes), not {shape_or_type}")
+        shape_or_type = tuple(scores.shape) if isinstance(scores, torch.Tensor) else described(scores)
+        remedy = "" if output is not None else "; name the part that holds them, as in --output out"
+        raise ModelError(f"{reference} must return scores of shape (B, classes), not {shape_or_type}{remedy}")
     return scores.shape[1]
 
 

@@ -7,7 +7,8 @@ from scipy.sparse import lil_matrix
 from scipy.sparse.linalg import spsolve
 from skimage.metrics import structural_similarity
 
-from undertow.verdict import fill, null, similarity
+from undertow import similarity
+from undertow.verdict import fill, null
 
 
 def lumpy(seed: int, shape: tuple[int, ...] = (24, 37), width: float = 2.0) -> np.ndarray:
