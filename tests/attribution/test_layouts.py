@@ -44,9 +44,26 @@ def test_a_layer_behind_which_only_the_class_token_is_read_is_refused():
 
 def test_tokens_are_not_laid_over_their_features():
     net = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), Shaped(lambda v: v.mean(1)), nn.Linear(16, 3)).eval()
-    for layer in ("grad-cam:0", "grad-cam:1", "grad-cam:1:btc"):
+    texts = nn.Sequential(Shaped(lambda v: v.mT), nn.Conv1d(16, 5, 3), nn.ReLU(), pooled(5)).eval()
+    for model, layer in ((net, "0"), (net, "1"), (net, "1:btc"), (texts, "1"), (texts, "2:bct")):
         with pytest.raises(ut.InputError, match=r"x of \(2, 7, 16\) may be tokens .* estimator='input-times'"):
-            ut.explain(net, torch.randn(2, 7, 16), rule="gradient", target=1, estimator=layer)
+            ut.explain(model, torch.randn(2, 7, 16), rule="gradient", target=1, estimator=f"grad-cam:{layer}")
+
+
+def test_images_with_their_channels_last_are_refused():
+    net = nn.Sequential(Shaped(lambda v: v.movedim(-1, 1)), nn.Conv2d(3, 8, 3, 2, 1), pooled(8)).eval()
+    with pytest.raises(ut.InputError, match=r"looks like images \(B, H, W, C\).*wrap the model"):
+        ut.explain(net, torch.randn(1, 16, 12, 3), rule="gradient", target=1, estimator="grad-cam:1")
+
+
+def test_lines_that_could_be_tokens_are_asked_for():
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv1d(12, 5, 4, 4), nn.GELU(), pooled(5)).double().eval()
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    with pytest.raises(ut.InputError, match=r"if it is lines .* pass axes='bcl'"):
+        ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0")
+    a = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0", axes="bcl")
+    torch.testing.assert_close(a.values, reference(net, x, 1, net[0]))
 
 
 def test_grad_cam_of_a_line_and_of_a_volume():

@@ -362,12 +362,17 @@ def _batch_shape(request: Request, i: int, is_alone: bool) -> tuple[int, ...]:
         is_alone: no other input has a map; then `(B, L)` is a line without an axis of channels.
 
     Raises:
-        InputError: it is one of several images in a list, which have no batch axis.
+        InputError: it is one of several images in a list, which have no batch axis, or has its channels last.
     """
     x = request.inputs[i]
     args, kwargs = request.fill(range(len(request.inputs)))
     if x.ndim == 3 and i not in (*args, *kwargs.values()):
         raise InputError("Grad-CAM needs a batch axis, and x has images one by one; pass one tensor (B, C, H, W)")
+    if x.ndim == 4 and x.shape[-1] <= 4 < x.shape[1]:
+        raise InputError(
+            f"x of {tuple(x.shape)} looks like images (B, H, W, C), and Grad-CAM lies over (B, C, H, W); wrap the "
+            "model in one that takes those and permutes them"
+        )
     return (x.shape[0], 1, x.shape[1]) if x.ndim == 2 and is_alone else tuple(x.shape)
 
 
@@ -383,7 +388,7 @@ def _grad_cam(
         raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
     shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
     layout = find_layout(layer, shape, input_shape, channel_axis, axes)
-    _refuse_tokens(layer, shape, input_shape, layout)
+    _refuse_tokens(layer, shape, input_shape, layout, axes)
     values = [layout.channels_first(at_layer.values[call]) for call in calls]
     gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
     if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):
@@ -396,15 +401,16 @@ def _grad_cam(
     return cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
 
 
-def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout) -> None:
-    """Refuse a layer with a channel vector for each of as many positions as the input's second axis has.
+def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout, axes: str) -> None:
+    """Refuse a layer whose positions may be those of `x` along its second axis, unless `axes` has an "l" for its line.
 
-    That is what a layer of tokens gives where `x` is tokens `(B, T, C)` too. Grad-CAM would lay it over their features.
+    Where `x` is tokens `(B, T, C)`, Grad-CAM would be laid over their features.
     """
-    if len(input_shape) == 3 and layout.channel_axis == -1 and shape[1] == input_shape[1] > 1:
+    if len(input_shape) == 3 and "l" not in axes and 1 < layout.grid[0] <= input_shape[1]:
+        line = "bcl" if layout.channel_axis == 1 else "blc"
         raise InputError(
-            f"layer {layer!r} gives {tuple(shape)}: x of {tuple(input_shape)} may be tokens (B, T, C) as well as lines "
-            "(B, C, L), and Grad-CAM is for lines; estimator='input-times' is for tokens"
+            f"layer {layer!r} gives {tuple(shape)}: x of {tuple(input_shape)} may be tokens (B, T, C), for which take "
+            f"estimator='input-times'; if it is lines (B, C, L), pass axes={line!r}"
         )
 
 
