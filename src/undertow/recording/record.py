@@ -21,9 +21,9 @@ from .writer import Batch, Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
 REDUCTIONS = ("mean", "sum")
+_NEVER_CALLED = "its module was never called"
 _HIDDEN = "no gradient reached its output, a view: if that is changed in place afterwards, take the module before it"
 _SETTINGS = ("phase", "schedule", "measures", "objective", "source", "loss_reduction", "world_size", "diagnose", "axes")
-_REMEDY = "run the model, and call .backward() for gradients, inside `with recording.batch(...)`"
 
 
 def record(
@@ -176,6 +176,9 @@ class _Learning:
 
     def why_none(self, name: str) -> str:
         """Say why nothing was recorded of a parameter."""
+        dtype = str(self.parameters[name].dtype).removeprefix("torch.")
+        if "float" not in dtype:
+            return f"it is {dtype}, which no measure reads"
         if not self.parameters[name].requires_grad:
             return "it is frozen: requires_grad is False"
         if not self.optimizers:
@@ -353,7 +356,7 @@ class Recording:
     def unreached(self) -> dict[str, str]:
         """The sites of which nothing was recorded, each with the reason."""
         backward = self.settings["phase"] != "forward"
-        reasons = {name: "its module was never called" for name in self._names if name not in self._reached}
+        reasons = {name: _NEVER_CALLED for name in self._names if name not in self._reached}
         for name in self._names if backward else ():
             if name in self._reached and name not in self._arrived:
                 lost = _HIDDEN if name in self._views else "no gradient reached its output inside a batch"
@@ -447,7 +450,7 @@ class Recording:
         self._writer.put(batch)
         if not ending.observed:
             where = f"nothing was recorded of batch {ending.number} of epoch {ending.epoch}"
-            self._warn(f"{where}: {_listed(self.unreached)}; {_REMEDY}", once="nothing")
+            self._warn(f"{where}: {_listed(self.unreached)}; {_remedy(self.unreached)}", once="nothing")
 
     def _warn(self, message: str, once: str) -> None:
         """Warn, once for each of the things that a recording may warn of."""
@@ -543,7 +546,7 @@ class Recording:
         unreached = self.unreached
         n_sites = len(self._names) + len(self.learning.parameters)
         if n_sites and len(unreached) == n_sites and not self._done:
-            raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {_REMEDY}")
+            raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {_remedy(unreached)}")
         if self._is_last():
             finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
             self.manifest = {**read_manifest(self.folder), **finished}
@@ -563,6 +566,14 @@ class Recording:
         if self._seen:
             return f"the schedule wanted none of {len(self._seen)} batches; see Schedule(epoch=, first=, every=)"
         return "put `with recording.batch(samples=names, epoch=epoch):` around each of them"
+
+
+def _remedy(unreached: Mapping[str, str]) -> str:
+    """Return what to do where nothing was recorded."""
+    remedy = "run the model, and call .backward() for gradients, inside `with recording.batch(...)`"
+    if _NEVER_CALLED in unreached.values():
+        remedy += "; what torch.compile made beforehand runs past all hooks: call the model itself"
+    return remedy
 
 
 def _hides_channels(axes: str) -> bool:

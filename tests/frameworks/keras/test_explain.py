@@ -146,7 +146,7 @@ def test_a_function_of_the_output_is_never_stale(net, x):
         (1.5, "class ids are integers"),
         (True, "class ids are integers"),
         ("top:9", "more classes than the model has"),
-        ("cat", "'top:3'"),
+        ("cat", "'top:K', or a classifier of ut.load"),
         ([[0], [1, 2], [3]], "not understood"),
         (lambda out: out, "one score for each sample"),
         (lambda out: 3, "one score for each sample"),
@@ -231,16 +231,21 @@ def own(v):
 
 
 def test_a_custom_gradient_is_listed(net, x):
-    assert ut.explain(lambda v: net(v + own(v)), tf.constant(x)).opaque == {"CustomGradient": 1}
+    with pytest.warns(
+        ut.UndertowWarning, match="left alone on the way, as .*: CustomGradient x1"
+    ):
+        assert ut.explain(lambda v: net(v + own(v)), tf.constant(x)).opaque == {"CustomGradient": 1}
     with pytest.raises(ut.RuleError, match=r"CustomGradient x1.*no rule reaches"):
         ut.explain(own, tf.constant(x))
 
 
 def test_smooth_activations_are_listed_or_taken(x):
-    stack = [layers.Dense(4, activation="gelu"), layers.Dense(4, activation="relu"), layers.Activation("sigmoid")]
+    stack = [layers.Dense(4, activation=name) for name in ("gelu", "relu", "sigmoid", None)]
     net = keras.Sequential([keras.Input((4,)), *stack])
-    assert ut.explain(net, x).skipped == {"Gelu": 1, "Sigmoid": 1}
-    every = ut.explain(net, x, activations="all")
+    with pytest.warns(ut.UndertowWarning, match="Gelu x1, Sigmoid x1; activations='all' takes the smooth ones"):
+        assert ut.explain(net, x).skipped == {"Gelu": 1, "Sigmoid": 1}
+    with pytest.warns(ut.UndertowWarning, match="them: Sigmoid x1$"):
+        every = ut.explain(net, x, activations="all")
     assert (every.rewired, every.skipped) == (2, {"Sigmoid": 1})
     with pytest.raises(ut.RuleError, match="activations='all' takes the smooth ones"):
         ut.explain(keras.Sequential([keras.Input((4,)), stack[0]]), x)

@@ -66,7 +66,8 @@ def from_letters(letters: str) -> Axes:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return a tensor whose memory holds all of its values."""
+    """Return a tensor whose memory holds all of its values; of a sharded one (DTensor), this process's part."""
+    x = x.to_local() if hasattr(x, "to_local") else x
     return in_memory(x if x.layout is torch.strided else x.to_dense())
 
 

@@ -20,7 +20,8 @@ from ....errors import InputError
 from ....measures import Measure, State, reduce_all
 from ...base import NamedParameter
 from ...results import Observation, TensorKey
-from ..internals import after_backward_pass, backward_pass, in_memory, scale_of, version
+from ..internals import after_backward_pass, backward_pass, scale_of, version
+from .axes import dense
 from .sites import network
 
 Named = dict[str, nn.Parameter]
@@ -109,7 +110,8 @@ class StepProbe:
 
     def __post_init__(self) -> None:
         self._while_batch, self._while_steps = ExitStack(), ExitStack()
-        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._readable = {name: p for name, p in self.parameters.items() if p.is_floating_point()}
+        self._names = {id(parameter): name for name, parameter in self._readable.items()}
         self._passes: set[int] = set()
         self._reached: Named = {}
         self._accumulated: dict[str, _Accumulated] = {}
@@ -121,7 +123,7 @@ class StepProbe:
 
     def __enter__(self) -> Self:
         with ExitStack() as batch, ExitStack() as steps:
-            for name, parameter in self.parameters.items():
+            for name, parameter in self._readable.items():
                 if parameter.requires_grad:
                     batch.callback(parameter.register_post_accumulate_grad_hook(partial(self._arrived, name)).remove)
             for i, optimizer in enumerate(self.optimizers):
@@ -204,7 +206,7 @@ class StepProbe:
         with torch.no_grad():
             for name, before in self._before.pop(i, {}).items():
                 if self.parameters[name].grad is not None or name in self._seen:
-                    now = _local(self.parameters[name])
+                    now = _values(self.parameters[name])
                     wide = torch.promote_types(now.dtype, torch.float32)
                     self._observe(name, "weight", before)
                     self._observe(name, "update", now.to(wide) - before.to(wide))
@@ -218,7 +220,7 @@ class StepProbe:
     def _keep(self, i: int, own: Named) -> None:
         self._seen.clear()
         self._repeats.clear()
-        self._before[i] = {name: _local(parameter).clone() for name, parameter in own.items()}
+        self._before[i] = {name: _values(parameter).clone() for name, parameter in own.items()}
 
     def _note_step(self, i: int, optimizer: Optimizer) -> None:
         row = {"optimizer": i, "class": type(optimizer).__name__, "step": self._stepped[i]}
@@ -253,8 +255,7 @@ class StepProbe:
 
     def _reduced(self, tensor: Tensor) -> tuple[str, list[State]]:
         """Let the measures reduce a tensor, as one sample whose channels are its first axis."""
-        x = _local(tensor)
-        x = in_memory(x if x.layout is torch.strided else x.to_dense())
+        x = dense(tensor.detach())
         rows = x.reshape(1, -1) if x.ndim == 0 else x.unsqueeze(0)
         return str(x.dtype).removeprefix("torch."), reduce_all(self.measures, rows, x, samples=None)
 
@@ -262,7 +263,6 @@ class StepProbe:
         self.observations.append(Observation(key, repeat, dtype, 1, states, sampled=False, first=-1))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return a tensor without its graph; of a sharded one (DTensor), the part that this process holds."""
-    to_local = getattr(tensor, "to_local", None)
-    return (tensor if to_local is None else to_local()).detach()
+def _values(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values; of a sharded one, those that this process holds."""
+    return dense(parameter.detach())

@@ -66,8 +66,26 @@ def named_modules(model: Any) -> list[NamedModule]:
 
 
 def layouts(model: Any, given: Mapping[str, str]) -> Layouts:
-    """Return the axes of all modules' outputs; `given` has letters for some of them, as in "tbc"."""
-    return Layouts(dict(network(model).named_modules()), given)
+    """Return the axes of all modules' outputs; `given` has letters for some of them, as in "tbc".
+
+    Raises:
+        ModelError: a weight has no values yet.
+    """
+    root = network(model)
+    _refuse_empty(root)
+    return Layouts(dict(root.named_modules()), given)
+
+
+def _refuse_empty(root: nn.Module) -> None:
+    """Refuse weights without values: of a lazy module that has not run, or on the device "meta"."""
+    tensors = (*root.named_parameters(), *root.named_buffers())
+    empty = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor) or tensor.is_meta]
+    if empty:
+        others = f" and {len(empty) - 1} more have" if len(empty) > 1 else " has"
+        raise ModelError(
+            f"{empty[0]}{others} no values yet; run the model once on an input if it has lazy modules, or load its "
+            "weights, and record then"
+        )
 
 
 def _kind(module: nn.Module) -> str:
@@ -113,7 +131,10 @@ def _buffers_restored(root: nn.Module) -> Iterator[None]:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """Return what tells a network from others: its class, the shape of its structure, its weights, its precision."""
+    """Return what tells a network from others: its class, the shape of its structure, its weights, its precision.
+
+    Sharded weights have no digest, since this process has not all of them.
+    """
     root = network(model)
     digest = hashlib.sha256()
     for name, module in root.named_modules():
@@ -124,13 +145,18 @@ def identity(model: Any) -> dict[str, Any]:
     return {
         "class": f"{type(root).__module__}.{type(root).__qualname__}",
         "structure_sha256": digest.hexdigest(),
-        "weights_sha256": weights_sha256(root),
+        "weights_sha256": None if is_sharded(root) else weights_sha256(root),
         "mode": "training" if root.training else "evaluation",
         "parameters": sum(p.numel() for p in root.parameters()),
         "precision": ", ".join(dtypes),
         "device": ", ".join(sorted({str(p.device) for p in root.parameters()})),
         "framework": f"torch {torch.__version__}",
     }
+
+
+def is_sharded(root: nn.Module) -> bool:
+    """Whether this process holds only a part of some parameter, as under `fully_shard`."""
+    return any(hasattr(parameter, "to_local") for parameter in root.parameters())
 
 
 def world() -> tuple[int, int]:
