@@ -29,6 +29,8 @@ from ..frameworks.base import Arrays, Request, as_numpy, capability
 from ..frameworks.results import Explanation, LayerGradients
 from ..layouts import Layout, find_layout
 from ..rules import gradient
+from ..structures import is_tensor
+from ..targets import Token
 
 Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
@@ -153,7 +155,7 @@ def _integrated(
 ) -> tuple[list[Array | None], Array]:
     """Return the maps, averaged over the baselines, and the part of the score's difference that they do not explain."""
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
-    ids = request.target if explanation.targets is None else arrays.to_numpy(explanation.targets)
+    target = _kept_target(request, explanation)
     totals: list[Any] = [None if m is None else 0.0 for m in maps]
     difference: Any = arrays.to_numpy(explanation.scores).astype(np.float64)
     for baseline in estimator.baselines:
@@ -166,11 +168,25 @@ def _integrated(
                 part = gradients * (moved if explanation.scores.ndim == 1 else moved[:, None])
                 totals[i] = totals[i] + part / len(estimator.baselines)
         tensors = tuple(arrays.like(s, x) for s, x in zip(starts, request.inputs, strict=True))
-        at_start = explainer.explain(replace(request, inputs=tensors, target=ids, rule=gradient, rule_name="gradient"))
+        at_start = explainer.explain(
+            replace(request, inputs=tensors, target=target, rule=gradient, rule_name="gradient")
+        )
         difference = difference - arrays.to_numpy(at_start.scores).astype(np.float64) / len(estimator.baselines)
     explained = sum(total.reshape(*difference.shape, -1).sum(-1) for total in totals if total is not None)
     with np.errstate(divide="ignore", invalid="ignore"):
         return totals, np.where(difference == explained, 0.0, (difference - explained) / difference)
+
+
+def _kept_target(request: Request, first: Explanation, copies: int = 1) -> Any:
+    """Return the target that means the classes found for the input itself, in a batch of copies of it."""
+    if first.targets is None:
+        return request.target
+    ids = np.concatenate([as_numpy(first.targets)] * copies)
+    if not isinstance(request.target, Token):
+        return ids
+    given = request.target.position
+    position = as_numpy(given) if is_tensor(given) else np.asarray(given)
+    return Token(ids, np.concatenate([position] * copies) if position.ndim else position)
 
 
 def baseline_like(
@@ -270,9 +286,9 @@ def _mean(
     def explain_points(chunk: list[list[Array]]) -> tuple[Array, list[Array | None]]:
         """Return the scores, and the maps `(points, B, ...)`."""
         inputs = [np.concatenate(parts) for parts in zip(*chunk, strict=True)]
-        ids = request.target if first.targets is None else np.concatenate([arrays.to_numpy(first.targets)] * len(chunk))
+        target = _kept_target(request, first, len(chunk))
         tensors = tuple(arrays.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
-        explanation = explainer.explain(replace(request, inputs=tensors, target=ids))
+        explanation = explainer.explain(replace(request, inputs=tensors, target=target))
         maps = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
         parts = [None if m is None else m.reshape(len(chunk), -1, *m.shape[1:]) for m in maps]
         return arrays.to_numpy(explanation.scores), parts if len(chunk) > 1 else [_first_axis(m) for m in maps]

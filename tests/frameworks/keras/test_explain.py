@@ -231,9 +231,7 @@ def own(v):
 
 
 def test_a_custom_gradient_is_listed(net, x):
-    with pytest.warns(
-        ut.UndertowWarning, match="left alone on the way, as .*: CustomGradient x1"
-    ):
+    with pytest.warns(ut.UndertowWarning, match="left alone on the way, as .*: CustomGradient x1"):
         assert ut.explain(lambda v: net(v + own(v)), tf.constant(x)).opaque == {"CustomGradient": 1}
     with pytest.raises(ut.RuleError, match=r"CustomGradient x1.*no rule reaches"):
         ut.explain(own, tf.constant(x))
