@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test check lint fashion-mnist clean
+.PHONY: demo test check lint soak fashion-mnist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
@@ -17,6 +17,11 @@ test: lint fashion-mnist
 
 check: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Attacks the library for MINUTES, and counts what must not happen; not part of the tests.
+MINUTES ?= 45
+soak: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

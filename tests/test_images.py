@@ -6,6 +6,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -416,3 +417,21 @@ def test_a_loader_names_the_photograph_that_cannot_be_read(pets: Path) -> None:
 def test_a_folder_that_cannot_be_is_refused(pets: Path, path: str, preparation: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         images.Folder(pets / path, preparation)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compression", ["tiff_deflate", "group4", "tiff_lzw", "jpeg", "packbits"])
+def test_decoders_write_no_lines_of_their_own(
+    compression: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (60, 50, 3), np.uint8))
+    (image.convert("1") if compression == "group4" else image).save(tmp_path / "whole.tif", compression=compression)
+    whole = (tmp_path / "whole.tif").read_bytes()
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 5):
+            damaged[place] = int(rng.integers(256))
+        (tmp_path / "damaged.tif").write_bytes(damaged)
+        with suppress(PhotographError):
+            read(tmp_path / "damaged.tif")
+    assert capfd.readouterr() == ("", "")

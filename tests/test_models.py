@@ -325,6 +325,79 @@ def test_files_that_are_no_weights_are_refused(small: Classifier, tmp_path: Path
         assert text in message(lambda name=name: load(SMALL, tmp_path / name)), name
 
 
+def linear(**tensors: Any) -> dict[str, Any]:
+    return {"weight": torch.eye(2), "bias": torch.zeros(2), **tensors}
+
+
+EYE = torch.eye(2)
+EXTRAORDINARY = [
+    ("sparse", lambda: EYE.to_sparse()),
+    ("sparse", lambda: EYE.to_sparse_csr()),
+    ("meta", lambda: EYE.to("meta")),
+    ("quantised", lambda: torch.quantize_per_tensor(EYE, 0.1, 0, torch.qint8)),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of what it calls a beta or deprecated
+@pytest.mark.parametrize(("kind", "make"), EXTRAORDINARY)
+def test_weights_that_are_no_dense_ones_are_one_line(
+    kind: str, make: Callable[[], torch.Tensor], tmp_path: Path
+) -> None:
+    tensor = make()
+    torch.save(linear(weight=tensor), tmp_path / "w.pt")
+    assert message(lambda: weights.read_state(tmp_path / "w.pt")).endswith(
+        f"w.pt holds {kind} weights (weight); save dense ones, with their values"
+    )
+    module = torch.nn.Module()
+    module.register_buffer("weight", tensor)
+    assert f"the network has {kind} weights (weight)" in message(lambda: weights.weights_sha256(module))
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_a_checkpoint_that_holds_itself(key: str, tmp_path: Path) -> None:
+    itself: dict[str, Any] = {}
+    itself[key] = itself
+    torch.save(itself, tmp_path / "w.pt")
+    assert f"holds no state dict (not tensors: {key})" in message(lambda: weights.read_state(tmp_path / "w.pt"))
+    torch.save({"model": {"state_dict": {"model_state_dict": linear()}}}, tmp_path / "deep.pt")
+    assert list(weights.read_state(tmp_path / "deep.pt")) == ["weight", "bias"]
+
+
+LOST = [EYE * 1j, EYE + 0j, (EYE * 1j).conj(), EYE.double() * 1e300, torch.full((2, 2), 2**53 + 1)]
+
+
+@pytest.mark.parametrize("tensor", LOST, ids=str)
+def test_weights_never_lose_a_part_in_silence(tensor: torch.Tensor) -> None:
+    module = torch.nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    text = message(lambda: weights.fit(module, linear(weight=tensor), Path("w.pt"), "net"))
+    kind = str(tensor.dtype).removeprefix("torch.")
+    assert text == f"w.pt would lose values in net: weight is {kind}, not float32"
+    assert torch.equal(module.weight, before)
+
+
+def test_weights_that_lose_nothing_are_taken() -> None:
+    module = torch.nn.Linear(2, 2)
+    for tensor in (EYE.long(), EYE.double() / 3, EYE.half(), EYE.bool(), EYE.double() * float("inf")):
+        weights.fit(module, linear(weight=tensor), Path("w.pt"), "net")
+        assert torch.equal(module.weight, tensor.float()) or tensor.isnan().any()
+    counter = torch.nn.BatchNorm1d(2)
+    state = counter.state_dict()
+    weights.fit(counter, state | {"num_batches_tracked": torch.tensor(3.0)}, Path("w.pt"), "net")
+    assert counter.num_batches_tracked == 3
+    text = message(
+        lambda: weights.fit(counter, state | {"num_batches_tracked": torch.tensor(3.5)}, Path("w.pt"), "net")
+    )
+    assert "num_batches_tracked is float32, not int64" in text
+
+
+def test_the_hash_of_lazily_conjugated_weights_is_of_their_values() -> None:
+    a, b = torch.nn.Module(), torch.nn.Module()
+    a.register_buffer("w", (EYE * 1j).conj())
+    b.register_buffer("w", (EYE * 1j).conj().resolve_conj())
+    assert weights.weights_sha256(a) == weights.weights_sha256(b)
+
+
 def test_weights_that_do_not_fit_are_counted(other: dict[str, torch.Tensor], tmp_path: Path) -> None:
     state = {key: value for key, value in other.items() if not key.startswith("features.0")}
     state |= {f"extra.{index}": torch.zeros(1) for index in range(5)} | {

@@ -14,6 +14,7 @@ from .attribution import Attribution as Attribution
 from .attribution import explain as explain
 from .diagnosis import Finding as Finding
 from .diagnosis import diagnose as diagnose
+from .errors import FindingError as FindingError
 from .errors import FrameworkError as FrameworkError
 from .errors import InputError as InputError
 from .errors import ModelError as ModelError

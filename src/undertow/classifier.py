@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from .errors import FrameworkError, PhotographError, TargetError, did_you_mean
+from .errors import FrameworkError, PhotographError, TargetError, did_you_mean, printable
 from .frameworks.base import capability, framework_of_model
-from .images import Photograph, Preprocessing, printable, read
+from .images import Photograph, Preprocessing, read
 from .scales import Scaling
 
 RANDOM = "random (seed 0)"

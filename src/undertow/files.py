@@ -1,17 +1,31 @@
-"""Files that appear whole or not at all, and safe file names."""
+"""Files that appear whole or not at all, are read only where they are what they seem, and have safe names."""
 
 import hashlib
+import json
+import math
 import os
-import tempfile
+import re
+import secrets
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+_ASIDE = ".undertow-"
+_WITHOUT_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
-def published(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; on success it replaces `path` atomically, on an exception it is deleted.
+def published(path: Path, new: bool = False) -> Iterator[Path]:
+    """Give a path to write aside; on success it becomes `path` atomically, on an exception it is gone.
+
+    Args:
+        new: nothing may be there yet; otherwise a file of that name is replaced.
+
+    Raises:
+        FileExistsError: it is to be new, and something of that name is there; that is left as it is.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -21,23 +35,116 @@ def published(path: Path) -> Iterator[Path]:
     'all of it'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
+    with _aside(path) as aside:
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())
-        aside.replace(path)
+        if not new:
+            aside.replace(path)
+            return
+        try:
+            os.link(aside, path)
+        except (PermissionError, NotImplementedError):  # a file system without links
+            with path.open("xb"):
+                aside.replace(path)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Make a file beside `path`, with the rights that the umask leaves; it is claimed while it is in use."""
+    stem, suffix = path.stem.encode(errors="ignore")[:40].decode(errors="ignore"), path.suffix
+    aside = path.with_name(f"{_ASIDE}{secrets.token_hex(6)}-{stem}{suffix}")
+    handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | _WITHOUT_LINKS, 0o666)
+    claimed = _claim(handle)
+    if not claimed:  # Windows, which locks otherwise, replaces no file that is open
+        os.close(handle)
+    try:
+        yield aside
     finally:
         aside.unlink(missing_ok=True)
+        if claimed:
+            os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _claim(handle: int) -> bool:
+    """Lock an open file until it is closed; False where another process has it, or files cannot be locked."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def clear_asides(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder; what a living one writes is left to it."""
+    for aside in folder.glob(f"{_ASIDE}*"):
+        with suppress(OSError):  # gone, or no file
+            handle = os.open(aside, os.O_RDONLY | _WITHOUT_LINKS)
+            try:
+                if _claim(handle):
+                    aside.unlink()
+            finally:
+                os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names in a folder through to the disk, so that they outlast a power failure."""
+    with suppress(OSError):  # not every system opens folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Read a file that somebody else may have put there: never through a link, from a device, or without bound.
+
+    Raises:
+        ValueError: it is a link or no regular file, or too large; says so in a few words.
+        OSError: it is missing, or cannot be read.
+    """
+    if path.is_symlink():
+        raise ValueError("is a link")
+    handle = os.open(path, os.O_RDONLY | _WITHOUT_LINKS)
+    with open(handle, "rb") as file:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ValueError("is no file")
+        if facts.st_size > max_bytes:
+            raise ValueError(f"has {facts.st_size:,} bytes, over {max_bytes:,}")
+        return file.read(facts.st_size)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any, indent: int | None = 1) -> str:
+    r"""Write plain data as JSON: letters of every script as they are, all that a terminal might obey as escapes.
+
+    Infinity and NaN, which JSON lacks, become null.
+
+    Bytes of a file name that are no text (surrogates, as Python has them) are escapes too, and come back from
+    `json.loads` as they were.
+
+    >>> print(to_json(["猫\x9b1m", "\udcff.jpg"], indent=None))
+    ["猫\u009b1m", "\udcff.jpg"]
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"[^\x20-\x7e\n]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def readable(name: str, max_bytes: int = 80) -> str:

@@ -4,13 +4,15 @@ NumPy and Pillow only. `read` accepts what a person has (rotated, transparent, g
 `Preprocessing` makes of it, to the last bit, what torchvision and timm make of it.
 """
 
+import ctypes
 import importlib.util
+import logging
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,9 +20,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, _imaging
 
-from .errors import FrameworkError, InputError, ModelError, PhotographError
+from .errors import FrameworkError, InputError, ModelError, PhotographError, one_line, printable
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused by their header alone; Pillow itself raises at the same size (half a gigabyte as RGB)."""
@@ -58,6 +60,7 @@ def read(photograph: Photograph) -> Image.Image:
     name = "the Pillow image" if isinstance(photograph, Image.Image) else printable(photograph)
     if not isinstance(photograph, Image.Image):
         _refuse_non_file(Path(photograph), name)
+    _silence_decoders()
     try:
         with _without_warnings(), _opened(photograph) as opened:
             if opened.width * opened.height > MAX_PIXELS:
@@ -264,20 +267,6 @@ def _prepare_function(preparation: Any) -> tuple[Callable[[Image.Image], Any], b
     raise InputError(f"photographs cannot be prepared by a {kind}; pass a classifier, a Preprocessing or a function")
 
 
-def printable(text: object) -> str:
-    """Escape a path or any text, so that an error stays one line and can be printed, whatever the bytes.
-
-    >>> printable("two\\nlines.png")
-    'two\\\\nlines.png'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's text, or else its kind, on one line."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
-
-
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
@@ -326,6 +315,20 @@ def _refuse_non_file(path: Path, name: str) -> None:
         raise PhotographError(f"{name} is not a regular file, or a link to nothing; name a file")
     if path.stat().st_size == 0:
         raise PhotographError(f"{name} is empty (0 bytes); copy it again")
+
+
+@cache
+def _silence_decoders() -> None:
+    """Keep Pillow's log, libtiff and the libjpeg in it from lines of their own on stderr; Pillow raises what they mean.
+
+    libtiff's handlers are those of the copy that Pillow is linked with. Where that hides them, the lines remain.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # logs that somebody set up get them all the same
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(_imaging.__file__)
+        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
 
 
 @cache

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from .classifier import Classifier, Reference, Zoo
-from .errors import FrameworkError, ModelError, UndertowError, did_you_mean
+from .errors import FrameworkError, ModelError, UndertowError, did_you_mean, printable, text_of
 from .frameworks.base import capability, framework_of_model
 from .frameworks.starting import quietly
-from .images import printable
 from .scales import FORMS as SCALE_FORMS
 from .scales import Scaling
+from .signals import Terminated, interrupts
 
 FORMS = "demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras or FILE.py:FUNCTION"
 SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "keras": "keras"}
@@ -165,15 +165,17 @@ def _from_file(
     """Run the function and complete what it returns: class names, preprocessing, eval mode, weights."""
     if not path.is_file():
         raise ModelError(f"no file {printable(path)}; a reference is {FORMS}")
-    with _seeded(), _neighbours_importable(path):
+    with _seeded(), _neighbours_importable(path), interrupts() as interrupted:
         try:
             network = _function(path, function)()
-        except UndertowError:
+            module = network.get("module") if isinstance(network, dict) else getattr(network, "module", network)
+            return _zoo(framework_of_model(module)).from_object(reference, network, weights, scaling, output)
+        except (UndertowError, Terminated):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # its own code may end the program, or what should be one
+            if interrupted:
+                raise
             raise ModelError(f"{printable(path)} failed{_location(error, path)}; correct it, then try again") from error
-    module = network.get("module") if isinstance(network, dict) else getattr(network, "module", network)
-    return _zoo(framework_of_model(module)).from_object(reference, network, weights, scaling, output)
 
 
 @contextmanager
@@ -211,7 +213,8 @@ def _neighbours_importable(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        with suppress(ValueError):  # the file took it out itself
+            sys.path.remove(folder)
 
 
 def _location(error: BaseException, path: Path) -> str:
@@ -222,5 +225,5 @@ def _location(error: BaseException, path: Path) -> str:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    text = printable(" ".join(str(error).split()))
-    return f"{f' in line {line}' if line else ''} with {type(error).__name__}{f': {text}' if text else ''}"
+    text = text_of(error)
+    return f"{f' in line {line}' if line else ''} with {printable(type(error).__name__)}{f': {text}' if text else ''}"

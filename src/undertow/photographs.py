@@ -1,6 +1,5 @@
 """Photographs for a classifier: the device that they go to, and the folder that holds the results of one."""
 
-import json
 import platform
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .classifier import Classifier
-from .files import published
+from .files import clear_asides, published, sync_folder, to_json
 from .frameworks.base import capability, framework_of_model
 
 _MODULES = {"pillow": "PIL"}
@@ -65,11 +64,16 @@ def _version(package: str) -> str | None:
 def result_folder(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """Give a dict to fill while files are written into a folder; it is written last, as the JSON file `name`.
 
-    Files of the same names are replaced. A folder that has the JSON file is complete.
+    Files of the same names are replaced, and what a killed process left half written is cleared. A folder that has the
+    JSON file is complete, also after a power failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).unlink(missing_ok=True)
+    clear_asides(folder)
     result: dict[str, Any] = {}
     yield result
+    sync_folder(folder.parent)
+    sync_folder(folder)
     with published(folder / name) as aside:
-        aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(to_json(result) + "\n", encoding="utf-8")
+    sync_folder(folder)

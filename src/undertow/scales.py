@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, did_you_mean
-from .images import Preprocessing, printable
+from .errors import InputError, did_you_mean, printable
+from .images import Preprocessing
 
 SCALES: dict[str, dict[str, Any]] = {
     "0..1": {"mean": (0.0,) * 3, "std": (1.0,) * 3, "order": "RGB"},

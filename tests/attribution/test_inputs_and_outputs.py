@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -180,3 +181,13 @@ def test_arguments_are_taken_apart_and_put_together():
     assert not arguments.is_plain
     assert inputs.arguments_of((A, B), lambda a, b: None).is_plain
     assert outputs.head_of((1, 2)) == 1
+
+
+@pytest.mark.parametrize("facts", ["[]", "3", "{}", '{"rule": 1', "[" * 9999, '{"scores": 1}'], ids=lambda f: f[:9])
+@pytest.mark.parametrize("names", [["scores", "values"], ["values"], []], ids=len)
+def test_a_file_of_somebody_elses_is_no_attribution(tmp_path, facts, names):
+    arrays = {name: np.zeros(2, np.float32) for name in names}
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors.numpy.save(arrays, {"undertow": facts}))
+    with pytest.raises(ut.InputError, match="holds no saved attribution"):
+        ut.Attribution.load(path)

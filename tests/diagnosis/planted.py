@@ -820,8 +820,8 @@ def dead_behind_norm() -> nn.Module:
     return model
 
 
-def recorded(folder: str, planted: Planted) -> "ut.Run":
-    """Record a planted network's batches, watching each."""
+def recorded(folder: str, planted: Planted, live: list[object] | None = None) -> "ut.Run":
+    """Record a planted network's batches, watching each; `live` takes what was found at the end, before it was read."""
     torch.manual_seed(0)
     model = planted.build()
     # where no gradient arrives anywhere, the recording says so at its end; its run can be diagnosed all the same
@@ -836,4 +836,6 @@ def recorded(folder: str, planted: Planted) -> "ut.Run":
             model.zero_grad()
             with recording.batch():
                 (planted.run or step)(model, x, number)
+        if live is not None:
+            live += recording.check()
     return ut.Run(folder)

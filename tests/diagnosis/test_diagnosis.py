@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import undertow as ut
+from diagnosis import confusion
 from diagnosis.planted import PLANTED, recorded, step
 from undertow import diagnosis
 from undertow.cli import main
@@ -34,15 +35,17 @@ IDS = [planted.name for planted in PLANTED]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The run of each planted network, made when it is first asked for."""
-    recorded_runs = {}
+    recorded_runs, live = {}, {}
 
     def of(planted):
         if planted.name not in recorded_runs:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("warnings.warn", lambda *_, **__: None)  # of sites that no gradient reached: planted
-                recorded_runs[planted.name] = recorded(str(tmp_path_factory.mktemp("run")), planted)
+                found = live[planted.name] = []
+                recorded_runs[planted.name] = recorded(str(tmp_path_factory.mktemp("run")), planted, found)
         return recorded_runs[planted.name]
 
+    of.live = live
     return of
 
 
@@ -60,6 +63,21 @@ def test_what_is_planted_is_found_and_nothing_else(planted, runs):
         assert finding.source
         assert {"predicted", "observed"} <= finding.evidence.keys()
         assert any(site in finding.sentence for site in finding.sites)
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=IDS)
+def test_while_it_trains_the_same_is_found(planted, runs):
+    """Out of memory, by other code than what reads the run."""
+    told = [(f.cause, f.severity, f.sites) for f in ut.diagnose(runs(planted))]
+    assert [(f.cause, f.severity, f.sites) for f in runs.live[planted.name]] == told
+    if planted.batches <= 8:
+        assert [f.sentence for f in runs.live[planted.name]] == [f.sentence for f in ut.diagnose(runs(planted))]
+
+
+def test_the_table_in_the_documentation_is_what_is_found(runs):
+    found = {planted.name: ut.diagnose(runs(planted)) for planted in PLANTED}
+    assert confusion.written() == confusion.table(found), "renew it: PYTHONPATH=tests python -m diagnosis.confusion"
+    assert "| 0 | 0 | |" in confusion.written().splitlines()[-1]  # none missed, no false alarm
 
 
 def test_there_are_enough_rows_and_every_cause_is_planted():

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..files import published
 from ..frameworks.base import AS_IS, as_numpy
-from ..images import printable
 from ..show import heatmap
 from ..similarity import correlation, spearman
 from ..structures import map_tensors, tensors_with_paths
@@ -177,18 +176,18 @@ class Attribution:
             with safe_open(path, "numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 facts = json.loads((file.metadata() or {})["undertow"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
+            known = {field.name for field in fields(cls)} - {"values", "targets", "scores", "completeness"}
+            facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples
+            return cls(
+                values=values.get("values", values),
+                targets=arrays.get("targets"),
+                scores=arrays["scores"],
+                completeness=arrays.get("completeness"),
+                **{name: value for name, value in facts.items() if name in known},
+            )
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{printable(path)} holds no saved attribution; write one with .save(path)") from error
-        values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
-        known = {field.name for field in fields(cls)}
-        facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples
-        return cls(
-            values=values.get("values", values),
-            targets=arrays.get("targets"),
-            scores=arrays["scores"],
-            completeness=arrays.get("completeness"),
-            **{name: value for name, value in facts.items() if name in known},
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the tensors, ready for JSON."""

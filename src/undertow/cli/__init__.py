@@ -9,12 +9,15 @@ from typing import Any
 import click
 
 from ..errors import UndertowError
+from ..signals import TERMINATED, Terminated, interrupts, unwound_by_sigterm
+from .check import check
 from .demo import demo
 from .derive import derive
 from .diagnose import diagnose
 from .errors import error_line
 from .explain import explain
 from .models import models
+from .printing import echo, echo_click_error, echo_error, nobody_reads, print_anywhere
 from .quantiles import compare, quantiles
 from .record import record, sites
 from .trace import trace
@@ -38,39 +41,55 @@ def app() -> None:
     undertow models resnet                             what can be named, and what of it works offline
     undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
     undertow quantiles runs/a                          what they are like, layer by layer
+    undertow check runs/a                              is all of it there, and as it was written
     undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     undertow derive chain "x1>n1 n1>n2" --wrt n1       the chain rule on paper, checked by numbers
     """
 
 
-for command in (demo, explain, trust, models, sites, record, quantiles, compare, diagnose, trace, derive):
+for command in (demo, explain, trust, models, sites, record, quantiles, compare, check, diagnose, trace, derive):
     app.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 2 something could not be done, 130 interrupted, 1 a fault of our own."""
+    """Run the command and exit: 0 done, 2 something could not be done, 1 a fault of our own.
+
+    130 is Ctrl-C, and 143 is SIGTERM.
+    """
+    print_anywhere()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow logs from C++, past Python
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    interrupted: list[int] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unwound_by_sigterm(), interrupts() as interrupted:
             warnings.showwarning = _show_warning
             code = app.main(words, prog_name="undertow", standalone_mode=False, obj=debug)
     except click.ClickException as error:
-        error.show()
+        echo_click_error(error)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; what was finished is complete", err=True)
+    except Terminated:
+        echo("terminated; what was finished is complete", err=True)
+        sys.exit(TERMINATED)
+    except (KeyboardInterrupt, SystemExit, click.Abort, BrokenPipeError) as error:
+        if nobody_reads(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at it once more at exit
+            sys.exit(1)
+        if isinstance(error, SystemExit) or not interrupted:
+            cause = error_line(error.__cause__ or error)
+            echo_error(f"a network, or a file of yours, would end the program by {cause}; take that out")
+            sys.exit(2)
+        echo("interrupted; what was finished is complete", err=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: {error_line(error)}", err=True)
+        echo_error(error_line(error))
         sys.exit(2 if isinstance(error, UndertowError) else 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+    echo(f"warning: {' '.join(str(message).split())}", err=True)

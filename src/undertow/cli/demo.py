@@ -6,6 +6,7 @@ import click
 
 from .explain import explain_all
 from .photographs import RULES, device_option
+from .printing import echo
 
 
 @click.command(
@@ -28,11 +29,11 @@ def demo(out: Path, device: str) -> int:
     options = {"rules": RULES, "target": "top:1"}
     photographs = list(images.demo_photographs().values())
     code = explain_all(models.load("demo"), photographs, options, device, out, then=results.append)
-    click.echo("How alike a rule's maps of the different photographs are (mean correlation; 1 is the same map):")
+    echo("How alike a rule's maps of the different photographs are (mean correlation; 1 is the same map):")
     for rule in RULES:
         maps = [explained.maps[rule].numpy() for explained in results]
-        click.echo(f"  {rule:<10}{mean_correlation(maps):6.2f}")
+        echo(f"  {rule:<10}{mean_correlation(maps):6.2f}")
     if results and not results[0].maps["deconvnet"].switches:
-        click.echo("deconvnet's maps are alike because this network has no max-pooling: do not read them.")
-    click.echo("\nNext, your own photograph:\n  undertow explain PHOTO.jpg --model demo --target top:3")
+        echo("deconvnet's maps are alike because this network has no max-pooling: do not read them.")
+    echo("\nNext, your own photograph:\n  undertow explain PHOTO.jpg --model demo --target top:3")
     return code

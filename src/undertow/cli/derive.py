@@ -1,6 +1,5 @@
 """`undertow derive`: the chain rule and directional derivatives on paper, checked numerically."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .photographs import input_line, load_classifier, preprocess_option
+from .printing import echo, print_json
 
 if TYPE_CHECKING:
     from ..derive import Derivative
@@ -130,7 +130,7 @@ def model(
     blocks = from_model(classifier.module, batch_for(classifier, image, shape, seed), depth, target_id)
     derivatives = [blocks.derivative(name) for name in names]
     if image is not None and not as_json:
-        click.echo(input_line(classifier))
+        echo(input_line(classifier))
     return _print_derivatives(derivatives, *EDGES_CHECK, as_latex, expand, plot, seed, as_json)
 
 
@@ -169,14 +169,14 @@ def directional(expression: str, wrt: str, shapes: Sequence[str], as_latex: bool
         answer = {"text": d.text, "latex": d.latex, "direction": d.direction.payload}
         answer |= {"direction_shape": d.direction_shape, "result_shape": d.result_shape, "remarks": d.remarks}
         answer |= {"differences": differences, "agrees": agrees}
-        click.echo(json.dumps(answer, indent=1, ensure_ascii=False))
+        print_json(answer)
         return 0 if agrees else 2
-    click.echo(d.latex if as_latex else d.text)
-    click.echo(f"  {d.direction.payload} ∈ {_space(d.direction_shape)}, the result ∈ {_space(d.result_shape)}")
+    echo(d.latex if as_latex else d.text)
+    echo(f"  {d.direction.payload} ∈ {_space(d.direction_shape)}, the result ∈ {_space(d.result_shape)}")
     for remark in d.remarks:
-        click.echo(f"  {remark}")
+        echo(f"  {remark}")
     jvp, central = _within(differences["jvp"], 1e-12), _within(differences["central_difference"], 1e-6)
-    click.echo(f"  checked: {jvp} of torch.func.jvp, {central} of a central difference")
+    echo(f"  checked: {jvp} of torch.func.jvp, {central} of a central difference")
     return 0 if agrees else 2
 
 
@@ -197,10 +197,10 @@ def _print_derivatives(
             d.plot(plot if len(derivatives) == 1 else plot.with_stem(f"{plot.stem}-{i + 1}"))
     if as_json:
         rows = [_to_dict(d, difference, expand) for d, difference in zip(derivatives, differences, strict=True)]
-        click.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
     else:
         pairs = zip(derivatives, differences, strict=True)
-        click.echo("\n\n".join(_report(d, claim, difference, as_latex, expand) for d, difference in pairs))
+        echo("\n\n".join(_report(d, claim, difference, as_latex, expand) for d, difference in pairs))
     return 0 if all(difference <= tolerance for difference in differences) else 2
 
 

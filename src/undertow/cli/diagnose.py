@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .photographs import json_option
-from .printing import print_json
+from .printing import print_json, shown
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 FAILED = 1
@@ -49,15 +49,15 @@ def _print(run: str, findings: Any) -> None:
     from rich.text import Text
 
     console = Console()
-    console.print(Text(run, "bold"), end=": ")
+    console.print(shown(run, "bold"), end=": ")
     console.print(f"{len(findings)} finding{'s' if len(findings) > 1 else ''}" if findings else "nothing found")
     for finding in findings:
-        console.print(Text.assemble((finding.severity, _COLOURS[finding.severity]), f"  {finding.cause}"))
+        console.print(Text.assemble((finding.severity, _COLOURS[finding.severity]), shown(f"  {finding.cause}")))
         source = f"Source: {finding.source}."
         for text, style in ((finding.sentence, ""), (finding.remedy, "italic"), (source, "dim")):
-            console.print(Padding(Text(text, style), (0, 0, 0, 4)))
+            console.print(Padding(shown(text, style), (0, 0, 0, 4)))
     unchecked = {name: reason for name, reason in findings.checked.items() if reason != "checked"}
     checked = ", ".join(name for name in findings.checked if name not in unchecked)
-    console.print(Text(f"checked: {checked}", "dim"))
+    console.print(shown(f"checked: {checked}", "dim"))
     for name, reason in unchecked.items():
-        console.print(Text(f"{name}: {reason}", "dim"))
+        console.print(shown(f"{name}: {reason}", "dim"))

@@ -2,14 +2,16 @@
 
 import click
 
-from ..errors import UndertowError
+from ..errors import UndertowError, printable, text_of
 
 
 def error_line(error: BaseException) -> str:
-    """Word an error as one line, with the notes that were added to it."""
-    notes = [str(note) for note in getattr(error, "__notes__", ())]
-    kind = [] if isinstance(error, UndertowError) else [type(error).__name__]
-    return ": ".join([*kind, " ".join([str(error), *notes]).replace("\n", " ")])
+    """Word an error as one line, with the notes that were added to it; one whose text fails is named by its kind."""
+    texts = [text_of(part) for part in (error, *(getattr(error, "__notes__", None) or ()))]
+    said = " ".join(text for text in texts if text)
+    if isinstance(error, UndertowError) and said:
+        return said
+    return ": ".join(part for part in (printable(type(error).__name__), said) if part)
 
 
 def debugging() -> bool:

@@ -18,7 +18,7 @@ from .photographs import (
     preprocess_option,
     weights_option,
 )
-from .printing import print_line
+from .printing import print_line, print_table, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,8 +133,7 @@ def _baseline(classifier: "Classifier", word: str) -> Any:
     """
     from PIL import Image
 
-    from ..errors import InputError
-    from ..images import printable
+    from ..errors import InputError, printable
 
     if word in ("zero", "blur"):
         return word
@@ -192,7 +191,7 @@ def explain_all(
     positions = {path: f"{i} of {len(photographs)}" for i, path in enumerate(photographs, 1)}
 
     def work(path: Path, folder: Path) -> dict[str, Any]:
-        with Console(stderr=True).status(f"{path.name} ({positions[path]})"):
+        with Console(stderr=True).status(shown(f"{path.name} ({positions[path]})")):
             explained = explain_photograph(classifier, path, **options, device=device)
             explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
             result = write(explained, classifier, folder)
@@ -218,17 +217,16 @@ def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", d
 
 def _print(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{explained.path.name}", title_justify="left", title_style="bold", box=None)
-    table.add_column("class", justify="right")
-    table.add_column("name")
-    table.add_column("score" if explained.predictions[0].probability is None else "probability", justify="right")
+    heading = "score" if explained.predictions[0].probability is None else "probability"
+    rows = []
     for prediction in explained.predictions:
         value = prediction.score if prediction.probability is None else prediction.probability
-        table.add_row(str(prediction.class_id), prediction.name, f"{value:.3f}")
+        rows.append((prediction.class_id, prediction.name, f"{value:.3f}"))
+    print_table(
+        ("class", "name", heading), rows, title=explained.path.name, title_style="bold", right=("class", heading)
+    )
     console = Console()
-    console.print(table)
     for line in _lines(explained, classifier, folder):
         print_line(console, line)
 

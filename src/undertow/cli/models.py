@@ -5,7 +5,7 @@ from dataclasses import asdict
 import click
 
 from .photographs import json_option
-from .printing import print_json
+from .printing import print_json, print_table
 
 
 @click.command(
@@ -16,19 +16,12 @@ from .printing import print_json
 @json_option(help="Print one JSON list instead of a table.")
 def models(word: str | None, as_json: bool) -> int:
     """List the models whose reference contains WORD, and which of them work offline."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ..models import listing
 
     rows = listing(word)
     if as_json:
         print_json([asdict(row) for row in rows])
         return 0
-    table = Table(box=None)
-    for heading in ("reference", "weights", "offline", "why"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "reference")
-    for row in rows:
-        table.add_row(row.reference, row.weights, "yes" if row.offline else "no", row.why)
-    Console().print(table)
+    cells = [(row.reference, row.weights, "yes" if row.offline else "no", row.why) for row in rows]
+    print_table(("reference", "weights", "offline", "why"), cells, fold=True)
     return 0

@@ -1,6 +1,5 @@
 """What the commands about photographs share: options, and the loop that goes on after a photograph that fails."""
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
+from ..signals import Terminated, interrupts
 from .errors import debugging, error_line
+from .printing import echo, nobody_reads, print_json
 
 if TYPE_CHECKING:
     from ..classifier import Classifier
@@ -60,7 +62,7 @@ def load_classifier(
         warnings.filterwarnings("ignore", message=models.GUESSED)
         classifier = models.load(reference, weights, preprocess, output)
     if classifier.guessed:
-        click.echo(f"note: {models.guess_of(classifier)}", err=True)
+        echo(f"note: {models.guess_of(classifier)}", err=True)
     return classifier
 
 
@@ -86,30 +88,33 @@ def for_each(
     Args:
         work: from a photograph and its folder to the result for JSON; prints what is to be printed without --json.
         verb: what was done, for the summary: "explained".
-        print_error: prints a line on stderr; click does it if None.
+        print_error: prints a line on stderr; `echo` does it if None.
         bar: entered while the work goes on, and left before the summary is printed.
     """
     from ..files import distinct
 
-    print_error = print_error or partial(click.echo, err=True)
+    print_error = print_error or partial(echo, err=True)
     started = time.perf_counter()
     results: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     folders = [out / name for name in distinct([_label(path, photographs) for path in photographs])]
-    with bar or nullcontext():
+    with bar or nullcontext(), interrupts() as interrupted:
         for path, folder in zip(photographs, folders, strict=True):
             try:
                 results.append({**work(path, folder), "folder": str(folder)})
-            except Exception as error:
-                if debugging():
+            except (Exception, SystemExit, KeyboardInterrupt) as error:  # a network may raise any of them itself
+                if debugging() or interrupted or isinstance(error, Terminated) or nobody_reads(error):
                     raise
-                failed.append({"photograph": str(path), "error": error_line(error)})
-                print_error(f"error: {error_line(error)}")
+                text = error_line(error)
+                if not isinstance(error, Exception):
+                    text = f"{printable(path)}: the network would end the program by {text}; take that out"
+                failed.append({"photograph": str(path), "error": text})
+                print_error(f"error: {text}")
     if as_json:
         summary = {"results": results, "failed": failed, "seconds": round(time.perf_counter() - started, 3)}
-        click.echo(json.dumps(summary, indent=1, ensure_ascii=False))
+        print_json(summary)
     elif failed:
-        click.echo(f"{len(results)} of {len(photographs)} photographs {verb}, {len(failed)} not", err=True)
+        echo(f"{len(results)} of {len(photographs)} photographs {verb}, {len(failed)} not", err=True)
     return 2 if failed else 0
 
 

@@ -1,14 +1,16 @@
 """`undertow quantiles` and `undertow compare`: the quantiles of runs, as tables, CSV and charts."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .photographs import json_option
-from .printing import print_json
+from .printing import echo, print_json, print_table
 
 
 class _Of(click.Choice[str]):
@@ -77,50 +79,108 @@ def quantiles(
 @click.command(
     short_help="The quantiles of several runs, side by side.",
     epilog="\b\nExamples:\n  undertow compare runs/vgg16 runs/vgg16_bn\n"
+    "  undertow compare runs/vgg16 runs/vgg16_bn --from .5 --to .9 --step .2\n"
     "  undertow compare runs/vgg16 runs/vgg16_bn --plot compare.png --csv compare.csv",
 )
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@_from
+@_to
+@_step
 @_of
 @_plot
 @_csv
 @_json
-def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path | None, as_json: bool) -> int:
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    runs: Sequence[Path],
+    start: float,
+    stop: float,
+    step: float,
+    of: str | None,
+    plot: Path | None,
+    table: Path | None,
+    as_json: bool,
+) -> int:
     """Put the quantiles of RUNS side by side: values, ratios to the first run, and the spread p95/p5.
 
-    Sites are paired by name where all runs have the same names, and by their order where not. Of photographs it is
-    said in how many both networks saw the same class. Where the runs were recorded with diagnose=True, sentences say
-    what the differences come from.
+    Printed are the 5, 50 and 95 % quantiles, or with --from, --to or --step each of those asked for. Sites are paired
+    by name where all runs have the same names, and by their order where not. Of photographs it is said in how many
+    both networks saw the same class. Where the runs were recorded with diagnose=True, sentences say what the
+    differences come from.
     """
-    from ..diagnosis import contrast
+    from ..diagnosis import coincidences, contrast
     from ..runs import Run, same_class
     from ..runs import compare as compare_runs
-    from ..runs.quantiles import STEPS
 
     opened = [Run(run) for run in runs]
-    rows = compare_runs(opened, of=of)
-    flat = []
-    lines: list[Sequence[object]] = [("site", "run", "p5", "median", "p95", "median / first", "p95 / p5")]
-    middle = STEPS.index(0.5)
-    for row in rows:
-        for i, run in enumerate(runs):
-            site = row.quantiles[i]
-            if site is not None:
-                spread, ratio = row.spreads[i], row.ratios[i][middle]
-                flat.append({"run": str(run), **site.to_dict(), "spread": spread, "ratio_of_medians": ratio})
-                cells = (site.values[0], site.values[middle], site.values[-1], ratio, spread)
-                lines.append((_label(site.site, site.phase), str(run), *(f"{value:.4g}" for value in cells)))
-    _write_and_print(flat, table, as_json, lines)
+    rows = compare_runs(opened, steps(start, stop, step), of=of)
+    flat = [_flat(row, i, run) for row in rows for i, run in enumerate(runs) if row.quantiles[i] is not None]
+    asked = any(ctx.get_parameter_source(name) != ParameterSource.DEFAULT for name in ("start", "stop", "step"))
+    _write_and_print(flat, table, as_json, _each_quantile(rows, runs) if asked else _three_quantiles(rows, runs))
     for other, run in zip(opened[1:], runs[1:], strict=True) if not as_json else ():
         if (agreement := same_class(opened[0], other)) is not None:
-            click.echo(f"{runs[0]} and {run}: {agreement}")
-    for sentence in contrast(opened) if not as_json else ():
-        click.echo(sentence)
+            echo(f"{runs[0]} and {run}: {agreement}")
+    for sentence in (*coincidences(opened, rows), *contrast(opened)) if not as_json else ():
+        echo(sentence)
     if plot:
         from ..show.plots import quantile_curves
 
         groups = {str(run): [row.quantiles[i] for row in rows if row.quantiles[i]] for i, run in enumerate(runs)}
         quantile_curves(groups, plot, title="Quantiles side by side")  # type: ignore[arg-type]
     return 0
+
+
+def _flat(row: Any, i: int, run: Path) -> dict[str, Any]:
+    """Return what is said of one run at one site, as one row of CSV or JSON."""
+    site = row.quantiles[i]
+    ratios = {f"ratio_p{100 * q:.10g}": ratio for q, ratio in zip(site.q, row.ratios[i], strict=True)}
+    of_medians = {"ratio_of_medians": ratios["ratio_p50"]} if "ratio_p50" in ratios else {}
+    return {"run": str(run), **site.to_dict(), "spread": row.spreads[i], **of_medians, **ratios}
+
+
+def _three_quantiles(rows: Sequence[Any], runs: Sequence[Path]) -> list[Sequence[object]]:
+    """Return a line for each site of each run: its 5, 50 and 95 % quantiles, and their ratios to the first run's."""
+    names = ("p5", "median", "p95")
+    lines: list[Sequence[object]] = [("site", "run", *names, *(f"{name} / first" for name in names), "p95 / p5")]
+    for row in rows:
+        for i, run in enumerate(runs):
+            site, first = row.quantiles[i], row.quantiles[0]
+            if site is None:
+                continue
+            some = (0, len(site.q) // 2, len(site.q) - 1)
+            ratios = (_ratio(site.values[n], None if first is None else first.values[n]) for n in some)
+            spread = _ratio(site.values[-1], site.values[0])
+            lines.append(
+                (_label(site.site, site.phase), str(run), *(f"{site.values[n]:.4g}" for n in some), *ratios, spread)
+            )
+    return lines
+
+
+def _each_quantile(rows: Sequence[Any], runs: Sequence[Path]) -> list[Sequence[object]]:
+    """Return a line for each quantile of each site: the value in each run, and its ratio to the first run's."""
+    lines: list[Sequence[object]] = [("site", "quantile", *map(str, runs), *(f"{run} / first" for run in runs[1:]))]
+    for row in rows:
+        known = next(site for site in row.quantiles if site is not None)
+        for n, q in enumerate(known.q):
+            values = [None if site is None else site.values[n] for site in row.quantiles]
+            numbers = ("-" if value is None else f"{value:.4g}" for value in values)
+            name = " | ".join(dict.fromkeys(site or "-" for site in row.sites))
+            lines.append((name, f"{100 * q:g} %", *numbers, *(_ratio(value, values[0]) for value in values[1:])))
+    return lines
+
+
+def _ratio(value: float | None, first: float | None) -> str:
+    """Return a ratio as text, and words where a zero is in it.
+
+    >>> _ratio(3.0, 2.0), _ratio(0.0, 2.0), _ratio(3.0, 0.0), _ratio(0.0, 0.0), _ratio(3.0, None)
+    ('1.5', '0', 'from 0', 'both 0', '-')
+    """
+    if value is None or first is None or math.isnan(value) or math.isnan(first):
+        return "-"
+    if first == 0:
+        return "both 0" if value == 0 else "from 0"
+    return f"{value / first:.4g}"
 
 
 def steps(start: float, stop: float, step: float) -> list[float]:
@@ -173,19 +233,12 @@ def _write_and_print(
     from ..files import published
 
     if path:
-        with published(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        with published(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
             writer.writeheader()
             writer.writerows(flat)
     if as_json:
         print_json(flat)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
-    for column, heading in enumerate(lines[0]):
-        table.add_column(str(heading), justify="right" if column else "left")
-    for line in lines[1:]:
-        table.add_row(*(str(cell) for cell in line), style="bold" if "median" in str(line[0]) else "")
-    Console().print(table)
+    bold = [i for i, line in enumerate(lines[1:]) if "median" in str(line[0])]
+    print_table(lines[0], lines[1:], right=lines[0][1:], bold=bold)

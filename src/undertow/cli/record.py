@@ -1,6 +1,5 @@
 """`undertow sites` and `undertow record`: choose modules of a network, and record what flows through them."""
 
-import json
 import sys
 import time
 import warnings
@@ -21,7 +20,7 @@ from .photographs import (
     preprocess_option,
     weights_option,
 )
-from .printing import print_json
+from .printing import echo, echo_error, print_json, print_table
 
 _SECONDS = 10.0  # between lines of progress where stderr is no terminal
 MEASURES = ("norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
@@ -43,8 +42,6 @@ def sites(selection: str, reference: str, preprocess: str | None, as_json: bool)
     layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), or several of them with commas.
     """
     from PIL import Image
-    from rich.console import Console
-    from rich.table import Table
 
     from .. import models
     from ..sites import select
@@ -56,12 +53,11 @@ def sites(selection: str, reference: str, preprocess: str | None, as_json: bool)
     if as_json:
         print_json([asdict(site) for site in selected])
         return 0
-    table = Table(box=None)
-    for heading in ("name", "kind", "output shape", "calls"):
-        table.add_column(heading, justify="right" if heading == "calls" else "left")
-    for site in selected:
-        table.add_row(site.name, site.kind, "never called" if not site.calls else _shape(site.shape), str(site.calls))
-    Console().print(table)
+    cells = [
+        (site.name, site.kind, "never called" if not site.calls else _shape(site.shape), site.calls)
+        for site in selected
+    ]
+    print_table(("name", "kind", "output shape", "calls"), cells, right=("calls",))
     return 0
 
 
@@ -134,9 +130,7 @@ def record(
     device = on_device(classifier, device)
     if any(measure.startswith("keep") for measure in measures):
         each = kept_bytes(classifier, selection, options["phase"], device)
-        click.echo(
-            f"keep will take {_size(each * count)}: {_size(each)} for each photograph, {count} of them", err=True
-        )
+        echo(f"keep will take {_size(each * count)}: {_size(each)} for each photograph, {count} of them", err=True)
     started = time.monotonic()
     with _progress(count) as advance:
         recorded = record_photographs(
@@ -151,17 +145,17 @@ def record(
             **options,
         )
     for _, error in recorded.failed:
-        click.echo(f"error: {error}", err=True)
+        echo_error(error)
     if as_json:
-        click.echo(json.dumps(recorded.to_dict(out), indent=1, ensure_ascii=False))
+        print_json(recorded.to_dict(out))
     else:
         failed = f", {len(recorded.failed)} could not be read" if recorded.failed else ""
         before = f", {recorded.before} batches were there already" if recorded.before else ""
         seconds = time.monotonic() - started
         speed = f" in {_clock(seconds)}, {recorded.photographs / max(seconds, 1e-9):.1f} images/s"
-        click.echo(f"{recorded.photographs} photographs recorded{speed}{before}{failed}")
-        click.echo(f"  {input_line(classifier)}\n  -> {out}")
-        click.echo(f"Next: undertow quantiles {out}")
+        echo(f"{recorded.photographs} photographs recorded{speed}{before}{failed}")
+        echo(f"  {input_line(classifier)}\n  -> {out}")
+        echo(f"Next: undertow quantiles {out}")
     return 2 if recorded.failed else 0
 
 
@@ -200,7 +194,7 @@ def _lines(count: int) -> Callable[[int], None]:
         if now - said >= _SECONDS and done:
             said, speed = now, done / (now - started)
             left = _clock((count - done) / speed)
-            click.echo(f"{done} of {count} photographs, {speed:.1f} images/s, {left} left", err=True)
+            echo(f"{done} of {count} photographs, {speed:.1f} images/s, {left} left", err=True)
 
     return advance
 

@@ -1,12 +1,12 @@
 """`undertow trace`: the inputs, outputs and gradients of each module in one pass, as a table."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .photographs import device_option, input_line, load_classifier, preprocess_option
+from .printing import echo, print_json
 
 if TYPE_CHECKING:
     from ..classifier import Classifier
@@ -58,8 +58,11 @@ def trace(
     x = batch_for(classifier, photograph, shape, seed, device)
     traced = trace_pass(classifier.module, x)
     if photograph is not None and not as_json:
-        click.echo(input_line(classifier))
-    click.echo(json.dumps(traced.to_dict(), indent=1, ensure_ascii=False) if as_json else str(traced))
+        echo(input_line(classifier))
+    if as_json:
+        print_json(traced.to_dict())
+    else:
+        echo(traced)
     return WRONG if traced.wrong or any(call.verdict == DIFFERS for call in traced.calls) else 0
 
 

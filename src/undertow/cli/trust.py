@@ -20,7 +20,7 @@ from .photographs import (
     preprocess_option,
     weights_option,
 )
-from .printing import print_line
+from .printing import print_line, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,18 +145,13 @@ def passes_bar(console: "Console") -> "Progress":
 def print_verdicts(judged: "JudgedPhotograph", folder: Path, prepared: str) -> None:
     """Print each verdict as a table with its sentence, and how the photograph was prepared."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     for name, verdict in judged.verdicts.items():
-        table = Table(title=f"{judged.path.name}: {name}, {verdict.target_name}", title_justify="left", box=None)
-        for column in ("question", "answer", "value", ""):
-            table.add_column(column, justify="right" if column == "value" else "left")
-        for question, answer in verdict.answers.items():
-            table.add_row(question, answer.level, f"{answer.value:.2f}", answer.sentence)
-        for question, reason in verdict.unanswered.items():
-            table.add_row(question, "-", "", reason)
-        console.print(table)
+        rows = [(q, answer.level, f"{answer.value:.2f}", answer.sentence) for q, answer in verdict.answers.items()]
+        rows += [(question, "-", "", reason) for question, reason in verdict.unanswered.items()]
+        title = f"{judged.path.name}: {name}, {verdict.target_name}"
+        print_table(("question", "answer", "value", ""), rows, title=title, right=("value",))
         print_line(console, verdict.sentence, "bold")
         print_line(console, f"  {prepared}")
         print_line(console, f"  {verdict.seconds:.1f} s -> {folder}\n")

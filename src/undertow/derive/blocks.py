@@ -10,6 +10,7 @@ from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability, framework_of_input
 from ..frameworks.results import Block, Carried
 from ..show.graph import draw_blocks
+from ..show.plots import drawn
 from .chain import Derivative, DifferentiableGraph
 from .graph import END
 from .notation import Partial, Quantity
@@ -90,7 +91,7 @@ class Blocks(DifferentiableGraph):
 
     def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
         """Draw the blocks with the edges of a derivative highlighted; see `Derivative.plot`."""
-        heading = title or f"∂E/∂{derivative.wrt.text}"
+        heading = title or drawn(f"∂E/∂{derivative.wrt.text}")
         return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
 
     def _hint(self, wrt: str) -> str:

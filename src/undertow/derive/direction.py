@@ -1,7 +1,9 @@
 """The directional derivative of a matrix expression, and its numerical checks."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,11 +19,13 @@ from .evaluating import evaluate
 from .matrices import Dimension, MatrixExpr, Shape
 from .packages import need
 from .parser import parse
-from .symbolic import is_explicit, to_sympy
+from .symbolic import MAX_TERMS, count_terms, is_explicit, to_sympy
 from .writing import to_latex, to_text
 
 STEP = 1e-5
-_DIMENSION = re.compile(r"[1-9]\d*|[A-Za-z]\w*")
+MAX_ELEMENTS = 1_000_000
+"""Of a matrix in an expression: the check works it out at a random point."""
+_DIMENSION = re.compile(r"[1-9][0-9]{0,8}|[A-Za-z]\w*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +144,10 @@ class Directional:
         sizes: dict[Dimension, int] = dict(zip(dimensions, _distinct_sizes(len(dimensions), rng), strict=True))
         for attempt in range(40):
             values = {name: _random_matrix(s.shape, sizes, attempt % 2 == 1, rng) for name, s in symbols.items()}
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), suppress(np.linalg.LinAlgError, OverflowError):  # singular at this point
                 f, df = (evaluate(expr, values, sizes, np) for expr in (self.function, self.derivative))
-            if np.isfinite(f).all() and np.isfinite(df).all():
-                return values, sizes, df
+                if np.isfinite(f).all() and np.isfinite(df).all():
+                    return values, sizes, df
         raise InputError(
             f"{to_text(self.function)} has no finite value at any of 40 random points; is it defined anywhere?"
         )
@@ -164,7 +168,8 @@ def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) ->
             largest index.
 
     Raises:
-        InputError: an unknown word or shapes that do not fit, with the column in the text.
+        InputError: an unknown word or shapes that do not fit, with the column in the text; numbers, shapes or explicit
+            matrices that are too large to be worked out.
 
     >>> d = directional("X*a", wrt="X", shapes={"X": ("d", "k"), "a": ("k", 1)})
     >>> d.text, d.direction_shape, d.result_shape
@@ -174,16 +179,44 @@ def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) ->
     """
     all_shapes = {name: _shape(name, given) for name, given in (shapes or {}).items()}
     if wrt not in all_shapes:
-        indices = [int(index) for index in re.findall(rf"\b{re.escape(wrt)}([1-9]\d*)\b", text)]
+        indices = [int(index) for index in re.findall(rf"\b{re.escape(wrt)}([1-9][0-9]{{0,8}})\b", text)]
         if not indices:
             hint = did_you_mean(wrt, all_shapes) or f"; give it one, as in --shape {wrt}=d,d"
             raise InputError(f"{wrt!r}, the variable to differentiate by, has no shape{hint}")
         all_shapes[wrt] = (max(indices), 1)
+    try:
+        return _derived(text, wrt, all_shapes)
+    except RecursionError as error:
+        raise InputError("the expression is nested too deeply, as in a/b/c/...; put divisors into brackets") from error
+
+
+def _derived(text: str, wrt: str, all_shapes: Mapping[str, Shape]) -> Directional:
     function = parse(text, all_shapes, vector=wrt)
     variable = m.symbol(wrt, all_shapes[wrt])
     free = (name for name in ("H", "V", "D", *(f"H{i}" for i in range(1, 100))) if name not in all_shapes)
     direction = m.symbol(next(free), all_shapes[wrt])
-    return Directional(function, variable, direction, differential(function, variable, direction))
+    derivative = differential(function, variable, direction)
+    for expr in (function, derivative, variable):
+        _refuse_large(expr)
+    if is_explicit(function) and (count := count_terms(derivative)) > MAX_TERMS:
+        raise InputError(
+            f"multiplied out, the derivative would have some {count:.1g} terms; {MAX_TERMS:,} are the most"
+        )
+    return Directional(function, variable, direction, derivative)
+
+
+def _refuse_large(expr: MatrixExpr) -> None:
+    """Refuse a matrix that would take too long to work out at a point.
+
+    Raises:
+        InputError: it is too large.
+    """
+    for node in (*m.symbols(expr).values(), *m.nodes(expr)):
+        sides = [side for side in node.shape if isinstance(side, int)]
+        if math.prod(sides) > MAX_ELEMENTS:
+            name = node.payload if node.kind == "symbol" else f"a {node.kind}"
+            size = f"{name} of shape {m.format_shape(node.shape)}"
+            raise InputError(f"{size} is too large to be checked by numbers; name its sides, as in d,k")
 
 
 def _format_sympy(value: Any) -> str:

@@ -4,13 +4,24 @@ The functions below do not check shapes: the parser does, since it can point at 
 shape (1, 1). In the normal form numbers are outermost, scalars precede matrices, and only symbols are transposed.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ..errors import InputError
+
 Dimension = str | int
 Shape = tuple[Dimension, Dimension]
 SCALAR: Shape = (1, 1)
+MAX_DIGITS = 300
+"""Of a number, before and after its fraction's bar: what float64 holds."""
+MAX_FACTORS = 300
+"""Of one product: its derivative has as many products."""
+MAX_SCALARS = 60
+"""Of one product, such as traces: they are nested, and simplifying them takes the cube of their number."""
+_TOO_LONG = 10**MAX_DIGITS
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,15 @@ class MatrixExpr:
 
 
 def number(value: Fraction | int) -> MatrixExpr:
-    """Return a rational number, a scalar."""
-    return MatrixExpr("number", SCALAR, (), Fraction(value))
+    """Return a rational number, a scalar.
+
+    Raises:
+        InputError: it has too many digits.
+    """
+    value = Fraction(value)
+    if abs(value.numerator) >= _TOO_LONG or value.denominator >= _TOO_LONG:
+        raise InputError(f"a number of more than {MAX_DIGITS} digits comes of it; write smaller numbers")
+    return MatrixExpr("number", SCALAR, (), value)
 
 
 def zero(shape: Shape) -> MatrixExpr:
@@ -133,7 +151,16 @@ def scaled(scalar: MatrixExpr, body: MatrixExpr) -> MatrixExpr:
     if body.kind == "scaled" and _base_and_exponent(scalar)[0] == _base_and_exponent(body.operands[0])[0]:
         (base, first), (_, second) = _base_and_exponent(scalar), _base_and_exponent(body.operands[0])
         return times(value, scaled(power(base, first + second), body.operands[1]))
+    if (depth := _scalars(body)) > MAX_SCALARS:
+        raise InputError(f"a product with {depth:,} scalars comes of it; {MAX_SCALARS} are the most")
     return times(value, MatrixExpr("scaled", body.shape, (scalar, body)))
+
+
+def _scalars(expr: MatrixExpr) -> int:
+    count = 1
+    while expr.kind == "scaled":
+        count, expr = count + 1, expr.operands[1]
+    return count
 
 
 def _base_and_exponent(scalar: MatrixExpr) -> tuple[MatrixExpr, Fraction]:
@@ -155,7 +182,13 @@ def multiply(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
         while operand.kind == "scaled":
             factor, operand = scaled(operand.operands[0], factor), operand.operands[1]
         inner.extend(operand.operands if operand.kind == "product" else (operand,))
+    _refuse_long(inner)
     return scaled(factor, MatrixExpr("product", shape, tuple(inner)))
+
+
+def _refuse_long(factors: list[MatrixExpr]) -> None:
+    if len(factors) > MAX_FACTORS:
+        raise InputError(f"a product of {len(factors):,} factors comes of it; {MAX_FACTORS} are the most")
 
 
 def hadamard(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
@@ -167,6 +200,7 @@ def hadamard(left: MatrixExpr, right: MatrixExpr) -> MatrixExpr:
     (a, left), (b, right) = coefficient(left), coefficient(right)
     inner = [f for operand in (left, right) for f in (operand.operands if operand.kind == "hadamard" else (operand,))]
     inner = [factor for factor in inner if factor.kind != "ones"] or [ones(left.shape)]
+    _refuse_long(inner)
     return times(a * b, inner[0] if len(inner) == 1 else MatrixExpr("hadamard", left.shape, tuple(inner)))
 
 
@@ -188,6 +222,9 @@ def power(scalar: MatrixExpr, exponent: Fraction | int) -> MatrixExpr:
     if exponent == 1:
         return scalar
     if scalar.kind == "number" and scalar.payload and exponent.denominator == 1:
+        digits = math.log10(max(abs(scalar.payload.numerator), scalar.payload.denominator)) * abs(int(exponent))
+        if digits > MAX_DIGITS:
+            raise InputError(f"a number of {digits:,.0f} digits comes of it; {MAX_DIGITS} are the most")
         return number(scalar.payload ** int(exponent))
     return MatrixExpr("power", SCALAR, (scalar,), exponent)
 
@@ -252,21 +289,27 @@ def norm(expr: MatrixExpr, kind: str) -> MatrixExpr:
     return MatrixExpr("norm", SCALAR, (expr,), kind)
 
 
-def symbols(expr: MatrixExpr) -> dict[str, MatrixExpr]:
-    """Return the symbols in an expression by name, in order of first occurrence."""
-    by_name: dict[str, MatrixExpr] = {}
+def nodes(expr: MatrixExpr) -> Iterator[MatrixExpr]:
+    """Yield an expression and all of its subexpressions, each before its own."""
     stack = [expr]
     while stack:
         node = stack.pop()
+        yield node
+        stack.extend(reversed(node.operands))
+
+
+def symbols(expr: MatrixExpr) -> dict[str, MatrixExpr]:
+    """Return the symbols in an expression by name, in order of first occurrence."""
+    by_name: dict[str, MatrixExpr] = {}
+    for node in nodes(expr):
         if node.kind == "symbol":
             by_name.setdefault(node.payload, node)
-        stack.extend(reversed(node.operands))
     return by_name
 
 
 def dimensions(expr: MatrixExpr) -> list[Dimension]:
     """Return the rows and columns of all subexpressions; zeros have named dimensions that no symbol has."""
-    return [*expr.shape, *(dimension for operand in expr.operands for dimension in dimensions(operand))]
+    return [dimension for node in nodes(expr) for dimension in node.shape]
 
 
 def format_shape(shape: Shape) -> str:

@@ -19,7 +19,7 @@ from .packages import need
 
 _EDGE = re.compile(r"(?P<source>[^\s>→]+)(?:>|→)(?P<target>[^\s>→]+)")
 _NODE = re.compile(r"[xn]\d+")
-_COMPONENT = r"(?:\[([a-z]|[1-9]\d*)\])?"
+_COMPONENT = r"(?:\[([a-z]|[1-9][0-9]{0,3})\])?"
 _WRT = {
     "n": re.compile(r"n(\d+)"),
     "b": re.compile(r"b\[(\d+)\]"),

@@ -24,6 +24,7 @@ from .matrices import MatrixExpr, Shape
 
 MAX_DEPTH = 60
 MAX_EXPONENT = 20
+MAX_TOKENS = 100_000
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<name>[A-Za-zα-ω][A-Za-z0-9_α-ω]*)"
     r"|(?P<operator>\*\*|\.\*|\./|\.T\b|⁻¹|[-+*/@^()\[\],ᵀ∘⊘·−]))"
@@ -57,7 +58,8 @@ def parse(text: str, shapes: Mapping[str, Shape], vector: str = "") -> MatrixExp
         vector: the name of a vector whose entries may occur as its name and a number: x1, x2, ...
 
     Raises:
-        InputError: an unknown word, shapes that do not fit or a syntax error, with the column in the text.
+        InputError: an unknown word, shapes that do not fit, numbers that are too long or a syntax error, with the
+            column in the text.
 
     >>> parse("X*a", {"X": ("d", "k"), "a": ("k", 1)}).shape
     ('d', 1)
@@ -80,7 +82,12 @@ class _Parser:
 
     def parse(self) -> MatrixExpr:
         """Return the expression of the whole text, or raise InputError."""
-        piece = self._sum()
+        try:
+            piece = self._sum()
+        except InputError as error:
+            if str(error).startswith("column"):
+                raise
+            raise InputError(f"{_cut(repr(self._text), 60)} cannot be worked out: {error}") from error
         if self._next.kind != "end":
             raise _token_error(self._next, "is unexpected; is a * missing before it?")
         return piece.expr
@@ -159,14 +166,17 @@ class _Parser:
             raise _token_error(token, "cannot be an exponent; only a number can")
         if bracketed:
             self._expect(")")
-        exponent = -Fraction(token.text) if is_negative else Fraction(token.text)
+        exponent = -_fraction(token) if is_negative else _fraction(token)
         return _Piece(self._raise_to(base, exponent, token), base.start, token.end)
 
     def _raise_to(self, base: _Piece, exponent: Fraction, token: _Token) -> MatrixExpr:
         if base.expr.is_scalar:
             if m.is_zero(base.expr) and exponent < 0:
                 raise InputError(f"column {base.start + 1}: division by zero")
-            return m.power(base.expr, exponent)
+            try:
+                return m.power(base.expr, exponent)
+            except InputError as error:
+                raise _token_error(token, f"is too large an exponent of {_cut(self._source(base))}: {error}") from error
         self.square(base, "a power")
         if exponent.denominator != 1 or not 1 <= abs(exponent) <= MAX_EXPONENT:
             raise _token_error(
@@ -189,7 +199,7 @@ class _Parser:
     def _atom(self) -> _Piece:
         token = self._advance()
         if token.kind == "number":
-            return _Piece(m.number(Fraction(token.text)), token.start, token.end)
+            return _Piece(m.number(_fraction(token)), token.start, token.end)
         if token.kind == "name":
             return self._call(token) if self._next_is("(") else _Piece(self._named(token), token.start, token.end)
         if token.text == "(" and token.kind == "operator":
@@ -202,7 +212,7 @@ class _Parser:
         if name in self._shapes:
             return m.symbol(name, self._shapes[name])
         index = name.removeprefix(self._vector) if self._vector and name.startswith(self._vector) else ""
-        if index.isdecimal():
+        if index.isdecimal() and len(index) < 10:
             shape = self._shapes[self._vector]
             length = max((dimension for dimension in shape if isinstance(dimension, int)), default=0)
             if 1 in shape and all(isinstance(dimension, int) for dimension in shape) and 1 <= int(index) <= length:
@@ -282,7 +292,7 @@ class _Parser:
         return InputError(f"column {piece.start + 1}: {self._source(piece)} is {shape} and {why}")
 
     def _source(self, piece: _Piece) -> str:
-        return repr(self._text[piece.start : piece.end])
+        return _cut(repr(self._text[piece.start : piece.end]), 200)
 
 
 def _elementwise(name: str) -> Callable[[_Parser, _Token, _Piece], MatrixExpr]:
@@ -300,21 +310,34 @@ _FUNCTIONS: dict[str, Callable[[_Parser, _Token, _Piece], MatrixExpr]] = {
 
 
 def _tokens(text: str) -> list[_Token]:
-    tokens = []
+    tokens: list[_Token] = []
     position = 0
     stop = len(text.rstrip())
     while position < stop:
         match = _TOKEN.match(text, position)
         if match is None:
             position += len(text[position:]) - len(text[position:].lstrip())
-            raise InputError(f"column {position + 1}: {text[position]!r} is not understood in {text!r}")
+            raise InputError(f"column {position + 1}: {text[position]!r} is not understood in {_cut(repr(text), 200)}")
         kind = str(match.lastgroup)
         word = match[kind]
         tokens.append(_Token(kind, _CANONICAL.get(word, word), match.start(kind), match.end(kind)))
+        if len(tokens) > MAX_TOKENS:
+            raise InputError(f"column {position + 1}: more than {MAX_TOKENS:,} words and signs; write a shorter one")
         position = match.end()
     return [*tokens, _Token("end", "the end", len(text), len(text))]
 
 
+def _fraction(token: _Token) -> Fraction:
+    """Return the value of a number, or raise InputError for one of too many digits."""
+    if len(token.text) > m.MAX_DIGITS:
+        raise _token_error(token, f"has {len(token.text):,} digits; {m.MAX_DIGITS} are the most")
+    return Fraction(token.text)
+
+
+def _cut(text: str, length: int = 30) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def _token_error(token: _Token, why: str) -> InputError:
-    word = token.text if token.kind == "end" else repr(token.text)
+    word = token.text if token.kind == "end" else repr(_cut(token.text))
     return InputError(f"column {token.start + 1}: {word} {why}")

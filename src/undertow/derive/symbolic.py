@@ -1,5 +1,6 @@
 """Conversion of matrix expressions to SymPy."""
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from operator import add, mul
@@ -7,6 +8,9 @@ from typing import Any
 
 from .matrices import Dimension, MatrixExpr
 from .packages import need
+
+MAX_TERMS = 20_000
+"""Of an explicit derivative, multiplied out: SymPy takes seconds for as many."""
 
 
 def to_sympy(expr: MatrixExpr) -> Any:
@@ -37,6 +41,46 @@ def is_explicit(expr: MatrixExpr) -> bool:
         kinds.add(node.kind)
         stack.extend(() if node.kind == "entry" else node.operands)
     return "explicit" in kinds and "symbol" not in kinds
+
+
+def count_terms(expr: MatrixExpr) -> float:
+    """Return about how many products an explicit expression has in all of its entries, once it is multiplied out."""
+    counts = [count_terms(operand) for operand in expr.operands]
+    try:
+        return _COUNTS[expr.kind](expr, counts) if expr.kind in _COUNTS else sum(counts) or 1.0
+    except OverflowError:
+        return math.inf
+
+
+def _product_terms(expr: MatrixExpr, counts: list[float]) -> float:
+    """Entries are sums over the sides that meet: with counts spread evenly, each such side divides their product."""
+    inner = [operand.shape[1] for operand in expr.operands[:-1]]
+    return float(math.prod(counts)) / math.prod(side for side in inner if isinstance(side, int))
+
+
+def _power_terms(expr: MatrixExpr, counts: list[float]) -> float:
+    exponent = expr.payload
+    return counts[0] ** int(exponent) if exponent.denominator == 1 and exponent > 0 else counts[0]
+
+
+def _gaussian_terms(expr: MatrixExpr, counts: list[float]) -> float:
+    """A determinant has n! products of n entries, and each entry of an inverse has one on either side of the bar."""
+    size = int(expr.operands[0].shape[0]) if isinstance(expr.operands[0].shape[0], int) else 1
+    entry = max(counts[0] / size**2, 1.0)
+    products = math.factorial(min(size, 100)) * entry**size
+    return products**2 if expr.kind == "inverse" else products
+
+
+_COUNTS: dict[str, Callable[[MatrixExpr, list[float]], float]] = {
+    "product": _product_terms,
+    "scaled": lambda expr, counts: float(math.prod(counts)),
+    "hadamard": lambda expr, counts: float(math.prod(counts)),
+    "quotient": lambda expr, counts: float(math.prod(counts)),
+    "power": _power_terms,
+    "inverse": _gaussian_terms,
+    "det": _gaussian_terms,
+    "entry": lambda expr, counts: 1.0,
+}
 
 
 def _leaf(expr: MatrixExpr, sympy: Any) -> Any:

@@ -107,13 +107,14 @@ class _Printer:
 
     def _scaled(self, expr: MatrixExpr) -> _Printed:
         scalar, body = expr.operands
-        text = self.write(body).bracketed_below(PRODUCT, self.latex)
+        written = self.write(body)
+        text = written.bracketed_below(PRODUCT, self.latex)
         if scalar.kind == "number":
             return self._with_number(scalar.payload, text)
         if scalar.kind == "power" and scalar.payload < 0:
             below = self.write(power(scalar.operands[0], -scalar.payload))
             if self.latex:
-                return _Printed(rf"\frac{{{self.write(body).text}}}{{{below.text}}}", PRODUCT)
+                return _Printed(rf"\frac{{{written.text}}}{{{below.text}}}", PRODUCT)
             return _Printed(f"{text}/{below.bracketed_below(ATOM)}", PRODUCT)
         front = self.write(scalar).bracketed_below(ATOM, self.latex)
         return _Printed(f"{front}{self._pick(' · ', ' ')}{text}", PRODUCT)

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Callable, Iterator
 
+from ..errors import RunError, UndertowError, one_line, printable
 from ..runs import Run
 from .arrival import arrival, nothing
 from .channels import batch_norm
+from .contrast import coincidences as coincidences
 from .contrast import contrast as contrast
 from .course import jump, noise
 from .dead import dead
@@ -17,6 +19,7 @@ from .finding import SEVERITIES as SEVERITIES
 from .finding import Finding as Finding
 from .finding import Findings as Findings
 from .finding import NotLookedAt, NotRecorded
+from .live import Live as Live
 from .precision import nonfinite, underflow
 from .routing import activation, pooling
 from .saturation import saturated
@@ -58,6 +61,9 @@ def diagnose(run: Run | str | os.PathLike[str]) -> Findings:
     Returns:
         Findings: a list of `Finding`, the most severe first.
 
+    Raises:
+        RunError: a file of the run is damaged, or holds rows that cannot be.
+
     >>> import tempfile, torch, undertow as ut
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten())
     >>> with ut.record(folder := tempfile.mkdtemp(), net, sites="conv", diagnose=True) as recording:
@@ -66,7 +72,11 @@ def diagnose(run: Run | str | os.PathLike[str]) -> Findings:
     >>> [(f.cause, f.evidence["predicted"], f.evidence["observed"]) for f in ut.diagnose(ut.Run(folder))]
     [('pooling', 0.75, 0.75)]
     """
-    evidence = Evidence(Run.of(run))
+    return diagnosed(Evidence(Run.of(run)))
+
+
+def diagnosed(evidence: Evidence) -> Findings:
+    """Let every rule look at the evidence."""
     findings: list[Finding] = []
     checked = {}
     for name, rule in RULES.items():
@@ -78,4 +88,12 @@ def diagnose(run: Run | str | os.PathLike[str]) -> Findings:
             checked[name] = f"not checked: {error}"
         except NotLookedAt as error:
             checked[name] = f"checked, but {error}"
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, UndertowError):
+                raise
+            reason = f"{name}: {type(error).__name__}: {one_line(error)[:120]}"
+            raise RunError(
+                f"{printable(evidence.run.folder)} cannot be diagnosed ({reason}); if undertow check says that it is "
+                "whole and nobody has written into it, report that"
+            ) from error
     return Findings(findings, checked)

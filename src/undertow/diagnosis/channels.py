@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..runs.quantiles import weighted
 from .evidence import Evidence
@@ -67,8 +68,14 @@ def agreements(evidence: Evidence) -> dict[str, float]:
         sums, absolutes = np.abs(row["sums"]), np.asarray(row["absolutes"], np.float64)
         nonzero = absolutes > 0
         if nonzero.any():
-            shares.setdefault(row["site"], []).append(float(np.median(sums[nonzero] / absolutes[nonzero])))
+            shares.setdefault(row["site"], []).append(_median(sums[nonzero] / absolutes[nonzero]))
     return {site: float(np.median(shares[site])) for site in evidence.sites if site in shares}
+
+
+def _median(values: npt.NDArray[np.float64]) -> float:
+    """Return the median; `np.median` takes five times as long for short arrays."""
+    ordered, n = np.sort(values), len(values)
+    return float(ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 def _tail(evidence: Evidence, site: str) -> float | None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runs import Run
+from ..runs import Comparison, Run
 from ..runs.quantiles import weighted
 from .channels import agreements
 from .evidence import Evidence, Kind, OpChain, Step
-from .finding import NotRecorded, called, percent
+from .finding import NotRecorded, called, listed, percent
 from .routing import split
 
 
@@ -19,11 +19,17 @@ class _Side:
 
     evidence: Evidence
     chain: OpChain
+    run: str
 
     @property
     def site(self) -> str:
         """The name of the site."""
         return self.chain.site
+
+    @property
+    def called(self) -> str:
+        """The site and the run, for a sentence."""
+        return f"{called(self.site)} of {self.run}"
 
     def first(self, kind: Kind) -> Step | None:
         """Return the first step of a kind, None where there is none."""
@@ -36,7 +42,7 @@ class _Side:
 
 
 def contrast(runs: Sequence[Run]) -> list[str]:
-    """Say how each further run differs from the first one, and why, site by site.
+    """Say how each further run differs from the first one, and why, site by site; each names the run that it speaks of.
 
     Sites are paired by name, or by order if the names differ. Runs recorded without `diagnose=True` give no
     sentences, because nothing could be proved.
@@ -45,16 +51,59 @@ def contrast(runs: Sequence[Run]) -> list[str]:
     []
     """
     sentences: list[str] = []
-    for other in runs[1:]:
+    names = _names(runs)
+    for other, name in zip(runs[1:], names[1:], strict=True):
         try:
-            sentences += [sentence for a, b in _pairs(runs[0], other) for sentence in _differences(a, b)]
+            pairs = _pairs(runs[0], other, (names[0], name))
+            sentences += [sentence for a, b in pairs for sentence in _differences(a, b)]
         except NotRecorded:
             continue
     return sentences
 
 
-def _pairs(run: Run, other: Run) -> Iterator[tuple[_Side, _Side]]:
-    sides = [[_Side(evidence, chain) for chain in evidence.chains] for evidence in map(Evidence, (run, other))]
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Return each run's folder: its last part, or all of it where those are not different."""
+    short = [run.folder.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.folder) for run in runs]
+
+
+def coincidences(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[str]:
+    """Say at which sites the quantiles of a further run are those of the first one, to the last bit, and why.
+
+    >>> coincidences([], [])
+    []
+    """
+    sentences = []
+    names = _names(runs)
+    for i in range(1, len(runs)):
+        by_reason: dict[str, list[str]] = {}
+        for row in comparisons:
+            if row.same[i]:
+                by_reason.setdefault(_why_same(runs[0], runs[i], row, i), []).append(row.sites[0] or "")
+        for reason, sites in by_reason.items():
+            curves = f"the curves of {names[0]} and {names[i]} are one"
+            sentences.append(f"{curves} at {listed(dict.fromkeys(sites))}: {reason}")
+    return sentences
+
+
+def _why_same(run: Run, other: Run, row: Comparison, i: int) -> str:
+    """Return the likeliest reason why two runs have the same quantiles at a site."""
+    model, others = (one.manifest.get("model", {}) for one in (run, other))
+    objective = run.manifest.get("objective")
+    if run.folder.resolve() == other.folder.resolve():
+        return "they are one run"
+    if all(s is not None and s.zeros == s.count for s in (row.quantiles[0], row.quantiles[i])):
+        return "both are zero throughout"
+    if model.get("weights_sha256") == others.get("weights_sha256") and row.phase in ("backward", "forward"):
+        return "the networks have the same weights, and what ran was the same"
+    if row.sites[0] == run.sites[-1] and row.phase == "backward" and objective in ("predicted", "label"):
+        return "the objective is a score, whose gradient at the scores is 1 for its class and 0 for all others"
+    return "what follows there gives the same gradient in both, though their weights differ"
+
+
+def _pairs(run: Run, other: Run, names: tuple[str, str]) -> Iterator[tuple[_Side, _Side]]:
+    both = zip(map(Evidence, (run, other)), names, strict=True)
+    sides = [[_Side(evidence, chain, name) for chain in evidence.chains] for evidence, name in both]
     others = {side.site: side for side in sides[1]}
     if set(others) == {side.site for side in sides[0]}:
         yield from ((side, others[side.site]) for side in sides[0])
@@ -80,10 +129,10 @@ def _pooled(a: _Side, b: _Side, pool: str, reason: str) -> str:
     shares = [percent(split(side.chain).total) for side in (a, b)]
     fewer = split(b.chain).total < split(a.chain).total
     if before == after or (after > before) != fewer:  # the median does not follow the zeros, so report the zeros
-        change = f"the zeros at {called(b.site)} from {shares[0]} to {shares[1]}"
+        change = f"the zeros at {called(b.site)} from {shares[0]} to {shares[1]} in {b.run}"
         medians = f"medians {before:.3g} and {after:.3g}" if before != after else f"both medians are {before:.3g}"
         return f"{pool} {'lowers' if fewer else 'raises'} {change}: {reason} ({medians})"
-    change = f"the median at {called(b.site)} from {before:.3g} to {after:.3g}"
+    change = f"the median at {called(b.site)} from {before:.3g} to {after:.3g} in {b.run}"
     return f"{pool} {'raises' if fewer else 'lowers'} {change}: {reason} (zeros {shares[0]} against {shares[1]})"
 
 
@@ -97,17 +146,17 @@ def _activated(a: _Side, b: _Side, gate: Step, other: Step) -> Iterator[str]:
         return
     means = [side.chain.steps[0].mean_magnitude for side in (a, b)]
     yield (
-        f"{other.op} after {called(b.site)} {effect}: its zeros {percent(shares[0])} against "
-        f"{percent(shares[1])}, mean |g| {means[0]:.3g} against {means[1]:.3g}"
+        f"{other.op} after {called(b.site)} {effect}: its zeros {percent(shares[0])} in {a.run} against "
+        f"{percent(shares[1])} in {b.run}, mean |g| {means[0]:.3g} against {means[1]:.3g}"
     )
 
 
 def _normalised(a: _Side, b: _Side) -> Iterator[str]:
-    norm = a.first("norm") or b.first("norm")
-    shares = [agreements(side.evidence).get(side.site, float("nan")) for side in (a, b)]
-    with_norm, without = (shares[0], shares[1]) if a.first("norm") else (shares[1], shares[0])
+    has, lacks = (a, b) if a.first("norm") else (b, a)
+    norm = has.first("norm")
+    with_norm, without = (agreements(side.evidence).get(side.site, float("nan")) for side in (has, lacks))
     if norm and norm.op == "batch_norm" and with_norm < without:
         yield (
-            f"batch_norm after {called(b.site)} subtracts the mean from each channel's gradient: |sum g| is "
-            f"{percent(with_norm)} of sum |g|, and {percent(without)} without it"
+            f"batch_norm after {has.called} subtracts the mean from each channel's gradient: |sum g| is "
+            f"{percent(with_norm)} of sum |g|, and {percent(without)} at {lacks.called}, which has none"
         )

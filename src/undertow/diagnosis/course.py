@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .depth import fit
 from .evidence import Evidence
@@ -44,7 +45,7 @@ def jump(evidence: Evidence) -> Iterator[Finding]:
         elif _drifts(logs):
             drifts[site] = float(2.0 ** (fit(logs).slope * (len(logs) - 1)))
     if jumps:
-        yield _jumped(jumps)
+        yield _jumped(jumps, evidence.n_earlier)
     if drifts:
         yield _drifted(drifts)
 
@@ -55,8 +56,9 @@ def _jump(logs: npt.NDArray[np.float64]) -> tuple[int, float] | None:
     Measured from the median of the run, each end of a steady decay would be a jump. A fall counts only where it lasts:
     a batch of which hardly anything is wrong is no event.
     """
-    before = np.array([np.median(logs[i - _BEFORE : i]) for i in range(_BEFORE, len(logs))])
-    ahead = np.array([np.median(logs[i : i + _BEFORE]) for i in range(_BEFORE, len(logs))])
+    padded = np.append(logs, np.full(_BEFORE - 1, logs[-1]))
+    medians = np.sort(sliding_window_view(padded, _BEFORE), axis=1)[:, _BEFORE // 2 - 1 : _BEFORE // 2 + 1].mean(axis=1)
+    before, ahead = medians[: len(logs) - _BEFORE], medians[_BEFORE:]
     own, last = logs[_BEFORE:], logs[_BEFORE - 1 : -1]
     distance = own - before
     least = max(_DEVIATIONS * float(np.median(np.abs(distance))), math.log2(_FACTOR))
@@ -74,16 +76,21 @@ def _drifts(logs: npt.NDArray[np.float64]) -> bool:
     return slope * (len(logs) - 1) > math.log2(_DRIFT)
 
 
-def _jumped(jumps: dict[str, tuple[int, float]]) -> Finding:
+def _jumped(jumps: dict[str, tuple[int, float]], n_earlier: int) -> Finding:
     worst = max(jumps, key=lambda site: abs(math.log2(jumps[site][1])))
     batch, factor = jumps[worst]
     return Finding(
         "jump",
         "warning",
         tuple(jumps),
-        f"In recorded batch number {batch + 1} the gradient at {called(worst)} is {factor:.3g} times its median over "
-        f"the {_BEFORE} batches before; affected: {listed(jumps)}.",
-        {"predicted": 1.0, "observed": factor, "jumps": {site: list(jump) for site, jump in jumps.items()}},
+        f"In recorded batch number {n_earlier + batch + 1} the gradient at {called(worst)} is {factor:.3g} times its "
+        f"median over the {_BEFORE} batches before; affected: {listed(jumps)}.",
+        {
+            "predicted": 1.0,
+            "observed": factor,
+            "batch": n_earlier + batch,
+            "jumps": {site: [n_earlier + number, size] for site, (number, size) in jumps.items()},
+        },
         "Check the samples of that batch and the learning rate; clip gradients if it happens again.",
         _JUMP_SOURCE,
     )

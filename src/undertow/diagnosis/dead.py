@@ -10,6 +10,7 @@ from .finding import Finding, called, listed, percent
 MIN_ELEMENTS = 100
 _WARNING_SHARE = 0.1
 _WARNING_SHARE_OF_FEATURES = 2 / 3
+_WELL_SEEN = 1000
 _MIN_SWITCHING = 0.05
 _SOURCE = f"a channel counts as dead if all its elements, at least {MIN_ELEMENTS}, were inactive; cf. arXiv 1903.06733"
 _REMEDY = "a smaller learning rate, He initialisation, batch norm before the activation, or a leaky activation"
@@ -71,7 +72,7 @@ def _activations(evidence: Evidence) -> Iterator[tuple[OpChain, Step]]:
 def _units(evidence: Evidence, units: list[tuple[OpChain, Step]]) -> Finding:
     chain, step = max(units, key=lambda unit: _dead(unit[1]) / len(unit[1].active))
     share = _dead(step) / len(step.active)
-    many = [unit for unit in units if _are_many(unit[1])]
+    many = [unit for unit in units if _are_many(*unit)]
     varied = bool(many) and float(np.median([_switching(*unit) for unit in many])) >= _MIN_SWITCHING
     others = {other.site: f"{_dead(its)} of {len(its.active)}" for other, its in units if other is not chain}
     sentence = (
@@ -98,13 +99,14 @@ def _units(evidence: Evidence, units: list[tuple[OpChain, Step]]) -> Finding:
     )
 
 
-def _are_many(step: Step) -> bool:
+def _are_many(chain: OpChain, step: Step) -> bool:
     """Whether so many are inactive that it matters.
 
-    A feature of a linear layer is seen at one position of each sample only: with inputs of one sign or little variety a
-    third of them is inactive in networks that learn well.
+    A feature of a linear layer is seen at one position of each sample only, and a channel of a small plane at few: with
+    inputs of one sign or little variety a third of them is inactive in networks that learn well.
     """
-    return _dead(step) / len(step.active) >= (_WARNING_SHARE if len(step.shape) > 2 else _WARNING_SHARE_OF_FEATURES)
+    well_seen = len(step.shape) > 2 and chain.steps[0].elements / len(step.active) >= _WELL_SEEN
+    return _dead(step) / len(step.active) >= (_WARNING_SHARE if well_seen else _WARNING_SHARE_OF_FEATURES)
 
 
 def _switching(chain: OpChain, step: Step) -> float:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..measures import CODES, code_values, finite
 from ..runs import Run
+from ..runs.format import TABLES
 from ..runs.quantiles import weighted
 from .finding import NotLookedAt, NotRecorded, called, listed
 
@@ -172,6 +173,9 @@ class SiteOutput:
 class Evidence:
     """Reads the tables of a run, each on first access.
 
+    Attributes:
+        n_earlier: how many recorded batches came before the first one of `course`.
+
     Raises:
         NotRecorded: on access, if the table or measure was not recorded.
     """
@@ -179,11 +183,13 @@ class Evidence:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.sites = run.sites
+        self.n_earlier = 0
         self.position = {site: i for i, site in enumerate(self.sites)}
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return the rows of a table, none if it was not recorded."""
-        return list(self.run.table(table).to_pylist()) if table in self.run.manifest["tables"] else []
+        recorded = table in self.run.manifest["tables"] or table in TABLES
+        return list(self.run.table(table).to_pylist()) if recorded else []
 
     @cached_property
     def watch(self) -> str:
@@ -211,7 +217,7 @@ class Evidence:
     def samples(self) -> int:
         """Number of samples in the watched batches."""
         batches = {(row["epoch"], row["batch"]) for row in self.watched}
-        return sum(row["size"] for row in self.run.table("batches").to_pylist() if _batch(row) in batches)
+        return sum(row["size"] for row in self.rows("batches") if _batch(row) in batches)
 
     @cached_property
     def chains(self) -> list[OpChain]:
@@ -277,8 +283,11 @@ class Evidence:
         rows = rows or [row for rows in self.outputs.values() for row in rows]
         counts: dict[str, npt.NDArray[np.int64]] = {}
         for row in rows:
-            of_site = counts.setdefault(row["site"], np.zeros(CODES, np.int64))
-            np.add.at(of_site, np.asarray(row["codes"], np.intp), np.asarray(row["counts"], np.int64))
+            if row["site"] not in counts:
+                counts[row["site"]] = np.zeros(CODES, np.int64)
+            counts[row["site"]][np.asarray(row["codes"], np.intp)] += np.asarray(
+                row["counts"], np.int64
+            )  # each code once a row
         bfloat16 = {row["site"] for row in rows if row["dtype"] == "bfloat16"}
         is_finite = finite(np.arange(CODES))
         values = {}
@@ -300,7 +309,7 @@ class Evidence:
     @cached_property
     def scale(self) -> float:
         """The smallest factor that the loss was multiplied by before a backward pass; 1 without loss scaling."""
-        scales = [row["scale"] for row in self.run.table("batches").to_pylist() if row["scale"]]
+        scales = [row["scale"] for row in self.rows("batches") if row["scale"]]
         return float(min(scales)) if scales else 1.0
 
     @cached_property
@@ -361,7 +370,7 @@ def _median(values: Floats, weights: npt.NDArray[np.int64]) -> float:
 
 
 def _size(shape: Iterable[int]) -> int:
-    return int(np.prod(list(shape), dtype=np.int64))
+    return math.prod(int(n) for n in shape)
 
 
 def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
@@ -398,6 +407,6 @@ def _step(rows: list[dict[str, Any]]) -> Step:
     step.absolute, step.expected_absolute = (
         float(sum(row[name] for row in rows)) for name in ("absolute", "expected_absolute")
     )
-    if last["active"]:
+    if len(last["active"]):
         step.active = np.sum([row["active"] for row in rows], axis=0, dtype=np.int64)
     return step

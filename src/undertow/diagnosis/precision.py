@@ -12,6 +12,7 @@ from .finding import Finding, NotRecorded, called, listed, percent
 
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 _MIN_SHARE = 0.01
+_PHASES = ("forward", "backward")
 _COUNTS = ("broken_data", "broken_input", "broken_weights", "broken_output")
 
 
@@ -97,15 +98,15 @@ def _broken(evidence: Evidence) -> dict[tuple[int, int, str, str], float | None]
     if not tables & {"histogram", "moments", "channel_norm", "diagnosis"}:
         raise NotRecorded("record the measure histogram, moments or channel-norm")
     for row in evidence.rows("channel_norm"):
-        if not np.isfinite(row["values"]).all():
+        if row["phase"] in _PHASES and not np.isfinite(row["values"]).all():
             shares[_where(row)] = None
     for row in evidence.rows("moments"):
-        if not math.isfinite(row["mean"]):
+        if row["phase"] in _PHASES and not math.isfinite(row["mean"]):
             shares[_where(row)] = None
     for row in [*evidence.rows("histogram"), *(row for rows in evidence.outputs.values() for row in rows)]:
         counts = np.asarray(row["counts"], np.int64)
         nonfinite = int(counts[~finite(np.asarray(row["codes"], np.int64))].sum())
-        if nonfinite:
+        if nonfinite and row["phase"] in _PHASES:
             shares[_where(row)] = nonfinite / int(counts.sum())
     for row in evidence.watched:
         if row["step"] == 0 and row["site"] in evidence.position and row.get("broken_output", -1) > 0:

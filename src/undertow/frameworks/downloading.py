@@ -9,8 +9,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ModelError
-from ..images import one_line
+from ..errors import ModelError, one_line
 
 
 def downloaded(reference: str, url: str | None, build: Callable[[], Any]) -> Any:

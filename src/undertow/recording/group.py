@@ -12,17 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..measures import Columns, Measure
-from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SAMPLE_KEYS, SITE_KEYS, STEPS, TABLES, arrow, schema
-
-SITE = {**KEYS, **SITE_KEYS, "dtype": "string"}
-"""The columns of an observation that are the same for all of its samples, in order."""
+from ..runs.format import COMMITTED, DIAGNOSIS, KEYS, SITE, STEPS, TABLES, arrow, columns_of, schema
 
 _NEVER_NULL = frozenset(SITE) | {"sample"}
-
-
-def columns_of(measure: Measure) -> dict[str, str]:
-    """Return the columns of a measure's table, with their types."""
-    return {**KEYS, **(SAMPLE_KEYS if measure.per_sample else {}), **SITE, **measure.columns}
 
 
 class BatchGroup:

@@ -17,13 +17,12 @@ from .. import images
 from ..classifier import Classifier, find_class
 from ..errors import InputError, PhotographError, TargetError
 from ..frameworks.base import capability, framework_of_model
-from ..runs import Run
+from ..runs.format import CLASSES
 from ..scales import describe
 from ..sites import selection
 from .record import record
 
 _WATCH_EVERY = 8
-SAMPLE_COLUMNS = {"class": "int32", "class_name": "string", "score": "float64"}
 OBJECTIVES = ("predicted", "label", "loss")
 Loaded = tuple[str, npt.NDArray[np.float32] | PhotographError]
 
@@ -104,9 +103,9 @@ def record_photographs(
         raise InputError(
             "the weights are frozen while photographs are recorded; record parameters with undertow.record"
         )
-    recording.sample_columns = SAMPLE_COLUMNS
+    recording.sample_columns = dict(CLASSES)
     with recorder.objective(classifier.module, objective) as run_objective, recording:
-        before = set(Run(folder).table("batches")["batch"].to_pylist())
+        before = {number for _, number in recording.done}
         result.before = len(before)
         advance(sum(len(batches[number]) for number in before))
         remaining = {number: batch for number, batch in enumerate(batches) if number not in before}

@@ -1,22 +1,32 @@
 """The verb: watch sites of a network through the batches of a loop, and leave a run."""
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
-from ..errors import InputError, RunError
+from ..diagnosis import Findings, diagnosed
+from ..errors import InputError, RunError, one_line, printable
+from ..files import clear_asides, published
 from ..frameworks.base import BatchProbe, NamedModule, ParameterProbe, Recorder
 from ..frameworks.results import Observation
 from ..measures import Measure, resolve
-from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, TABLES, arrow, read_manifest, write_manifest
+from ..runs.checksums import FOLDER as CHECKSUMS
+from ..runs.checksums import missing, read_checksums
+from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, STEPS, TABLES, arrow, columns_of, damaged
+from ..runs.manifest import read_manifest, write_manifest
+from ..runs.parts import batch_counts, batches_of, parts_of
+from ..signals import unwound_by_sigterm
 from ..sites import Predicate, Selection, Site, recorder_of, selection
-from .group import columns_of
+from .lock import locked, refuse_links, refuse_strangers
 from .naming import give_names, n_samples
 from .schedule import Schedule
+from .telling import OnFinding, Teller, checked
 from .writer import Batch, Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
@@ -42,6 +52,8 @@ def record(
     reference: str | None = None,
     source: dict[str, Any] | None = None,
     diagnose: bool | int = False,
+    on_finding: OnFinding = None,
+    every: int = 100,
     group: int = 256,
 ) -> "Recording":
     """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
@@ -79,6 +91,10 @@ def record(
         reference: how the network is called, for the manifest.
         source: what the batches are made from, plain data for the manifest; going on with a run needs the same.
         diagnose: watch every so many batches more closely, so that `undertow.diagnose` can prove causes; True is 32.
+        on_finding: what to do with findings while it trains: "log" (the logger "undertow"), "raise" (`FindingError`,
+            from warnings on), or a function that is given each `Finding`. Each is told once. Without `diagnose`, every
+            `every`-th batch is watched.
+        every: after how many batches to look for findings; the first time after the first batch.
         group: how many batches are published together at most; what ten seconds brought is published
             anyway with the batch that follows. A killed process loses what is not yet published.
 
@@ -99,11 +115,12 @@ def record(
     for option, word, choices in (("phase", phase, PHASES), ("loss_reduction", loss_reduction, REDUCTIONS)):
         if word not in choices:
             raise InputError(f"{option} {word!r} is not understood (known: {', '.join(choices)})")
-    every = 32 if diagnose is True else diagnose or 0
-    for option, value, least in (("group", group, 1), ("diagnose", every, 0)):
+    checked(on_finding, every)
+    watch = 32 if diagnose is True else diagnose or (every if on_finding is not None else 0)
+    for option, value, least in (("group", group, 1), ("diagnose", watch, 0)):
         if not isinstance(value, int) or value < least:
             raise InputError(f"{option}={value!r} must be a whole number of at least {least}")
-    if every and phase == "forward":
+    if watch and phase == "forward":
         raise InputError('diagnose needs gradients; record with phase="backward" or "both"')
     arrow()
     chosen = selection(sites)
@@ -132,11 +149,11 @@ def record(
         "source": source,
         "loss_reduction": loss_reduction,
         "world_size": world_size,
-        "diagnose": int(every),
+        "diagnose": int(watch),
         "axes": dict(axes) if isinstance(axes, Mapping) else axes,
     }
     learning = _Learning(selected, optimizers, places)
-    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts)
+    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts, Teller(on_finding, every))
     return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
 
 
@@ -235,6 +252,7 @@ class Recording:
         batches: how many batches this process has recorded.
         skipped: how many were on the disk already.
         sample_columns: the types of further columns of the table `samples`, which `describe` fills.
+        done: epoch and number of those that were on the disk when it began.
     """
 
     folder: Path
@@ -250,10 +268,13 @@ class Recording:
     group: int
     learning: _Learning
     layouts: Any
+    teller: Teller
     sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batches = self.skipped = 0
+        self.done: frozenset[tuple[int, int]] = frozenset()
+        self._published: frozenset[int] = frozenset()
         self._counted: dict[int, int] = {}
         self._seen: set[tuple[int, int]] = set()
         self._reached: set[str] = set()
@@ -270,32 +291,40 @@ class Recording:
         self._open = False
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        self._process = os.getpid()
+        with _disk_named(self.folder), ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(self.folder, self.rank))
+            refuse_strangers(self.folder)
+            stack.enter_context(locked(self.folder, self.rank))
+            stack.enter_context(unwound_by_sigterm())
             self._named_modules = self.recorder.named_modules(self.model)
             self._named_parameters = self.recorder.named_parameters(self.model)
             self.manifest = self._begin()
             names = self.manifest["sites"]["names"]
             self._choose(names or self.selection.candidates(self._named_modules, self._named_parameters))
-            self._done = _on_disk(self.folder, self.rank)
+            folders = sorted({*self.manifest["tables"], *TABLES, CHECKSUMS, "tensors"})
+            refuse_links(self.folder, folders)
+            self.done = _on_disk(self.folder, self.rank, "checksums" in self.manifest)
+            for name in ("", *folders):
+                clear_asides(self.folder / name)
             others = [name for name in ("diagnosis", "steps") if name in self.manifest["tables"]]
             facts = (self.rank, self.group, others, self.sample_columns)
             self._writer = Writer(self.folder, self.measures, *facts)
-            self._clear_tensors()
             stack.callback(self._finish_writing)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
+            self._refuse_other_process()
             self._stack.close()
         except RunError as failed:
             if error is None:
                 raise
             error.add_note(str(failed))
         if error is None:
-            self._finish()
+            with _disk_named(self.folder):
+                self._finish()
 
     @contextmanager
     def batch(self, samples: Any = None, *, epoch: int = 0, batch: int | None = None) -> Iterator[bool]:
@@ -316,6 +345,8 @@ class Recording:
         Raises:
             RunError: something could not be written.
             InputError: the batch was there already, is inside another, or has not as many samples as names.
+            InputError: the batch was there already, or is inside another.
+            FindingError: `on_finding` is "raise", and something is wrong; the batch is recorded.
         """
         writer = self._entered()
         self._end_batch()
@@ -328,7 +359,7 @@ class Recording:
         if self.schedule is not None and not self.schedule.wants(epoch, number):
             yield False
             return
-        if (epoch, number) in self._done:
+        if (epoch, number) in self.done:
             self.skipped += 1
             yield False
             return
@@ -342,6 +373,7 @@ class Recording:
         try:
             with probe, parameters or nullcontext():
                 yield True
+            self._refuse_other_process()
             self._take(probe, parameters, names, epoch, number)
         except BaseException:
             self._seen.discard((epoch, number))
@@ -351,6 +383,30 @@ class Recording:
             raise
         finally:
             self._open = False
+        if self.teller.wants(self.batches):
+            self.teller.tell(self.check())
+
+    def check(self) -> Findings:
+        """Diagnose what this process has recorded so far, without reading the run: the findings of `undertow.diagnose`.
+
+        The course of 1024 batches is kept, and 8 of those that were watched (`diagnose=`).
+
+        Raises:
+            RunError: something could not be written.
+            InputError: the recording is not open, or a batch is being recorded.
+
+        >>> import tempfile, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> with record(tempfile.mkdtemp(), net, sites="linear", diagnose=1) as recording:
+        ...     with recording.batch():
+        ...         net(torch.ones(8, 4)).mul(0).sum().backward()
+        ...     print([finding.cause for finding in recording.check()])
+        ['no-gradient']
+        """
+        writer = self._entered()
+        writer.settle()
+        run = SimpleNamespace(manifest=self.manifest | {"unreached": self.unreached}, sites=self._names)
+        return diagnosed(writer.live.evidence(run))
 
     @property
     def unreached(self) -> dict[str, str]:
@@ -387,9 +443,22 @@ class Recording:
     def _entered(self) -> Writer:
         if self._writer is None:
             raise InputError("this recording is not open; write `with record(...) as recording:`")
+        self._refuse_other_process()
         if self._open:
             raise InputError("a batch is being recorded; leave it before the next")
         return self._writer
+
+    def _refuse_other_process(self) -> None:
+        """Refuse a forked child, in which no thread writes and the folder is not its own.
+
+        Raises:
+            RunError: this is one.
+        """
+        if os.getpid() != self._process:
+            raise RunError(
+                f"the recording into {printable(self.folder)} belongs to process {self._process}, not to this one, "
+                f"{os.getpid()}, which was forked from it; record there, or open a recording of its own here"
+            )
 
     def _count(self, epoch: int, batch: int | None) -> int:
         number = self._counted.get(epoch, 0) if batch is None else int(batch)
@@ -500,16 +569,11 @@ class Recording:
         self._names, wanted = names, set(names)
         self._modules = {named.name: named.module for named in self._named_modules if named.name in wanted}
 
-    def _clear_tensors(self) -> None:
-        """Remove tensors half written by a killed process; among several processes, others may be writing now."""
-        if self.settings["world_size"] == 1:
-            for aside in (self.folder / "tensors").glob(".*.safetensors"):
-                aside.unlink()
-
     def _begin(self) -> dict[str, Any]:
         """Publish a manifest, or go on with that of the same network and settings."""
         manifest = {
             "format": FORMAT,
+            "checksums": "sha256",
             "finished": False,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": {"reference": self.reference, **self.recorder.identity(self.model)},
@@ -521,7 +585,6 @@ class Recording:
             | ({"steps": KEYS | STEPS} if self.learning.optimizers else {})
             | ({"samples": TABLES["samples"] | self.sample_columns} if self.sample_columns else {}),
         }
-        _refuse_strangers(self.folder)
         try:
             write_manifest(self.folder, manifest, new=True)
         except FileExistsError:
@@ -538,15 +601,18 @@ class Recording:
         finally:
             writer, self._writer = self._writer, None
             writer.close()
+            self._published = frozenset(writer.published)
 
     def _finish(self) -> None:
         """Say what was not reached, and mark the run as finished."""
-        if not self.batches and not self._done:
+        if not self.batches and not self.done:
             raise InputError(f"no batch was recorded into {self.folder}: {self._why_none()}")
         unreached = self.unreached
         n_sites = len(self._names) + len(self.learning.parameters)
-        if n_sites and len(unreached) == n_sites and not self._done:
+        if n_sites and len(unreached) == n_sites and not self.done:
             raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {_remedy(unreached)}")
+        if lost := missing(self.folder, self.rank, self._published, "checksums" in self.manifest):
+            raise damaged(lost, "has vanished while it was written")
         if self._is_last():
             finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
             self.manifest = {**read_manifest(self.folder), **finished}
@@ -559,7 +625,8 @@ class Recording:
         """Whether all processes of this run have come to their end, this one among them; each leaves a mark."""
         if self.settings["world_size"] == 1:
             return True
-        (self.folder / f".finished-{self.rank:03d}").touch()
+        with published(self.folder / f".finished-{self.rank:03d}"):
+            pass
         return all((self.folder / f".finished-{r:03d}").exists() for r in range(self.settings["world_size"]))
 
     def _why_none(self) -> str:
@@ -608,44 +675,39 @@ def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(groups)
 
 
-def _on_disk(folder: Path, rank: int) -> set[tuple[int, int]]:
-    """Return epoch and number of the batches that this rank has published."""
+def _on_disk(folder: Path, rank: int, listed: bool) -> frozenset[tuple[int, int]]:
+    """Return epoch and number of the batches that this rank has published, all of whose files must be there.
+
+    Args:
+        listed: whether each group must have its checksums.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    parts = {number: path for (of, number), path in parts_of(folder, COMMITTED).items() if of == rank}
+    if lost := missing(folder, rank, parts, listed):
+        commit = printable(folder / COMMITTED / f"{lost.stem}.parquet")
+        remedy = f"restore it from a copy, or delete {commit}: then its batches are recorded again"
+        raise RunError(f"{printable(lost)} is missing; {remedy}")
     done: set[tuple[int, int]] = set()
-    for part in (folder / COMMITTED).glob(f"part-{rank:03d}-*.parquet"):
-        table = arrow().parquet.ParquetFile(part).read(columns=["epoch", "batch"])
-        done.update(zip(table["epoch"].to_pylist(), table["batch"].to_pylist(), strict=True))
-    return done
+    for path in parts.values():
+        digests = folder / CHECKSUMS / f"{path.stem}.sha256"
+        sha256 = read_checksums(digests)[f"{COMMITTED}/{path.name}"] if digests.exists() else None
+        done.update(batch_counts(batches_of(path, sha256)))
+    return frozenset(done)
 
 
 @contextmanager
-def _locked(folder: Path, rank: int) -> Iterator[None]:
-    """Keep another process from recording into the same folder under the same rank; ends with the process.
+def _disk_named(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one line that names the folder.
 
     Raises:
-        RunError: one does.
+        RunError: it refused something.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows
         yield
-        return
-    with (folder / f".lock-{rank:03d}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"another recording writes into {folder} at this moment; choose another folder") from error
-        yield
-
-
-def _refuse_strangers(folder: Path) -> None:
-    """Refuse a folder that holds something and is no run.
-
-    Raises:
-        RunError: it does.
-    """
-    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    if files and "manifest.json" not in files:
-        raise RunError(f"{folder} holds {files[0]} and is no run; choose another folder")
+    except OSError as error:
+        raise RunError(f"cannot record into {printable(folder)}: {one_line(error)}") from error
 
 
 def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -655,13 +717,15 @@ def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
         RunError: with the first difference.
     """
     facts = ["class", "structure_sha256"]
-    if "evaluation" in (before["model"]["mode"], now["model"]["mode"]):
+    if "evaluation" in (before["model"].get("mode"), now["model"]["mode"]):
         facts += ["mode", "weights_sha256"]
-    pairs = [(f"model {fact}", before["model"][fact], now["model"][fact]) for fact in facts]
-    pairs += [("sites", before["sites"]["select"], now["sites"]["select"])]
+    pairs = [(f"model {fact}", before["model"].get(fact), now["model"][fact]) for fact in facts]
+    pairs += [("sites", before["sites"].get("select"), now["sites"]["select"])]
     pairs += [(name, before.get(name), now[name]) for name in (*_SETTINGS, "tables")]
+    shown = printable(folder)
     for name, recorded, asked in pairs:
         if recorded != asked:
-            raise RunError(f"{folder} is a run with {name} {recorded!r}, not {asked!r}; choose another folder")
+            difference = printable(f"{name} {recorded!r}, not {asked!r}")
+            raise RunError(f"{shown} is a run with {difference}; choose another folder")
     if before["finished"]:
-        raise RunError(f"{folder} is a finished run; choose another folder, or read it with Run({str(folder)!r})")
+        raise RunError(f"{shown} is a finished run; choose another folder, or read it with Run({str(folder)!r})")

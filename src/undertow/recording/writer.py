@@ -7,16 +7,21 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..diagnosis import Live
 from ..errors import RunError
-from ..files import readable
+from ..files import readable, sha256_of, sync_folder
 from ..frameworks.base import Transfer
 from ..frameworks.results import Observation
 from ..measures import Columns, Measure
-from ..runs.format import COMMITTED, KEYS, SITE_KEYS, TABLES, appearing, sync_folder, write_tensor
-from .group import SITE, BatchGroup, write
+from ..runs.checksums import FOLDER as CHECKSUMS
+from ..runs.checksums import write_checksums
+from ..runs.format import COMMITTED, KEYS, MAX_PART_BYTES, SITE, SITE_KEYS, TABLES, appearing, write_tensor
+from ..runs.parts import part_name, parts_of
+from .group import BatchGroup, write
 
 _QUEUED_HANDOVERS = 4
 _HANDOVER_BYTES = 16 << 20
@@ -64,6 +69,11 @@ class Writer:
             64 MiB.
         others: further tables, such as that of a diagnosis.
         sample_columns: the types of further columns of the table `samples`.
+        diagnose: whether some batches are watched for a diagnosis.
+
+    Attributes:
+        committed: how many batches were published.
+        live: what was put here, as evidence for a diagnosis; the thread's own until `settle` returns.
     """
 
     def __init__(
@@ -78,13 +88,15 @@ class Writer:
         self._sample_columns = sample_columns
         self.folder, self.measures, self.rank, self.group = folder, measures, rank, group
         self._names = [*TABLES, *(measure.table for measure in measures), *others]
-        self._number = _clear_uncommitted(folder, rank, self._names)
+        self.published = _clear_uncommitted(folder, rank, self._names)
+        self._digests: dict[str, str] = {}
         self._with_tensors = [n for n, measure in enumerate(measures) if "tensor" in measure.columns.values()]
         self._pending = BatchGroup(measures, sample_columns)
         self._held: list[Batch] = []
         self._unpublished = self._weight = 0
         self._since = 0.0
         self.committed = 0
+        self.live = Live()
         self._error: BaseException | None = None
         self._queue: queue.Queue[_Handover | None] = queue.Queue(_QUEUED_HANDOVERS)
         self._thread = threading.Thread(target=self._run, name="undertow-writer", daemon=True)
@@ -113,6 +125,12 @@ class Writer:
         """Publish all that was put here, and wait until it lies on the disk."""
         self.check()
         self._hand_over(True).done.wait()
+        self.check()
+
+    def settle(self) -> None:
+        """Wait until `live` holds all that was put here; it need not lie on the disk."""
+        self.check()
+        self._hand_over(False).done.wait()
         self.check()
 
     def close(self) -> None:
@@ -146,7 +164,7 @@ class Writer:
                 self._take(handover)
             except BaseException as error:  # whatever it was, the user's thread must hear of it
                 self._error = error
-                self._pending = BatchGroup(self.measures, self._sample_columns)
+                self._pending, self._digests = BatchGroup(self.measures, self._sample_columns), {}
             handover.done.set()
             handover = None  # batches must not live on while the thread waits
 
@@ -168,10 +186,15 @@ class Writer:
         scale = None if batch.scale is None else float(batch.scale)
         row = {**keys, **batch.facts, "size": batch.size, "scale": scale}
         points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
-        self._pending.begin(row, names, points, steps, batch.described)
+        described = {name: _storable(values) for name, values in batch.described.items()}
+        self._pending.begin(row, names, points, steps, described)
+        self.live.begin(row, points)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
-            self._pending.add(site, o.size, o.first, self._finished(o, site, batch))
+            blocks = self._finished(o, site, batch)
+            self._pending.add(site, o.size, o.first, blocks)
+            tables = zip(self.measures, blocks, strict=True)
+            self.live.add(dict(zip(SITE, site, strict=True)), {measure.table: block for measure, block in tables})
 
     def _finished(self, observation: Observation, site: tuple[Any, ...], batch: Batch) -> list[Columns]:
         """Return each measure's columns, with the names of files in the place of tensors."""
@@ -203,42 +226,55 @@ class Writer:
         digest = hashlib.sha256(json.dumps([facts, label]).encode()).hexdigest()[:16]
         name = f"{readable(label)}-{readable(site['site'] or 'model')}-{site['phase']}-{digest}.safetensors"
         texts = {key: str(value) for key, value in facts.items()}
-        write_tensor(self.folder / "tensors" / name, array, site["dtype"], {**texts, "names": json.dumps(list(names))})
+        texts["names"] = json.dumps(list(names))
+        path = self.folder / "tensors" / name
+        self._digests[f"tensors/{name}"] = write_tensor(path, array, site["dtype"], texts)
         return name
 
     def _publish(self) -> None:
-        """Let the parts of a group appear, the table that makes them count last."""
+        """Let the parts of a group appear, the table that makes them count last, and their checksums before it."""
         if not len(self._pending):
             return
-        name = f"part-{self.rank:03d}-{self._number:06d}.parquet"
+        if self._pending.nbytes > MAX_PART_BYTES // 2:
+            raise ValueError(
+                f"a batch of {self._pending.nbytes:,} bytes is more than a part may hold; record fewer sites"
+            )
+        number = next(number for number in count() if number not in self.published)
+        name = f"{part_name(self.rank, number)}.parquet"
         for table, rows in self._pending.tables():
             if table == COMMITTED:
                 for folder in (*(self.folder / other for other in self._names), self.folder / "tensors", self.folder):
                     sync_folder(folder)
             with appearing(self.folder / table / name) as aside:
                 write(rows, aside)
+                self._digests[f"{table}/{name}"] = sha256_of(aside)
+                if table == COMMITTED:
+                    write_checksums(self.folder, self.rank, number, self._digests)
+                    sync_folder(self.folder / CHECKSUMS)
         sync_folder(self.folder / COMMITTED)
         self.committed += len(self._pending)
-        self._number += 1
-        self._pending = BatchGroup(self.measures, self._sample_columns)
+        self.published.add(number)
+        self._pending, self._digests = BatchGroup(self.measures, self._sample_columns), {}
 
 
-def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> int:
-    """Remove what a killed process of this rank left of a group, and return the number of the next one."""
-    committed = {part.name for part in (folder / COMMITTED).glob(f"part-{rank:03d}-*.parquet")}
-    for table in tables:
-        for part in (folder / table).glob(f"part-{rank:03d}-*.parquet"):
-            if part.name not in committed:
+def _clear_uncommitted(folder: Path, rank: int, tables: Sequence[str]) -> set[int]:
+    """Remove what a killed process of this rank left of a group, and return the numbers of those that count."""
+    committed = {number for of, number in parts_of(folder, COMMITTED) if of == rank}
+    for table, suffix in (*((table, ".parquet") for table in tables), (CHECKSUMS, ".sha256")):
+        for (of, number), part in parts_of(folder, table, suffix).items():
+            if of == rank and number not in committed:
                 part.unlink()
-        for aside in (folder / table).glob(f".part-{rank:03d}-*"):
+        for aside in (folder / table).glob(f".part-{rank:03d}-*"):  # as earlier versions named them
             aside.unlink()
-    return 1 + max((int(name.split("-")[2].split(".")[0]) for name in committed), default=-1)
+    return committed
 
 
-def _storable(names: Sequence[str]) -> Sequence[str]:
-    """Return names as Parquet can hold them: bytes of a file name that are no text become escapes."""
+def _storable(names: Sequence[Any]) -> Sequence[Any]:
+    """Return names as Parquet can hold them: bytes of a file name that are no text become escapes; numbers stay."""
     try:
         "".join(names).encode()
+    except TypeError:
+        return names
     except UnicodeEncodeError:
         return [name.encode("utf-8", "backslashreplace").decode() for name in names]
     return list(names)

@@ -1,5 +1,7 @@
 """Everything on the disk: a run's format, its reader, and tables made of runs. Needs no framework."""
 
+from .check import Check as Check
+from .check import Fault as Fault
 from .compare import Comparison as Comparison
 from .compare import SameClass as SameClass
 from .compare import compare as compare

@@ -31,6 +31,12 @@ class Comparison:
     ratios: tuple[tuple[float, ...], ...]
     spreads: tuple[float, ...]
 
+    @property
+    def same(self) -> tuple[bool, ...]:
+        """For each run, whether its quantiles are those of the first run, to the last bit."""
+        first = self.quantiles[0]
+        return tuple(first is not None and s is not None and s.values == first.values for s in self.quantiles)
+
 
 def compare(
     runs: Sequence[Run | str | os.PathLike[str]],
@@ -91,7 +97,8 @@ def _classes(run: Run) -> dict[str, str]:
     if run.manifest.get("objective") != "predicted" or "class_name" not in run.manifest["tables"].get("samples", {}):
         return {}
     table = run.table("samples")
-    return dict(zip(table["name"].to_pylist(), table["class_name"].to_pylist(), strict=True))
+    rows = zip(table["name"].to_pylist(), table["class_name"].to_pylist(), strict=True)
+    return {name: seen for name, seen in rows if name is not None and seen is not None}
 
 
 def _paired(columns: list[list[SiteQuantiles]]) -> list[tuple[SiteQuantiles | None, ...]]:

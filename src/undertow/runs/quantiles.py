@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, RunError, did_you_mean, printable
 from ..measures import CODES, code_values, finite
 from .format import KEYS
 
@@ -186,7 +186,10 @@ def _factors(run: Recorded, table: Any, per_sample: bool) -> npt.NDArray[np.floa
     batches = run.table("batches")
     sizes = dict(zip(zip(*_lists(batches, KEYS), strict=True), batches["size"].to_pylist(), strict=True))
     rows = zip(*_lists(table, ("phase", *KEYS)), strict=True)
-    factors = np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    try:
+        factors = np.array([sizes[tuple(key)] if phase == "backward" else 1 for phase, *key in rows], np.float64)
+    except KeyError as error:
+        raise RunError(f"{printable(run.folder)} has rows of batch {error}, which its table batches lacks") from error
     if not factors.all():
         raise InputError(
             f"{run.folder} does not say how many samples each batch had, which per_sample needs; "

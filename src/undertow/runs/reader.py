@@ -9,20 +9,25 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..errors import InputError, did_you_mean
-from .format import COMMITTED, TABLES, arrow, read_manifest, read_tensor, schema
+from ..errors import InputError, did_you_mean, printable
+from .check import Check, check
+from .checksums import FOLDER, lost_commits, read_checksums
+from .format import COMMITTED, TABLES, arrow, damaged, read_tensor, schema, tensor_path
+from .manifest import read_manifest
+from .parts import part_name, parts_of, read_part
 from .quantiles import SiteQuantiles, quantiles
 
 
 class Run:
-    """What a recording left, finished or not.
+    """What a recording left, finished or not. Nothing in the folder is trusted: what is read is checked.
 
     Attributes:
         folder: where it lies.
         manifest: what was recorded, of which network, and how; plain data.
 
     Raises:
-        RunError: the folder is no run, or of a format that this version does not know.
+        RunError: the folder is no run, or of a format that this version does not know. So does every method that
+            reads a file which is missing or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -66,7 +71,7 @@ class Run:
     @property
     def tables(self) -> list[str]:
         """The names of the tables that hold something."""
-        return sorted({part.parent.name for part in self.folder.glob("*/part-*.parquet") if self._counts(part)})
+        return sorted(name for name in self._columns if self.parts(name))
 
     def table(self, name: str) -> Any:
         """Return a table as a `pyarrow.Table`; one that nothing was written to yet has no rows.
@@ -78,20 +83,36 @@ class Run:
         The columns of `channel_norm`, for one: epoch, batch, rank (of the process), sample (position in the batch),
         name (of the sample), site, call, output, phase, repeat, dtype, values: list<float32>.
         """
-        known = {**TABLES, **self.manifest["tables"]}
-        name = name.replace("-", "_")
-        if name not in known:
-            raise InputError(
-                f"{self.folder} has no table {name!r}{did_you_mean(name, known)} (it has {', '.join(known)})"
-            )
+        name = self._known(name)
         pa = arrow()
-        fields = schema(known[name])
-        tables = [pa.parquet.ParquetFile(part).read().cast(fields) for part in self.parts(name)]
-        return pa.concat_tables(tables) if tables else fields.empty_table()
+        columns = self._columns[name]
+        tables = [
+            read_part(self.folder / name / f"{part_name(*key)}.parquet", name, columns, self._sha256(key, name))
+            for key in self._committed
+            if self._holds(key, name)
+        ]
+        return pa.concat_tables(tables) if tables else schema(columns).empty_table()
 
     def parts(self, name: str) -> list[str]:
-        """Return the files of a table that count, for engines that read Parquet themselves, such as DuckDB."""
-        return [str(p) for p in sorted((self.folder / name).glob("part-*.parquet")) if self._counts(p)]
+        """Return the files of a table that count, for engines that read Parquet themselves, such as DuckDB.
+
+        Raises:
+            InputError: the run records no such table.
+        """
+        name = self._known(name)
+        return [str(path) for key, path in parts_of(self.folder, name).items() if key in self._committed]
+
+    def check(self) -> Check:
+        """Read every file of the run against its checksum, table and counts; says what is whole and what is lost.
+
+        >>> import tempfile, torch, undertow as ut
+        >>> net, folder = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), tempfile.mkdtemp()
+        >>> with ut.record(folder, net, group=1) as recording, recording.batch():
+        ...     net(torch.ones(2, 1, 5, 5)).sum().backward()
+        >>> Run(folder).check().whole
+        True
+        """
+        return check(self.folder, self.manifest)
 
     def quantiles(
         self, q: Sequence[float], of: str = "magnitude", by: str | Sequence[str] = "site", per_sample: bool = False
@@ -113,7 +134,7 @@ class Run:
             raise InputError(f"there is no column {unknown.pop()!r} (there are {', '.join(table.column_names)})")
         for row in table.to_pylist():
             if all(row[key] == value for key, value in where.items()):
-                yield row, read_tensor(self.folder / "tensors" / row["file"])
+                yield row, self._tensor(row["file"])
 
     def tensor(self, **where: Any) -> npt.NDArray[Any]:
         """Return the one kept tensor that `where` describes.
@@ -129,9 +150,60 @@ class Run:
             )
         return arrays[0]
 
-    @cached_property
-    def _committed(self) -> frozenset[str]:
-        return frozenset(part.name for part in (self.folder / COMMITTED).glob("part-*.parquet"))
+    @property
+    def _columns(self) -> dict[str, dict[str, str]]:
+        """The columns of every table that the run may hold."""
+        return {**TABLES, **self.manifest["tables"]}
 
-    def _counts(self, part: Path) -> bool:
-        return part.name in self._committed
+    def _known(self, name: str) -> str:
+        """Return the name of a table of this run, as it is on the disk."""
+        name = name.replace("-", "_")
+        if name not in self._columns:
+            hint = f"{did_you_mean(name, self._columns)} (it has {', '.join(self._columns)})"
+            raise InputError(f"{printable(self.folder)} has no table {name!r}{hint}")
+        return name
+
+    @cached_property
+    def _committed(self) -> dict[tuple[int, int], Path]:
+        """The groups that count, by rank and number, each with its part of the table `batches`."""
+        committed = parts_of(self.folder, COMMITTED)
+        if lost := next(lost_commits(self.folder, committed, self.finished), None):
+            raise damaged(lost, "is missing")
+        return committed
+
+    @cached_property
+    def _checksums(self) -> dict[tuple[int, int], dict[str, str]]:
+        """The SHA-256 of the files of each group that counts; a run written before there were any has none."""
+        lists = parts_of(self.folder, FOLDER, ".sha256")
+        if "checksums" in self.manifest and (
+            without := next((key for key in self._committed if key not in lists), None)
+        ):
+            raise damaged(self.folder / FOLDER / f"{part_name(*without)}.sha256", "is missing")
+        return {key: read_checksums(path) for key, path in lists.items() if key in self._committed}
+
+    def _holds(self, key: tuple[int, int], table: str) -> bool:
+        """Whether a group has a part of a table: its checksums name it, or, where it has none, it is there."""
+        digests, path = self._checksums.get(key), self.folder / table / f"{part_name(*key)}.parquet"
+        there = os.path.lexists(path)
+        if digests is None:
+            return there
+        named = f"{table}/{path.name}" in digests
+        if there and not named:
+            raise damaged(path, f"is not among the checksums of {FOLDER}/{path.stem}.sha256")
+        return named
+
+    def _sha256(self, key: tuple[int, int], table: str) -> str | None:
+        digests = self._checksums.get(key)
+        return None if digests is None else digests[f"{table}/{part_name(*key)}.parquet"]
+
+    @cached_property
+    def _tensors(self) -> dict[str, str]:
+        """The SHA-256 of each kept tensor that has one, by the name of its file."""
+        return {name: digest for digests in self._checksums.values() for name, digest in digests.items()}
+
+    def _tensor(self, file: str) -> npt.NDArray[Any]:
+        """Read a kept tensor by the name of its file, which must be a name in its folder and no path."""
+        path, digest = tensor_path(self.folder, file), self._tensors.get(f"tensors/{file}")
+        if digest is None and "checksums" in self.manifest:
+            raise damaged(path, f"is not among the checksums of {FOLDER}/")
+        return read_tensor(path, digest)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import FrameworkError, InputError
 from ..files import published
+from .plots import drawn
 
 Edge = tuple[str, str]
 CARRYING, OWN, FAINT, INK = "#D55E00", "#0072B2", "#B4B4BC", "#18181B"
@@ -94,7 +95,7 @@ def draw_blocks(
     for name, y in y_of.items():
         colour = CARRYING if any(name in edge for edge in carrying) else INK
         axis.plot([0], [y], "o", markersize=5, color=colour, zorder=3)
-        axis.text(-0.25, y, name, ha="right", va="center", fontsize=8 if row > 0.2 else 5, color=INK)
+        axis.text(-0.25, y, drawn(name), ha="right", va="center", fontsize=8 if row > 0.2 else 5, color=INK)
     axis.set_xlim(-left, right)
     axis.set_ylim(-len(names) + 0.3, 0.7)
     axis.text(0, 0, scale, transform=axis.transAxes, fontsize=8, color=GREY, va="top")

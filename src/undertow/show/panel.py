@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import printable
 from . import heatmap
 
 TILE, GAP, LINE = 224, 10, 22
@@ -36,12 +37,12 @@ def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[PanelRow], note
         notes: sentences at the bottom, after the note on scales.
     """
     width = GAP + (TILE + GAP) * (1 + 2 * len(rows[0].maps))
-    lines = [line for note in (SCALE_NOTE, *notes) for line in textwrap.wrap(note, width // 7)]
+    lines = [line for note in (SCALE_NOTE, *notes) for line in textwrap.wrap(printable(note), width // 7)]
     row_height = 2 * LINE + TILE + GAP
     height = GAP + LINE + 6 + row_height * len(rows) + LINE * len(lines) + GAP
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP), title, INK, _font(18))
+    draw.text((GAP, GAP), printable(title), INK, _font(18))
     top = GAP + LINE + 6
     for row in rows:
         _row(image, draw, top, photograph, row)
@@ -53,7 +54,7 @@ def panel(photograph: heatmap.Pixels, title: str, rows: Sequence[PanelRow], note
 
 
 def _row(image: Image.Image, draw: ImageDraw.ImageDraw, top: int, photograph: heatmap.Pixels, row: PanelRow) -> None:
-    draw.text((GAP, top + LINE - 2), _shortened(row.label, TILE), INK, _font(14))
+    draw.text((GAP, top + LINE - 2), _shortened(printable(row.label), TILE), INK, _font(14))
     image.paste(_tile(photograph), (GAP, top + 2 * LINE))
     left = GAP + TILE + GAP
     for heading, values in row.maps:

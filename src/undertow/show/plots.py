@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FrameworkError, InputError
+from ..errors import FrameworkError, InputError, printable
 from ..files import published
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
         for group, label, row in shown:
             percents = [100 * q for q in row.q]
             colour = COLOURS[group % len(COLOURS)]
-            axis.plot(percents, row.values, marker="o", markersize=3, color=colour, label=label)
+            axis.plot(percents, row.values, marker="o", markersize=3, color=colour, label=drawn(label))
             if 0.5 in row.q:
                 median = row.values[row.q.index(0.5)]
                 axis.plot([50], [median], marker="D", markersize=8, color=colour, markeredgecolor="white")
                 axis.annotate(f"{median:.3g}", (50, median), (6, -12), textcoords="offset points", fontsize=8)
-        axis.set_title(" / ".join(dict.fromkeys(row.site for _, _, row in shown)), fontsize=10)
+        axis.set_title(drawn(" / ".join(dict.fromkeys(row.site for _, _, row in shown))), fontsize=10)
         axis.set_xlabel("quantile, %")
         _scale(axis, [value for _, _, row in shown for value in row.values])
     axes[0].set_ylabel(_unit(groups))
@@ -74,7 +74,7 @@ def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") 
         for i, (label, rows) in enumerate(groups.items()):
             values = [row.values[row.q.index(fraction)] for row in rows]
             x = [site + (i - (len(groups) - 1) / 2) * width for site in range(len(rows))]
-            axis.bar(x, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=label)
+            axis.bar(x, values, 0.92 * width, color=COLOURS[i % len(COLOURS)], label=drawn(label))
             for position, value in zip(x, values, strict=True):
                 if value == 0:
                     axis.annotate("0", (position, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
@@ -82,7 +82,7 @@ def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") 
         names = [
             " / ".join(dict.fromkeys(r[i].site for r in groups.values() if i < len(r))) for i in range(len(longest))
         ]
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        axis.set_xticks(range(len(names)), list(map(drawn, names)), rotation=45, ha="right", fontsize=8)
         axis.set_title(f"{100 * fraction:g} % quantile", fontsize=10)
         _scale(axis, all_values)
     axes[0].set_ylabel(_unit(groups))
@@ -100,6 +100,16 @@ def new_figure(**options: Any) -> Any:
     except ImportError as error:
         raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
     return Figure(**options)
+
+
+def drawn(text: str) -> str:
+    r"""Return a text as matplotlib draws it: with no formula between dollars, and in a legend whatever it begins with.
+
+    >>> drawn("$x$")
+    '\\$x\\$'
+    """
+    plain = printable(text).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def check_ending(path: str | Path) -> Path:
@@ -154,7 +164,7 @@ def _save(figure: Any, axes: list[Any], groups: Groups, path: str | Path, title:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(drawn(title), fontsize=12)
     with published(path) as aside:
         figure.savefig(aside, dpi=120)
     return path

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..files import published
 from . import heatmap
-from .plots import check_ending, new_figure
+from .plots import check_ending, drawn, new_figure
 
 LEVELS = {"yes": "#009E73", "weak": "#E69F00", "no": "#D55E00"}
 QUESTIONS = {
@@ -39,8 +39,10 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
     path = check_ending(path)
     figure = new_figure(figsize=(13.5, 8.2))
     title = f"{verdict['target_name']}: {verdict['rule']}, {verdict['estimator']}"
-    figure.text(0.03, 0.965, title, fontsize=10, color=FAINT, va="center")
-    figure.text(0.03, 0.945, "\n".join(textwrap.wrap(_plain(verdict["sentence"]), 125)), fontsize=12, va="top")
+    figure.text(0.03, 0.965, drawn(title), fontsize=10, color=FAINT, va="center")
+    figure.text(
+        0.03, 0.945, "\n".join(map(drawn, textwrap.wrap(_plain(verdict["sentence"]), 125))), fontsize=12, va="top"
+    )
     grid = figure.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
     for i, (name, pixels) in enumerate({"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()):
         axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
@@ -75,7 +77,9 @@ def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:
         axis.text(0.0, top, level, color="white" if answer else FAINT, va="top", fontsize=9, weight="bold",
                   bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
         axis.text(0.085, top, label, va="top", fontsize=10)
-        axis.text(0.085, top - 0.06, "\n".join(textwrap.wrap(text, 98)[:2]), va="top", fontsize=8, color=FAINT)
+        axis.text(
+            0.085, top - 0.06, "\n".join(map(drawn, textwrap.wrap(text, 98)[:2])), va="top", fontsize=8, color=FAINT
+        )
 
 
 def _weights(axis: Any, numbers: Mapping[str, Any]) -> None:

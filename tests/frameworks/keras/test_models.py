@@ -7,6 +7,7 @@ import urllib.error
 import zipfile
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -129,6 +130,46 @@ def test_saved_code_is_never_run(tmp_path):
     path.write_bytes(b"no archive")
     with pytest.raises(ut.ModelError, match=r"no readable .keras file, which is a zip archive"):
         models.load(str(path))
+
+
+def packed(path, **arrays):
+    """Write weights that take little and unpack to much."""
+    with h5py.File(path, "w") as file:
+        for name, shape in arrays.items():
+            file.create_dataset(name, shape, "float32", compression="gzip", fillvalue=0)
+    return path
+
+
+def test_archives_that_unpack_to_gigabytes_are_refused_by_what_they_declare(tmp_path):
+    whole = small(tmp_path)
+    for name, size in (("assets/zeros", 400 << 20), ("model.weights.h5", 0)):
+        bomb = tmp_path / "bomb.keras"
+        with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as other:
+            for member in archive.namelist():
+                if member != name:
+                    other.writestr(member, archive.read(member))
+            if size:
+                with other.open(name, "w", force_zip64=True) as file:
+                    for _ in range(size >> 20):
+                        file.write(bytes(1 << 20))
+            else:
+                other.write(packed(tmp_path / "w.h5", a=(1 << 30,)), name)
+        assert bomb.stat().st_size < 1 << 20
+        with pytest.raises(ut.ModelError, match=r"bomb.keras would unpack to [0-9,]{11,} bytes"):
+            models.load(str(bomb))
+    with pytest.raises(ut.ModelError, match=r"mine.weights.h5 would unpack to 4,294,967,296 bytes"):
+        models.load(str(whole), packed(tmp_path / "mine.weights.h5", a=(1 << 30,)))
+
+
+def test_weights_that_read_other_files_are_refused(named, tmp_path):
+    path = tmp_path / "mine.weights.h5"
+    with h5py.File(path, "w") as file:
+        file["layers"] = h5py.ExternalLink("other.h5", "/")
+    with pytest.raises(ut.ModelError, match="it reads other files"):
+        models.load("keras:MobileNetV2", path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(ut.ModelError, match="save it again"):
+        models.load("keras:MobileNetV2", path)
 
 
 def test_custom_layers_need_their_code(tmp_path):

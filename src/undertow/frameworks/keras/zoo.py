@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from ...classifier import RANDOM, Classifier, Reference, imagenet_names
-from ...errors import ModelError, did_you_mean
-from ...images import Preprocessing, one_line, printable
+from ...errors import ModelError, did_you_mean, one_line, printable
+from ...images import Preprocessing
 from ...outputs import head_of
 from ...scales import SCALES, Scaling
 from ..downloading import downloaded
@@ -24,6 +24,9 @@ from .calls import refuse_other_backends
 from .layers import weights_sha256
 from .pixels import GUESS, pixel_scale
 
+_MOST_UNPACKED = 256 << 20
+_UNPACKED_SHARE = 20
+"""Bytes that a file of Keras's may unpack to: so many, and so many times its own size; Keras itself packs nothing."""
 _HUB = "https://storage.googleapis.com/tensorflow/keras-applications/"
 
 
@@ -135,6 +138,7 @@ def _from_saved(reference: str, file: Path | None, output: str | int | None) -> 
     refuse_other_backends()
     name = printable(path)
     _refuse_unreadable(path, name)
+    _refuse_bomb(path, name)
     try:
         module = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
@@ -167,6 +171,48 @@ def _refuse_unreadable(path: Path, name: str) -> None:
         )
     if '"Lambda"' in (config.decode() if isinstance(config, bytes) else str(config)):
         raise ModelError(f"{name} {_unreadable(ValueError('lambda'))}")
+
+
+def _refuse_bomb(path: Path, name: str) -> None:
+    """Refuse an archive, or weights in it, that unpack to very much more than they take, by the sizes they declare.
+
+    Raises:
+        ModelError: they do, or the sizes cannot be read.
+    """
+    limit = _MOST_UNPACKED + _UNPACKED_SHARE * path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                declared = sum(member.file_size for member in archive.infolist())
+                if declared <= limit:
+                    for member in archive.namelist():
+                        if member.endswith(".h5"):
+                            with archive.open(member) as file:
+                                declared += _declared_by(file)
+        else:
+            declared = _declared_by(path)
+    except Exception as error:  # a damaged file can raise nearly anything in some decoder
+        raise ModelError(f"{name} is no readable file of Keras's ({one_line(error)[:120]}); save it again") from error
+    if declared > limit:
+        raise ModelError(f"{name} would unpack to {declared:,} bytes, from {path.stat().st_size:,}; that is no network")
+
+
+def _declared_by(file: Any) -> int:
+    """Return how many bytes the arrays in an HDF5 file take.
+
+    Raises:
+        ValueError: it names other files to read them from.
+    """
+    items: list[Any] = []
+    links: list[Any] = []
+    with h5py.File(file, "r") as content:
+        content.visititems_links(lambda _, link: links.append(link))
+        content.visititems(lambda _, item: items.append(item))
+        arrays = [item for item in items if isinstance(item, h5py.Dataset)]
+        outside = [array for array in arrays if array.external or array.is_virtual]
+        if outside or any(isinstance(link, h5py.ExternalLink) for link in links):
+            raise ValueError("it reads other files")
+        return sum(int(array.nbytes) for array in arrays)
 
 
 def _unreadable(error: Exception) -> str:
@@ -244,6 +290,7 @@ def _load_weights(module: Any, file: Path, reference: str) -> None:
     if not file.is_file() or file.stat().st_size == 0:
         reason = "it is empty" if file.is_file() else "there is no such file"
         raise ModelError(f"no weights in {printable(file)}: {reason}")
+    _refuse_bomb(file, printable(file))
     try:
         module.load_weights(file)
     except Exception as error:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InputError, ModelError
-from ...images import one_line
+from ...errors import InputError, ModelError, one_line
 from ...outputs import Path
 from ..base import AS_IS, Request
 from .calls import eager, run, scores_of

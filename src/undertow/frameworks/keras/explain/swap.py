@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ....errors import RuleError
+from ....errors import RuleError, one_line
 from ....rules import Rule
 from ...base import Request
 from ..internals import all_layers
@@ -54,7 +54,7 @@ def _clone(model: Any) -> Any:
             clone.build(model.inputs[0].shape)
         clone.set_weights(model.get_weights())
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise RuleError(f"through='swap' could not clone the model ({reason}); use through='graph'") from error
     return clone
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....errors import one_line
 from ...results import CORRECT, UNCHECKED, WRONG, Checked
 from ..internals import function_class, tree_leaves
 from ..nodes import NodeKind, nodes_behind
@@ -90,7 +91,7 @@ def check_backward(call: FunctionCall) -> Checked:
     try:
         status, backward, differences, reason = _compare(call)
     except Exception as error:
-        return Checked(*about, UNCHECKED, reason=f"it does not run alone in float64 ({' '.join(str(error).split())})")
+        return Checked(*about, UNCHECKED, reason=f"it does not run alone in float64 ({one_line(error)})")
     return Checked(*about, status, backward, differences, reason)
 
 

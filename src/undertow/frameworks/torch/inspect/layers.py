@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ....errors import InputError, ModelError
+from ....errors import InputError, ModelError, one_line
 from ....outputs import Path
 from ....rules import gradient
 from ...base import Request
@@ -94,7 +94,9 @@ def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
         memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors if id(tensor) not in own}
         network_copy = copy.deepcopy(network, memo)
     except Exception as error:
-        raise ModelError(f"the model cannot be copied ({error}), so its weights cannot be initialised anew") from error
+        raise ModelError(
+            f"the model cannot be copied ({one_line(error)}), so its weights cannot be initialised anew"
+        ) from error
     root_copy = module_of(network_copy)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name in names:

@@ -171,8 +171,8 @@ def weight_statistics(module: nn.Module) -> State:
 
 
 def l1(x: Tensor) -> Any:
-    """Return the sum of magnitudes, in float32 at least."""
-    return torch.linalg.vector_norm(x, 1, dtype=wide_dtype(x))
+    """Return the sum of magnitudes, in float32 at least; on the CPU `vector_norm` takes five times as long for it."""
+    return x.abs().sum(dtype=wide_dtype(x))
 
 
 def l2(x: Tensor) -> Any:

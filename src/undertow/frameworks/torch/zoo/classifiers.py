@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ....classifier import RANDOM, Classifier, imagenet_names
-from ....errors import ModelError, did_you_mean
-from ....images import Preprocessing, one_line, printable
+from ....errors import ModelError, did_you_mean, one_line, printable
+from ....images import Preprocessing
 from ....outputs import described, head_of
 from ....scales import Scaling
 from ...downloading import downloaded

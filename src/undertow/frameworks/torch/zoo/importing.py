@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ....errors import FrameworkError
-from ....images import one_line
+from ....errors import FrameworkError, one_line
 
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
