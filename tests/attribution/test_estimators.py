@@ -321,3 +321,54 @@ def test_likeness_says_whether_the_map_changes_with_the_class(x):
     ):
         with pytest.raises(ut.InputError, match=message):
             make()
+
+
+class OfList(nn.Module):
+    """Takes a list of images of any sizes, and gives a score for each."""
+
+    def forward(self, images):
+        return torch.stack([image.pow(3).sum() for image in images])
+
+
+def test_the_images_of_a_list_are_samples_each():
+    generator = np.random.default_rng(3)
+    images = [
+        torch.tensor(generator.normal(size=size) * [[[0.0]], [[9.0]], [[1.0]]]) for size in ((3, 5, 4), (3, 6, 6))
+    ]
+    own = {"rule": "gradient", "target": lambda scores: scores}
+    noise = np.random.default_rng(0)
+    points = [x + torch.tensor(noise.standard_normal(x.shape)) * 0.1 * (x.max() - x.min()) for x in images]
+    a = ut.explain(OfList(), images, estimator="smoothgrad:1", **own)
+    for values, point in zip(a.values, points, strict=True):
+        assert torch.allclose(values, 3 * point**2)
+    blurred = ut.explain(OfList(), images, estimator="integrated:400", baseline="blur", **own)
+    wanted = [estimators.baseline_like("blur", [x[None].numpy()], [x])[0][0] for x in images]
+    for values, x, start in zip(blurred.values, images, wanted, strict=True):
+        assert values.sum().item() == pytest.approx(x.pow(3).sum().item() - (start**3).sum(), rel=1e-4)
+
+
+def test_masks_beside_an_input_are_not_moved():
+    x, mask = torch.tensor([[2.0, -1.0, 3.0]]).double(), torch.tensor([[1.0, 0.0, 1.0]]).double()
+    seen = []
+
+    def model(v, m):
+        seen.append(m.detach().clone())
+        return (v.pow(2) * m).sum(1, keepdim=True)
+
+    for estimator in ("smoothgrad:3", "integrated:3"):
+        seen.clear()
+        ut.explain(model, (x, mask), rule="gradient", estimator=estimator)
+        assert all(torch.equal(m.unique(dim=0), mask) for m in seen)
+
+
+@pytest.mark.parametrize("estimator", ["smoothgrad:2", "integrated:2"])
+def test_a_box_is_not_chosen_anew_at_each_point(estimator):
+    def detector(images):
+        return [{"boxes": torch.tensor([[0.0, 0, 2, 2]]), "scores": image.sum()[None]} for image in images]
+
+    images = [torch.ones(3, 4, 4)]
+    with pytest.raises(ut.InputError, match=r"would choose box 0 anew .*ut\.targets\.box\(near="):
+        ut.explain(detector, images, rule="gradient", estimator=estimator, target=ut.targets.box())
+    near = ut.targets.box(near=(0, 0, 3, 3))
+    a = ut.explain(detector, images, rule="gradient", estimator=estimator, target=near)
+    assert torch.allclose(a.values[0], torch.ones(3, 4, 4))

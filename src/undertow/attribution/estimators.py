@@ -30,7 +30,7 @@ from ..frameworks.results import Explanation, LayerGradients
 from ..layouts import Layout, find_layout
 from ..rules import gradient
 from ..structures import is_tensor
-from ..targets import Token
+from ..targets import Box, Token
 
 Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
@@ -127,6 +127,11 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
     """
     if estimator.kind in LAYERED:
         return _estimate_grad_cam(framework, request, estimator)
+    if estimator.kind in COUNTS and isinstance(request.target, Box) and request.target.near is None:
+        raise InputError(
+            f"{estimator.kind} would choose box {request.target.index} anew at each of its inputs; say where it is, as "
+            "in ut.targets.box(near=(x0, y0, x1, y1))"
+        )
     explanation = capability(framework, "explain").explain(request)
     if estimator.kind == "gradient":
         return explanation
@@ -135,7 +140,8 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
     values = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
     completeness = None
     if estimator.kind == "smoothgrad":
-        points = _noisy(inputs, values, estimator.count, seed, estimator.noise)
+        per_sample = not _are_samples(request, explanation)
+        points = _noisy(inputs, moved(inputs, values), estimator.count, seed, estimator.noise, per_sample)
         values = _mean(framework, request, explanation, points, estimator.inner_batch)
     elif estimator.kind == "integrated":
         values, completeness = _integrated(framework, request, explanation, estimator, inputs, values)
@@ -157,15 +163,19 @@ def _integrated(
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
     target = _kept_target(request, explanation)
     totals: list[Any] = [None if m is None else 0.0 for m in maps]
+    moving = [m if moves else None for m, moves in zip(maps, moved(inputs, maps), strict=True)]
     difference: Any = arrays.to_numpy(explanation.scores).astype(np.float64)
     for baseline in estimator.baselines:
-        starts = baseline_like(baseline, inputs, maps, explanation.channels_last)
+        if _are_samples(request, explanation):
+            starts = [start[0] for start in baseline_like(baseline, [x[None] for x in inputs], moving)]
+        else:
+            starts = baseline_like(baseline, inputs, moving, explanation.channels_last)
         points = _on_the_line(inputs, starts, maps, estimator.count)
         mean = _mean(framework, request, explanation, points, estimator.inner_batch)
         for i, (gradients, x, start) in enumerate(zip(mean, inputs, starts, strict=True)):
             if gradients is not None:
-                moved = x.astype(np.float64) - start
-                part = gradients * (moved if explanation.scores.ndim == 1 else moved[:, None])
+                way = x.astype(np.float64) - start
+                part = gradients * (way if explanation.scores.ndim == 1 else way[:, None])
                 totals[i] = totals[i] + part / len(estimator.baselines)
         tensors = tuple(arrays.like(s, x) for s, x in zip(starts, request.inputs, strict=True))
         at_start = explainer.explain(
@@ -195,6 +205,7 @@ def baseline_like(
     """Return where the line to each input begins; an input without a map stays as it is.
 
     Args:
+        maps: None for an input that is not moved.
         baseline: "zero"; "blur", the input smoothed by a normal kernel of a fifteenth of its side; a number; an array
             that fits one sample or the batch, with one value for each channel where it has just as many.
 
@@ -248,15 +259,43 @@ def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
     return values * (x if scores.ndim == 1 else x[:, None])
 
 
-def _noisy(inputs: list[Array], maps: list[Any], count: int, seed: int, noise: float) -> Iterator[list[Array]]:
-    """Yield `count` noisy copies of the inputs; those without a map, which are integers, stay."""
+def _are_samples(request: Request, explanation: Explanation) -> bool:
+    """Whether each input is one sample, without a batch axis, as in a list of images of any sizes."""
+    count = len(explanation.scores)
+    are_batches = all(len(x) == count for x in request.inputs if x.ndim)
+    return request.is_list and len(request.inputs) == count and not are_batches
+
+
+def moved(inputs: Sequence[Array], maps: Sequence[Array | None]) -> list[bool]:
+    """Say which inputs an estimator changes: those with a map, but for masks, of zeros and ones, beside others.
+
+    >>> image, mask, ids = np.array([0.5, 2.0]), np.array([1.0, 0.0]), np.array([3, 4])
+    >>> moved([image, mask, ids], [image, mask, None]), moved([mask], [mask])
+    ([True, False, False], [True])
+    """
+    has_map = [m is not None for m in maps]
+    ordinary = [has and not np.isin(x, (0, 1)).all() for x, has in zip(inputs, has_map, strict=True)]
+    return ordinary if any(ordinary) else has_map
+
+
+def _noisy(
+    inputs: list[Array], moved: list[bool], count: int, seed: int, noise: float, per_sample: bool
+) -> Iterator[list[Array]]:
+    """Yield `count` noisy copies of the inputs.
+
+    Args:
+        per_sample: the range that scales the noise is that of each sample, else of the whole input.
+    """
     generator = np.random.default_rng(seed)
     for _ in range(count):
-        yield [x if m is None else x + _normal_noise(x, generator, noise) for x, m in zip(inputs, maps, strict=True)]
+        yield [
+            x + _normal_noise(x, generator, noise, per_sample) if moves else x
+            for x, moves in zip(inputs, moved, strict=True)
+        ]
 
 
-def _normal_noise(x: Array, generator: np.random.Generator, noise: float) -> Array:
-    axes = tuple(range(1, x.ndim))
+def _normal_noise(x: Array, generator: np.random.Generator, noise: float, per_sample: bool) -> Array:
+    axes = tuple(range(1 if per_sample else 0, x.ndim))
     value_range = x.max(axes, keepdims=True) - x.min(axes, keepdims=True)
     drawn: Array = generator.standard_normal(x.shape) * noise * value_range
     return drawn.astype(x.dtype)

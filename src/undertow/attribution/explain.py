@@ -129,6 +129,7 @@ def explain(
         fill=arguments.fill,
         structure=arguments.structure,
         is_plain=arguments.is_plain,
+        is_list=type(x) is list and len(arguments.args) == 1,
     )
     framework = framework_of_input(arguments.tensors[0], model)
     with unbatched_named(framework, request):

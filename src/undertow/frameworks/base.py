@@ -65,6 +65,7 @@ class Request:
         structure: a text that differs where those arguments differ in more than the tensors.
         is_plain: the inputs are batches, whose first axes are as long.
         noun: what the inputs are, in messages; empty: "input 0" and so on.
+        is_list: the inputs are those of a list that the model takes whole.
     """
 
     model: Callable[..., Any]
@@ -82,6 +83,7 @@ class Request:
     structure: str = ""
     is_plain: bool = True
     noun: str = ""
+    is_list: bool = False
 
     def bind(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """Return a model as a function of the tensors alone."""

@@ -282,9 +282,11 @@ def smoothgrad(
     """
     generator = np.random.default_rng(seed)
     flat, structure = tree_flatten(x)
+    with torch.no_grad():  # a list of samples, which have no batch axis, gives a list of what was found in each
+        are_samples = type(x) is list and type(called(model, x)) is list
     totals: list[Any] = [0.0 if _is_floating(p) else None for p in flat]
     for _ in range(count):
-        noisy = [_noisy(p, generator) if _is_floating(p) else p for p in flat]
+        noisy = [_noisy(p, generator, are_samples) if _is_floating(p) else p for p in flat]
         maps, _ = ruled(model, tree_unflatten(noisy, structure), score)
         totals = [None if m is None else t + m for t, m in zip(totals, maps, strict=True)]
     return [None if t is None else t / count for t in totals]
@@ -320,8 +322,8 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _noisy(x: Tensor, generator: np.random.Generator) -> Tensor:
-    axes = tuple(range(1, x.ndim))
+def _noisy(x: Tensor, generator: np.random.Generator, is_sample: bool) -> Tensor:
+    axes = tuple(range(0 if is_sample else 1, x.ndim))
     reach = (x.amax(axes, keepdim=True) - x.amin(axes, keepdim=True)) / 10
     return x + torch.from_numpy(generator.standard_normal(x.shape)).to(x.dtype) * reach
 
