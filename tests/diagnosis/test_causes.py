@@ -142,6 +142,26 @@ def test_the_calls_of_one_cell_are_depth(tmp_path):
     assert "call 0" in finding.sentence
 
 
+def test_without_a_watched_batch_depth_through_calls_is_not_claimed_to_be_looked_at(tmp_path):
+    torch.manual_seed(0)
+    model, x = nets.Cell(nn.RNNCell(8, 24)), torch.randn(16, 20, 8)
+    for name, sites in (("few", ["cell", "head"]), ("more", lambda _, m: True)):
+        body = model if name == "few" else nn.Sequential(model, nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+        with ut.record(tmp_path / name, body, sites=sites, measures="moments") as recording, recording.batch():
+            body(x).square().sum().backward()
+        checked = ut.diagnose(ut.Run(tmp_path / name)).checked["depth"]
+        assert checked != "checked"
+        assert "diagnose=True" in checked
+
+
+def test_where_all_is_frozen_it_is_on_purpose(tmp_path):
+    """So photographs are recorded: activations have no parameters, and make no difference."""
+    model = nets.MLP(4).requires_grad_(False)
+    x = torch.randn(16, 4, requires_grad=True)
+    run = watched(tmp_path, model, lambda m, _: m(x).sum(), sites=lambda _, module: not list(module.children()))
+    assert [finding.cause for finding in ut.diagnose(run) if finding.cause == "frozen"] == []
+
+
 def test_calls_that_stand_beside_one_another_are_no_depth(tmp_path):
     """One head over sixty positions: each call reads the input, and none reads another."""
     torch.manual_seed(0)

@@ -100,8 +100,9 @@ def arrival(evidence: Evidence) -> Iterator[Finding]:
     everywhere = len(reasons) == len(evidence.sites)
     for reason, sites in sites_by_reason.items():
         yield _finding(reason, tuple(sites), evidence, everywhere)
+    learns = any(row.get("trainable", -1) == 1 for rows in evidence.outputs.values() for row in rows)
     amid = [site for site in evidence.outputs if site not in reasons and _is_frozen(evidence, site)]
-    if amid and len(amid) < len(evidence.outputs):
+    if amid and learns:  # where all is frozen, as in recording photographs, it is on purpose
         yield _frozen_amid(evidence, tuple(amid))
     unseen = {row["site"]: row["arrival"] for row in evidence.watched if row["arrival"] in _UNSEEN}
     if unseen:
