@@ -38,6 +38,7 @@ _CAUSES = {  # reason in the table `diagnosis`: cause, severity, description, re
 _INSTEAD = {  # what to write instead of a function that has no gradient
     "argmax": "weigh by a softmax, or use F.gumbel_softmax(..., hard=True) or a straight-through estimator, in its "
     "place",
+    "a comparison": "use a sigmoid or a straight-through estimator in its place",
     ".item()": "keep tensors: torch.stack where they are joined",
     ".tolist()": "keep tensors: torch.stack where they are joined",
     "float()": "keep tensors: torch.stack where they are joined",
