@@ -184,12 +184,15 @@ class Evidence:
         self.run = run
         self.sites = run.sites
         self.n_earlier = 0
+        self._rows: dict[str, list[dict[str, Any]]] = {}
         self.position = {site: i for i, site in enumerate(self.sites)}
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return the rows of a table, none if it was not recorded."""
-        recorded = table in self.run.manifest["tables"] or table in TABLES
-        return list(self.run.table(table).to_pylist()) if recorded else []
+        if table not in self._rows:
+            recorded = table in self.run.manifest["tables"] or table in TABLES
+            self._rows[table] = self.run.table(table).to_pylist() if recorded else []
+        return self._rows[table]
 
     @cached_property
     def watch(self) -> str:
@@ -311,6 +314,17 @@ class Evidence:
         """The smallest factor that the loss was multiplied by before a backward pass; 1 without loss scaling."""
         scales = [row["scale"] for row in self.rows("batches") if row["scale"]]
         return float(min(scales)) if scales else 1.0
+
+    @cached_property
+    def calls(self) -> dict[str, int]:
+        """The sites that were called several times in a batch, with the number of calls."""
+        table = next(
+            (name for name in ("moments", "zero_fraction", "channel_norm", "histogram") if self.rows(name)), ""
+        )
+        last: dict[str, int] = {}
+        for row in self.rows(table) if table else ():
+            last[row["site"]] = max(last.get(row["site"], 0), row.get("call", 0))
+        return {site: last[site] + 1 for site in self.sites if last.get(site, 0) > 0}
 
     @cached_property
     def sizes(self) -> dict[str, float]:
