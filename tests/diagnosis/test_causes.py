@@ -131,6 +131,41 @@ def test_depth_is_the_longest_way_and_the_largest_gradient_on_it_counts(tmp_path
     assert [level.site for level in depths][:4] == [f"blocks.0.{name}" for name in ("qkv", "out", "up", "down")]
 
 
+class Branched(nets.Block):
+    """A block behind whose norms query, key and value are layers of their own: branches, with small gradients."""
+
+    def __init__(self, width, first, causal):
+        super().__init__(width, first, causal)
+        self.qkv = None
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def attend(self, x):
+        q, k, v = (part(x).unflatten(2, (2, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("watch", [0, 1])
+def test_the_branches_and_the_head_of_a_transformer_are_no_depth(layers, watch, tmp_path):
+    """By hand: on the residual stream the gradient keeps its size, from the last block to the first."""
+    torch.manual_seed(0)
+    model = nets.BERT(layers)
+    model.blocks = nn.ModuleList(Branched(32, first=False, causal=False) for _ in range(layers))
+    nets._bert_like(model)
+    stream = []
+    handles = [block.register_forward_hook(lambda *call: stream.append(call[2])) for block in model.blocks]
+    loss = nets.classify_text(model, torch.Generator().manual_seed(0))
+    sizes = [float(g.norm()) for g in torch.autograd.grad(loss, stream)]
+    for handle in handles:
+        handle.remove()
+    assert 0.2 < sizes[0] / sizes[-1] < 5
+    with ut.record(tmp_path, model, sites="linear", measures="moments", diagnose=watch) as recording:
+        for number in range(2):
+            with recording.batch():
+                nets.classify_text(model, torch.Generator().manual_seed(number)).backward()
+    assert [f.sentence for f in ut.diagnose(ut.Run(tmp_path)) if f.cause in ("vanishing", "exploding")] == []
+
+
 def test_the_calls_of_one_cell_are_depth(tmp_path):
     torch.manual_seed(0)
     model, x = nets.Cell(nn.RNNCell(8, 24)), torch.randn(16, 60, 8)
