@@ -25,10 +25,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
-from undertow import images, models
+from undertow import images, models, similarity
 from undertow.classifier import Classifier
 from undertow.frameworks import base
-from undertow.verdict import convergence, input, similarity
+from undertow.verdict import convergence, input
 from undertow.verdict.photograph import JudgedPhotograph, write
 
 RULES = ("gradient", "deconvnet", "guided")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .errors import InputError
 
 MAX_EXTRA_TOKENS = 8
+MAX_PATCH = 32  # pixels a side: no vision transformer has larger ones, and a detector's 100 queries are no 10 by 10
 Array = npt.NDArray[Any]
 
 
@@ -91,8 +92,8 @@ def find_layout(
     if axes or (not fits and len(shape) == 3):
         asked = f"with axes {axes!r} " if axes else ""
         raise InputError(
-            f"{described}: {asked}its tokens make no grid of square patches; take a layer that has a place "
-            "for each patch of the input"
+            f"{described}: {asked}its tokens make no grid of square patches of up to {MAX_PATCH} pixels; take a layer "
+            "that has a place for each patch of the input"
         )
     raise InputError(f"{described}: which of its axes are channels cannot be told; pass axes={example}")
 
@@ -132,7 +133,7 @@ def _tokens(count: int, plane: tuple[int, ...], channel_axis: int) -> Layout | N
     """
     if len(plane) != 2:
         return None
-    patches = [patch for patch in range(1, min(plane) + 1) if not any(size % patch for size in plane)]
+    patches = [p for p in range(1, min(*plane, MAX_PATCH) + 1) if not any(size % p for size in plane)]
     grids = [tuple(size // patch for size in plane) for patch in patches]
     fitting = [(extra, grid) for grid in grids if 0 <= (extra := count - math.prod(grid)) <= MAX_EXTRA_TOKENS]
     if not fitting:

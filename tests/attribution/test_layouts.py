@@ -44,9 +44,26 @@ def test_a_layer_behind_which_only_the_class_token_is_read_is_refused():
 
 def test_tokens_are_not_laid_over_their_features():
     net = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), Shaped(lambda v: v.mean(1)), nn.Linear(16, 3)).eval()
-    for layer in ("grad-cam:0", "grad-cam:1", "grad-cam:1:btc"):
+    texts = nn.Sequential(Shaped(lambda v: v.mT), nn.Conv1d(16, 5, 3), nn.ReLU(), pooled(5)).eval()
+    for model, layer in ((net, "0"), (net, "1"), (net, "1:btc"), (texts, "1"), (texts, "2:bct")):
         with pytest.raises(ut.InputError, match=r"x of \(2, 7, 16\) may be tokens .* estimator='input-times'"):
-            ut.explain(net, torch.randn(2, 7, 16), rule="gradient", target=1, estimator=layer)
+            ut.explain(model, torch.randn(2, 7, 16), rule="gradient", target=1, estimator=f"grad-cam:{layer}")
+
+
+def test_images_with_their_channels_last_are_refused():
+    net = nn.Sequential(Shaped(lambda v: v.movedim(-1, 1)), nn.Conv2d(3, 8, 3, 2, 1), pooled(8)).eval()
+    with pytest.raises(ut.InputError, match=r"looks like images \(B, H, W, C\).*wrap the model"):
+        ut.explain(net, torch.randn(1, 16, 12, 3), rule="gradient", target=1, estimator="grad-cam:1")
+
+
+def test_lines_that_could_be_tokens_are_asked_for():
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv1d(12, 5, 4, 4), nn.GELU(), pooled(5)).double().eval()
+    x = torch.randn(2, 12, 32, dtype=torch.float64)
+    with pytest.raises(ut.InputError, match=r"if it is lines .* pass axes='bcl'"):
+        ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0")
+    a = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0", axes="bcl")
+    torch.testing.assert_close(a.values, reference(net, x, 1, net[0]))
 
 
 def test_grad_cam_of_a_line_and_of_a_volume():
@@ -79,6 +96,19 @@ def test_a_layer_that_runs_twice_counts_with_both_calls():
     assert not torch.allclose(second, both)
     with pytest.raises(ut.InputError, match="layer 'shared@2' is not on the way"):
         ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:shared@2")
+
+
+def test_a_convolution_within_does_not_tell_of_tokens():
+    """The 16 tokens have 16 channels each; the convolution's own are in second place, the tokens' are not."""
+    torch.manual_seed(5)
+    embedding = nn.Sequential(nn.Conv2d(3, 16, 4, 4), Shaped(lambda v: v.flatten(2).mT))
+    net = nn.Sequential(embedding, Shaped(lambda v: v.tanh().mT), pooled(16)).double().eval()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    with pytest.raises(ut.InputError, match="cannot be told; pass axes='btc' or 'bct'"):
+        ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0")
+    wanted = reference(net, x, 1, net[0], lambda t: t.mT.unflatten(2, (4, 4)))
+    a = ut.explain(net, x, rule="gradient", target=1, estimator="grad-cam:0", axes="btc")
+    torch.testing.assert_close(a.values, wanted)
 
 
 class Siamese(nn.Module):
@@ -182,6 +212,8 @@ def test_a_layout_is_found(shape, input_shape, more, layout):
         ((1, 28, 64), (1, 1, 28, 28), {}, "tokens make no grid"),  # rows, as an LSTM takes them
         ((1, 28, 64), (1, 1, 28, 28), {"channel_axis": -1}, "tokens make no grid"),
         ((1, 1569, 384), (1, 3, 16, 224, 224), {}, "tokens make no grid"),  # 8 x 14 x 14, not 2 x 28 x 28
+        ((1, 100, 256), (1, 3, 640, 640), {"channel_axis": -1}, "tokens make no grid"),  # a detector's queries
+        ((1, 8400, 4), (1, 3, 640, 640), {}, "tokens make no grid"),  # its boxes
         ((64, 49, 96), (1, 3, 224, 224), {}, "a place for each sample"),
         ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhcw"}, "axes 'bhcw' are not understood"),
         ((1, 8, 8, 8), (1, 3, 32, 32), {"axes": "bhw"}, "a letter for each of the layer's 4 axes"),

@@ -330,3 +330,27 @@ def test_keras_takes_places_regions_and_tokens():
     ):
         with pytest.raises(ut.UndertowError, match=message):
             ut.explain(rows, tokens, **options)
+
+
+@pytest.mark.parametrize("estimator", ["smoothgrad:3", "integrated:3"])
+@pytest.mark.parametrize("position", [-1, torch.tensor([1, 3])])
+@pytest.mark.parametrize("target", [2, "top:2", None])
+def test_estimators_keep_the_token_and_its_position(target, position, estimator):
+    h = LANGUAGE.embedding(IDS).detach()
+    a = ut.explain(
+        LANGUAGE.body, h, rule="gradient", target=ut.targets.token(target, position), estimator=estimator, seed=1
+    )
+    rows = torch.arange(2)
+    for k in range(2 if target == "top:2" else 1):
+        ids = a.targets if a.targets.ndim == 1 else a.targets[:, k]
+        alone = ut.explain(
+            LANGUAGE.body,
+            h,
+            rule="gradient",
+            target=lambda o, ids=ids: o[rows, position, ids],
+            estimator=estimator,
+            seed=1,
+        )
+        values = a.values if a.targets.ndim == 1 else a.values[:, k]
+        assert torch.allclose(values, alone.values, atol=1e-6)
+    assert a.completeness is None or estimator == "integrated:3"

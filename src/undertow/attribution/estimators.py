@@ -29,6 +29,8 @@ from ..frameworks.base import Arrays, Request, as_numpy, capability
 from ..frameworks.results import Explanation, LayerGradients
 from ..layouts import Layout, find_layout
 from ..rules import gradient
+from ..structures import is_tensor
+from ..targets import Token
 
 Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
@@ -153,7 +155,7 @@ def _integrated(
 ) -> tuple[list[Array | None], Array]:
     """Return the maps, averaged over the baselines, and the part of the score's difference that they do not explain."""
     explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
-    ids = request.target if explanation.targets is None else arrays.to_numpy(explanation.targets)
+    target = _kept_target(request, explanation)
     totals: list[Any] = [None if m is None else 0.0 for m in maps]
     difference: Any = arrays.to_numpy(explanation.scores).astype(np.float64)
     for baseline in estimator.baselines:
@@ -166,11 +168,25 @@ def _integrated(
                 part = gradients * (moved if explanation.scores.ndim == 1 else moved[:, None])
                 totals[i] = totals[i] + part / len(estimator.baselines)
         tensors = tuple(arrays.like(s, x) for s, x in zip(starts, request.inputs, strict=True))
-        at_start = explainer.explain(replace(request, inputs=tensors, target=ids, rule=gradient, rule_name="gradient"))
+        at_start = explainer.explain(
+            replace(request, inputs=tensors, target=target, rule=gradient, rule_name="gradient")
+        )
         difference = difference - arrays.to_numpy(at_start.scores).astype(np.float64) / len(estimator.baselines)
     explained = sum(total.reshape(*difference.shape, -1).sum(-1) for total in totals if total is not None)
     with np.errstate(divide="ignore", invalid="ignore"):
         return totals, np.where(difference == explained, 0.0, (difference - explained) / difference)
+
+
+def _kept_target(request: Request, first: Explanation, copies: int = 1) -> Any:
+    """Return the target that means the classes found for the input itself, in a batch of copies of it."""
+    if first.targets is None:
+        return request.target
+    ids = np.concatenate([as_numpy(first.targets)] * copies)
+    if not isinstance(request.target, Token):
+        return ids
+    given = request.target.position
+    position = as_numpy(given) if is_tensor(given) else np.asarray(given)
+    return Token(ids, np.concatenate([position] * copies) if position.ndim else position)
 
 
 def baseline_like(
@@ -270,9 +286,9 @@ def _mean(
     def explain_points(chunk: list[list[Array]]) -> tuple[Array, list[Array | None]]:
         """Return the scores, and the maps `(points, B, ...)`."""
         inputs = [np.concatenate(parts) for parts in zip(*chunk, strict=True)]
-        ids = request.target if first.targets is None else np.concatenate([arrays.to_numpy(first.targets)] * len(chunk))
+        target = _kept_target(request, first, len(chunk))
         tensors = tuple(arrays.like(a, x) for a, x in zip(inputs, request.inputs, strict=True))
-        explanation = explainer.explain(replace(request, inputs=tensors, target=ids))
+        explanation = explainer.explain(replace(request, inputs=tensors, target=target))
         maps = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in explanation.maps]
         parts = [None if m is None else m.reshape(len(chunk), -1, *m.shape[1:]) for m in maps]
         return arrays.to_numpy(explanation.scores), parts if len(chunk) > 1 else [_first_axis(m) for m in maps]
@@ -362,12 +378,17 @@ def _batch_shape(request: Request, i: int, is_alone: bool) -> tuple[int, ...]:
         is_alone: no other input has a map; then `(B, L)` is a line without an axis of channels.
 
     Raises:
-        InputError: it is one of several images in a list, which have no batch axis.
+        InputError: it is one of several images in a list, which have no batch axis, or has its channels last.
     """
     x = request.inputs[i]
     args, kwargs = request.fill(range(len(request.inputs)))
     if x.ndim == 3 and i not in (*args, *kwargs.values()):
         raise InputError("Grad-CAM needs a batch axis, and x has images one by one; pass one tensor (B, C, H, W)")
+    if x.ndim == 4 and x.shape[-1] <= 4 < x.shape[1]:
+        raise InputError(
+            f"x of {tuple(x.shape)} looks like images (B, H, W, C), and Grad-CAM lies over (B, C, H, W); wrap the "
+            "model in one that takes those and permutes them"
+        )
     return (x.shape[0], 1, x.shape[1]) if x.ndim == 2 and is_alone else tuple(x.shape)
 
 
@@ -383,7 +404,7 @@ def _grad_cam(
         raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
     shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
     layout = find_layout(layer, shape, input_shape, channel_axis, axes)
-    _refuse_tokens(layer, shape, input_shape, layout)
+    _refuse_tokens(layer, shape, input_shape, layout, axes)
     values = [layout.channels_first(at_layer.values[call]) for call in calls]
     gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
     if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):
@@ -396,15 +417,16 @@ def _grad_cam(
     return cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
 
 
-def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout) -> None:
-    """Refuse a layer with a channel vector for each of as many positions as the input's second axis has.
+def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout, axes: str) -> None:
+    """Refuse a layer whose positions may be those of `x` along its second axis, unless `axes` has an "l" for its line.
 
-    That is what a layer of tokens gives where `x` is tokens `(B, T, C)` too. Grad-CAM would lay it over their features.
+    Where `x` is tokens `(B, T, C)`, Grad-CAM would be laid over their features.
     """
-    if len(input_shape) == 3 and layout.channel_axis == -1 and shape[1] == input_shape[1] > 1:
+    if len(input_shape) == 3 and "l" not in axes and 1 < layout.grid[0] <= input_shape[1]:
+        line = "bcl" if layout.channel_axis == 1 else "blc"
         raise InputError(
-            f"layer {layer!r} gives {tuple(shape)}: x of {tuple(input_shape)} may be tokens (B, T, C) as well as lines "
-            "(B, C, L), and Grad-CAM is for lines; estimator='input-times' is for tokens"
+            f"layer {layer!r} gives {tuple(shape)}: x of {tuple(input_shape)} may be tokens (B, T, C), for which take "
+            f"estimator='input-times'; if it is lines (B, C, L), pass axes={line!r}"
         )
 
 

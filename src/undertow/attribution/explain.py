@@ -76,8 +76,8 @@ def explain(
             several, as in "heads.1". None takes `.logits` or ["logits"], else the first of a tuple.
         head: where the model ends in a softmax, log-softmax or sigmoid, a class target means the score before it
             ("before"), or what the model returns ("as is"); `a.head` says which was explained.
-        axes: of Grad-CAM's layer, a letter for each, as in "bhwc", where they are not found: "grad-cam:LAYER:bhwc".
-
+        axes: of Grad-CAM's layer, a letter for each, as in "bhwc", where they are not found: "grad-cam:LAYER:bhwc". Of
+            three axes, "bcl" says that `x` is lines `(B, C, L)` too.
         at: explain by a layer's output in place of `x`: its name, or several. `layer@1` is its second call. Of
             embeddings this gives token attributions for `x` of whole numbers alone.
 
@@ -217,7 +217,8 @@ def _warn_if_saturated(explanation: Explanation, head: str) -> None:
     p = np.exp(scores) if explanation.head.startswith("log") else scores
     saturated = np.abs(p * (1 - p)) <= SATURATED
     if not explanation.head:
-        saturated &= (scores != 0) & (_largest(explanation) <= SATURATED)  # zero is a dead ReLU's score, most often
+        # zero is a dead ReLU's score, most often, and a negative one no probability
+        saturated &= (scores > 0) & (_largest(explanation) <= SATURATED)
     if not saturated.any():
         return
     what = f"the {explanation.head} is saturated" if explanation.head else f"a score is {scores[saturated][0]:.7g}"

@@ -9,6 +9,8 @@ import undertow as ut
 from frameworks.keras.networks import AWKWARD, SMOOTH, Network
 from frameworks.keras.references import reference
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*left alone on the way:undertow.UndertowWarning")
+
 
 def own_mixture(g, local):
     """Guided, less half of its mirror image: `local` is asked twice, and no shortcut could stand in for it."""

@@ -76,14 +76,28 @@ def record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[s
     return outputs
 
 
-def channel_axis(model: Any, name: str) -> int | None:
-    """Return where a layer's modules have their channels, 1 or -1, if all that tell agree."""
+def channel_axis(model: Any, name: str, ndim: int) -> int | None:
+    """Return where a layer's modules have their channels, 1 or -1, if all that tell agree.
+
+    Args:
+        ndim: of the layer's output, of which a module of another number of axes tells nothing: a patch embedding's
+            convolution of planes, say, of the tokens that are made of them.
+    """
     tell = {
         1 if isinstance(module, CHANNELS_FIRST) else -1
         for module in submodule(model, name).modules()
-        if isinstance(module, CHANNELS_FIRST) or type(module) in CHANNELS_LAST  # subclasses of LayerNorm permute
+        if (isinstance(module, CHANNELS_FIRST) and _own_ndim(module) in (None, ndim))
+        or type(module) in CHANNELS_LAST  # subclasses of LayerNorm permute
     }
     return tell.pop() if len(tell) == 1 else None
+
+
+def _own_ndim(module: nn.Module) -> int | None:
+    """Return how many axes a convolution's or norm's output has; None where it may have any."""
+    if isinstance(module, CONVOLUTION):
+        return len(module.kernel_size) + 2
+    kinds = enumerate(((nn.BatchNorm1d, nn.InstanceNorm1d), (nn.BatchNorm2d, nn.InstanceNorm2d)), 3)
+    return next((ndim for ndim, kind in kinds if isinstance(module, kind)), None)
 
 
 def layer_outputs(request: Request, layer: str) -> list[Any]:

@@ -137,7 +137,7 @@ def _unit_scores(request: Request, target: Unit, outputs: Mapping[str, torch.Ten
 def _unit_axis(request: Request, layer: str, values: torch.Tensor) -> int:
     if values.ndim == 2:
         return 1
-    told, x = channel_axis(request.model, layer), request.inputs[0]
+    told, x = channel_axis(request.model, layer, values.ndim), request.inputs[0]
     if x.is_floating_point() and x.ndim >= 3:
         return find_layout(layer, values.shape, x.shape, told).channel_axis
     if told is None:

@@ -175,7 +175,7 @@ def layer_gradients(
         values={name: to_numpy(tensor) for name, tensor in outputs.items()},
         gradients=dict(zip(outputs, stacked, strict=True)),
         at_input=at_input,
-        channel_axes={name: channel_axis(request.model, name) for name in outputs},
+        channel_axes={name: channel_axis(request.model, name, tensor.ndim) for name, tensor in outputs.items()},
         reached=reached,
     )
 
