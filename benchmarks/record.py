@@ -10,7 +10,7 @@ Pairs: the plain step and undertow's alone, so that neither follows another tool
 turn, until a whole group of batches lies on the disk: as many as undertow would publish together, which are those of
 ten seconds. Each round makes the network anew: one copy is up to 2 % slower
 than another, as its memory happens to lie, and stays so. A watched batch is one that `diagnose=` watches: every 32nd by
-default, so a run pays one part in 32 of what it adds.
+default, so a run pays one part in 32 of what it adds. "Told" is `on_finding=`, which looks and watches every 100th.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
@@ -146,9 +146,13 @@ def plain(task: Task) -> Iterator[Method]:
 
 
 @contextmanager
-def undertow(task: Task, measures: tuple[str, ...], diagnose: int = 0, group: int = GROUP) -> Iterator[Method]:
+def undertow(
+    task: Task, measures: tuple[str, ...], diagnose: int = 0, group: int = GROUP, telling: bool = False
+) -> Iterator[Method]:
     names = [f"{i:05d}.jpg" for i in range(len(task.x))]
-    options = {"sites": "conv", "measures": measures, "group": group, "diagnose": diagnose}
+    options: dict[str, object] = {"sites": "conv", "measures": measures, "group": group, "diagnose": diagnose}
+    if telling:
+        options |= {"on_finding": lambda finding: None, "every": 100}
     with folder() as place, ut.record(place, task.model, **options) as recording:
 
         def step() -> None:
@@ -384,12 +388,14 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
     )
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     three = ("channel-norm", "zero-fraction", "moments")
-    settings = {"norms + zeros + moments": (three, 0), "histogram": (("histogram",), 0)}
-    settings["norms + zeros + moments, watched"] = (three, 1)
+    settings = {"norms + zeros + moments": (three, 0, False), "histogram": (("histogram",), 0, False)}
+    settings |= {
+        f"norms + zeros + moments, {w}": (three, n, t) for w, n, t in (("watched", 1, False), ("told", 0, True))
+    }
     groups = dict(zip(TASKS, (128, 24), strict=True)) | {"VGG16-BN, 224x224, b4": 4}
     for (network, group), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
         task = make(4) if quick else make()
-        for name, (measures, diagnose) in settings.items():
+        for name, (measures, diagnose, telling) in settings.items():
             if make is vgg16 and name not in (*settings,)[:2]:
                 continue
             taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
@@ -399,7 +405,7 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
                 with (
                     mock.patch("undertow.recording.writer._GROUP_SECONDS", math.inf),  # the other's steps took half
                     plain(twin) as base,
-                    undertow(twin, measures, diagnose, group) as ours,
+                    undertow(twin, measures, diagnose, group, telling) as ours,
                 ):
                     turn(base, group // 8 + 1), turn(ours, group // 8 + 1)
                     spent = side_by_side({"base": base, "ours": ours}, group)

@@ -38,7 +38,7 @@ def table(found: Mapping[str, Iterable[ut.Finding]]) -> str:
         "| planted | networks | found | missed | false alarms | true informations beside it |",
         "|---|---:|---:|---:|---:|---|",
     ]
-    for cause in [*ut.diagnosis.CAUSES, NOTHING]:
+    for cause in (cause for cause in (*ut.diagnosis.CAUSES, NOTHING) if cause in planted):
         others = ", ".join(f"{other} ({n})" for other, n in sorted(beside[cause].items())) or "none"
         numbers = (planted[cause], hits[cause], misses[cause], alarms[cause])
         lines.append(f"| {cause} | {' | '.join(map(str, numbers))} | {others} |")

@@ -19,6 +19,7 @@ from .finding import SEVERITIES as SEVERITIES
 from .finding import Finding as Finding
 from .finding import Findings as Findings
 from .finding import NotLookedAt, NotRecorded
+from .learning import clipping, learning_rate, optimizer, weight_decay
 from .live import Live as Live
 from .precision import nonfinite, underflow
 from .routing import activation, pooling
@@ -33,6 +34,10 @@ RULES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
     "depth": depth,
     "underflow": underflow,
     "batch-norm": batch_norm,
+    "optimizer": optimizer,
+    "learning-rate": learning_rate,
+    "clipping": clipping,
+    "weight-decay": weight_decay,
     "jump": jump,
     "noise": noise,
     "pooling": pooling,

@@ -38,6 +38,7 @@ _CAUSES = {  # reason in the table `diagnosis`: cause, severity, description, re
 _INSTEAD = {  # what to write instead of a function that has no gradient
     "argmax": "weigh by a softmax, or use F.gumbel_softmax(..., hard=True) or a straight-through estimator, in its "
     "place",
+    "a comparison": "use a sigmoid or a straight-through estimator in its place",
     ".item()": "keep tensors: torch.stack where they are joined",
     ".tolist()": "keep tensors: torch.stack where they are joined",
     "float()": "keep tensors: torch.stack where they are joined",
@@ -100,8 +101,9 @@ def arrival(evidence: Evidence) -> Iterator[Finding]:
     everywhere = len(reasons) == len(evidence.sites)
     for reason, sites in sites_by_reason.items():
         yield _finding(reason, tuple(sites), evidence, everywhere)
+    learns = any(row.get("trainable", -1) == 1 for rows in evidence.outputs.values() for row in rows)
     amid = [site for site in evidence.outputs if site not in reasons and _is_frozen(evidence, site)]
-    if amid and len(amid) < len(evidence.outputs):
+    if amid and learns:  # where all is frozen, as in recording photographs, it is on purpose
         yield _frozen_amid(evidence, tuple(amid))
     unseen = {row["site"]: row["arrival"] for row in evidence.watched if row["arrival"] in _UNSEEN}
     if unseen:

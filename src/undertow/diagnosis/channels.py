@@ -26,7 +26,10 @@ def batch_norm(evidence: Evidence) -> Iterator[Finding]:
     """Find sites without normalisation where the mean over batch and space dominates the gradient of a channel."""
     shares = agreements(evidence)
     if not shares:
-        raise NotRecorded(f"{evidence.watch}, or record the measure channel-sums")
+        seen = evidence.watched or "channel_sums" in evidence.run.manifest["tables"]
+        raise NotRecorded(
+            "no gradient came but zeros and NaN" if seen else f"{evidence.watch}, or record the measure channel-sums"
+        )
     normalised = {chain.site for chain in evidence.chains if chain.normalised} if evidence.watched else set()
     unnormalised = set(shares) - normalised - {evidence.sites[-1]}  # the scores are not meant to be normalised
     high = {site: value for site, value in shares.items() if site in unnormalised and value >= MIN_AGREEMENT}
@@ -66,7 +69,7 @@ def agreements(evidence: Evidence) -> dict[str, float]:
     rows = [row for row in evidence.rows("channel_sums") if row["phase"] == "backward"]
     for row in rows or [row for rows in evidence.outputs.values() for row in rows]:
         sums, absolutes = np.abs(row["sums"]), np.asarray(row["absolutes"], np.float64)
-        nonzero = absolutes > 0
+        nonzero = (absolutes > 0) & np.isfinite(absolutes)
         if nonzero.any():
             shares.setdefault(row["site"], []).append(_median(sums[nonzero] / absolutes[nonzero]))
     return {site: float(np.median(shares[site])) for site in evidence.sites if site in shares}
@@ -93,7 +96,9 @@ def _column(evidence: Evidence) -> dict[str, Any] | None:
     rows = evidence.outputs.get(evidence.sites[-1], [])
     if not rows or len(rows[-1]["shape"]) != 2 or len(rows[-1]["absolutes"]) < 5:
         return None
-    magnitudes = np.sum([row["absolutes"] for row in rows], axis=0)
+    magnitudes = np.sum([row["absolutes"] for row in rows if np.isfinite(row["absolutes"]).all()], axis=0)
+    if not np.any(magnitudes):
+        return None
     column = int(np.argmax(magnitudes))
     share = float(magnitudes[column] / magnitudes.sum())
     return {"column": column, "column_share": share} if share >= _MIN_COLUMN_SHARE else None

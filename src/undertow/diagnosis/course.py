@@ -138,7 +138,7 @@ def noise(evidence: Evidence) -> Iterator[Finding]:
 
 def _signal(evidence: Evidence, site: str) -> float | None:
     """Return the median over channels of |mean| / standard deviation of the summed gradient over watched batches."""
-    rows = [row for row in evidence.outputs[site] if row["call"] == 0]
+    rows = [row for row in evidence.outputs[site] if row["call"] == 0 and np.isfinite(row["sums"]).all()]
     lengths = {len(row["sums"]) for row in rows}
     if len(rows) < MIN_BATCHES or len(lengths) != 1:
         return None

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .evidence import Evidence, OpChain, SiteOutput, Step
-from .finding import Finding, NotRecorded, called
+from .finding import Finding, NotLookedAt, NotRecorded, called, listed
 
 MIN_SITES = 4
 MIN_FACTOR = 1000.0
@@ -131,13 +131,20 @@ def depth(evidence: Evidence) -> Iterator[Finding]:
     Where several outputs are equally deep, the largest gradient counts: a branch with a small one starves nothing
     behind the residual stream. So gradients vanish where all that is as deep or deeper has a small one.
     """
+    calls = {} if evidence.graphs else evidence.calls
     if not evidence.graphs and len(evidence.sites) < MIN_SITES:
-        raise NotRecorded(f"record {MIN_SITES} sites or more")
+        raise NotRecorded(f"{f'{evidence.watch}, or ' if calls else ''}record {MIN_SITES} sites or more")
     depths = by_depth(evidence)
     if evidence.graphs and max(max(levels(outputs).values(), default=0) for outputs in evidence.graphs) < MIN_SITES - 1:
         raise NotRecorded(f"needs {MIN_SITES} sites or calls behind one another; record more of them")
-    if len(depths) < MIN_SITES:
-        return
+    if len(depths) >= MIN_SITES:
+        yield from _changes(evidence, depths)
+    if calls:
+        raise NotLookedAt(f"not through the calls of {listed(calls)}: {evidence.watch}")
+
+
+def _changes(evidence: Evidence, depths: Sequence[Level]) -> Iterator[Finding]:
+    """Yield what a line through the sizes at all depths says."""
     y = np.log2([level.size for level in depths])
     for cause, sign in (("vanishing", 1), ("exploding", -1)):
         course = np.maximum.accumulate(y) if sign > 0 else np.maximum.accumulate(y[::-1])[::-1]

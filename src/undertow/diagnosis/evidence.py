@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +19,7 @@ from ..runs.quantiles import weighted
 from .finding import NotLookedAt, NotRecorded, called, listed
 
 Floats = npt.NDArray[np.float64]
+StepKey = tuple[int, int, int]  # epoch, batch, and the number of the step in it
 Kind = Literal["norm", "max-pool", "average-pool", "activation"]
 
 
@@ -184,12 +185,15 @@ class Evidence:
         self.run = run
         self.sites = run.sites
         self.n_earlier = 0
+        self._rows: dict[str, list[dict[str, Any]]] = {}
         self.position = {site: i for i, site in enumerate(self.sites)}
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """Return the rows of a table, none if it was not recorded."""
-        recorded = table in self.run.manifest["tables"] or table in TABLES
-        return list(self.run.table(table).to_pylist()) if recorded else []
+        if table not in self._rows:
+            recorded = table in self.run.manifest["tables"] or table in TABLES
+            self._rows[table] = self.run.table(table).to_pylist() if recorded else []
+        return self._rows[table]
 
     @cached_property
     def watch(self) -> str:
@@ -313,6 +317,26 @@ class Evidence:
         return float(min(scales)) if scales else 1.0
 
     @cached_property
+    def calls(self) -> dict[str, int]:
+        """The sites that were called several times in a batch, with the number of calls."""
+        table = next(
+            (name for name in ("moments", "zero_fraction", "channel_norm", "histogram") if self.rows(name)), ""
+        )
+        last: dict[str, int] = {}
+        for row in self.rows(table) if table else ():
+            last[row["site"]] = max(last.get(row["site"], 0), row.get("call", 0))
+        return {site: last[site] + 1 for site in self.sites if last.get(site, 0) > 0}
+
+    @cached_property
+    def norms(self) -> dict[str, dict[str, dict[StepKey, float]]]:
+        """For each phase of parameters and each of them, the norms by step; of several evaluations in one, the last."""
+        tables = self.run.manifest["tables"]
+        table = next((table for table in _NORMS if table in tables), None)
+        if table is None:
+            raise NotRecorded("record the measure norm")
+        return norms_of(self.rows(table), _NORMS[table])
+
+    @cached_property
     def sizes(self) -> dict[str, float]:
         """For each site the median of nonzero |g|, or, without histograms, the root mean square of g."""
         sizes = {site: _median(values, weights) for site, (values, weights) in self.values.items()}
@@ -340,6 +364,26 @@ class Evidence:
         return {
             site: _series(batches[site]) for site in self.sites if any(b is not None for b in batches.get(site, ()))
         }
+
+
+def norms_of(
+    rows: Iterable[dict[str, Any]], norm: Callable[[dict[str, Any]], float]
+) -> dict[str, dict[str, dict[StepKey, float]]]:
+    """Return the norms of parameters by phase, name and step."""
+    norms: dict[str, dict[str, dict[StepKey, float]]] = {phase: {} for phase in OF_PARAMETERS}
+    for row in rows:
+        if row["phase"] in norms:
+            norms[row["phase"]].setdefault(row["site"], {})[row["epoch"], row["batch"], row["call"]] = norm(row)
+    return norms
+
+
+OF_PARAMETERS = ("accumulated", "gradient", "weight", "update")
+_NORMS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "norm": lambda row: float(row["norm"]),
+    "moments": lambda row: math.sqrt(row["m2"] + row["count"] * row["mean"] ** 2),
+    "channel_norm": lambda row: float(np.linalg.norm(np.asarray(row["values"], np.float64))),
+}
+"""How the norm of a tensor is read, from each table that knows it."""
 
 
 def _backward_batch(row: dict[str, Any]) -> Any:

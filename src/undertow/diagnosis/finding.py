@@ -8,6 +8,7 @@ SEVERITIES = ("info", "warning", "error")
 CAUSES = (
     *("pooling", "activation", "dead-units", "dead-layer", "vanishing", "exploding", "non-finite", "underflow"),
     *("no-batch-norm", "unreached", "frozen", "detached", "jump", "noise", "no-gradient", "saturated", "zero-weights"),
+    *("not-in-optimizer", "no-step", "learning-rate", "clipped", "weight-decay"),
 )
 
 

@@ -1,5 +1,6 @@
 """What a recording has seen so far, as evidence for the rules: a few numbers for each batch, in memory."""
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -10,11 +11,12 @@ import numpy.typing as npt
 
 from ..measures import CODES, Columns, code_values, finite
 from ..runs.format import DIAGNOSIS
-from .evidence import Evidence, Floats
+from .evidence import OF_PARAMETERS, Evidence, Floats, StepKey, norms_of
 
 MAX_BATCHES = 1024
 MAX_WATCHED = 8
 _MAX_SUMS = 64
+_MAX_NORMS = 8192
 Key = tuple[int, int]
 
 
@@ -34,12 +36,17 @@ class Live:
             "batches": deque(maxlen=MAX_BATCHES),
             "broken": deque(maxlen=MAX_BATCHES),
             "channel_sums": deque(maxlen=_MAX_SUMS),
+            "norm": deque(maxlen=_MAX_NORMS),
+            "steps": deque(maxlen=MAX_BATCHES),
         }
         self.watched: deque[list[dict[str, Any]]] = deque(maxlen=MAX_WATCHED)
 
-    def begin(self, row: dict[str, Any], points: Iterable[Mapping[str, Any]]) -> None:
-        """Begin a batch: its row in `batches`, and its rows in `diagnosis`, lists of numbers in a list each."""
+    def begin(
+        self, row: dict[str, Any], points: Iterable[Mapping[str, Any]], steps: Iterable[dict[str, Any]] = ()
+    ) -> None:
+        """Begin a batch: its row in `batches`, and those in `diagnosis` (lists in a list each) and `steps`."""
         self.n_batches += 1
+        self.rows["steps"] += steps
         self.rows["batches"].append(row)
         if flat := [{name: _of_one(name, value) for name, value in point.items()} for point in points]:
             self.watched.append(flat)
@@ -52,6 +59,9 @@ class Live:
         for table in ("zero_fraction", "histogram", "channel_sums"):
             if table in blocks:
                 getattr(self, f"_add_{table}")(site, blocks[table])
+        if site["phase"] in OF_PARAMETERS:
+            norm = blocks["norm"]["norm"][0] if "norm" in blocks else None if squares is None else math.sqrt(squares[0])
+            self.rows["norm"].append({**site, "norm": math.nan if norm is None else norm})
         if squares is not None and site["phase"] == "backward":
             course, key = self.course[site["site"]], (site["epoch"], site["batch"])
             course[key] = course[key] + squares if key in course else squares
@@ -98,6 +108,11 @@ class _LiveEvidence(Evidence):
         if table == "histogram":
             return [_histogram_row(*of, counts) for of, counts in live.counts.items()]
         return list(live.rows.get(table, ()))
+
+    @cached_property
+    def norms(self) -> dict[str, dict[str, dict[StepKey, float]]]:
+        """As in `Evidence`."""
+        return norms_of(self._live.rows["norm"], lambda row: float(row["norm"]))
 
     @cached_property
     def course(self) -> dict[str, Floats]:

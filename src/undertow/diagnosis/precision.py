@@ -1,7 +1,7 @@
 """Values that a number format cannot hold: where infinities and NaN first occur, and gradients that underflow."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from .finding import Finding, NotRecorded, called, listed, percent
 
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 _MIN_SHARE = 0.01
+_FEW = 0.2
 _PHASES = ("forward", "backward")
 _COUNTS = ("broken_data", "broken_input", "broken_weights", "broken_output")
 
@@ -35,9 +36,13 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     n_batches = len({(epoch, number) for epoch, number, _, _ in broken})
     sites = tuple(forward or backward)
     origin, remedy, figures = _origin(evidence, batch, site, bool(forward))
+    severity = "error"
+    if _of_scaling(evidence, broken):
+        severity, remedy = "info", "Nothing is wrong, unless it goes on."
+        origin = "A GradScaler that looks for its scale leaves such steps out, and halves the scale behind each."
     yield Finding(
         "non-finite",
-        "error",
+        severity,
         sites,
         f"In batch {batch[1]} of epoch {batch[0]} the {tensor} at {called(site)} is infinite or not a number"
         f"{'' if share is None else f' for {percent(share)} of its elements'}, before any other site; "
@@ -48,12 +53,21 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
     )
 
 
+def _of_scaling(evidence: Evidence, broken: Iterable[tuple[int, int, str, str]]) -> bool:
+    """Whether a few gradients overflowed while the loss was scaled, and later ones did not."""
+    batches = sorted((row["epoch"], row["batch"]) for row in evidence.rows("batches") if row["scale"])
+    at = {(epoch, number) for epoch, number, _, _ in broken}
+    of_gradients = all(phase == "backward" for _, _, phase, _ in broken)
+    few = len(at) <= max(_FEW * len(batches), 1)
+    return bool(batches) and of_gradients and few and at.issubset(batches) and batches[-1] not in at
+
+
 def _origin(evidence: Evidence, batch: tuple[int, int], site: str, forward: bool) -> tuple[str, str, dict[str, Any]]:
     """Return where the first broken tensor came from, as a sentence; a remedy; and the counts that show it."""
     if not forward:
         behind = (
-            "Look at what follows this site: divisions, logarithms and roots near 0, exponentials, or float16's "
-            "largest number, 65504."
+            "Look at the targets, and at what follows this site: divisions, logarithms and roots near 0, "
+            "exponentials, or float16's largest number, 65504."
         )
         watched = any((row["epoch"], row["batch"]) == batch and row["step"] == 0 for row in evidence.watched)
         if watched or evidence.run.manifest.get("phase") == "both":

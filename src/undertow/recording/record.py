@@ -345,11 +345,12 @@ class Recording:
         Raises:
             RunError: something could not be written.
             InputError: the batch was there already, is inside another, or has not as many samples as names.
-            InputError: the batch was there already, or is inside another.
             FindingError: `on_finding` is "raise", and something is wrong; the batch is recorded.
         """
         writer = self._entered()
-        self._end_batch()
+        if self._ending is not None:  # an optimizer's steps may have followed it
+            self._end_batch()
+            self._tell()
         names = None if samples is None else as_names(samples)
         epoch, number = int(epoch), self._count(int(epoch), batch)
         writer.check()
@@ -383,7 +384,12 @@ class Recording:
             raise
         finally:
             self._open = False
-        if self.teller.wants(self.batches):
+        if not self.learning.optimizers:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Look for findings behind the batch that ended last, where that is asked for and due."""
+        if self.batches and self.teller.wants(self.batches):
             self.teller.tell(self.check())
 
     def check(self) -> Findings:
@@ -404,6 +410,7 @@ class Recording:
         ['no-gradient']
         """
         writer = self._entered()
+        self._end_batch()
         writer.settle()
         run = SimpleNamespace(manifest=self.manifest | {"unreached": self.unreached}, sites=self._names)
         return diagnosed(writer.live.evidence(run))

@@ -188,7 +188,7 @@ class Writer:
         points, steps = ([{**keys, **r} for r in rows] for rows in ([p.row() for p in batch.points], batch.steps))
         described = {name: _storable(values) for name, values in batch.described.items()}
         self._pending.begin(row, names, points, steps, described)
-        self.live.begin(row, points)
+        self.live.begin(row, points, steps)
         for o in observations:
             site = (*keys.values(), o.key.site, o.key.call, o.key.output, o.key.phase, o.repeat, o.dtype)
             blocks = self._finished(o, site, batch)

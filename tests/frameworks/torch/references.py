@@ -282,8 +282,9 @@ def smoothgrad(
     """
     generator = np.random.default_rng(seed)
     flat, structure = tree_flatten(x)
-    with torch.no_grad():  # a list of samples, which have no batch axis, gives a list of what was found in each
-        are_samples = type(x) is list and type(called(model, x)) is list
+    with torch.no_grad():  # a list of samples, which have no batch axis, gives a score or a list's entry for each
+        output = called(model, x)
+        are_samples = type(x) is list and (type(output) is list or score(output).numel() == len(x))
     totals: list[Any] = [0.0 if _is_floating(p) else None for p in flat]
     for _ in range(count):
         noisy = [_noisy(p, generator, are_samples) if _is_floating(p) else p for p in flat]

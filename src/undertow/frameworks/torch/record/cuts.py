@@ -12,6 +12,7 @@ _EXPLICIT = {Tensor.detach: "detach()", Tensor.detach_: "detach_()", torch.detac
 _EXPLICIT[Tensor.data.__get__] = ".data"  # type: ignore[attr-defined]
 _NUMBERS = {"item": ".item()", "tolist": ".tolist()", "__float__": "float()", "__int__": "int()"}
 _FROM_NUMBERS = {"tensor": "torch.tensor(...)", "as_tensor": "torch.as_tensor(...)"}
+_COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne", "__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__")
 _METHODS = ("long", "int", "short", "bool", "byte", "char")
 _FLAT = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn")
 """Functions whose derivative is zero everywhere: what goes through them gets a gradient, and it is zero."""
@@ -91,6 +92,7 @@ class Cuts:
             return  # of its size, not of its values
         how = _EXPLICIT.get(function, name if torch.is_grad_enabled() else "no_grad")
         how = _FROM_NUMBERS.get(how, f".{how}()" if how in _METHODS else how)
+        how = f"a comparison ({how.strip('_')})" if how in _COMPARISONS else how
         parents = tuple(self._cut_of[tensor] for tensor in tensors if tensor in self._cut_of)
         cut = Cut(how, module, nodes, explicit, parents=parents)
         if any(tensor.requires_grad for tensor in results):  # a leaf that begins a graph of its own
