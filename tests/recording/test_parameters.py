@@ -549,6 +549,29 @@ def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys):
     assert any(line.split()[:2] == ["3.weight", "update"] for line in printed["params"].splitlines())  # a line each
 
 
+@pytest.mark.parametrize("measure", ["norm", "moments", "zero-fraction", "histogram"])
+def test_quantiles_of_whatever_was_recorded(tmp_path, measure):
+    model = network()
+    with ut.record(tmp_path, model, sites="params:3", measures=[measure]) as recording:
+        wanted = []
+        for number in range(5):
+            model.zero_grad()
+            with recording.batch():
+                loss_of(model, number).backward()
+            wanted.append(model[3].weight.grad)
+    row = ut.runs.quantiles(ut.Run(tmp_path), [0.5])[0]
+    by_hand = {
+        "norm": lambda g: g.norm(),
+        "rms": lambda g: g.square().mean().sqrt(),
+        "zero_fraction": lambda g: (g == 0).double().mean(),
+    }
+    each = torch.cat([g.abs().flatten() for g in wanted]) if row.of == "magnitude" else None
+    values = torch.stack([by_hand[row.of](g) for g in wanted]) if each is None else each
+    middle = float(np.quantile(values.numpy(), 0.5, method="inverted_cdf"))
+    assert row.values[0] == pytest.approx(middle, rel=2**-8 if each is not None else 1e-12)
+    assert (row.site, row.phase, row.nonfinite) == ("3.weight", "gradient", 0)
+
+
 TWO_PROCESSES = """
 import os, sys, torch, undertow as ut
 import torch.distributed as dist

@@ -23,8 +23,8 @@ _SIDE_BY_SIDE = 16  # sites in columns; more have a line each
 
 _of = click.option(
     "--of",
-    type=_Of(("magnitude", "value", "channel_norm", "norm")),
-    help="Default: the first of magnitude, channel_norm and norm that was recorded.",
+    type=_Of(("magnitude", "value", "channel_norm", "norm", "rms", "zero_fraction")),
+    help="Default: the first of magnitude, channel_norm, norm, rms and zero_fraction that was recorded.",
 )
 _plot = click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="A .png, .svg or .pdf.")
 _csv = click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="All of it, as CSV.")
