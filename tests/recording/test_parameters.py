@@ -549,6 +549,59 @@ def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys):
     assert any(line.split()[:2] == ["3.weight", "update"] for line in printed["params"].splitlines())  # a line each
 
 
+def test_a_killed_run_goes_on(tmp_path):
+    def train(stop):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = sgd(model)
+        with recorded(tmp_path / "run", model, optimizer, measures="norm", group=1) as recording:
+            for number in range(4):
+                if number == stop:
+                    raise KeyboardInterrupt
+                optimizer.zero_grad()
+                with recording.batch():
+                    loss_of(model, number).backward()
+                optimizer.step()
+            return recording.skipped
+
+    with pytest.raises(KeyboardInterrupt):
+        train(2)
+    before = ut.Run(tmp_path / "run").table("norm").to_pylist()
+    assert {row["batch"] for row in before} == {0, 1}  # the step behind the last batch included
+    assert train(None) == 2
+    after = ut.Run(tmp_path / "run").table("norm").to_pylist()
+    assert after[: len(before)] == before
+    assert len(after) == 2 * len(before)
+    assert ut.Run(tmp_path / "run").table("steps")["batch"].to_pylist() == [0, 1, 2, 3]
+
+
+class Wrapper:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("several", [lambda o: o, lambda o: [o], lambda o: {"main": o}, Wrapper])
+def test_an_optimizer_may_be_wrapped(tmp_path, several):
+    model = network()
+    optimizer = sgd(model)
+    with recorded(tmp_path, model, several(optimizer), measures="norm") as recording, recording.batch():
+        loss_of(model).backward()
+        optimizer.step()
+    assert ut.Run(tmp_path).table("norm").num_rows == 4 * 6
+
+
+def test_the_command_lists_parameters(capsys, tmp_path):
+    from undertow.cli import main
+
+    layers = "nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)"
+    (tmp_path / "nets.py").write_text(f"from torch import nn\ndef load():\n    return nn.Sequential({layers}).float()")
+    with pytest.raises(SystemExit, match="0"):
+        main(["sites", "--model", f"{tmp_path}/nets.py:load", "conv, params"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0.weight", "parameter", "2", "x", "3", "x", "3", "x", "3"] in lines
+    assert ["0.bias", "parameter", "2"] in lines
+
+
 @pytest.mark.parametrize("measure", ["norm", "moments", "zero-fraction", "histogram"])
 def test_quantiles_of_whatever_was_recorded(tmp_path, measure):
     model = network()

@@ -30,7 +30,8 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
     """Print the modules that SITES selects, in order of execution: name, kind, output shape, calls.
 
     SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
-    layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), or several of them with commas.
+    layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), parameters (params, params:layer4), or several
+    of them with commas.
     """
     from PIL import Image
     from rich.console import Console
@@ -38,7 +39,7 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
 
     from .. import models
     from ..photographs import batch_of
-    from ..sites import select
+    from ..sites import PARAMETER, select
 
     classifier = models.load(reference)
     black = Image.new("RGB", (64, 64))
@@ -50,7 +51,9 @@ def sites(selection: str, reference: str, as_json: bool) -> int:
     for heading in ("name", "kind", "output shape", "calls"):
         table.add_column(heading, justify="right" if heading == "calls" else "left")
     for site in selected:
-        table.add_row(site.name, site.kind, "never called" if not site.calls else _shape(site.shape), str(site.calls))
+        of_parameter = site.kind == PARAMETER
+        shape = _shape(site.shape) if site.calls or of_parameter else "never called"
+        table.add_row(site.name, site.kind, shape, "" if of_parameter else str(site.calls))
     Console().print(table)
     return 0
 

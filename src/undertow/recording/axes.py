@@ -1,0 +1,48 @@
+"""The axes of sites' outputs: as a user gives them, and as the manifest of a run says them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError
+from ..frameworks.base import NamedModule
+from ..frameworks.results import Observation
+from ..sites import selection
+
+
+def given_axes(axes: str | Mapping[str, str] | None, modules: Sequence[NamedModule]) -> dict[str, str]:
+    """Return the letters that a user gave for the outputs of modules, by the modules' names.
+
+    Raises:
+        InputError: letters that say nothing, or a selection that names no module.
+    """
+    by_selection = axes if isinstance(axes, Mapping) else {"**": axes} if axes else {}
+    given: dict[str, str] = {}
+    for what, letters in by_selection.items():
+        if not isinstance(letters, str) or not set("bc") & set(letters) or len(set(letters)) < len(letters):
+            raise InputError(f"axes {letters!r} are not understood; write a letter for each, as in 'tbc' or 'bhwc'")
+        given |= dict.fromkeys(selection(what).candidates(modules), letters)
+    return given
+
+
+class SiteAxes:
+    """The axes of each site's outputs that were seen, and which of them are not sure."""
+
+    def __init__(self) -> None:
+        self._axes: dict[str, dict[str, str]] = {}
+        self._unsure: dict[str, str] = {}
+
+    def note(self, observations: Iterable[Observation]) -> None:
+        """Note those of observations."""
+        for o in observations:
+            self._axes.setdefault(o.key.site, {}).setdefault(o.key.output, o.axes)
+            hides_channels = len(o.axes) > 2 and "c" not in o.axes
+            unsure = ["samples"] * (not o.sampled) + ["channels (the second is taken)"] * hides_channels
+            if unsure:
+                self._unsure.setdefault(o.key.site, f"which axis holds the {' and the '.join(unsure)}")
+
+    def to_dict(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the manifest says: a letter for each axis, and the sites at which some are not sure.
+
+        `before` is what it said, as of the part of the run that was recorded earlier.
+        """
+        return {"axes": before.get("axes", {}) | self._axes, "unsure": before.get("unsure", {}) | self._unsure}
