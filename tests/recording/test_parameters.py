@@ -342,7 +342,7 @@ def test_tied_frozen_and_forgotten_parameters(tmp_path):
             hand.backward_ended()
             hand.step(optimizer)
 
-    with pytest.warns(UserWarning, match="6 of 9 sites"):
+    with pytest.warns(UserWarning, match="4 of 9 sites"):
         loop()
     run = ut.Run(tmp_path)
     assert_equal_to_the_last_bit(run, hand)
@@ -547,6 +547,27 @@ def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys):
         printed[sites] = capsys.readouterr().out
     assert "update" in printed["params:3"].splitlines()[1]  # a column each
     assert any(line.split()[:2] == ["3.weight", "update"] for line in printed["params"].splitlines())  # a line each
+
+
+def test_updates_of_short_floats_are_exact(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4)).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    with recorded(tmp_path, model, optimizer, measures="keep") as recording, recording.batch():
+        model(torch.randn(2, 3).bfloat16()).square().sum().backward()
+        before = model[0].weight.detach().float()
+        optimizer.step()
+    update = ut.Run(tmp_path).tensor(site="0.weight", phase="update")
+    np.testing.assert_array_equal(update, (model[0].weight.detach().float() - before).numpy())
+
+
+def test_frozen_parameters_are_no_surprise(tmp_path):
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    with recorded(tmp_path, model, optimizer) as recording, recording.batch():  # and no warning
+        loss_of(model).backward()
+        optimizer.step()
+    assert set(ut.Run(tmp_path).manifest["unreached"]) == {"0.weight", "0.bias"}
 
 
 def test_a_killed_run_goes_on(tmp_path):

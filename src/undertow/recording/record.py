@@ -17,7 +17,7 @@ from .axes import SiteAxes, given_axes
 from .group import columns_of
 from .naming import give_names, n_samples
 from .schedule import Schedule
-from .steps import EndedBatch, Learning, learning_of
+from .steps import FROZEN, EndedBatch, Learning, learning_of
 from .writer import Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
@@ -72,7 +72,9 @@ def record(
             each step is given and makes of them is recorded, in the batch or behind it. A parameter's rows have the
             phase "accumulated" (the gradient that the backward passes left, the AMP scale divided out), "gradient" (as
             the step was given it, after clipping), "weight" (before the step) and "update" (weight after less weight
-            before). Without `optimizer`, "gradient" is what the last backward pass of the batch left.
+            before). Without `optimizer`, "gradient" is what the last backward pass of the batch left. Put all
+            micro-batches of a step into one batch, so that a schedule wants all of them or none. Of a sharded parameter
+            each process records its part; a step that a GradScaler skips is none.
         axes: a letter for each axis of modules' outputs, where these do not tell: b the samples, c the channels, any
             other a further axis, as in "tbc". One text for all outputs of as many axes, or one for each selection, as
             in {"head": "tbc", "norm": "bhwc"}.
@@ -374,7 +376,7 @@ class Recording:
         """Say of which sites it is not known what their axes are, where that is asked for; and what cannot be read."""
         remedy = "where an axis holds the samples or the channels, say so, as in record(..., axes={'head': 'tbc'})"
         if nameless:
-            self._warn(f"samples bear no names at {_listed(dict(nameless))}; {remedy}", once="names")
+            self._warn(f"some rows bear no names at {_listed(dict(nameless))}; {remedy}", once="names")
         if self._unread:
             self._warn(_listed(self._unread), once="unread")
 
@@ -447,8 +449,10 @@ class Recording:
             self.manifest = {**read_manifest(self.folder), **finished}
             self.manifest["sites"] |= self._axes.to_dict(self.manifest["sites"])
             write_manifest(self.folder, self.manifest)
-        if unreached:
-            warnings.warn(f"{len(unreached)} of {n_sites} sites were not recorded: {_listed(unreached)}", stacklevel=3)
+        surprising = {name: reason for name, reason in unreached.items() if reason != FROZEN}
+        if surprising:
+            missed = f"{len(surprising)} of {n_sites} sites were not recorded: {_listed(surprising)}"
+            warnings.warn(missed, stacklevel=3)
 
     def _is_last(self) -> bool:
         """Whether all processes of this run have come to their end, this one among them; each leaves a mark."""

@@ -9,6 +9,8 @@ from ..frameworks.base import BatchProbe, NamedParameter, ParameterProbe, Record
 from ..frameworks.results import Observation
 from .writer import Batch
 
+FROZEN = "it is frozen: requires_grad is False"
+
 
 @dataclass(frozen=True)
 class Learning:
@@ -35,7 +37,7 @@ class Learning:
         if "float" not in dtype:
             return f"it is {dtype}, which no measure reads"
         if not self.parameters[name].requires_grad:
-            return "it is frozen: requires_grad is False"
+            return FROZEN
         if not self.optimizers:
             return "no gradient came to it inside a batch"
         if self.places[name] is None:
