@@ -318,11 +318,14 @@ class Recording:
         self, probe: BatchProbe, parameters: ParameterProbe | None, names: list[str] | None, epoch: int, number: int
     ) -> None:
         """Hand a batch over to the writer, now or, where a step of an optimizer may follow, before the next."""
-        selected = set(self.selection.chosen(self._named_modules, list(probe.order)) if probe.order else self._names)
+        settled = self.manifest["sites"]["names"] or not probe.order
+        sites = self._names if settled else self.selection.chosen(self._named_modules, list(probe.order))
+        selected = set(sites)
         observations = [o for o in probe.observations if o.key.site in selected]
         nameless = give_names(names, observations, probe.inputs)
         self._axes.note(observations)
-        self._settle_sites(list(probe.order))
+        if not settled:
+            self._settle(sites)
         self._reached.update(probe.order)
         self._views.update(probe.views)
         self._unread.update(probe.unread)
@@ -380,11 +383,9 @@ class Recording:
         if self._unread:
             self._warn(_listed(self._unread), once="unread")
 
-    def _settle_sites(self, order: list[str]) -> None:
-        """Resolve slices, and put the sites in order, by the first batch that called any of them."""
-        if self.manifest["sites"]["names"] or not order:
-            return
-        self._choose(self.selection.chosen(self._named_modules, order))
+    def _settle(self, names: list[str]) -> None:
+        """Keep to the sites, in order of execution, that the first batch has shown, and write down their axes."""
+        self._choose(names)
         self.manifest["sites"] |= {
             "names": self._names,
             "order": "execution",
