@@ -15,12 +15,15 @@ def given_axes(axes: str | Mapping[str, str] | None, modules: Sequence[NamedModu
     Raises:
         InputError: letters that say nothing, or a selection that names no module.
     """
-    by_selection = axes if isinstance(axes, Mapping) else {"**": axes} if axes else {}
+    by_selection: list[tuple[str | None, Any]] = [(None, axes)] if axes else []
+    if isinstance(axes, Mapping):
+        by_selection = [*axes.items()]
     given: dict[str, str] = {}
-    for what, letters in by_selection.items():
-        if not isinstance(letters, str) or not set("bc") & set(letters) or len(set(letters)) < len(letters):
+    for what, letters in by_selection:
+        if not isinstance(letters, str) or sorted({letters.count(letter) for letter in "bc"}) not in ([1], [0, 1]):
             raise InputError(f"axes {letters!r} are not understood; write a letter for each, as in 'tbc' or 'bhwc'")
-        given |= dict.fromkeys(selection(what).candidates(modules), letters)
+        names = [named.name for named in modules] if what is None else selection(what).candidates(modules)
+        given |= dict.fromkeys(names, letters)
     return given
 
 
