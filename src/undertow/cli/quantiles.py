@@ -108,7 +108,7 @@ def compare(runs: Sequence[Path], of: str | None, plot: Path | None, table: Path
                 spread, ratio = row.spreads[i], row.ratios[i][middle]
                 flat.append({"run": str(run), **site.to_dict(), "spread": spread, "ratio_of_medians": ratio})
                 cells = (site.values[0], site.values[middle], site.values[-1], ratio, spread)
-                lines.append((_label(site.site, site.phase), str(run), *(f"{value:.4g}" for value in cells)))
+                lines.append((site.label, str(run), *(f"{value:.4g}" for value in cells)))
     _write_and_print(flat, table, as_json, lines)
     for other, run in zip(opened[1:], runs[1:], strict=True) if not as_json else ():
         if (agreement := same_class(opened[0], other)) is not None:
@@ -136,13 +136,8 @@ def steps(start: float, stop: float, step: float) -> list[float]:
     return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1)]
 
 
-def _label(site: str, phase: str) -> str:
-    """Return a site's name, with what was recorded there where that is not the gradient at a module's output."""
-    return site if phase == "backward" else f"{site} {phase}"
-
-
 def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
-    lines: list[Sequence[object]] = [("quantile", *(_label(row.site, row.phase) for row in rows))]
+    lines: list[Sequence[object]] = [("quantile", *(row.label for row in rows))]
     for i, q in enumerate(rows[0].q if rows else ()):
         mark = "  <- median" if q == 0.5 else ""
         lines.append((f"{100 * q:g} %{mark}", *(f"{row.values[i]:.4g}" for row in rows)))
@@ -162,7 +157,7 @@ def _by_site(rows: Sequence[Any]) -> list[Sequence[object]]:
     for row in rows:
         zeros = f"{row.zeros / row.count:.1%}" if row.count else "-"
         values = (f"{row.values[i]:.4g}" for i in some)
-        lines.append((_label(row.site, row.phase), *values, zeros, f"{row.count:,}", f"{row.nonfinite:,}"))
+        lines.append((row.label, *values, zeros, f"{row.count:,}", f"{row.nonfinite:,}"))
     return lines
 
 

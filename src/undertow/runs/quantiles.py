@@ -66,6 +66,11 @@ class SiteQuantiles:
     nonfinite: int
     by: dict[str, Any]
 
+    @property
+    def label(self) -> str:
+        """The site, with the phase where that is not the gradient at a module's output."""
+        return self.site if self.phase == "backward" else f"{self.site} {self.phase}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return one flat row: the quantiles under names such as "p50" and "p2.5"."""
         named = {f"p{100 * q:.10g}": value for q, value in zip(self.q, self.values, strict=True)}
