@@ -1,6 +1,7 @@
 """The axes of sites' outputs: as a user gives them, and as the manifest of a run says them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -28,14 +29,29 @@ def given_axes(axes: str | Mapping[str, str] | None, modules: Sequence[NamedModu
 
 
 class SiteAxes:
-    """The axes of each site's outputs that were seen, and which of them are not sure."""
+    """The axes of each site's outputs that were seen, and which of them are not sure.
 
-    def __init__(self) -> None:
+    Args:
+        given: the letters that a user gave for some of them in particular.
+    """
+
+    def __init__(self, given: Mapping[str, str]) -> None:
+        self._given = given
         self._axes: dict[str, dict[str, str]] = {}
         self._unsure: dict[str, str] = {}
 
-    def note(self, observations: Iterable[Observation]) -> None:
-        """Note those of observations."""
+    def note(self, observations: Sequence[Observation]) -> None:
+        """Note those of observations.
+
+        Raises:
+            InputError: letters were given for a site none of whose outputs has as many axes.
+        """
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for o in observations:
+            lengths[o.key.site].add(len(o.axes))
+        for site, letters in self._given.items():
+            if site in lengths and len(letters) not in lengths[site]:
+                raise InputError(f"axes {letters!r} were given for {site}, whose output has {max(lengths[site])} axes")
         for o in observations:
             self._axes.setdefault(o.key.site, {}).setdefault(o.key.output, o.axes)
             hides_channels = len(o.axes) > 2 and "c" not in o.axes

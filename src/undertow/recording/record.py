@@ -129,7 +129,8 @@ def record(
         "diagnose": int(every),
         "axes": dict(axes) if isinstance(axes, Mapping) else axes,
     }
-    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts)
+    in_particular = given if isinstance(axes, Mapping) else {}
+    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts, in_particular)
     return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
 
 
@@ -157,6 +158,7 @@ class Recording:
     group: int
     learning: Learning
     layouts: Any
+    given_axes: Mapping[str, str]
     sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -167,7 +169,7 @@ class Recording:
         self._arrived: set[str] = set()
         self._views: set[str] = set()
         self._unread: dict[str, str] = {}
-        self._axes = SiteAxes()
+        self._axes = SiteAxes(self.given_axes)
         self._told: set[str] = set()
         self._described: dict[str, list[Any]] = {}
         self._stack = ExitStack()
