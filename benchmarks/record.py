@@ -1,4 +1,4 @@
-"""Recording side by side: undertow, a plain bincount, wandb.watch, TorchLens, nansense.
+"""Recording side by side: undertow, a plain bincount, wandb.watch, Lightning's norms, TorchLens, nansense.
 
     pip install -c constraints.txt -e '.[bench]'
     python benchmarks/record.py --markdown benchmarks/record.md --images 250
@@ -6,6 +6,7 @@
 Training: each method has its own copy of the network and its own optimizer. All take turns of a few steps in one
 process, in a new random order each round; a figure is the median over rounds of the ratio to the plain steps of the
 same round. Recordings are opened once, outside the timing; a turn ends when all that it recorded lies on the disk.
+Parameters: the same for what steps make of parameters.
 Pairs: the plain step and undertow's alone, so that neither follows another tool's, on one network, one step each in
 turn, until a whole group of batches lies on the disk: as many as undertow would publish together, which are those of
 ten seconds. Each round makes the network anew: one copy is up to 2 % slower
@@ -52,7 +53,7 @@ GROUP = 256  # batches that undertow publishes together at most
 PAUSE = 0.1  # seconds between turns, for what another process still has to write
 STEPS = (16, 8)  # of a turn among the peers, for each network
 TURN, BATCH = 16, 4  # images
-SECTIONS = ("training", "pairs", "inplace", "images", "memory")
+SECTIONS = ("training", "parameters", "pairs", "inplace", "images", "memory")
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -147,12 +148,18 @@ def plain(task: Task) -> Iterator[Method]:
 
 @contextmanager
 def undertow(
-    task: Task, measures: tuple[str, ...], diagnose: int = 0, group: int = GROUP, telling: bool = False
+    task: Task,
+    measures: tuple[str, ...],
+    diagnose: int = 0,
+    group: int = GROUP,
+    sites: str = "conv",
+    telling: bool = False,
 ) -> Iterator[Method]:
     names = [f"{i:05d}.jpg" for i in range(len(task.x))]
-    options: dict[str, object] = {"sites": "conv", "measures": measures, "group": group, "diagnose": diagnose}
+    options: dict[str, object] = {"sites": sites, "measures": measures, "group": group, "diagnose": diagnose}
     if telling:
         options |= {"on_finding": lambda finding: None, "every": 100}
+    options |= {"optimizer": task.optimizer} if sites == "params" else {}
     with folder() as place, ut.record(place, task.model, **options) as recording:
 
         def step() -> None:
@@ -213,6 +220,35 @@ def wandb_watch(task: Task) -> Iterator[Method]:
 
 
 @contextmanager
+def norms_by_hand(task: Task) -> Iterator[Method]:
+    """What one writes at first: a number for each parameter and step."""
+    kept: list[dict[str, float]] = []
+
+    def step() -> None:
+        task.step()
+        kept.append({name: p.grad.norm().item() for name, p in task.model.named_parameters()})
+
+    yield Method(step)
+
+
+@contextmanager
+def lightning_norms(task: Task) -> Iterator[Method]:
+    import_torchvision()  # which Lightning imports, and which needs two declarations with a CPU-only torch
+    from lightning.pytorch.utilities import grad_norm
+
+    kept: list[dict[str, float]] = []
+
+    def before_step(*_: object) -> None:
+        kept.append({name: float(value) for name, value in grad_norm(task.model, norm_type=2).items()})
+
+    with_norms = task.optimizer.register_step_pre_hook(before_step)
+    try:
+        yield Method(task.step)
+    finally:
+        with_norms.remove()
+
+
+@contextmanager
 def torchlens_trace(task: Task) -> Iterator[Method]:
     def step() -> None:
         task.optimizer.zero_grad()
@@ -259,6 +295,27 @@ METHODS: dict[str, tuple[Callable[[Task], object], str]] = {
     "TorchLens trace": (torchlens_trace, "the tensors at the convolutions, of the last batch"),
     "TorchLens record": (torchlens_record, "the tensors at the convolutions, of the last batch"),
     "nansense": (nansense_session, "copies of all activations, gradients, weights, of the last batch"),
+}
+PARAMETERS: dict[str, tuple[Callable[[Task], object], str]] = {
+    "plain step": (plain, "nothing"),
+    "undertow, norms": (
+        partial(undertow, measures=("norm",), sites="params"),
+        "the norm of each parameter's gradient before and after clipping, of the weight and of the update",
+    ),
+    "undertow, norms + moments + zeros": (
+        partial(undertow, measures=("norm", "moments", "zero-fraction"), sites="params"),
+        "the same with moments and zero counts",
+    ),
+    "undertow, histograms": (
+        partial(undertow, measures=("histogram",), sites="params"),
+        "histograms of all four, 65,536 cells",
+    ),
+    "norms by hand": (norms_by_hand, "the norm of each parameter's gradient, after the step has used it"),
+    "Lightning's grad_norm": (lightning_norms, "the same, as `on_before_optimizer_step` logs it"),
+    "wandb.watch, offline": (
+        wandb_watch,
+        "64-bin histograms of the parameters' gradients, as each backward pass leaves them",
+    ),
 }
 TASKS = {"six convolutions, 28x28, b128": six_convolutions, "VGG11, 64x64, b16": vgg11}
 
@@ -350,7 +407,9 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def training(rounds: int, quick: bool) -> Iterator[str]:
+def training(
+    rounds: int, quick: bool, methods: dict[str, tuple[Callable[[Task], object], str]] = METHODS
+) -> Iterator[str]:
     yield "| network | method | steps a turn | ms a step | x plain step | x its CPU time | what it keeps |"
     yield "|---|---|---:|---:|---:|---:|---|"
     for (network, make), steps in zip(TASKS.items(), STEPS, strict=True):
@@ -360,7 +419,7 @@ def training(rounds: int, quick: bool) -> Iterator[str]:
         taken: dict[str, list[tuple[float, float]]] = {}
         with ExitStack() as opened:
             ready = {}
-            for name, (start, _) in METHODS.items():
+            for name, (start, _) in methods.items():
                 try:
                     ready[name] = opened.enter_context(start(task.twin()))
                     turn(ready[name], 2)
@@ -371,7 +430,7 @@ def training(rounds: int, quick: bool) -> Iterator[str]:
             for _ in range(rounds):
                 for name in random.sample(list(ready), len(ready)):
                     taken[name].append(turn(ready[name], steps))
-        for name, (_, keeps) in METHODS.items():
+        for name, (_, keeps) in methods.items():
             if name in failed:
                 yield f"| {network} | {name} | - | - | - | - | did not run: {failed[name]} |"
                 continue
@@ -735,6 +794,7 @@ def main() -> None:
         return
     sections = {
         "training": lambda: training(given.rounds, given.quick),
+        "parameters": lambda: training(given.rounds, given.quick, PARAMETERS),
         "pairs": lambda: pairs(given.rounds, given.quick),
         "inplace": in_place,
         "images": lambda: images(given.images, given.quick),

@@ -21,7 +21,7 @@ from .errors import InputError, did_you_mean
 from .frameworks.base import NamedModule, NamedParameter, Recorder, capability, framework_of
 
 KINDS = ("conv", "linear", "norm", "relu", "pool")
-PARAMETERS = "params"
+PARAMETERS, PARAMETER = "params", "parameter"  # what people write, and the kind of such a site
 Predicate = Callable[[str, Any], bool]
 _SLICE = re.compile(r"(.*?)\[(-?\d*(?::-?\d*){0,2})\]")
 
@@ -206,7 +206,7 @@ def select(
         raise InputError(f"no module is all of {' and '.join(repr(chosen.text) for chosen in selections)}")
     by_name = {module.name: module for module in modules}
     shapes = {parameter.name: tuple(parameter.parameter.shape) for parameter in parameters}
-    described = [Site(name, "parameter", "Parameter", shapes[name]) for name in of_parameters]
+    described = [Site(name, PARAMETER, "Parameter", shapes[name]) for name in of_parameters]
     return [_site(by_name[name], visits) for name in names] + described
 
 

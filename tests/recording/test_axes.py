@@ -255,6 +255,27 @@ def test_arrangements_by_hand(letters, equation):
     assert torch.equal(arranged(nn.Identity(), x, from_letters(letters)), wanted if "b" in letters else wanted[None])
 
 
+def test_letters_that_do_not_fit_are_told_at_the_first_batch(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 3))
+
+    def record(**options):
+        with ut.record(tmp_path, model, sites="0", measures="norm", **options) as recording, recording.batch():
+            model(torch.randn(2, 5)).sum().backward()
+
+    with pytest.raises(InputError, match="axes 'tbc' were given for 0, whose output has 2 axes"):
+        record(axes={"linear": "tbc"})
+
+
+def test_axes_of_a_network_of_one_layer(tmp_path):
+    model, x = nn.Linear(5, 3), torch.randn(6, 4, 5)
+    options = {"sites": "linear", "measures": "channel-norm", "axes": "tbc", "phase": "forward"}
+    with ut.record(tmp_path, model, **options) as recording, recording.batch(samples=NAMES):
+        out = model(x)
+    rows = ut.Run(tmp_path).table("channel_norm").to_pylist()
+    assert [row["name"] for row in rows] == NAMES
+    np.testing.assert_allclose([row["values"] for row in rows], out.detach().norm(dim=0), rtol=1e-5)
+
+
 def test_gpt2s_conv1d_is_linear():
     model = nn.Sequential(Block(4), nn.Conv1d(1, 1, 1))
     assert [site.name for site in ut.select(model, "linear")] == ["0.c_fc", "0.c_proj"]

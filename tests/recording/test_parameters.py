@@ -342,7 +342,7 @@ def test_tied_frozen_and_forgotten_parameters(tmp_path):
             hand.backward_ended()
             hand.step(optimizer)
 
-    with pytest.warns(UserWarning, match="6 of 9 sites"):
+    with pytest.warns(UserWarning, match="4 of 9 sites"):
         loop()
     run = ut.Run(tmp_path)
     assert_equal_to_the_last_bit(run, hand)
@@ -547,6 +547,103 @@ def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys):
         printed[sites] = capsys.readouterr().out
     assert "update" in printed["params:3"].splitlines()[1]  # a column each
     assert any(line.split()[:2] == ["3.weight", "update"] for line in printed["params"].splitlines())  # a line each
+
+
+def test_updates_of_short_floats_are_exact(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4)).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    with recorded(tmp_path, model, optimizer, measures="keep") as recording, recording.batch():
+        model(torch.randn(2, 3).bfloat16()).square().sum().backward()
+        before = model[0].weight.detach().float()
+        optimizer.step()
+    update = ut.Run(tmp_path).tensor(site="0.weight", phase="update")
+    np.testing.assert_array_equal(update, (model[0].weight.detach().float() - before).numpy())
+
+
+def test_frozen_parameters_are_no_surprise(tmp_path):
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    with recorded(tmp_path, model, optimizer) as recording, recording.batch():  # and no warning
+        loss_of(model).backward()
+        optimizer.step()
+    assert set(ut.Run(tmp_path).manifest["unreached"]) == {"0.weight", "0.bias"}
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    def train(stop):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = sgd(model)
+        with recorded(tmp_path / "run", model, optimizer, measures="norm", group=1) as recording:
+            for number in range(4):
+                if number == stop:
+                    raise KeyboardInterrupt
+                optimizer.zero_grad()
+                with recording.batch():
+                    loss_of(model, number).backward()
+                optimizer.step()
+            return recording.skipped
+
+    with pytest.raises(KeyboardInterrupt):
+        train(2)
+    before = ut.Run(tmp_path / "run").table("norm").to_pylist()
+    assert {row["batch"] for row in before} == {0, 1}  # the step behind the last batch included
+    assert train(None) == 2
+    after = ut.Run(tmp_path / "run").table("norm").to_pylist()
+    assert after[: len(before)] == before
+    assert len(after) == 2 * len(before)
+    assert ut.Run(tmp_path / "run").table("steps")["batch"].to_pylist() == [0, 1, 2, 3]
+
+
+class Wrapper:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("several", [lambda o: o, lambda o: [o], lambda o: {"main": o}, Wrapper])
+def test_an_optimizer_may_be_wrapped(tmp_path, several):
+    model = network()
+    optimizer = sgd(model)
+    with recorded(tmp_path, model, several(optimizer), measures="norm") as recording, recording.batch():
+        loss_of(model).backward()
+        optimizer.step()
+    assert ut.Run(tmp_path).table("norm").num_rows == 4 * 6
+
+
+def test_the_command_lists_parameters(capsys, tmp_path):
+    from undertow.cli import main
+
+    layers = "nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)"
+    (tmp_path / "nets.py").write_text(f"from torch import nn\ndef load():\n    return nn.Sequential({layers}).float()")
+    with pytest.raises(SystemExit, match="0"):
+        main(["sites", "--model", f"{tmp_path}/nets.py:load", "conv, params"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0.weight", "parameter", "2", "x", "3", "x", "3", "x", "3"] in lines
+    assert ["0.bias", "parameter", "2"] in lines
+
+
+@pytest.mark.parametrize("measure", ["norm", "moments", "zero-fraction", "histogram"])
+def test_quantiles_of_whatever_was_recorded(tmp_path, measure):
+    model = network()
+    with ut.record(tmp_path, model, sites="params:3", measures=[measure]) as recording:
+        wanted = []
+        for number in range(5):
+            model.zero_grad()
+            with recording.batch():
+                loss_of(model, number).backward()
+            wanted.append(model[3].weight.grad)
+    row = ut.runs.quantiles(ut.Run(tmp_path), [0.5])[0]
+    by_hand = {
+        "norm": lambda g: g.norm(),
+        "rms": lambda g: g.square().mean().sqrt(),
+        "zero_fraction": lambda g: (g == 0).double().mean(),
+    }
+    each = torch.cat([g.abs().flatten() for g in wanted]) if row.of == "magnitude" else None
+    values = torch.stack([by_hand[row.of](g) for g in wanted]) if each is None else each
+    middle = float(np.quantile(values.numpy(), 0.5, method="inverted_cdf"))
+    assert row.values[0] == pytest.approx(middle, rel=2**-8 if each is not None else 1e-12)
+    assert (row.site, row.phase, row.nonfinite) == ("3.weight", "gradient", 0)
 
 
 TWO_PROCESSES = """

@@ -25,8 +25,8 @@ _SIDE_BY_SIDE = 16  # sites in columns; more have a line each
 
 _of = click.option(
     "--of",
-    type=_Of(("magnitude", "value", "channel_norm", "norm")),
-    help="Default: the first of magnitude, channel_norm and norm that was recorded.",
+    type=_Of(("magnitude", "value", "channel_norm", "norm", "rms", "zero_fraction")),
+    help="Default: the first of magnitude, channel_norm, norm, rms and zero_fraction that was recorded.",
 )
 _plot = click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="A .png, .svg or .pdf.")
 _csv = click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="All of it, as CSV.")
@@ -151,9 +151,7 @@ def _three_quantiles(rows: Sequence[Any], runs: Sequence[Path]) -> list[Sequence
             some = (0, len(site.q) // 2, len(site.q) - 1)
             ratios = (_ratio(site.values[n], None if first is None else first.values[n]) for n in some)
             spread = _ratio(site.values[-1], site.values[0])
-            lines.append(
-                (_label(site.site, site.phase), str(run), *(f"{site.values[n]:.4g}" for n in some), *ratios, spread)
-            )
+            lines.append((site.label, str(run), *(f"{site.values[n]:.4g}" for n in some), *ratios, spread))
     return lines
 
 
@@ -196,13 +194,8 @@ def steps(start: float, stop: float, step: float) -> list[float]:
     return [round(start + i * step, 10) for i in range(int((stop - start) / step + 1e-9) + 1)]
 
 
-def _label(site: str, phase: str) -> str:
-    """Return a site's name, with what was recorded there where that is not the gradient at a module's output."""
-    return site if phase == "backward" else f"{site} {phase}"
-
-
 def _by_quantile(rows: Sequence[Any]) -> list[Sequence[object]]:
-    lines: list[Sequence[object]] = [("quantile", *(_label(row.site, row.phase) for row in rows))]
+    lines: list[Sequence[object]] = [("quantile", *(row.label for row in rows))]
     for i, q in enumerate(rows[0].q if rows else ()):
         mark = "  <- median" if q == 0.5 else ""
         lines.append((f"{100 * q:g} %{mark}", *(f"{row.values[i]:.4g}" for row in rows)))
@@ -222,7 +215,7 @@ def _by_site(rows: Sequence[Any]) -> list[Sequence[object]]:
     for row in rows:
         zeros = f"{row.zeros / row.count:.1%}" if row.count else "-"
         values = (f"{row.values[i]:.4g}" for i in some)
-        lines.append((_label(row.site, row.phase), *values, zeros, f"{row.count:,}", f"{row.nonfinite:,}"))
+        lines.append((row.label, *values, zeros, f"{row.count:,}", f"{row.nonfinite:,}"))
     return lines
 
 

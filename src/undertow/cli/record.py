@@ -39,12 +39,13 @@ def sites(selection: str, reference: str, preprocess: str | None, as_json: bool)
     """Print the modules that SITES selects, in order of execution: name, kind, output shape, calls.
 
     SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
-    layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), or several of them with commas.
+    layer4.**.conv2), a slice in order of execution (conv[:2], conv[-1]), parameters (params, params:layer4), or several
+    of them with commas.
     """
     from PIL import Image
 
     from .. import models
-    from ..sites import select
+    from ..sites import PARAMETER, select
 
     with warnings.catch_warnings(action="ignore"):  # only the size of the input matters
         classifier = models.load(reference, preprocess=preprocess)
@@ -54,7 +55,12 @@ def sites(selection: str, reference: str, preprocess: str | None, as_json: bool)
         print_json([asdict(site) for site in selected])
         return 0
     cells = [
-        (site.name, site.kind, "never called" if not site.calls else _shape(site.shape), site.calls)
+        (
+            site.name,
+            site.kind,
+            _shape(site.shape) if site.calls or site.kind == PARAMETER else "never called",
+            "" if site.kind == PARAMETER else site.calls,
+        )
         for site in selected
     ]
     print_table(("name", "kind", "output shape", "calls"), cells, right=("calls",))

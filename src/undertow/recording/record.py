@@ -13,8 +13,7 @@ from typing import Any, Self
 from ..diagnosis import Findings, diagnosed
 from ..errors import InputError, RunError, one_line, printable
 from ..files import clear_asides, published
-from ..frameworks.base import BatchProbe, NamedModule, ParameterProbe, Recorder
-from ..frameworks.results import Observation
+from ..frameworks.base import BatchProbe, ParameterProbe, Recorder
 from ..measures import Measure, resolve
 from ..runs.checksums import FOLDER as CHECKSUMS
 from ..runs.checksums import missing, read_checksums
@@ -23,11 +22,13 @@ from ..runs.manifest import read_manifest, write_manifest
 from ..runs.parts import batch_counts, batches_of, parts_of
 from ..signals import unwound_by_sigterm
 from ..sites import Predicate, Selection, Site, recorder_of, selection
+from .axes import SiteAxes, given_axes
 from .lock import locked, refuse_links, refuse_strangers
 from .naming import give_names, n_samples
 from .schedule import Schedule
+from .steps import FROZEN, EndedBatch, Learning, learning_of
 from .telling import OnFinding, Teller, checked
-from .writer import Batch, Writer
+from .writer import Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
 REDUCTIONS = ("mean", "sum")
@@ -83,7 +84,9 @@ def record(
             each step is given and makes of them is recorded, in the batch or behind it. A parameter's rows have the
             phase "accumulated" (the gradient that the backward passes left, the AMP scale divided out), "gradient" (as
             the step was given it, after clipping), "weight" (before the step) and "update" (weight after less weight
-            before). Without `optimizer`, "gradient" is what the last backward pass of the batch left.
+            before). Without `optimizer`, "gradient" is what the last backward pass of the batch left. Put all
+            micro-batches of a step into one batch, so that a schedule wants all of them or none. Of a sharded parameter
+            each process records its part; a step that a GradScaler skips is none.
         axes: a letter for each axis of modules' outputs, where these do not tell: b the samples, c the channels, any
             other a further axis, as in "tbc". One text for all outputs of as many axes, or one for each selection, as
             in {"head": "tbc", "norm": "bhwc"}.
@@ -127,17 +130,8 @@ def record(
     recorder = recorder_of(model)
     modules, parameters = recorder.named_modules(model), recorder.named_parameters(model)
     chosen.candidates(modules, parameters)
-    by_name = {parameter.name: parameter.parameter for parameter in parameters}
-    selected = {name: by_name[name] for name in chosen.parameters(modules, parameters)}
-    optimizers = () if optimizer is None else recorder.optimizers_of(optimizer)
-    places = recorder.optimizer_groups(selected, optimizers)
-    if optimizers and not any(places.values()):
-        raise InputError(
-            "optimizer= is given, but no site is a parameter; add 'params' to sites"
-            if not selected
-            else f"none of the {len(selected)} parameters among the sites is in the optimizer; was it made for a copy?"
-        )
-    given = _given_axes(axes, modules)
+    learning = learning_of(recorder, chosen.parameters(modules, parameters), parameters, optimizer)
+    given = given_axes(axes, modules)
     layouts = recorder.layouts(model, given)
     resolved = resolve(measures)
     rank, world_size = recorder.world()
@@ -152,95 +146,20 @@ def record(
         "diagnose": int(watch),
         "axes": dict(axes) if isinstance(axes, Mapping) else axes,
     }
-    learning = _Learning(selected, optimizers, places)
-    facts = (schedule, scaler, settings, reference, rank, group, learning, layouts, Teller(on_finding, every))
+    in_particular = given if isinstance(axes, Mapping) else {}
+    facts = (
+        schedule,
+        scaler,
+        settings,
+        reference,
+        rank,
+        group,
+        learning,
+        layouts,
+        Teller(on_finding, every),
+        in_particular,
+    )
     return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
-
-
-def _given_axes(axes: str | Mapping[str, str] | None, modules: Sequence[NamedModule]) -> dict[str, str]:
-    """Return the letters that a user gave for the outputs of modules, by the modules' names.
-
-    Raises:
-        InputError: letters that say nothing, or a selection that names no module.
-    """
-    by_selection = axes if isinstance(axes, Mapping) else {"**": axes} if axes else {}
-    given: dict[str, str] = {}
-    for what, letters in by_selection.items():
-        if not isinstance(letters, str) or not set("bc") & set(letters) or len(set(letters)) < len(letters):
-            raise InputError(f"axes {letters!r} are not understood; write a letter for each, as in 'tbc' or 'bhwc'")
-        given |= dict.fromkeys(selection(what).candidates(modules), letters)
-    return given
-
-
-@dataclass(frozen=True)
-class _Learning:
-    """The parameters among the sites, by name, the optimizers, and each parameter's optimizer and group, if any."""
-
-    parameters: Mapping[str, Any]
-    optimizers: Sequence[Any]
-    places: Mapping[str, tuple[int, int] | None]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what the manifest says of each parameter."""
-        return {
-            name: {
-                "shape": list(parameter.shape),
-                "trainable": bool(parameter.requires_grad),
-                **dict(zip(("optimizer", "group"), self.places.get(name) or (None, None), strict=True)),
-            }
-            for name, parameter in self.parameters.items()
-        }
-
-    def why_none(self, name: str) -> str:
-        """Say why nothing was recorded of a parameter."""
-        dtype = str(self.parameters[name].dtype).removeprefix("torch.")
-        if "float" not in dtype:
-            return f"it is {dtype}, which no measure reads"
-        if not self.parameters[name].requires_grad:
-            return "it is frozen: requires_grad is False"
-        if not self.optimizers:
-            return "no gradient came to it inside a batch"
-        if self.places[name] is None:
-            return "it is in no optimizer that was given"
-        return "no step of its optimizer, in a recorded batch or behind it, had a gradient for it"
-
-
-@dataclass
-class _Ending:
-    """A batch that waits for the steps that may come behind it."""
-
-    epoch: int
-    number: int
-    names: list[str] | None
-    size: int
-    sites: Sequence[str]
-    facts: dict[str, Any]
-    probe: BatchProbe
-    points: Sequence[Any]
-    parameters: ParameterProbe | None
-    described: Mapping[str, Sequence[Any]]
-
-    @property
-    def arrived(self) -> set[str]:
-        """The modules at which a gradient has come, and the parameters of which anything was read."""
-        of_parameters = () if self.parameters is None else self.parameters.observations
-        return self.probe.arrived | {observation.key.site for observation in of_parameters}
-
-    @property
-    def observed(self) -> bool:
-        """Whether anything was recorded."""
-        return bool(self.probe.observations or (self.parameters is not None and self.parameters.arrived))
-
-    def close(self) -> Batch:
-        """Watch the optimizers no longer, and return what the batch and the steps left."""
-        steps: Sequence[dict[str, Any]] = ()
-        others: Sequence[Observation] = ()
-        if self.parameters is not None:
-            self.parameters.close()
-            steps, others = self.parameters.steps, self.parameters.observations
-        transfer = self.probe.transfer(self.points, others)
-        keys = (self.epoch, self.number, self.names, self.size, self.sites, self.facts)
-        return Batch(*keys, self.probe.scale, self.points, transfer, steps, self.described)
 
 
 @dataclass
@@ -266,9 +185,10 @@ class Recording:
     reference: str | None
     rank: int
     group: int
-    learning: _Learning
+    learning: Learning
     layouts: Any
     teller: Teller
+    given_axes: Mapping[str, str]
     sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -281,13 +201,12 @@ class Recording:
         self._arrived: set[str] = set()
         self._views: set[str] = set()
         self._unread: dict[str, str] = {}
-        self._axes: dict[str, dict[str, str]] = {}
-        self._unsure: dict[str, str] = {}
+        self._axes = SiteAxes(self.given_axes)
         self._told: set[str] = set()
         self._described: dict[str, list[Any]] = {}
         self._stack = ExitStack()
         self._writer: Writer | None = None
-        self._ending: _Ending | None = None
+        self._ending: EndedBatch | None = None
         self._open = False
 
     def __enter__(self) -> Self:
@@ -488,11 +407,14 @@ class Recording:
         self, probe: BatchProbe, parameters: ParameterProbe | None, names: list[str] | None, epoch: int, number: int
     ) -> None:
         """Hand a batch over to the writer, now or, where a step of an optimizer may follow, before the next."""
-        selected = set(self.selection.chosen(self._named_modules, list(probe.order)) if probe.order else self._names)
+        settled = self.manifest["sites"]["names"] or not probe.order
+        sites = self._names if settled else self.selection.chosen(self._named_modules, list(probe.order))
+        selected = set(sites)
         observations = [o for o in probe.observations if o.key.site in selected]
         nameless = give_names(names, observations, probe.inputs)
-        self._note_axes(observations)
-        self._settle_sites(list(probe.order))
+        self._axes.note(observations)
+        if not settled:
+            self._settle(sites)
         self._reached.update(probe.order)
         self._views.update(probe.views)
         self._unread.update(probe.unread)
@@ -503,7 +425,7 @@ class Recording:
         points = probe.diagnosis_points(self._names)
         size = n_samples(names, observations, probe.n_samples)
         described = self._described_for(size)
-        self._ending = _Ending(epoch, number, names, size, sites, facts, probe, points, parameters, described)
+        self._ending = EndedBatch(epoch, number, names, size, sites, facts, probe, points, parameters, described)
         self.batches += 1
         if not self.learning.optimizers:
             self._end_batch()
@@ -542,33 +464,22 @@ class Recording:
                 once="scale",
             )
 
-    def _note_axes(self, observations: Iterable[Observation]) -> None:
-        """Note the axes of each site's outputs, and which of them are not sure, for the manifest."""
-        for o in observations:
-            self._axes.setdefault(o.key.site, {}).setdefault(o.key.output, o.axes)
-            unsure = ["samples"] * (not o.sampled) + ["channels (the second is taken)"] * _hides_channels(o.axes)
-            if unsure:
-                self._unsure.setdefault(o.key.site, f"which axis holds the {' and the '.join(unsure)}")
-
     def _warn_of_axes(self, nameless: Mapping[str, str]) -> None:
         """Say of which sites it is not known what their axes are, where that is asked for; and what cannot be read."""
         remedy = "where an axis holds the samples or the channels, say so, as in record(..., axes={'head': 'tbc'})"
         if nameless:
-            self._warn(f"samples bear no names at {_listed(dict(nameless))}; {remedy}", once="names")
+            self._warn(f"some rows bear no names at {_listed(dict(nameless))}; {remedy}", once="names")
         if self._unread:
             self._warn(_listed(self._unread), once="unread")
 
-    def _of_axes(self) -> dict[str, Any]:
-        """Return what the manifest says of the axes: a letter for each, and the sites at which some are not sure."""
-        before = self.manifest["sites"]
-        return {"axes": before.get("axes", {}) | self._axes, "unsure": before.get("unsure", {}) | self._unsure}
-
-    def _settle_sites(self, order: list[str]) -> None:
-        """Resolve slices, and put the sites in order, by the first batch that called any of them."""
-        if self.manifest["sites"]["names"] or not order:
-            return
-        self._choose(self.selection.chosen(self._named_modules, order))
-        self.manifest["sites"] |= {"names": self._names, "order": "execution", **self._of_axes()}
+    def _settle(self, names: list[str]) -> None:
+        """Keep to the sites, in order of execution, that the first batch has shown, and write down their axes."""
+        self._choose(names)
+        self.manifest["sites"] |= {
+            "names": self._names,
+            "order": "execution",
+            **self._axes.to_dict(self.manifest["sites"]),
+        }
         if self.rank == 0:
             write_manifest(self.folder, self.manifest)
 
@@ -623,10 +534,12 @@ class Recording:
         if self._is_last():
             finished = {"finished": True, "unreached": unreached or self.manifest.get("unreached", {})}
             self.manifest = {**read_manifest(self.folder), **finished}
-            self.manifest["sites"] |= self._of_axes()
+            self.manifest["sites"] |= self._axes.to_dict(self.manifest["sites"])
             write_manifest(self.folder, self.manifest)
-        if unreached:
-            warnings.warn(f"{len(unreached)} of {n_sites} sites were not recorded: {_listed(unreached)}", stacklevel=3)
+        surprising = {name: reason for name, reason in unreached.items() if reason != FROZEN}
+        if surprising:
+            missed = f"{len(surprising)} of {n_sites} sites were not recorded: {_listed(surprising)}"
+            warnings.warn(missed, stacklevel=3)
 
     def _is_last(self) -> bool:
         """Whether all processes of this run have come to their end, this one among them; each leaves a mark."""
@@ -648,10 +561,6 @@ def _remedy(unreached: Mapping[str, str]) -> str:
     if _NEVER_CALLED in unreached.values():
         remedy += "; what torch.compile made beforehand runs past all hooks: call the model itself"
     return remedy
-
-
-def _hides_channels(axes: str) -> bool:
-    return len(axes) > 2 and "c" not in axes
 
 
 def as_names(samples: Any) -> list[str]:

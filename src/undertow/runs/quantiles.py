@@ -13,7 +13,9 @@ from ..measures import CODES, code_values, finite
 from .format import KEYS
 
 OF = {"magnitude": "histogram", "value": "histogram", "channel_norm": "channel_norm", "norm": "norm"}
-DEFAULTS = ("magnitude", "channel_norm", "norm")
+OF |= {"rms": "moments", "zero_fraction": "zero_fraction"}
+"""What quantiles can be of, and the table that each is read from."""
+DEFAULTS = ("magnitude", "channel_norm", "norm", "rms", "zero_fraction")
 STEPS = tuple(step / 100 for step in range(5, 100, 5))
 """5, 10, ... 95 %."""
 BY = ("site", "call", "output", "repeat", "epoch", "batch")
@@ -44,7 +46,7 @@ class SiteQuantiles:
     Attributes:
         site: dotted name.
         phase: "backward" or "forward"; of a parameter "gradient", "accumulated", "weight" or "update".
-        of: "magnitude", "value", "channel_norm" or "norm".
+        of: what they are quantiles of, a key of `OF`.
         q: fractions in [0, 1].
         values: for each, the smallest recorded value that at least this fraction of them do not exceed; NaN where
             there is none. In units of the objective per unit of the site's output ("backward"), or of the output.
@@ -63,6 +65,11 @@ class SiteQuantiles:
     zeros: int
     nonfinite: int
     by: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The site, with the phase where that is not the gradient at a module's output."""
+        return self.site if self.phase == "backward" else f"{self.site} {self.phase}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return one flat row: the quantiles under names such as "p50" and "p2.5"."""
@@ -85,10 +92,11 @@ def quantiles(
     are within 2**-8 of it, relatively, and exact where bfloat16 was recorded; those of channel norms are exact.
 
     Args:
-        run: a run with histograms, channel norms or norms.
+        run: a run with any of the measures that `OF` names.
         q: fractions in [0, 1].
-        of: "magnitude" or "value" of each element (histogram), "channel_norm" or "norm"; None takes the first of
-            magnitude, channel_norm and norm that the run holds.
+        of: "magnitude" or "value" of each element (histogram), "channel_norm", "norm" or "rms" (root mean square, from
+            moments) of the whole tensor, or its "zero_fraction"; None takes the first of magnitude, channel_norm, norm,
+            rms and zero_fraction that the run holds.
         by: "site", or also "call", "output", "repeat", "epoch", "batch", in a list: each combination apart.
         per_sample: undo the mean of a mean-reduced loss: gradients times the size of their batch, so that they are
             those of each sample's own objective, whatever the batch size. Outputs are left alone.
@@ -110,7 +118,7 @@ def quantiles(
     columns = list(dict.fromkeys(["site", "phase", *columns]))
     table = run.table(OF[of])
     factors = _factors(run, table, per_sample)
-    weighed = {"channel_norm": _of_channel_norms, "norm": _of_norms}.get(of, _of_codes)
+    weighed = _of_codes if OF[of] == "histogram" else _of_channel_norms if of == "channel_norm" else _of_tensors
     return [
         _summary(key, columns, of, fractions, *weighed(table, rows, factors[rows], of))
         for key, rows in _groups(run, table, columns)
@@ -202,11 +210,21 @@ def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
     return [table[column].to_pylist() for column in columns]
 
 
-def _of_norms(
+def _of_tensors(
     table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
-    """Return values, weights, and how many were not finite, of a group of norms of whole tensors."""
-    values = table["norm"].take(rows).to_numpy() * factors
+    """Return values, weights, and how many were not finite, of a group of which each tensor has one number."""
+
+    def column(name: str) -> npt.NDArray[np.float64]:
+        return np.asarray(table[name].take(rows).to_numpy(), np.float64)
+
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        if of == "zero_fraction":
+            values = column("zeros") / column("total")
+        elif of == "rms":
+            values = np.sqrt(column("m2") / column("count") + np.square(column("mean"))) * factors
+        else:
+            values = column("norm") * factors
     keep = np.isfinite(values)
     return values[keep], np.ones(int(keep.sum()), np.int64), int((~keep).sum())
 

@@ -49,7 +49,7 @@ def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
                 median = row.values[row.q.index(0.5)]
                 axis.plot([50], [median], marker="D", markersize=8, color=colour, markeredgecolor="white")
                 axis.annotate(f"{median:.3g}", (50, median), (6, -12), textcoords="offset points", fontsize=8)
-        axis.set_title(drawn(" / ".join(dict.fromkeys(row.site for _, _, row in shown))), fontsize=10)
+        axis.set_title(drawn(" / ".join(dict.fromkeys(row.label for _, _, row in shown))), fontsize=10)
         axis.set_xlabel("quantile, %")
         _scale(axis, [value for _, _, row in shown for value in row.values])
     axes[0].set_ylabel(_unit(groups))
@@ -80,7 +80,7 @@ def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") 
                     axis.annotate("0", (position, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8)
         longest = max(groups.values(), key=len)
         names = [
-            " / ".join(dict.fromkeys(r[i].site for r in groups.values() if i < len(r))) for i in range(len(longest))
+            " / ".join(dict.fromkeys(r[i].label for r in groups.values() if i < len(r))) for i in range(len(longest))
         ]
         axis.set_xticks(range(len(names)), list(map(drawn, names)), rotation=45, ha="right", fontsize=8)
         axis.set_title(f"{100 * fraction:g} % quantile", fontsize=10)

@@ -206,10 +206,10 @@ class StepProbe:
         with torch.no_grad():
             for name, before in self._before.pop(i, {}).items():
                 if self.parameters[name].grad is not None or name in self._seen:
-                    now = _values(self.parameters[name])
-                    wide = torch.promote_types(now.dtype, torch.float32)
                     self._observe(name, "weight", before)
-                    self._observe(name, "update", now.to(wide) - before.to(wide))
+                    before = before.to(torch.promote_types(before.dtype, torch.float32))
+                    update = torch.sub(_values(self.parameters[name]), before, out=before)  # spares the memory
+                    self._observe(name, "update", update)
                     self._calls[name] += 1
 
     def _of(self, optimizer: Optimizer) -> Named:

@@ -28,8 +28,8 @@ class TorchStats(Stats):
     @cached_property
     def norm(self) -> Any:
         """As in `Stats`; float64 without an axis."""
-        if self.x.dtype == torch.float64:
-            return torch.linalg.vector_norm(self.x)
+        if self.x.dtype == torch.float64 or self.size <= _PIECE:
+            return torch.linalg.vector_norm(self.x, dtype=self._dtype).double()
         return self._wide_norms.double().square().sum().sqrt()
 
     @cached_property
