@@ -236,12 +236,12 @@ def test_check_says_what_is_lost(capfd, tmp_path):
     code, out, _ = call(capfd, "check", tmp_path / "a")
     assert code == 0
     assert f"{tmp_path / 'a'}: whole; 21 files with 3 batches read, finished" in out
-    code, out, err = call(capfd, "check", tmp_path / "a", tmp_path / "b")
+    code, out, err = call(capfd, "check", tmp_path / "b")
     assert (code, err) == (2, "")
     assert "moments/part-000-000001.parquet is missing (1 batches); restore it" in out
     code, out, _ = call(capfd, "check", tmp_path / "b", "--json")
     assert code == 2
-    [found] = json.loads(out)
+    found = json.loads(out)
     assert (found["whole"], found["faults"][0]["file"]) == (False, "moments/part-000-000001.parquet")
     code, _, err = call(capfd, "check", tmp_path)
     assert code == 2
