@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from runs.damaging import small_run
 from undertow import models
 from undertow.cli import printing
 from undertow.cli.errors import error_line
-from undertow.errors import InputError, ModelError, printable
+from undertow.errors import InputError, ModelError, UndertowError, printable
 from undertow.files import to_json
 from undertow.runs import Run
 from undertow.show.plots import quantile_curves
@@ -208,8 +209,16 @@ def test_an_error_whose_text_fails_has_its_kind():
     error.add_note("while it ran")
     assert error_line(error) == "Mute: while it ran"
     assert error_line(Mute()) == "Mute"
-    assert error_line(InputError("one\n two")) == "one two"
+    assert error_line(InputError("one two")) == "one two"
+    assert error_line(ValueError("one\n two")) == "ValueError: one two"
     assert error_line(type("\x1b[31m", (Exception,), {})("x")) == r"\x1b[31m: x"
+
+
+@pytest.mark.parametrize("kind", [UndertowError, *UndertowError.__subclasses__(), ModelError], ids=lambda k: k.__name__)
+def test_every_error_is_one_line_whatever_names_stand_in_it(kind):
+    for name in NASTY:
+        assert str(kind(f"no layer {name}")) == f"no layer {printable(name)}"
+    assert str(pickle.loads(pickle.dumps(kind("a\nb")))) == r"a\nb"
 
 
 def test_only_the_gate_prints():
