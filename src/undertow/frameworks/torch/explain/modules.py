@@ -185,7 +185,8 @@ def _private_copy(model: Any, through: str) -> nn.Module:
     try:
         model_copy = copy.deepcopy(model, shared)
     except Exception as error:
-        raise RuleError(f"through={through!r} could not copy the model ({one_line(error)}); use through='graph'") from error
+        reason = one_line(error)
+        raise RuleError(f"through={through!r} could not copy the model ({reason}); use through='graph'") from error
     for module in model_copy.modules():
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010  mypy takes an nn.Module's attribute for a tensor
