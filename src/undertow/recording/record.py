@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import InputError, RunError, printable
+from ..errors import InputError, RunError, one_line, printable
 from ..files import clear_asides, published
 from ..frameworks.base import BatchProbe, Recorder
 from ..measures import Measure, resolve
 from ..runs.checksums import FOLDER as CHECKSUMS
-from ..runs.checksums import missing
-from ..runs.format import DIAGNOSIS, FORMAT, KEYS, TABLES, arrow, columns_of, damaged
+from ..runs.checksums import missing, read_checksums
+from ..runs.format import COMMITTED, DIAGNOSIS, FORMAT, KEYS, TABLES, arrow, columns_of, damaged
 from ..runs.manifest import read_manifest, write_manifest
+from ..runs.parts import batch_counts, batches_of, parts_of
 from ..signals import unwound_by_sigterm
 from ..sites import Predicate, Selection, Site, recorder_of, selection
-from .folder import disk_named, locked, published_batches, refuse_links, refuse_strangers
+from .lock import locked, refuse_links, refuse_strangers
 from .schedule import Schedule
 from .writer import Batch, Writer
 
@@ -156,7 +157,7 @@ class Recording:
 
     def __enter__(self) -> Self:
         self._process = os.getpid()
-        with disk_named(self.folder), ExitStack() as stack:
+        with _disk_named(self.folder), ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
             refuse_strangers(self.folder)
             stack.enter_context(locked(self.folder, self.rank))
@@ -167,7 +168,7 @@ class Recording:
             self._choose(names or self.selection.candidates(self._named_modules))
             folders = [*self.manifest["tables"], *TABLES, CHECKSUMS, "tensors"]
             refuse_links(self.folder, folders)
-            self.done = published_batches(self.folder, self.rank, "checksums" in self.manifest)
+            self.done = _on_disk(self.folder, self.rank, "checksums" in self.manifest)
             for name in ("", *folders):
                 clear_asides(self.folder / name)
             diagnose = bool(self.settings["diagnose"])
@@ -185,7 +186,7 @@ class Recording:
                 raise
             error.add_note(str(failed))
         if error is None:
-            with disk_named(self.folder):
+            with _disk_named(self.folder):
                 self._finish()
 
     @contextmanager
@@ -405,6 +406,41 @@ def _listed(reasons: dict[str, str]) -> str:
         names = [name or "(model)" for name, why in reasons.items() if why == reason]
         groups.append(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {reason}")
     return "; ".join(groups)
+
+
+def _on_disk(folder: Path, rank: int, listed: bool) -> frozenset[tuple[int, int]]:
+    """Return epoch and number of the batches that this rank has published, all of whose files must be there.
+
+    Args:
+        listed: whether each group must have its checksums.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    parts = {number: path for (of, number), path in parts_of(folder, COMMITTED).items() if of == rank}
+    if lost := missing(folder, rank, parts, listed):
+        commit = printable(folder / COMMITTED / f"{lost.stem}.parquet")
+        remedy = f"restore it from a copy, or delete {commit}: then its batches are recorded again"
+        raise RunError(f"{printable(lost)} is missing; {remedy}")
+    done: set[tuple[int, int]] = set()
+    for path in parts.values():
+        digests = folder / CHECKSUMS / f"{path.stem}.sha256"
+        sha256 = read_checksums(digests)[f"{COMMITTED}/{path.name}"] if digests.exists() else None
+        done.update(batch_counts(batches_of(path, sha256)))
+    return frozenset(done)
+
+
+@contextmanager
+def _disk_named(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into one line that names the folder.
+
+    Raises:
+        RunError: it refused something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot record into {printable(folder)}: {one_line(error)}") from error
 
 
 def _refuse_others(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

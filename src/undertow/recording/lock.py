@@ -1,4 +1,4 @@
-"""A run's folder as a recording finds it: whose it is, that nothing in it leads out, and what is there already."""
+"""A run's folder belongs to one recording at a time, and holds nothing that leads out of it."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FrameworkError, RunError, one_line, printable
-from ..runs.checksums import FOLDER, missing, read_checksums
-from ..runs.format import COMMITTED
-from ..runs.parts import batch_counts, batches_of, parts_of
 
 
 def _filelock() -> Any:
@@ -72,38 +69,3 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
     for path in (folder / name for name in names):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise RunError(f"{printable(path)} is no folder, or a link to one; choose another folder for the run")
-
-
-def published_batches(folder: Path, rank: int, listed: bool) -> frozenset[tuple[int, int]]:
-    """Return epoch and number of the batches that this rank has published, all of whose files must be there.
-
-    Args:
-        listed: whether each group must have its checksums.
-
-    Raises:
-        RunError: a file is missing or damaged.
-    """
-    parts = {number: path for (of, number), path in parts_of(folder, COMMITTED).items() if of == rank}
-    if lost := missing(folder, rank, parts, listed):
-        commit = printable(folder / COMMITTED / f"{lost.stem}.parquet")
-        remedy = f"restore it from a copy, or delete {commit}: then its batches are recorded again"
-        raise RunError(f"{printable(lost)} is missing; {remedy}")
-    done: set[tuple[int, int]] = set()
-    for path in parts.values():
-        digests = folder / FOLDER / f"{path.stem}.sha256"
-        sha256 = read_checksums(digests)[f"{COMMITTED}/{path.name}"] if digests.exists() else None
-        done.update(batch_counts(batches_of(path, sha256)))
-    return frozenset(done)
-
-
-@contextmanager
-def disk_named(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into one line that names the folder.
-
-    Raises:
-        RunError: it refused something.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot record into {printable(folder)}: {one_line(error)}") from error
