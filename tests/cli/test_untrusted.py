@@ -238,6 +238,16 @@ def test_names_in_charts_are_no_formulas(tmp_path):
         ).exists()
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder that refuses everybody")
+def test_a_disk_that_refuses_is_one_line_and_no_fault_of_ours(capfd, tmp_path):
+    run = small_run(tmp_path / "run")
+    for option, name in (("--csv", "/proc/q.csv"), ("--plot", "/proc/q.png")):
+        code, _, err = call(capfd, "quantiles", run, option, name)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert f"'{name}'" in err
+
+
 def test_check_says_what_is_lost(capfd, tmp_path):
     small_run(tmp_path / "a")
     small_run(tmp_path / "b")
