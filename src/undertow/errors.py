@@ -22,7 +22,15 @@ from typing import Any
 
 
 class UndertowError(Exception):
-    """The root: `except UndertowError` catches every error that this library raises on purpose."""
+    r"""The root: `except UndertowError` catches every error that this library raises on purpose.
+
+    >>> print(UndertowError("no layer \x1b[31m"))
+    no layer \x1b[31m
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        """Keep the message to one line, whatever names stand in it."""
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in arguments))
 
 
 class InputError(UndertowError, ValueError):

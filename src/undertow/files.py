@@ -54,7 +54,11 @@ def _aside(path: Path) -> Iterator[Path]:
     """Make a file beside `path`, with the rights that the umask leaves; it is claimed while it is in use."""
     stem, suffix = path.stem.encode(errors="ignore")[:40].decode(errors="ignore"), path.suffix
     aside = path.with_name(f"{_ASIDE}{secrets.token_hex(6)}-{stem}{suffix}")
-    handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | _WITHOUT_LINKS, 0o666)
+    try:
+        handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | _WITHOUT_LINKS, 0o666)
+    except OSError as error:
+        error.filename = str(path)  # the name that somebody knows
+        raise
     claimed = _claim(handle)
     if not claimed:  # Windows, which locks otherwise, replaces no file that is open
         os.close(handle)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from runs.damaging import small_run
 from undertow import cli, models
 from undertow.cli import printing
 from undertow.cli.errors import error_line
-from undertow.errors import InputError, ModelError, printable
+from undertow.errors import InputError, ModelError, UndertowError, printable
 from undertow.files import to_json
 from undertow.runs import Run
 from undertow.show.plots import quantile_curves
@@ -209,8 +210,16 @@ def test_an_error_whose_text_fails_has_its_kind():
     error.add_note("while it ran")
     assert error_line(error) == "Mute: while it ran"
     assert error_line(Mute()) == "Mute"
-    assert error_line(InputError("one\n two")) == "one two"
+    assert error_line(InputError("one two")) == "one two"
+    assert error_line(ValueError("one\n two")) == "ValueError: one two"
     assert error_line(type("\x1b[31m", (Exception,), {})("x")) == r"\x1b[31m: x"
+
+
+@pytest.mark.parametrize("kind", [UndertowError, *UndertowError.__subclasses__(), ModelError], ids=lambda k: k.__name__)
+def test_every_error_is_one_line_whatever_names_stand_in_it(kind):
+    for name in NASTY:
+        assert str(kind(f"no layer {name}")) == f"no layer {printable(name)}"
+    assert str(pickle.loads(pickle.dumps(kind("a\nb")))) == r"a\nb"
 
 
 def test_only_the_gate_prints():
@@ -230,6 +239,16 @@ def test_names_in_charts_are_no_formulas(tmp_path):
         ).exists()
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder that refuses everybody")
+def test_a_disk_that_refuses_is_one_line_and_no_fault_of_ours(capfd, tmp_path):
+    run = small_run(tmp_path / "run")
+    for option, name in (("--csv", "/proc/q.csv"), ("--plot", "/proc/q.png")):
+        code, _, err = call(capfd, "quantiles", run, option, name)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert f"'{name}'" in err
+
+
 def test_check_says_what_is_lost(capfd, tmp_path):
     small_run(tmp_path / "a")
     small_run(tmp_path / "b")
@@ -237,12 +256,12 @@ def test_check_says_what_is_lost(capfd, tmp_path):
     code, out, _ = call(capfd, "check", tmp_path / "a")
     assert code == 0
     assert f"{tmp_path / 'a'}: whole; 21 files with 3 batches read, finished" in out
-    code, out, err = call(capfd, "check", tmp_path / "a", tmp_path / "b")
+    code, out, err = call(capfd, "check", tmp_path / "b")
     assert (code, err) == (2, "")
     assert "moments/part-000-000001.parquet is missing (1 batches); restore it" in out
     code, out, _ = call(capfd, "check", tmp_path / "b", "--json")
     assert code == 2
-    [found] = json.loads(out)
+    found = json.loads(out)
     assert (found["whole"], found["faults"][0]["file"]) == (False, "moments/part-000-000001.parquet")
     code, _, err = call(capfd, "check", tmp_path)
     assert code == 2

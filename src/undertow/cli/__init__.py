@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         echo_error(error_line(error))
-        sys.exit(2 if isinstance(error, UndertowError) else 1)
+        sys.exit(2 if isinstance(error, UndertowError | OSError) else 1)  # a disk that refuses is no fault of ours
     sys.exit(code if isinstance(code, int) else 0)
 
 

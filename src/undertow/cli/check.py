@@ -1,6 +1,5 @@
 """`undertow check`: is a run whole, and what is lost where it is not?"""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,44 +9,46 @@ from .photographs import json_option
 from .printing import echo, print_json
 
 if TYPE_CHECKING:
-    from ..runs.check import Check
+    from ..runs import Check
 
 DAMAGED = 2
 
 
 @click.command(
     short_help="Is a run whole, as it was written?",
-    epilog="\b\nExamples:\n  undertow check runs/vgg16\n  undertow check runs/* --json\n\n"
-    "The exit code is 0 if all of RUNS are whole, and 2 if one is not.",
+    epilog="\b\nExamples:\n  undertow check runs/vgg16\n  undertow check runs/vgg16 --json\n\n"
+    "The exit code is 0 if RUN is whole, and 2 if it is not.",
 )
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@json_option(help="Print one JSON list instead of lines.")
-def check(runs: Sequence[Path], as_json: bool) -> int:
-    """Read every file of RUNS against its checksum, its table and the counts of its batches.
+@click.argument("run", type=click.Path(path_type=Path))
+@json_option(help="Print one JSON object instead of lines.")
+def check(run: Path, as_json: bool) -> int:
+    """Read every file of RUN against its checksum, its table and the counts of its batches.
 
     What is damaged or missing is named, with how many batches have lost rows by it and what can be done. Files that a
     killed process left are named too; they do not count, and recording again clears them.
     """
     from ..runs import Run
 
-    checks = [Run(run).check() for run in runs]
+    checked = Run(run).check()
     if as_json:
-        print_json([found.to_dict() for found in checks])
+        print_json(checked.to_dict())
     else:
-        for found in checks:
-            _print(found)
-    return 0 if all(found.whole for found in checks) else DAMAGED
+        _print(checked)
+    return 0 if checked.whole else DAMAGED
 
 
-def _print(found: "Check") -> None:
-    state = "finished" if found.finished else "not finished: recording again with the same settings goes on with it"
-    kind = "whole" if found.whole else f"{len(found.faults)} file(s) damaged or missing"
-    echo(f"{found.run}: {kind}; {found.files} files with {found.batches} batches read, {state}")
-    for fault in found.faults:
+def _print(checked: "Check") -> None:
+    state = "finished" if checked.finished else "not finished: recording again with the same settings goes on with it"
+    kind = "whole" if checked.whole else f"{len(checked.faults)} file(s) damaged or missing"
+    echo(f"{checked.run}: {kind}; {checked.files} files with {checked.batches} batches read, {state}")
+    for fault in checked.faults:
         lost = f" ({fault.batches} batches)" if fault.batches > 0 else ""
         echo(f"  {fault.file} {fault.reason}{lost}; {fault.remedy}")
-    if found.unverified:
-        echo(f"  {found.unverified} files have no checksums: they were written by an earlier version")
-    for files, what in ((found.orphans, "of batches that were not published"), (found.strangers, "not of this run")):
+    if checked.unverified:
+        echo(f"  {checked.unverified} files have no checksums: they were written by an earlier version")
+    for files, what in (
+        (checked.orphans, "of batches that were not published"),
+        (checked.strangers, "not of this run"),
+    ):
         if files:
             echo(f"  {what}: {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from ....errors import RuleError
+from ....errors import RuleError, one_line
 from ....rules import Rule
 from ...base import Request
 from ..calls import uncompiled
@@ -185,7 +185,8 @@ def _private_copy(model: Any, through: str) -> nn.Module:
     try:
         model_copy = copy.deepcopy(model, shared)
     except Exception as error:
-        raise RuleError(f"through={through!r} could not copy the model ({error}); use through='graph'") from error
+        reason = one_line(error)
+        raise RuleError(f"through={through!r} could not copy the model ({reason}); use through='graph'") from error
     for module in model_copy.modules():
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010  mypy takes an nn.Module's attribute for a tensor
