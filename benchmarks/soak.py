@@ -148,6 +148,8 @@ def forked(work: Callable[[], object]) -> int:
             code = 0
         except UndertowError:
             code = 2
+        except KeyboardInterrupt:  # it came before the command had begun
+            code = 130
         except SystemExit as left:
             code = left.code if isinstance(left.code, int) else 1
         finally:

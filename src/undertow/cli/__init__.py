@@ -57,32 +57,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     130 is Ctrl-C, and 143 is SIGTERM.
     """
-    print_anywhere()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow logs from C++, past Python
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    interrupted: list[int] = []
     try:
         with warnings.catch_warnings(), unwound_by_sigterm(), interrupts() as interrupted:
             warnings.showwarning = _show_warning
-            code = app.main(words, prog_name="undertow", standalone_mode=False, obj=debug)
+            _run(list(sys.argv[1:] if arguments is None else arguments), interrupted)
+    except Terminated:
+        echo("terminated; what was finished is complete", err=True)
+        sys.exit(TERMINATED)
+    except KeyboardInterrupt:
+        echo("interrupted; what was finished is complete", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _run(words: list[str], interrupted: Sequence[int]) -> None:
+    """Run the command and exit; Ctrl-C, which `interrupted` tells from what a network raises itself, goes on."""
+    print_anywhere()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow logs from C++, past Python
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        code = app.main(words, prog_name="undertow", standalone_mode=False, obj=debug)
     except click.ClickException as error:
         echo_click_error(error)
         sys.exit(error.exit_code)
     except Terminated:
-        echo("terminated; what was finished is complete", err=True)
-        sys.exit(TERMINATED)
+        raise
     except (KeyboardInterrupt, SystemExit, click.Abort, BrokenPipeError) as error:
         if nobody_reads(error):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at it once more at exit
             sys.exit(1)
-        if isinstance(error, SystemExit) or not interrupted:
-            cause = error_line(error.__cause__ or error)
-            echo_error(f"a network, or a file of yours, would end the program by {cause}; take that out")
-            sys.exit(2)
-        echo("interrupted; what was finished is complete", err=True)
-        sys.exit(INTERRUPTED)
+        if interrupted and not isinstance(error, SystemExit):
+            raise KeyboardInterrupt from error
+        cause = error_line(error.__cause__ or error)
+        echo_error(f"a network, or a file of yours, would end the program by {cause}; take that out")
+        sys.exit(2)
     except Exception as error:
         if debug:
             raise
