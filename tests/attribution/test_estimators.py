@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
-from undertow.attribution import estimators
+from undertow.attribution import estimators, points
 from undertow.frameworks import base
 from undertow.frameworks.torch.zoo import importing
 
@@ -252,12 +252,12 @@ def test_baselines_are_averaged_and_the_blur_is_a_gaussian(x):
     mean = ut.explain(model, x, **options, baseline=["zero", "blur", 0.5])
     assert torch.allclose(mean.values, torch.stack(each).mean(0), atol=1e-9)
     big = np.random.default_rng(0).normal(size=(1, 2, 60, 45))
-    blurred = estimators.baseline_like("blur", [big], [big])[0]
+    blurred = points.baseline_like("blur", [big], [big])[0]
     sigma = (0, 0, 60 / 15, 45 / 15)
     spread = ndimage.gaussian_filter(big, sigma, mode="constant", truncate=20)
     weight = ndimage.gaussian_filter(np.ones_like(big), sigma, mode="constant", truncate=20)
     assert np.allclose(blurred, spread / weight, atol=1e-9)
-    last = estimators.baseline_like("blur", [np.moveaxis(big, 1, -1)], [big], channels_last=True)[0]
+    last = points.baseline_like("blur", [np.moveaxis(big, 1, -1)], [big], channels_last=True)[0]
     assert np.allclose(np.moveaxis(last, -1, 1), blurred)
 
 
@@ -337,12 +337,12 @@ def test_the_images_of_a_list_are_samples_each():
     ]
     own = {"rule": "gradient", "target": lambda scores: scores}
     noise = np.random.default_rng(0)
-    points = [x + torch.tensor(noise.standard_normal(x.shape)) * 0.1 * (x.max() - x.min()) for x in images]
+    noisy = [x + torch.tensor(noise.standard_normal(x.shape)) * 0.1 * (x.max() - x.min()) for x in images]
     a = ut.explain(OfList(), images, estimator="smoothgrad:1", **own)
-    for values, point in zip(a.values, points, strict=True):
+    for values, point in zip(a.values, noisy, strict=True):
         assert torch.allclose(values, 3 * point**2)
     blurred = ut.explain(OfList(), images, estimator="integrated:400", baseline="blur", **own)
-    wanted = [estimators.baseline_like("blur", [x[None].numpy()], [x])[0][0] for x in images]
+    wanted = [points.baseline_like("blur", [x[None].numpy()], [x])[0][0] for x in images]
     for values, x, start in zip(blurred.values, images, wanted, strict=True):
         assert values.sum().item() == pytest.approx(x.pow(3).sum().item() - (start**3).sum(), rel=1e-4)
 

@@ -16,7 +16,7 @@ itself: noise does not change the class that is explained.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -26,17 +26,17 @@ import numpy.typing as npt
 
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import Arrays, Request, as_numpy, capability
-from ..frameworks.results import Explanation, LayerGradients
-from ..layouts import Layout, find_layout
+from ..frameworks.results import Explanation
 from ..rules import gradient
 from ..structures import is_tensor
 from ..targets import Box, Token
+from .grad_cam import grad_cam
+from .points import baseline_like, moved, noisy, on_the_line
 
 Array = npt.NDArray[Any]
 KINDS = ("gradient", "smoothgrad", "integrated", "input-times", "grad-cam", "guided-grad-cam")
 COUNTS = {"smoothgrad": 25, "integrated": 50}
 LAYERED = ("grad-cam", "guided-grad-cam")
-BLUR = 15  # the blur's standard deviation is this part of the image's side
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
         arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
     """
     if estimator.kind in LAYERED:
-        return _estimate_grad_cam(framework, request, estimator)
+        guided = estimator.kind == "guided-grad-cam"
+        return grad_cam(framework, request, estimator.layer, estimator.axes, guided)
     if estimator.kind in COUNTS and isinstance(request.target, Box) and request.target.near is None:
         raise InputError(
             f"{estimator.kind} would choose box {request.target.index} anew at each of its inputs; say where it is, as "
@@ -141,7 +142,7 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
     completeness = None
     if estimator.kind == "smoothgrad":
         per_sample = not _are_samples(request, explanation)
-        points = _noisy(inputs, moved(inputs, values), estimator.count, seed, estimator.noise, per_sample)
+        points = noisy(inputs, moved(inputs, values), estimator.count, seed, estimator.noise, per_sample)
         values = _mean(framework, request, explanation, points, estimator.inner_batch)
     elif estimator.kind == "integrated":
         values, completeness = _integrated(framework, request, explanation, estimator, inputs, values)
@@ -170,7 +171,7 @@ def _integrated(
             starts = [start[0] for start in baseline_like(baseline, [x[None] for x in inputs], moving)]
         else:
             starts = baseline_like(baseline, inputs, moving, explanation.channels_last)
-        points = _on_the_line(inputs, starts, maps, estimator.count)
+        points = on_the_line(inputs, starts, maps, estimator.count)
         mean = _mean(framework, request, explanation, points, estimator.inner_batch)
         for i, (gradients, x, start) in enumerate(zip(mean, inputs, starts, strict=True)):
             if gradients is not None:
@@ -199,59 +200,6 @@ def _kept_target(request: Request, first: Explanation, copies: int = 1) -> Any:
     return Token(ids, np.concatenate([position] * copies) if position.ndim else position)
 
 
-def baseline_like(
-    baseline: Any, inputs: Sequence[Array], maps: Sequence[Array | None], channels_last: bool = False
-) -> list[Array]:
-    """Return where the line to each input begins; an input without a map stays as it is.
-
-    Args:
-        maps: None for an input that is not moved.
-        baseline: "zero"; "blur", the input smoothed by a normal kernel of a fifteenth of its side; a number; an array
-            that fits one sample or the batch, with one value for each channel where it has just as many.
-
-    Raises:
-        InputError: it is something else, or does not fit.
-
-    >>> x = np.ones((1, 3, 2, 2))
-    >>> baseline_like((0, 1, 2), [x], [x])[0][0, :, 0, 0].tolist()
-    [0.0, 1.0, 2.0]
-    """
-    return [x if m is None else _start(baseline, x, channels_last) for x, m in zip(inputs, maps, strict=True)]
-
-
-def _start(baseline: Any, x: Array, channels_last: bool) -> Array:
-    plane = range(1, x.ndim - 1) if channels_last else range(2, x.ndim)
-    if isinstance(baseline, str):
-        if baseline == "zero":
-            return np.zeros_like(x)
-        if baseline != "blur":
-            raise InputError(f"unknown baseline {baseline!r}; it is 'zero', 'blur', a number or an array like x")
-        if not plane:
-            raise InputError(f"baseline 'blur' needs images, (B, C, H, W), and the input has shape {x.shape}")
-        return _blurred(x, plane)
-    try:
-        array = as_numpy(baseline) if hasattr(baseline, "shape") else np.asarray(baseline, x.dtype)
-        channel_axis = x.ndim - 1 if channels_last else 1
-        if array.ndim == 1 and x.ndim > 2 and len(array) == x.shape[channel_axis]:
-            array = array.reshape([-1 if axis == channel_axis else 1 for axis in range(x.ndim)])
-        return np.broadcast_to(array, x.shape).astype(x.dtype)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"a baseline of shape {np.shape(baseline)} does not fit the input {x.shape}; pass 'zero', 'blur', a "
-            "number, one for each channel, or an array like the input"
-        ) from error
-
-
-def _blurred(x: Array, plane: Iterable[int]) -> Array:
-    blurred = x.astype(np.float64)
-    for axis in plane:
-        distance = np.subtract.outer(np.arange(x.shape[axis]), np.arange(x.shape[axis])) * BLUR / x.shape[axis]
-        kernel = np.exp(-(distance**2) / 2)
-        kernel /= kernel.sum(1, keepdims=True)
-        blurred = np.moveaxis(np.moveaxis(blurred, axis, -1) @ kernel.T, -1, axis)
-    return blurred.astype(x.dtype)
-
-
 def _times(values: Array | None, x: Array, scores: Any) -> Array | None:
     """Multiply a map by the input; with K targets per sample, each target's map."""
     if values is None:
@@ -264,51 +212,6 @@ def _are_samples(request: Request, explanation: Explanation) -> bool:
     count = len(explanation.scores)
     are_batches = all(len(x) == count for x in request.inputs if x.ndim)
     return request.is_list and len(request.inputs) == count and not are_batches
-
-
-def moved(inputs: Sequence[Array], maps: Sequence[Array | None]) -> list[bool]:
-    """Say which inputs an estimator changes: those with a map, but for masks, of zeros and ones, beside others.
-
-    >>> image, mask, ids = np.array([0.5, 2.0]), np.array([1.0, 0.0]), np.array([3, 4])
-    >>> moved([image, mask, ids], [image, mask, None]), moved([mask], [mask])
-    ([True, False, False], [True])
-    """
-    has_map = [m is not None for m in maps]
-    ordinary = [has and not np.isin(x, (0, 1)).all() for x, has in zip(inputs, has_map, strict=True)]
-    return ordinary if any(ordinary) else has_map
-
-
-def _noisy(
-    inputs: list[Array], moved: list[bool], count: int, seed: int, noise: float, per_sample: bool
-) -> Iterator[list[Array]]:
-    """Yield `count` noisy copies of the inputs.
-
-    Args:
-        per_sample: the range that scales the noise is that of each sample, else of the whole input.
-    """
-    generator = np.random.default_rng(seed)
-    for _ in range(count):
-        yield [
-            x + _normal_noise(x, generator, noise, per_sample) if moves else x
-            for x, moves in zip(inputs, moved, strict=True)
-        ]
-
-
-def _normal_noise(x: Array, generator: np.random.Generator, noise: float, per_sample: bool) -> Array:
-    axes = tuple(range(1 if per_sample else 0, x.ndim))
-    value_range = x.max(axes, keepdims=True) - x.min(axes, keepdims=True)
-    drawn: Array = generator.standard_normal(x.shape) * noise * value_range
-    return drawn.astype(x.dtype)
-
-
-def _on_the_line(inputs: list[Array], starts: list[Array], maps: list[Any], count: int) -> Iterator[list[Array]]:
-    """Yield the midpoints of `count` equal parts of the line to the input."""
-    for i in range(count):
-        share = (i + 0.5) / count
-        yield [
-            x if m is None else start + (x - start) * x.dtype.type(share)
-            for x, start, m in zip(inputs, starts, maps, strict=True)
-        ]
 
 
 def _mean(
@@ -374,134 +277,3 @@ def _stacked_maps(
     alone = arrays.to_numpy(first.scores).astype(np.float64)
     difference = np.abs(scores[-len(alone) :] - alone)
     return maps if (difference <= 1e-4 * max(np.abs(alone).max(), 1e-6)).all() else None
-
-
-def _estimate_grad_cam(framework: str, request: Request, estimator: Estimator) -> Explanation:
-    guided = estimator.kind == "guided-grad-cam"
-    plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
-    layer, at_layer = estimator.layer, capability(framework, "inspect.layers").layer_gradients(plain, [estimator.layer])
-    if at_layer.explanation.channels_last:
-        raise InputError("Grad-CAM is not there for Keras on torch yet; run the model with KERAS_BACKEND=tensorflow")
-    calls = [name for name in at_layer.values if layer in (name, name.partition("@")[0])]
-    reached = {i for call in calls for i in at_layer.reached[call]}
-    cams: list[Array | None] = [None] * len(request.inputs)
-    refused: list[InputError] = []
-    for i in sorted(reached):
-        reaching = [call for call in calls if i in at_layer.reached[call]]
-        try:
-            shape = _batch_shape(request, i, is_alone=len(reached) == 1)
-            cam = _grad_cam(at_layer, layer, reaching, shape, estimator.axes)
-            cams[i] = cam if request.inputs[i].ndim > 2 else cam.squeeze(-2)
-        except InputError as error:  # a column of numbers beside an image, say, over which nothing can be laid
-            refused.append(error)
-    if refused and all(cam is None for cam in cams):
-        raise refused[0]
-    if all(cam is None for cam in cams):
-        raise InputError(f"layer {layer!r} is not on the way from x to the scores, or returns no tensor")
-    arrays = capability(framework, "arrays")
-    if not guided:
-        maps = (None if cam is None else arrays.like(cam, x) for cam, x in zip(cams, request.inputs, strict=True))
-        return replace(at_layer.explanation, maps=tuple(maps))
-    explanation = capability(framework, "explain").explain(request)
-    maps = (
-        None if m is None or cam is None else arrays.like(arrays.to_numpy(m) * cam, x)
-        for m, cam, x in zip(explanation.maps, cams, request.inputs, strict=True)
-    )
-    return replace(explanation, maps=tuple(maps))
-
-
-def _batch_shape(request: Request, i: int, is_alone: bool) -> tuple[int, ...]:
-    """Return the shape of an input as `(B, C, ...)`, where it has places over which a layer can lie.
-
-    Args:
-        is_alone: no other input has a map; then `(B, L)` is a line without an axis of channels.
-
-    Raises:
-        InputError: it is one of several images in a list, which have no batch axis, or has its channels last.
-    """
-    x = request.inputs[i]
-    args, kwargs = request.fill(range(len(request.inputs)))
-    if x.ndim == 3 and i not in (*args, *kwargs.values()):
-        raise InputError("Grad-CAM needs a batch axis, and x has images one by one; pass one tensor (B, C, H, W)")
-    if x.ndim == 4 and x.shape[-1] <= 4 < x.shape[1]:
-        raise InputError(
-            f"x of {tuple(x.shape)} looks like images (B, H, W, C), and Grad-CAM lies over (B, C, H, W); wrap the "
-            "model in one that takes those and permutes them"
-        )
-    return (x.shape[0], 1, x.shape[1]) if x.ndim == 2 and is_alone else tuple(x.shape)
-
-
-def _grad_cam(
-    at_layer: LayerGradients, layer: str, calls: Sequence[str], input_shape: tuple[int, ...], axes: str
-) -> Array:
-    """Return the Grad-CAM of a layer's calls over one input, `(B, 1, ...)`, or `(B, K, 1, ...)` for K targets.
-
-    Raises:
-        InputError: the calls' layout cannot be told, or the scores read only tokens without a place.
-    """
-    if len({at_layer.values[call].shape for call in calls}) > 1:
-        raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
-    shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
-    layout = find_layout(layer, shape, input_shape, channel_axis, axes)
-    _refuse_tokens(layer, shape, input_shape, layout, axes)
-    values = [layout.channels_first(at_layer.values[call]) for call in calls]
-    gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
-    if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):
-        raise InputError(
-            f"of layer {layer!r} the scores read only tokens without a place in the input (extra at its start: "
-            f"{layout.extra}); take a layer before the last attention"
-        )
-    terms = [weighted_channels(v, g) for v, g in zip(values, gradients, strict=True)]
-    cam = upsampled(np.maximum(sum(terms), 0), input_shape[2:])[:, :, None]
-    return cam[:, 0] if at_layer.explanation.scores.ndim == 1 else cam
-
-
-def _refuse_tokens(layer: str, shape: tuple[int, ...], input_shape: tuple[int, ...], layout: Layout, axes: str) -> None:
-    """Refuse a layer whose positions may be those of `x` along its second axis, unless `axes` has an "l" for its line.
-
-    Where `x` is tokens `(B, T, C)`, Grad-CAM would be laid over their features.
-    """
-    if len(input_shape) == 3 and "l" not in axes and 1 < layout.grid[0] <= input_shape[1]:
-        line = "bcl" if layout.channel_axis == 1 else "blc"
-        raise InputError(
-            f"layer {layer!r} gives {tuple(shape)}: x of {tuple(input_shape)} may be tokens (B, T, C), for which take "
-            f"estimator='input-times'; if it is lines (B, C, L), pass axes={line!r}"
-        )
-
-
-def weighted_channels(values: Array, gradients: Array) -> Array:
-    """Sum a layer's channels, each weighted by its mean gradient: Grad-CAM before its positive part is taken.
-
-    Args:
-        values: the layer's output, `(B, C, h, w)`, or with any other axes in place of h and w.
-        gradients: what flowed back to it, `(B, K, C, h, w)`.
-
-    Returns:
-        `(B, K, h, w)` float64.
-
-    Source: Selvaraju et al. 2016, arXiv 1610.02391, equations 1 and 2.
-
-    >>> weighted_channels(np.full((1, 2, 1, 1), 3.0), np.array([2.0, -1.0]).reshape(1, 1, 2, 1, 1)).item()
-    3.0
-    """
-    weights = gradients.astype(np.float64).mean(tuple(range(3, gradients.ndim)), keepdims=True)
-    summed: Array = (weights * values[:, None]).sum(2)
-    return summed
-
-
-def upsampled(planes: Array, size: tuple[int, ...]) -> Array:
-    """Resize the last axes by linear interpolation along each, an element's value being at its centre.
-
-    >>> upsampled(np.array([[0.0, 1.0]]), (1, 4)).tolist()
-    [[0.0, 0.25, 0.75, 1.0]]
-    """
-    for axis, new in enumerate(size, -len(size)):
-        planes = np.moveaxis(np.moveaxis(planes, axis, -1) @ _weights(planes.shape[axis], new).T, -1, axis)
-    return planes
-
-
-def _weights(old: int, new: int) -> Array:
-    """Return the weight of each old pixel in each new one, `(new, old)`."""
-    positions = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    weights: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)))
-    return weights
