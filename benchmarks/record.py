@@ -464,7 +464,7 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
                 with (
                     mock.patch("undertow.recording.writer._GROUP_SECONDS", math.inf),  # the other's steps took half
                     plain(twin) as base,
-                    undertow(twin, measures, diagnose, group, telling) as ours,
+                    undertow(twin, measures, diagnose, group, telling=telling) as ours,
                 ):
                     turn(base, group // 8 + 1), turn(ours, group // 8 + 1)
                     spent = side_by_side({"base": base, "ours": ours}, group)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ assert np.array_equal(as_numpy(x), np.asarray(x))
 """
 
 
+@pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed; the next test does without it")
 def test_a_jax_array_is_recognised():
     # in a process of its own: JAX objects to the forks of other tests
     ended = subprocess.run([sys.executable, "-c", JAX], capture_output=True, text=True, check=True)

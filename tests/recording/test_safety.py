@@ -1,8 +1,11 @@
 """A recording knows its folder and its process: links, locks, forks, signals, and files that vanish meanwhile."""
 
+import functools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -22,7 +25,22 @@ def step(model):
     model(torch.ones(2, 1, 4, 4)).sum().backward()
 
 
-def in_child(work, seconds=20):
+def alone(test):
+    """Run a test in a process of its own: a child of one with TensorFlow's threads may wait for a lock for ever."""
+
+    @functools.wraps(test)
+    def runs_alone(*args, **kwargs):
+        if os.environ.get("ALONE") == test.__name__:
+            test(*args, **kwargs)
+            return
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"{__file__}::{test.__name__}"]
+        ended = subprocess.run(words, env={**os.environ, "ALONE": test.__name__}, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout[-3000:]
+
+    return runs_alone
+
+
+def in_child(work, seconds=60):
     """Fork, work, and return the exit code; 99 for an error that is none of ours, -1 for a hang."""
     with warnings.catch_warnings(action="ignore"):  # Python dislikes forks beside threads; so do we
         child = os.fork()
@@ -47,6 +65,7 @@ def in_child(work, seconds=20):
     return -1
 
 
+@alone
 def test_a_forked_child_is_refused_and_ends_nothing(tmp_path):
     model = network()
     with record(tmp_path, model, sites="conv", group=1) as recording:
@@ -70,6 +89,7 @@ def test_a_forked_child_is_refused_and_ends_nothing(tmp_path):
     assert Run(tmp_path).table("batches").num_rows == 2
 
 
+@alone
 def test_a_child_that_leaves_a_batch_is_refused(tmp_path):
     model = network()
     with record(tmp_path, model, sites="conv", group=1) as recording:
@@ -87,6 +107,7 @@ def test_a_child_that_leaves_a_batch_is_refused(tmp_path):
         assert recording.batches == before + 1
 
 
+@alone
 def test_an_error_of_the_childs_own_is_not_hidden(tmp_path):
     model = network()
     with record(tmp_path, model, sites="conv") as recording:
@@ -101,6 +122,7 @@ def test_an_error_of_the_childs_own_is_not_hidden(tmp_path):
         assert in_child(fail) == 7
 
 
+@alone
 def test_sigterm_leaves_a_run_that_can_be_gone_on_with(tmp_path):
     model = network()
 
@@ -128,6 +150,7 @@ def struck_by(number):
     time.sleep(1)
 
 
+@alone
 def test_signals_of_others_are_left_alone():
     def mine(number, frame):
         came.append(number)
@@ -216,6 +239,7 @@ def test_a_run_whose_tables_vanish_is_not_finished(tmp_path, lost):
     assert not (folder / "manifest.json").exists() or not Run(folder).finished
 
 
+@alone
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
     def killed():
         with published(tmp_path / "a.png"):

@@ -218,8 +218,8 @@ def _warn_if_saturated(explanation: Explanation, head: str) -> None:
     p = np.exp(scores) if explanation.head.startswith("log") else scores
     saturated = np.abs(p * (1 - p)) <= SATURATED
     if not explanation.head:
-        # zero is a dead ReLU's score, most often, and a negative one no probability
-        saturated &= (scores > 0) & (_largest(explanation) <= SATURATED)
+        # a score near zero may be any network's
+        saturated &= (scores > 0.5) & (_largest(explanation) <= SATURATED)
     if not saturated.any():
         return
     what = f"the {explanation.head} is saturated" if explanation.head else f"a score is {scores[saturated][0]:.7g}"

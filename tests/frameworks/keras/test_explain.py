@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -578,6 +579,7 @@ def test_an_array_of_another_library_is_told_how(net):
         ut.explain(net, ArrayImpl())
 
 
+@pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed")
 def test_keras_on_jax_is_refused_in_one_line():
     code = (
         "import keras, numpy as np, undertow as ut, jax.numpy as jnp\n"
