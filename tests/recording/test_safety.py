@@ -26,7 +26,7 @@ def step(model):
 
 
 def alone(test):
-    """Run a test in a process of its own: a child of one with TensorFlow's threads may wait for a lock for ever."""
+    """Run a test in a process of one thread: a child of one with more of OpenMP's may wait for them for ever."""
 
     @functools.wraps(test)
     def runs_alone(*args, **kwargs):
@@ -34,7 +34,8 @@ def alone(test):
             test(*args, **kwargs)
             return
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"{__file__}::{test.__name__}"]
-        ended = subprocess.run(words, env={**os.environ, "ALONE": test.__name__}, capture_output=True, text=True)
+        environment = {**os.environ, "ALONE": test.__name__, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout[-3000:]
 
     return runs_alone
