@@ -241,11 +241,20 @@ def test_boxes_as_detr_gives_them():
         ut.explain(CLASSES, V, target=ut.targets.box())
 
 
+class Headed(nn.Module):
+    """Returns the scores beside others, under a name."""
+
+    def forward(self, x):
+        return {"aux": -CLASSES(x), "out": CLASSES(x)}
+
+
 def test_class_names_where_they_are_known():
     names = ("tench", "tabby", "tiger cat")
     classifier = Classifier("mine", CLASSES, Preprocessing(), names, "random", "")
     wanted = ut.explain(CLASSES, V, target=2).values
     assert torch.equal(ut.explain(classifier, V, target="tiger cat").values, wanted)
+    headed = Classifier("mine", Headed(), Preprocessing(), names, "random", "", output="out")
+    assert torch.equal(ut.explain(headed, V, target="tiger cat").values, wanted)
     configured = nn.Sequential(*CLASSES).eval()
     configured.config = SimpleNamespace(id2label=dict(enumerate(names)))
     assert torch.equal(ut.explain(configured, V, target="Tiger Cat").values, wanted)

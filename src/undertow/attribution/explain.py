@@ -116,8 +116,9 @@ def explain(
     _check_choice("through", through, THROUGH)
     _check_choice("activations", activations, ACTIVATIONS)
     _check_choice("head", head, HEADS)
-    names: Any = model if isinstance(model, Classifier) else None
-    model = model.module if isinstance(model, Classifier) else model
+    names: Any = None
+    if isinstance(model, Classifier):
+        names, model, output = model, model.module, model.output if output is None else output
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
     target = ids_of_names(target, _names(model) if names is None else names)
