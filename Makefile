@@ -7,12 +7,12 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test check lint soak fashion-mnist clean
+.PHONY: demo test check lint soak fashion-mnist chromium clean
 
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
 
-test: lint fashion-mnist
+test: lint fashion-mnist chromium
 	$(BIN)/python -m pytest
 
 check: lint
@@ -42,6 +42,11 @@ $(VENV)/.dev: $(VENV)/.demo
 fashion-mnist:
 	@test -e $(FASHION_MNIST) || ! command -v apt-get >/dev/null || \
 	    { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y dataset-fashion-mnist; }
+
+# The browser that the tests of the page drive.
+chromium:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || \
+	    { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y chromium; }
 
 clean:
 	rm -rf $(VENV)
