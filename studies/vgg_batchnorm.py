@@ -285,7 +285,8 @@ def report(title: str, folders: Sequence[Path], plot: Path | None, networks: Seq
     print(f"{quantile_table(folders)}\n\n{spread_table(folders, networks)}\n")
     if plot:
         rows = [ut.Run(folder).quantiles(STEPS, of="channel_norm") for folder in folders]
-        plots.quantile_curves(dict(zip(NAMES, rows, strict=True)), plot, title=f"The first two convolutions: {title}")
+        groups = dict(zip(NAMES, rows, strict=True))
+        plots.save(plots.quantile_curves(groups, title=f"The first two convolutions: {title}"), plot)
         print(f"Drawn: {plot}\n")
 
 

@@ -70,9 +70,9 @@ def quantiles(
     flat = [row.to_dict() for row in rows]
     _write_and_print(flat, table, as_json, _by_quantile(rows) if len(rows) <= _SIDE_BY_SIDE else _by_site(rows))
     if plot:
-        from ..show.plots import quantile_curves
+        from ..show.plots import quantile_curves, save
 
-        quantile_curves({run.name: rows}, plot, title=f"{run.name}: quantiles of {rows[0].of}")
+        save(quantile_curves({run.name: rows}, title=f"{run.name}: quantiles of {rows[0].of}"), plot)
     return 0
 
 
@@ -124,10 +124,10 @@ def compare(
     for sentence in (*coincidences(opened, rows), *contrast(opened)) if not as_json else ():
         echo(sentence)
     if plot:
-        from ..show.plots import quantile_curves
+        from ..show.plots import quantile_curves, save
 
         groups = {str(run): [row.quantiles[i] for row in rows if row.quantiles[i]] for i, run in enumerate(runs)}
-        quantile_curves(groups, plot, title="Quantiles side by side")  # type: ignore[arg-type]
+        save(quantile_curves(groups, title="Quantiles side by side"), plot)  # type: ignore[arg-type]
     return 0
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability, framework_of_input
@@ -14,6 +13,9 @@ from ..show.plots import drawn
 from .chain import Derivative, DifferentiableGraph
 from .graph import END
 from .notation import Partial, Quantity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @final
@@ -89,10 +91,10 @@ class Blocks(DifferentiableGraph):
         differences = {block.name: block.difference for block in self.blocks}
         return max(differences[node] for node, _ in derivative.carrying)
 
-    def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
-        """Draw the blocks with the edges of a derivative highlighted; see `Derivative.plot`."""
+    def figure(self, derivative: Derivative, title: str) -> "Figure":
+        """Draw the blocks with the edges of a derivative highlighted; see `Derivative.figure`."""
         heading = title or drawn(f"∂E/∂{derivative.wrt.text}")
-        return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
+        return draw_blocks([*self.order, END], self.carried, derivative.carrying, heading)
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:

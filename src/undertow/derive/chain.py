@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
+from ..show.plots import check_ending, save
 from .graph import END, Graph, sympy_product, sympy_sum
 from .notation import LATEX, TEXT, Fragment, Partial, Quantity, Style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_PATHS = 10_000
 
@@ -46,8 +50,8 @@ class DifferentiableGraph(Graph):
         """Return the largest relative difference between a derivative's expression and autograd; no unit."""
 
     @abstractmethod
-    def plot(self, derivative: "Derivative", path: str | Path, title: str) -> Path:
-        """Draw the graph with the edges of a derivative highlighted; see `Derivative.plot`."""
+    def figure(self, derivative: "Derivative", title: str) -> "Figure":
+        """Draw the graph with the edges of a derivative highlighted; see `Derivative.figure`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,14 +159,28 @@ class Derivative:
         """
         return self.graph.check(self, seed)
 
-    def plot(self, path: str | Path, title: str = "") -> Path:
-        """Draw the graph with the edges that carry this derivative highlighted, as PNG, SVG or PDF.
+    def figure(self, title: str = "") -> "Figure":
+        """Draw the graph with the edges that carry this derivative highlighted.
 
         Raises:
-            InputError: a file type that cannot be written.
             FrameworkError: matplotlib is missing.
         """
-        return self.graph.plot(self, path, title)
+        return self.graph.figure(self, title)
+
+    def plot(self, path: str | Path, title: str = "", *, ground: str = "white") -> Path:
+        """Write `figure` as PNG, SVG or PDF.
+
+        Args:
+            path: replaced atomically.
+            title: at the top; $...$ is LaTeX.
+            ground: "white", "dark" or "transparent".
+
+        Raises:
+            InputError: a file type or a ground that is unknown.
+            FrameworkError: matplotlib is missing.
+        """
+        path = check_ending(path)
+        return save(self.figure(title), path, ground=ground)
 
     def _equation(self, style: Style, fragment: Fragment) -> str:
         left = Partial(Quantity("E", "E"), self.wrt).symbol

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability
@@ -16,6 +15,9 @@ from .graph import END
 from .notation import ErrorSlope, Partial, Quantity, Slope
 from .numbers import ACTIVATIONS, Values, difference, random_values, with_partials
 from .packages import need
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _EDGE = re.compile(r"(?P<source>[^\s>→]+)(?:>|→)(?P<target>[^\s>→]+)")
 _NODE = re.compile(r"[xn]\d+")
@@ -164,8 +166,8 @@ class Network(DifferentiableGraph):
             differences.append(difference(derivative, derivative.expression, with_partials(self, values), theirs))
         return max(differences)
 
-    def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
-        """Draw the network with the edges of a derivative highlighted; see `Derivative.plot`."""
+    def figure(self, derivative: Derivative, title: str) -> "Figure":
+        """Draw the network with the edges of a derivative highlighted; see `Derivative.figure`."""
         kind, *indices = _parse_wrt(derivative.name)
         node = f"{kind}{indices[0]}" if kind in "nx" else f"n{indices[0]}"
         own_edges = {(node, target) for target, _ in derivative.ends} if kind == "x" else set()
@@ -179,7 +181,7 @@ class Network(DifferentiableGraph):
         own_nodes = {node} if kind in "nbx" else set()
         heading = title or f"${Partial(Quantity('E', 'E'), derivative.wrt).symbol.latex}$"
         return draw_network(
-            edges, derivative.carrying, path, heading,
+            edges, derivative.carrying, heading,
             own_edges=own_edges, own_nodes=own_nodes, labels=labels, partials=partials,
         )  # fmt: skip
 

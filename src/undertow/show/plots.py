@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FrameworkError, InputError, printable
 from ..files import published
+from .ground import on_ground
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ..runs import SiteQuantiles
 
 Groups = Mapping[str, "Sequence[SiteQuantiles]"]
@@ -25,16 +28,15 @@ UNITS = {
 }
 
 
-def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
+def quantile_curves(groups: Groups, title: str = "") -> "Figure":
     """Draw quantile curves: a panel for each site, in it a curve for each group, with its median marked.
 
     Args:
         groups: for each label, such as a run's name, the quantiles of its sites, in order.
-        path: a PNG, SVG or PDF; replaced atomically.
         title: at the top of the figure.
 
     Raises:
-        InputError: nothing to draw, or an unsupported file type.
+        InputError: nothing to draw.
         FrameworkError: matplotlib is missing.
     """
     n_sites = max((len(rows) for rows in groups.values()), default=0)
@@ -53,20 +55,20 @@ def quantile_curves(groups: Groups, path: str | Path, title: str = "") -> Path:
         axis.set_xlabel("quantile, %")
         _scale(axis, [value for _, _, row in shown for value in row.values])
     axes[0].set_ylabel(_unit(groups))
-    return _save(figure, axes, groups, path, title)
+    return _finished(figure, axes, groups, title)
 
 
-def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") -> Path:
+def quantile_panels(groups: Groups, title: str = "") -> "Figure":
     """Draw one panel for each quantile, and in it one bar for each site and group, groups side by side.
 
     Args:
-        groups: for each label the quantiles of its sites, which include `q`.
-        q: fractions in [0, 1].
-        path, title: as in `quantile_curves`.
+        groups: for each label the quantiles of its sites, in order, all of the same fractions.
+        title: as in `quantile_curves`.
 
     Raises:
         InputError, FrameworkError: as in `quantile_curves`.
     """
+    q = next((rows[0].q for rows in groups.values() if rows), ())
     figure, axes = _figure(len(q), groups)
     width = 0.8 / max(len(groups), 1)
     all_values = [row.values[row.q.index(fraction)] for rows in groups.values() for row in rows for fraction in q]
@@ -86,10 +88,26 @@ def bars(groups: Groups, q: Sequence[float], path: str | Path, title: str = "") 
         axis.set_title(f"{100 * fraction:g} % quantile", fontsize=10)
         _scale(axis, all_values)
     axes[0].set_ylabel(_unit(groups))
-    return _save(figure, axes, groups, path, title)
+    return _finished(figure, axes, groups, title)
 
 
-def new_figure(**options: Any) -> Any:
+def save(figure: "Figure", path: str | Path, *, ground: str = "white") -> Path:
+    """Write a figure as a PNG, SVG or PDF; the file is replaced atomically, and the figure is as before.
+
+    Args:
+        path: ends in .png, .svg or .pdf.
+        ground: "white", "dark" or "transparent", which can be read on white and on black.
+
+    Raises:
+        InputError: another ending or ground.
+    """
+    path = check_ending(path)
+    with on_ground(figure, ground), published(path) as aside:
+        figure.savefig(aside, dpi=120)
+    return path
+
+
+def new_figure(**options: Any) -> "Figure":
     """Return a new `matplotlib.figure.Figure`.
 
     Raises:
@@ -124,7 +142,7 @@ def check_ending(path: str | Path) -> Path:
     return path
 
 
-def _figure(panels: int, groups: Groups) -> tuple[Any, list[Any]]:
+def _figure(panels: int, groups: Groups) -> "tuple[Figure, list[Any]]":
     if not panels or not any(groups.values()):
         raise InputError("there are no quantiles to draw; was anything recorded?")
     columns = min(panels, 4)
@@ -158,13 +176,10 @@ def _unit(groups: Groups) -> str:
     return UNITS.get((row.of, row.phase), f"{row.of}, {row.phase}")
 
 
-def _save(figure: Any, axes: list[Any], groups: Groups, path: str | Path, title: str) -> Path:
-    path = check_ending(path)
+def _finished(figure: "Figure", axes: list[Any], groups: Groups, title: str) -> "Figure":
     if len(groups) > 1:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     if title:
         figure.suptitle(drawn(title), fontsize=12)
-    with published(path) as aside:
-        figure.savefig(aside, dpi=120)
-    return path
+    return figure

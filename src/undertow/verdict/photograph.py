@@ -14,6 +14,7 @@ from ..errors import FrameworkError
 from ..files import readable
 from ..photographs import provenance, result_folder
 from ..show import verdict as show
+from ..show.plots import save
 from .evaluation import Cost
 from .result import Verdict
 from .trust import trust
@@ -98,7 +99,7 @@ def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dic
             path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
             try:
                 assert verdict.values is not None  # a fresh verdict holds its map
-                files.append(show.figure(judged.view, verdict.values, verdict.to_dict(), path).name)
+                files.append(save(show.figure(judged.view, verdict.values, verdict.to_dict()), path).name)
             except FrameworkError as error:
                 notes = [str(error)]
         verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}
