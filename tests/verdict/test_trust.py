@@ -303,7 +303,7 @@ def test_trust_writes_a_folder_and_names_what_cannot_be_read(capfd, tiny, photog
     assert {**written, "folder": result["folder"]} == result
     assert set(result["verdicts"]) == {"guided", "gradient"}
     for name in result["files"]:
-        assert (tmp_path / "o" / "good" / name).stat().st_size > 10_000
+        assert (tmp_path / "o" / "good" / name).stat().st_size > (10_000 if name.startswith("verdict") else 500)
     guided = result["verdicts"]["guided"]
     assert set(guided["answers"]) == set(QUESTIONS)
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from .. import images
 from ..classifier import Classifier
 from ..errors import ModelError, UndertowWarning
-from ..files import published, readable
+from ..files import readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import provenance, result_folder, versions
+from ..photographs import PHOTOGRAPH, provenance, result_folder, versions, write_image
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
@@ -126,8 +126,9 @@ def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
     with result_folder(folder, "result.json") as result:
-        files = ["panel.png"]
-        _write_image(draw_panel(explained, classifier), folder / "panel.png")
+        files = ["panel.png", PHOTOGRAPH]
+        write_image(draw_panel(explained, classifier), folder / "panel.png")
+        write_image(explained.view, folder / PHOTOGRAPH)
         for rule, attribution in explained.maps.items():
             files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
             for k, (class_id, _, _) in enumerate(explained.targets):
@@ -148,15 +149,10 @@ def _write_pictures(view: npt.NDArray[np.uint8], values: npt.NDArray[Any], folde
     from PIL import Image
 
     names = [f"{stem}-{style}.png" for style in ("magnitude", "colour", "overlay")]
-    _write_image(heatmap.draw(values, "magnitude"), folder / names[0])
-    _write_image(heatmap.draw(values, "colour"), folder / names[1])
-    _write_image(Image.fromarray(heatmap.overlay(view, values)), folder / names[2])
+    write_image(heatmap.draw(values, "magnitude"), folder / names[0])
+    write_image(heatmap.draw(values, "colour"), folder / names[1])
+    write_image(Image.fromarray(heatmap.overlay(view, values)), folder / names[2])
     return names
-
-
-def _write_image(image: Any, path: Path) -> None:
-    with published(path) as aside:
-        image.save(aside, format="PNG")
 
 
 def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:

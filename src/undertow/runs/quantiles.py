@@ -121,7 +121,7 @@ def quantiles(
     weighed = _of_codes if OF[of] == "histogram" else _of_channel_norms if of == "channel_norm" else _of_tensors
     return [
         _summary(key, columns, of, fractions, *weighed(table, rows, factors[rows], of))
-        for key, rows in _groups(run, table, columns)
+        for key, rows in groups(run, table, columns)
     ]
 
 
@@ -161,7 +161,7 @@ def _summary(
     return SiteQuantiles(site, phase, of, q, tuple(weighted(values, weights, q)), *counts, named)
 
 
-def _groups(run: Recorded, table: Any, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], npt.NDArray[np.intp]]]:
+def groups(run: Recorded, table: Any, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], npt.NDArray[np.intp]]]:
     """Yield the rows of each combination of columns, in the order of the run's sites."""
     position = {name: i for i, name in enumerate([*run.sites, *run.parameters])}
     ids = np.zeros(table.num_rows, np.int64)
