@@ -48,7 +48,7 @@ def test_packed_numbers_are_within_a_rounding_of_bfloat16():
     back = unpacked(arrays.texts[0], packed)
     finite = np.isfinite(values)
     errors = np.abs(back[finite].astype(np.float64) - values[finite])
-    assert np.all(errors <= 2.0**-9 * np.abs(values[finite]) + 1e-40)
+    assert np.all(errors <= (2.0**-8 + 2.0**-24) * np.abs(values[finite]) + 1e-40)
     assert np.array_equal(back[2:4], [np.inf, -np.inf])
     assert np.isnan(unpacked(arrays.texts[1], of_nan)).all()
 
@@ -67,10 +67,10 @@ def test_a_runs_numbers_are_those_that_its_own_methods_give(run):
         assert layer["zeros"] == whole[layer["label"]].zeros / whole[layer["label"]].count
         course = unpacked(arrays.texts[layer["course"]["array"]], layer["course"])
         expected = [one.values for one in by_batch if one.site == layer["site"]]
-        assert np.allclose(course, expected, rtol=2.0**-8)
+        assert np.allclose(course, expected, rtol=2.0**-7.9)
         rows = [row for row in run.table("channel_norm").to_pylist() if row["site"] == layer["site"]]
         channels = unpacked(arrays.texts[layer["channels"]["array"]], layer["channels"])
-        assert np.allclose(channels, np.mean([row["values"] for row in rows], 0), rtol=2.0**-8)
+        assert np.allclose(channels, np.mean([row["values"] for row in rows], 0), rtol=2.0**-7.9)
 
 
 def test_a_histogram_in_octaves_counts_what_was_recorded(run):

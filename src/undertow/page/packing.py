@@ -15,7 +15,7 @@ class PackedArrays:
         self.texts: list[str] = []
 
     def floats(self, values: npt.ArrayLike) -> dict[str, Any]:
-        """Pack numbers as bfloat16, rounded to the nearest: within 2⁻⁹ of each, relatively; NaN stays NaN.
+        """Pack numbers as bfloat16, rounded to the nearest: within 2⁻⁸ of each, relatively; NaN stays NaN.
 
         Returns:
             What the page's data holds in their place: the number of the array, its kind and shape.

@@ -16,7 +16,8 @@ class Text:
 
     Attributes:
         tokens: as they are read, in order; " the" with its space, if the tokenizer keeps it.
-        values: a list, or an array of any framework: one number a token, `(T,)`, or a vector, `(T, features)`, which is summed.
+        values: a list, or an array of any framework: one number a token, `(T,)`, or a vector, `(T, features)`, which is
+            summed.
         title: what they speak for, such as "positive, 0.98".
 
     Raises:

@@ -76,7 +76,7 @@ function explanations(data) {
   const slider = el("input", { type: "range", min: 0, max: 100, value: 65, oninput: () => set("opacity")(slider.value / 100) });
   return el("section", { id: "explanations" }, el("h2", {}, "Explanations"),
     el("p", {}, "Which pixels spoke for the class. Move over a map, or focus it and use the arrow keys, to read its values, "
-      + "which are within 0.2 % of those on the disk."),
+      + "which are within 0.4 % of those on the disk."),
     data.in_colour ? "" : el("p", {}, "So many maps are here without their single channels: there is no colour."),
     keys.length ? el("div", { class: "controls" },
       choice("Rule", "rule", keys.map((key) => [key, key]), state.key, set("key")),

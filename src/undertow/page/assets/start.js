@@ -42,22 +42,35 @@ document.getElementById("theme").addEventListener("click", () => setTheme(dark()
 show();
 document.documentElement.dataset.ready = "";
 
+/** Draw sections anew, and leave the reader where they were: the focus, and what was unfolded. */
+function renew(ids) {
+  const called = (node) => node.value ? `${node.name}=${node.value}` : node.getAttribute("aria-label") ?? node.textContent;
+  const active = document.activeElement;
+  const place = active && ids.find((id) => document.getElementById(id)?.contains(active));
+  const unfolded = [...document.querySelectorAll("details[open] > summary")].map((node) => node.textContent);
+  show(ids);
+  for (const summary of document.querySelectorAll("summary")) {
+    if (unfolded.includes(summary.textContent)) summary.parentElement.open = true;
+  }
+  const again = place && [...document.getElementById(place).querySelectorAll(active.tagName)].find((node) => called(node) === called(active));
+  again?.focus({ preventScroll: true });
+}
+
 async function ask() {
   const news = document.getElementById("news");
   try {
-    const answer = await fetch(`${page.live}?seen=${page.version}`, { cache: "no-store" });
+    const answer = await fetch(`${page.live}?seen=${encodeURIComponent(page.version)}`, { cache: "no-store" });
     if (answer.status === 200) {
-      const fresh = await answer.json();
-      Object.assign(page, fresh);
+      Object.assign(page, await answer.json());
       unpacked.clear();
-      show(["gradients", "flow"]);
+      renew(["gradients", "flow"]);
       news.textContent = `updated ${new Date().toLocaleTimeString()}`;
     } else if (answer.status !== 204) news.textContent = await answer.text();
-    if (page.gradients.runs.every((run) => run.finished)) { news.textContent = "the run is finished"; return; }
   } catch {
     news.textContent = "undertow view has ended; what is here is what it told last";
     return;
   }
-  setTimeout(ask, 1000);
+  if (page.gradients.runs.every((run) => run.finished)) news.textContent = "finished";
+  else setTimeout(ask, 1000);
 }
 if (page.live) setTimeout(ask, 1000);
