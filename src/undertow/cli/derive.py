@@ -145,7 +145,13 @@ Examples:
 )
 @click.argument("expression")
 @click.option("--wrt", metavar="NAME", required=True, help="The matrix that varies.")
-@click.option("--shape", "shapes", metavar="NAME=ROWS,COLUMNS", multiple=True, help="Of each name; names or numbers.")
+@click.option(
+    "--shape",
+    "shapes",
+    metavar="NAME=ROWS,COLUMNS",
+    multiple=True,
+    help="Of each name; names or numbers, also as in X=d×k.",
+)
 @_latex
 @_seed
 @_json
