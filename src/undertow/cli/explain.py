@@ -9,6 +9,7 @@ import click
 from .photographs import (
     RULES,
     for_each,
+    ground_option,
     input_line,
     load_classifier,
     model_option,
@@ -93,6 +94,7 @@ Examples:
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
 @preprocess_option
 @output_option
+@ground_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -107,6 +109,7 @@ def explain(
     judge: bool,
     output: str | None,
     baselines: Sequence[str],
+    ground: str,
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
@@ -122,7 +125,7 @@ def explain(
     classifier = load_classifier(reference, weights, preprocess, output)
     options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
-    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
+    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge, ground=ground)
 
 
 def _baseline(classifier: "Classifier", word: str) -> Any:
@@ -174,6 +177,7 @@ def explain_all(
     *,
     then: "Callable[[ExplainedPhotograph], object]" = lambda _: None,
     with_verdicts: bool = False,
+    ground: str = "white",
 ) -> int:
     """Explain and write every photograph, and print each result; return the exit code.
 
@@ -181,6 +185,7 @@ def explain_all(
         options: of `explain_photograph`.
         then: called with each photograph's maps.
         with_verdicts: also judge each map.
+        ground: of the panels.
     """
     from rich.console import Console
 
@@ -194,7 +199,7 @@ def explain_all(
         with Console(stderr=True).status(shown(f"{path.name} ({positions[path]})")):
             explained = explain_photograph(classifier, path, **options, device=device)
             explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
-            result = write(explained, classifier, folder)
+            result = write(explained, classifier, folder, ground)
         then(explained)
         if not as_json:
             _print(explained, classifier, folder)

@@ -11,6 +11,7 @@ import click
 from .photographs import (
     RULES,
     for_each,
+    ground_option,
     input_line,
     load_classifier,
     model_option,
@@ -55,6 +56,15 @@ Examples:
 @output_option
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
+@click.option(
+    "--figure",
+    "ending",
+    type=click.Choice(("png", "svg", "pdf")),
+    default="png",
+    show_default=True,
+    help="How each verdict's picture is written.",
+)
+@ground_option
 @output_options
 def trust(
     photographs: Sequence[Path],
@@ -68,6 +78,8 @@ def trust(
     device: str,
     out: Path,
     as_json: bool,
+    ending: str,
+    ground: str,
     **options: Any,
 ) -> int:
     """Ask whether the map of each IMAGE deserves belief.
@@ -99,7 +111,7 @@ def trust(
         judged = trust_photograph(
             classifier, path, pairs=pairs, target=class_id, device=device, advance=partial(bar.advance, task), **options
         )
-        result = write(judged, classifier, folder)
+        result = write(judged, classifier, folder, ending, ground)
         if not as_json:
             print_verdicts(judged, folder, input_line(classifier))
             for note in result["notes"]:

@@ -88,20 +88,31 @@ def trust_photograph(
     return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
 
 
-def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
+def write(
+    judged: JudgedPhotograph, classifier: Classifier, folder: Path, ending: str = "png", ground: str = "white"
+) -> dict[str, Any]:
     """Write a picture for each verdict, and `verdict.json` last; return the latter's content.
+
+    Args:
+        ending: of the pictures: "png", "svg" or "pdf".
+        ground: "white", "dark" or "transparent".
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
     """
     with result_folder(folder, "verdict.json") as result:
         files, notes = [], []
         for name, verdict in judged.verdicts.items():
-            path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
+            path = folder / f"verdict-{readable(name.replace(':', '-'))}.{ending}"
             try:
-                assert verdict.values is not None  # a fresh verdict holds its map
-                files.append(save(show.figure(judged.view, verdict.values, verdict.to_dict()), path).name)
+                files.append(_draw(judged.view, verdict, path, ground))
             except FrameworkError as error:
                 notes = [str(error)]
         verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}
         result |= {**provenance(judged.path, classifier), "verdicts": verdicts, "notes": notes, "files": files}
     return result
+
+
+def _draw(view: npt.NDArray[np.uint8], verdict: Verdict, path: Path, ground: str) -> str:
+    """Write the picture of a verdict and return its file's name."""
+    assert verdict.values is not None  # a fresh verdict holds its map
+    return save(show.figure(view, verdict.values, verdict.to_dict()), path, ground=ground).name
