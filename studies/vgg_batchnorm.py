@@ -286,7 +286,7 @@ def report(title: str, folders: Sequence[Path], plot: Path | None, networks: Seq
     if plot:
         rows = [ut.Run(folder).quantiles(STEPS, of="channel_norm") for folder in folders]
         groups = dict(zip(NAMES, rows, strict=True))
-        plots.save(plots.quantile_curves(groups, title=f"The first two convolutions: {title}"), plot)
+        plots.save(plots.quantile_panels(groups, f"The first two convolutions: {title}", panels="layer"), plot)
         print(f"Drawn: {plot}\n")
 
 

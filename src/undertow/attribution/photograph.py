@@ -120,14 +120,19 @@ def _predictions(classifier: Classifier, scores: npt.NDArray[Any]) -> list[Predi
     return likeliest(scores, classifier.classes)
 
 
-def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
+def write(
+    explained: ExplainedPhotograph, classifier: Classifier, folder: Path, ground: str = "white"
+) -> dict[str, Any]:
     """Write the panel, each map as pictures and as safetensors, and `result.json` last; return the latter's content.
+
+    Args:
+        ground: of the panel: "white", "dark" or "transparent".
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
     with result_folder(folder, "result.json") as result:
         files = ["panel.png", PHOTOGRAPH]
-        write_image(draw_panel(explained, classifier), folder / "panel.png")
+        write_image(draw_panel(explained, classifier, ground), folder / "panel.png")
         write_image(explained.view, folder / PHOTOGRAPH)
         for rule, attribution in explained.maps.items():
             files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
@@ -148,21 +153,21 @@ def _in_colour(attribution: Attribution, k: int, classifier: Classifier) -> npt.
 def _write_pictures(view: npt.NDArray[np.uint8], values: npt.NDArray[Any], folder: Path, stem: str) -> list[str]:
     from PIL import Image
 
-    names = [f"{stem}-{style}.png" for style in ("magnitude", "colour", "overlay")]
-    write_image(heatmap.draw(values, "magnitude"), folder / names[0])
-    write_image(heatmap.draw(values, "colour"), folder / names[1])
-    write_image(Image.fromarray(heatmap.overlay(view, values)), folder / names[2])
-    return names
+    pictures = {style: heatmap.draw(values, style) for style in ("magnitude", "signed", "colour")}
+    pictures["overlay"] = Image.fromarray(heatmap.overlay(view, values))
+    for style, picture in pictures.items():
+        write_image(picture, folder / f"{stem}-{style}.png")
+    return [f"{stem}-{style}.png" for style in pictures]
 
 
-def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
-    """Draw one photograph's panel, a row for each target."""
+def draw_panel(explained: ExplainedPhotograph, classifier: Classifier, ground: str = "white") -> Any:
+    """Draw one photograph's panel, a row for each target and rule."""
     rows = [
         PanelRow(f"{class_id} {name}", [(_heading(a), _in_colour(a, k, classifier)) for a in explained.maps.values()])
         for k, (class_id, name, _) in enumerate(explained.targets)
     ]
     title = f"{explained.path.name}   {classifier.reference} ({classifier.weights}) sees {explained.predictions[0]}"
-    return panel(explained.view, title, rows, [*explained.notes, *_sentences(explained)])
+    return panel(explained.view, title, rows, [*explained.notes, *_sentences(explained)], ground=ground)
 
 
 def _sentences(explained: ExplainedPhotograph) -> list[str]:

@@ -86,8 +86,9 @@ class Attribution:
         Args:
             sample: position in the batch.
             target: position among a sample's targets, where there are several.
-            style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile) or "colour"
-                (a tenth of a standard deviation about mid-grey, clipped; 1 or 3 channels).
+            style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile), "signed" (their sum,
+                from blue through white at zero to red, clipped likewise) or "colour" (a tenth of a standard deviation
+                about mid-grey, clipped; 1 or 3 channels).
 
         Raises:
             InputError: the values are not those of images `(B, C, H, W)`, or there is no such sample, target or style.

@@ -9,6 +9,7 @@ import click
 from .photographs import (
     RULES,
     for_each,
+    ground_option,
     input_line,
     load_classifier,
     model_option,
@@ -95,6 +96,7 @@ Examples:
 @preprocess_option
 @output_option
 @report_option
+@ground_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -110,6 +112,7 @@ def explain(
     output: str | None,
     baselines: Sequence[str],
     page: Path | None,
+    ground: str,
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
@@ -125,7 +128,7 @@ def explain(
     classifier = load_classifier(reference, weights, preprocess, output)
     options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
-    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge, page=page)
+    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge, ground=ground, page=page)
 
 
 def _baseline(classifier: "Classifier", word: str) -> Any:
@@ -178,6 +181,7 @@ def explain_all(
     then: "Callable[[ExplainedPhotograph], object]" = lambda _: None,
     with_verdicts: bool = False,
     page: Path | None = None,
+    ground: str = "white",
 ) -> int:
     """Explain and write every photograph, and print each result; return the exit code.
 
@@ -186,6 +190,7 @@ def explain_all(
         then: called with each photograph's maps.
         with_verdicts: also judge each map.
         page: where to write one HTML page of all of them.
+        ground: of the panels.
     """
     from rich.console import Console
 
@@ -200,7 +205,7 @@ def explain_all(
         with Console(stderr=True).status(shown(f"{path.name} ({positions[path]})")):
             explained = explain_photograph(classifier, path, **options, device=device)
             explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
-            result = write(explained, classifier, folder)
+            result = write(explained, classifier, folder, ground)
         done[path] = folder
         then(explained)
         if not as_json:

@@ -11,6 +11,7 @@ import click
 from .photographs import (
     RULES,
     for_each,
+    ground_option,
     input_line,
     load_classifier,
     model_option,
@@ -57,6 +58,15 @@ Examples:
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
 @report_option
+@click.option(
+    "--figure",
+    "ending",
+    type=click.Choice(("png", "svg", "pdf")),
+    default="png",
+    show_default=True,
+    help="How each verdict's picture is written.",
+)
+@ground_option
 @output_options
 def trust(
     photographs: Sequence[Path],
@@ -71,6 +81,8 @@ def trust(
     out: Path,
     as_json: bool,
     page: Path | None,
+    ending: str,
+    ground: str,
     **options: Any,
 ) -> int:
     """Ask whether the map of each IMAGE deserves belief.
@@ -104,7 +116,7 @@ def trust(
         judged = trust_photograph(
             classifier, path, pairs=pairs, target=class_id, device=device, advance=partial(bar.advance, task), **options
         )
-        result = write(judged, classifier, folder)
+        result = write(judged, classifier, folder, ending, ground)
         done[path] = folder
         if not as_json:
             print_verdicts(judged, folder, input_line(classifier))

@@ -9,7 +9,7 @@ from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability, framework_of_input
 from ..frameworks.results import Block, Carried
 from ..show.graph import draw_blocks
-from ..show.plots import drawn
+from ..show.labels import drawn
 from .chain import Derivative, DifferentiableGraph
 from .graph import END
 from .notation import Partial, Quantity

@@ -4,7 +4,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .plots import drawn, new_figure
+from .labels import drawn
+from .plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

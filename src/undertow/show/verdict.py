@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import heatmap
-from .plots import drawn, new_figure
+from .labels import drawn
+from .plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

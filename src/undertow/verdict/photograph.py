@@ -97,21 +97,28 @@ def map_file(label: str) -> str:
     return f"map-{readable(label.replace(':', '-'))}.npy"
 
 
-def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
+def write(
+    judged: JudgedPhotograph, classifier: Classifier, folder: Path, ending: str = "png", ground: str = "white"
+) -> dict[str, Any]:
     """Write the photograph, each map, a picture of each verdict, and `verdict.json` last; return the latter's content.
+
+    Args:
+        ending: of the pictures: "png", "svg" or "pdf".
+        ground: "white", "dark" or "transparent".
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
     """
     with result_folder(folder, "verdict.json") as result:
         files, notes = [write_image(judged.view, folder / PHOTOGRAPH).name], []
         for name, verdict in judged.verdicts.items():
-            path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
+            path = folder / f"verdict-{readable(name.replace(':', '-'))}.{ending}"
             assert verdict.values is not None  # a fresh verdict holds its map
             with published(folder / map_file(name)) as aside, aside.open("wb") as file:
                 np.save(file, verdict.values, allow_pickle=False)
             files.append(map_file(name))
             try:
-                files.append(save(show.figure(judged.view, verdict.values, verdict.to_dict()), path).name)
+                figure = show.figure(judged.view, verdict.values, verdict.to_dict())
+                files.append(save(figure, path, ground=ground).name)
             except FrameworkError as error:
                 notes = [str(error)]
         verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}
