@@ -1,9 +1,10 @@
-"""Charts of the quantiles that `undertow.runs` returns; nothing here sees a model or a run."""
+"""Charts of quantiles, as `undertow.runs` returns them; nothing here sees a model or a run."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import FrameworkError, InputError, printable
 from ..files import published
@@ -11,10 +12,34 @@ from .ground import on_ground
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
-    from ..runs import SiteQuantiles
 
-Groups = Mapping[str, "Sequence[SiteQuantiles]"]
+class QuantileCurve(Protocol):
+    """The quantiles of one site, as `undertow.runs.SiteQuantiles` holds them."""
+
+    @property
+    def label(self) -> str:
+        """The site's name, with the phase where that needs telling."""
+
+    @property
+    def of(self) -> str:
+        """What they are quantiles of."""
+
+    @property
+    def phase(self) -> str:
+        """Of the gradient, of the output, or what of a parameter."""
+
+    @property
+    def q(self) -> tuple[float, ...]:
+        """Fractions in [0, 1]."""
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """For each its quantile."""
+
+
+Groups = Mapping[str, Sequence[QuantileCurve]]
 
 # Okabe and Ito's palette: distinguishable with any colour vision. Source: jfly.uni-koeln.de/color
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -114,10 +139,26 @@ def new_figure(**options: Any) -> "Figure":
         FrameworkError: matplotlib is missing.
     """
     try:
-        from matplotlib.figure import Figure
+        from .figure import NotebookFigure
     except ImportError as error:
         raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
-    return Figure(**options)
+    return NotebookFigure(**options)
+
+
+def as_image(figure: "Figure", dpi: int = 100) -> "Image":
+    """Return a figure as a Pillow picture, on white."""
+    from PIL import Image
+
+    from .figure import picture
+
+    return Image.open(io.BytesIO(picture(figure, dpi)))
+
+
+def drawn_or_saved(figure: "Figure", path: str | Path | None, ground: str = "white") -> "Figure":
+    """Return a figure, written to a path where one is given, as `save` does it."""
+    if path is not None:
+        save(figure, path, ground=ground)
+    return figure
 
 
 def drawn(text: str) -> str:
