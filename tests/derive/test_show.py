@@ -18,8 +18,8 @@ def arrows(axis) -> dict[tuple[tuple[float, float], tuple[float, float]], str]:
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_the_way_of_a_weight_is_highlighted(tmp_path, ending):
     derivative = Network.parse(EXERCISE).derivative("w[2,5]")
-    assert derivative.plot(tmp_path / f"way.{ending}").stat().st_size > 5000
-    axis = derivative.figure().axes[0]
+    axis = derivative.plot(tmp_path / f"way.{ending}").axes[0]
+    assert (tmp_path / f"way.{ending}").stat().st_size > 5000
     positions = {text.get_text().strip("$"): text.get_position() for text in axis.texts}
     colours_of = arrows(axis)
     colour = {
@@ -36,7 +36,7 @@ def test_the_way_of_a_weight_is_highlighted(tmp_path, ending):
 
 def test_every_edge_leads_to_the_right_and_no_two_nodes_meet():
     for text in (EXERCISE, "x1>n1 n1>n2 n2>n3 x2>n3 n1>n3 n3>n4 n1>n4", "n1>n2 x1>n3 n2>n3"):
-        axis = Network.parse(text).derivative("n2").figure().axes[0]
+        axis = Network.parse(text).derivative("n2").plot().axes[0]
         assert all(start[0] < end[0] for start, end in arrows(axis))
         nodes = [t.get_position() for t in axis.texts if t.get_bbox_patch() and t.get_bbox_patch().get_linewidth() > 1]
         assert len(set(nodes)) == len(nodes)
@@ -46,10 +46,9 @@ def test_line_width_is_the_gradient_that_an_edge_carries(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
     blocks = from_model(model, torch.randn(2, 3))
     derivative = blocks.derivative("1")
-    path = derivative.plot(tmp_path / "blocks.png", title="a title")
-    with Image.open(path) as picture:
+    axis = derivative.plot(tmp_path / "blocks.png", title="a title").axes[0]
+    with Image.open(tmp_path / "blocks.png") as picture:
         assert picture.width > 400
-    axis = derivative.figure("a title").axes[0]
     norms = [edge.norm for edge in blocks.edges]
     widths = {round(p.get_path().vertices[0][1]): p.get_linewidth() for p in axis.patches}
     assert max(norms) / min(norms) < 100

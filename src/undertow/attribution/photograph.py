@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .. import images
 from ..classifier import Classifier
+from ..display import ShownFields
 from ..errors import ModelError, UndertowWarning
 from ..files import readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
@@ -26,8 +27,8 @@ from .result import Attribution
 ALIKE = 0.9  # correlation from which maps of different classes are said to be nearly the same
 
 
-@dataclass(frozen=True)
-class ExplainedPhotograph:
+@dataclass(frozen=True, repr=False)
+class ExplainedPhotograph(ShownFields):
     """The predictions and maps of one photograph.
 
     Attributes:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..display import Part, ShownFormula
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability
 from . import matrices as m
@@ -29,8 +30,8 @@ _DIMENSION = re.compile(r"[1-9][0-9]{0,8}|[A-Za-z]\w*")
 _TIMES = re.compile(r"(\w+)\s*×\s*(\w+)|([a-zA-Z]\w?|\d+)\s*x\s*([a-zA-Z]\w?|\d+)")  # d×k, dxk, 3 x 1; not "max"
 
 
-@dataclass(frozen=True, eq=False)
-class Directional:
+@dataclass(frozen=True, eq=False, repr=False)
+class Directional(ShownFormula):
     """D f(X)[H]: the directional derivative of a matrix expression f at X along H, linear in H.
 
     Attributes:
@@ -88,6 +89,13 @@ class Directional:
                 sentences += _remark(expr)
                 stack.extend(reversed(expr.operands))
         return tuple(dict.fromkeys(sentences))
+
+    def _parts(self) -> Iterator[Part]:
+        yield self.text
+        (rows, columns), direction = self.result_shape, self.direction_shape
+        name = self.direction.payload
+        yield f"  {name} ∈ ℝ^{{{direction[0]}×{direction[1]}}}, the result ∈ ℝ^{{{rows}×{columns}}}"
+        yield from (f"  {remark}" for remark in self.remarks)
 
     @property
     def _is_explicit(self) -> bool:

@@ -58,8 +58,9 @@ def draw_network(
         axis.text(x, y, f"${labels[node]}$", ha="center", va="center", fontsize=12, color=INK, bbox=style, zorder=3)
     axis.set_xlim(-0.45, columns - 0.55)
     axis.set_ylim(-rows / 2 - 0.15, rows / 2)
-    label = "orange: what the gradient passes on its way back from E; blue: where the quantity itself comes in"
-    axis.text(0, 0, label, transform=axis.transAxes, fontsize=8, color=GREY)
+    if carrying_nodes:
+        label = "orange: what the gradient passes on its way back from E; blue: where the quantity itself comes in"
+        axis.text(0, 0, label, transform=axis.transAxes, fontsize=8, color=GREY)
     return figure
 
 

@@ -1,9 +1,10 @@
-"""Charts of the quantiles that `undertow.runs` returns; nothing here sees a model or a run."""
+"""Charts of quantiles, as `undertow.runs` returns them; nothing here sees a model or a run."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import FrameworkError, InputError, did_you_mean
 from ..files import published
@@ -12,11 +13,39 @@ from .labels import digits, drawn, fitted, told_apart, width_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
-    from ..runs import SiteQuantiles
 
-Groups = Mapping[str, "Sequence[SiteQuantiles]"]
-Curves = Mapping[str, "SiteQuantiles | None"]
+class QuantileCurve(Protocol):
+    """The quantiles of one site, as `undertow.runs.QuantileCurve` holds them."""
+
+    @property
+    def label(self) -> str:
+        """The site's name, with the phase where that needs telling."""
+
+    @property
+    def of(self) -> str:
+        """What they are quantiles of."""
+
+    @property
+    def phase(self) -> str:
+        """Of the gradient, of the output, or what of a parameter."""
+
+    @property
+    def q(self) -> tuple[float, ...]:
+        """Fractions in [0, 1]."""
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """For each its quantile."""
+
+    @property
+    def by(self) -> Mapping[str, Any]:
+        """Further columns that tell this group from others."""
+
+
+Groups = Mapping[str, Sequence[QuantileCurve]]
+Curves = Mapping[str, "QuantileCurve | None"]
 
 PANELS = ("quantile", "layer")
 MAX_QUANTILES = 6  # with more of them, panels are by layer unless asked otherwise
@@ -166,11 +195,28 @@ def new_figure(**options: Any) -> "Figure":
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+
+        from .figure import NotebookFigure
     except ImportError as error:
         raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
-    figure = Figure(**options)
+    figure = NotebookFigure(**options)
     FigureCanvasAgg(figure)  # else figure.canvas.draw() lays nothing out
+    return figure
+
+
+def as_image(figure: "Figure", dpi: int = 100) -> "Image":
+    """Return a figure as a Pillow picture, on white."""
+    from PIL import Image
+
+    from .figure import picture
+
+    return Image.open(io.BytesIO(picture(figure, dpi)))
+
+
+def drawn_or_saved(figure: "Figure", path: str | Path | None, ground: str = "white") -> "Figure":
+    """Return a figure, written to a path where one is given, as `save` does it."""
+    if path is not None:
+        save(figure, path, ground=ground)
     return figure
 
 
@@ -197,7 +243,7 @@ def _site_names(groups: Groups) -> list[str]:
     return [" / ".join(dict.fromkeys(_site_name(row) for row in rows)) for rows in at]
 
 
-def _site_name(row: "SiteQuantiles") -> str:
+def _site_name(row: "QuantileCurve") -> str:
     return ", ".join([row.label, *(f"{column} {value}" for column, value in row.by.items())])
 
 
@@ -227,7 +273,7 @@ def _remarks(curves: Curves, room: float) -> list[str]:
     return [*lines, *(fitted(f"one curve: {', '.join(labels)}", room, _TEXT + 1) for labels in together)]
 
 
-def _one_curve(row: "SiteQuantiles", other: "SiteQuantiles") -> bool:
+def _one_curve(row: "QuantileCurve", other: "QuantileCurve") -> bool:
     return all(math.isclose(a, b, rel_tol=_SAME) for a, b in zip(row.values, other.values, strict=True))
 
 

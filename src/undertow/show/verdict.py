@@ -25,11 +25,11 @@ QUESTIONS = {
 FAINT = "#5A5A62"
 
 
-def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str, Any]) -> "Figure":
+def figure(photograph: heatmap.Pixels | None, values: heatmap.Map, verdict: Mapping[str, Any]) -> "Figure":
     """Draw a verdict.
 
     Args:
-        photograph: `(H, W, 3)` uint8, the network's input.
+        photograph: `(H, W, 3)` uint8, the network's input; None is left out.
         values: the judged map, `(C, H, W)`.
         verdict: as plain data, as its JSON file holds it.
 
@@ -44,6 +44,8 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
     )
     grid = figure.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
     for i, (name, pixels) in enumerate({"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()):
+        if pixels is None:
+            continue
         axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
         axis.imshow(np.asarray(pixels))
         axis.set_title(name, fontsize=10, color=FAINT)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .. import images
 from ..classifier import Classifier
+from ..display import ShownFields
 from ..errors import FrameworkError
 from ..files import published, readable
 from ..photographs import PHOTOGRAPH, provenance, result_folder, write_image
@@ -20,8 +21,8 @@ from .result import Verdict
 from .trust import trust
 
 
-@dataclass(frozen=True)
-class JudgedPhotograph:
+@dataclass(frozen=True, repr=False)
+class JudgedPhotograph(ShownFields):
     """The verdicts on one photograph's maps.
 
     Attributes:
