@@ -23,7 +23,7 @@ def of_blocks(blocks: Blocks, trace: Trace | None = None, title: str = "") -> di
     ]
     nodes.append({"name": END, "kind": "objective", "gradient": None, "trace": []})
     edges = [{"source": e.source, "target": e.target, "norm": _finite(e.norm)} for e in blocks.edges]
-    return {"title": title, "nodes": nodes, "edges": edges, "of": "the ℓ2 norm of the gradient that it carries"}
+    return {"title": title, "run": None, "nodes": nodes, "edges": edges, "of": "the ℓ2 norm of the gradient that it carries"}
 
 
 def _trace_of(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -61,7 +61,8 @@ def of_run(run: Run) -> dict[str, Any] | None:
         if reader in names or reader < 0
     ]
     of = "the ℓ2 norm of the gradient at the output that it leaves"
-    return {"title": run.folder.resolve().name, "nodes": nodes, "edges": edges, "of": of}
+    name = run.folder.resolve().name
+    return {"title": name, "run": name, "nodes": nodes, "edges": edges, "of": of}
 
 
 def _name(row: Mapping[str, Any]) -> str:

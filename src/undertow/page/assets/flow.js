@@ -29,7 +29,8 @@ function network(graph) {
     el("text", { class: "small", x: left + 0.75 * by + 8, y: (from + to) / 2 + 4 }, short(edge.norm)));
   }
   const marks = new Map();
-  for (const run of page.gradients.runs) for (const finding of run.findings.list) for (const site of finding.sites) {
+  const own = page.gradients.runs.filter((run) => graph.run === null || run.name === graph.run);
+  for (const run of own) for (const finding of run.findings.list) for (const site of finding.sites) {
     if (place.has(site)) marks.set(site, [...(marks.get(site) ?? []), finding]);
   }
   for (const node of graph.nodes) {

@@ -17,6 +17,7 @@ function gradients(data) {
   section.append(...data.runs.map((run, i) => el("p", {}, several ? el("b", { style: { color: ink(i) } }, `■ ${run.name} `) : el("b", {}, `${run.name} `),
     `${run.batches} ${run.batches === 1 ? "batch" : "batches"}, ${run.finished ? "finished" : "not finished"}`
     + `${run.every > 1 ? `; of the course every ${run.every}th batch is shown` : ""}`)));
+  section.append(...data.contrast.map((sentence) => el("p", {}, sentence)));
   if (!labels.length) {
     section.append(el("p", {}, "Nothing that can be drawn was recorded yet."), findings(data, null));
     return section;
@@ -157,17 +158,17 @@ function layersChart(one, data, labels, state, what, choose) {
   const width = fits(one, labels.length * (several ? 10 * data.runs.length : 14));
   const bar = Math.max(3, Math.min(22, (0.6 * width) / labels.length / data.runs.length));
   const x = (last) => ({ field: "layer", type: "ordinal", sort: order, title: null, axis: last ? { labelAngle: -45, labelLimit: 180, labelOverlap: true, grid: false } : null });
-  const colour = { field: "run", type: "nominal", scale: { domain: runs, range: runs.map((_, i) => ink(i)) }, legend: several ? { title: null, orient: "top" } : null };
+  const colour = { field: "run", type: "nominal", scale: { domain: runs, range: runs.map((_, i) => ink(i)) } };
   const offset = several ? { xOffset: { field: "run", type: "nominal", sort: runs } } : {};
   const tooltip = [{ field: "layer" }, { field: "run" }, { field: "median" }, { field: "range", title: "5 to 95 %" }, { field: "zero", title: "exactly zero" }];
-  const common = (last, y, opacity = 1) => ({ x: x(last), ...offset, color: colour, tooltip, y, opacity: { condition: { test: "datum.layer === chosen", value: opacity }, value: 0.75 * opacity } });
+  const common = (last, y, opacity = 1, legend = null) => ({ x: x(last), ...offset, color: { ...colour, legend }, tooltip, y, opacity: { condition: { test: "datum.layer === chosen", value: opacity }, value: 0.75 * opacity } });
   const y = (field) => ({ field, type: "quantitative", title: what, ...size });
   const zeros = rows.some((row) => row.zeros !== null);
   const bands = {
     width, height: 260, data: { values: rows },
     layer: [
       { mark: { type: "rule", strokeWidth: 2 }, encoding: { ...common(!zeros, y("q0")), y2: { field: "q4" } } },
-      { mark: { type: "bar", size: bar, cornerRadius: 1 }, encoding: { ...common(!zeros, y("q1"), 0.8), y2: { field: "q3" } } },
+      { mark: { type: "bar", size: bar, cornerRadius: 1 }, encoding: { ...common(!zeros, y("q1"), 0.8, several ? { title: null, orient: "top" } : null), y2: { field: "q3" } } },
       { mark: { type: "tick", thickness: 3, size: bar + 4, color: dark() ? "#fff" : "#000" }, encoding: { x: x(!zeros), ...offset, y: y("q2"), tooltip } },
       ...(pins.length ? [{
         data: { values: pins }, mark: { type: "point", filled: true, size: 90, yOffset: -6 },
@@ -175,7 +176,6 @@ function layersChart(one, data, labels, state, what, choose) {
           color: { value: dark() ? "#f0b355" : "#8a5300" }, tooltip: [{ field: "layer" }, { field: "finding" }, { field: "severity" }] },
       }] : []),
     ],
-    resolve: { scale: { color: "independent" } },
   };
   const below = {
     width, height: 90, data: { values: rows.filter((row) => row.zeros !== null) },
@@ -254,7 +254,7 @@ async function histogramCharts(charts, data, label, runs, colour, width) {
     },
   } : null);
   await draw(charts.octaves, `${label.label}: histogram over time`, cells.length ? {
-    data: { values: cells }, facet: several ? { row: { field: "run", type: "nominal", title: null } } : undefined,
+    data: { values: cells }, facet: several ? { row: { field: "run", type: "nominal", title: null, sort: runs } } : undefined,
     ...((spec) => (several ? { spec } : spec))({
       width, height: 180, mark: { type: "rect" },
       encoding: {
