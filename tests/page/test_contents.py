@@ -12,6 +12,7 @@ from torch import nn
 
 import undertow as ut
 from undertow.page import contents
+from undertow.page.explanations import cards_of_attribution, merged
 from undertow.page.packing import PackedArrays
 
 
@@ -142,3 +143,23 @@ def test_a_damaged_folder_is_named(tmp_path, monkeypatch):
         (tmp_path / "x" / "result.json").write_text(text)
         with pytest.raises(ut.InputError, match=r"result\.json is not as undertow writes it"):
             ut.report(tmp_path / "x", path=tmp_path / "p.html")
+
+
+def test_rules_estimators_and_verdicts_of_one_photograph_stand_in_one_place(tmp_path):
+    classifier = ut.load("demo")
+    cat = ut.images.demo_photographs()["chelsea"]
+    x = classifier.prepare(cat)
+    view = classifier.preprocessing.view(ut.images.read(cat))
+    cards = [
+        {**card, "name": "cat.png", "photograph": view, "made": {"weights_sha256": "0" * 64}}
+        for options in ({"rule": "guided", "target": [[285, 281]]}, {"rule": "gradient", "target": 281})
+        for card in cards_of_attribution(ut.explain(classifier.module, x, **options), classifier.classes)
+    ]
+    other = {**cards[0], "made": {"weights_sha256": "1" * 64}}
+    joined, alone = merged([*cards, cards[0], other])
+    assert [(one["key"], joined["targets"][one["target"]]["name"]) for one in joined["maps"]] == [
+        ("guided", "Egyptian cat"),
+        ("guided", "tabby"),
+        ("gradient", "tabby"),
+    ]
+    assert len(alone["maps"]) == 2

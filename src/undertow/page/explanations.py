@@ -202,8 +202,30 @@ def card_of_verdict(verdict: Verdict) -> dict[str, Any]:
     return _card(verdict.target_name, _targets({"": plain}), maps, made, verdicts={"": plain})
 
 
+def merged(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the cards of one photograph and one network, so that their rules and estimators stand in one place.
+
+    A map of the same rule, estimator and class is kept once, the first; a verdict likewise.
+    """
+    by_photograph: dict[Any, dict[str, Any]] = {}
+    for card in cards:
+        pixels = None if card["photograph"] is None else card["photograph"].tobytes()
+        key = id(card) if pixels is None else (card["name"], pixels, card["made"].get("weights_sha256"))
+        first = by_photograph.setdefault(key, {**card, "targets": [], "maps": [], "notes": [], "verdicts": {}})
+        first["predictions"] = first["predictions"] or card["predictions"]
+        first["targets"] += [t for t in card["targets"] if t["class"] not in [s["class"] for s in first["targets"]]]
+        first["notes"] += [note for note in card["notes"] if note not in first["notes"]]
+        first["verdicts"] = card["verdicts"] | first["verdicts"]
+        classes = [target["class"] for target in first["targets"]]
+        had = {(one["key"], one["target"]) for one in first["maps"]}
+        maps = [{**one, "target": classes.index(card["targets"][one["target"]]["class"])} for one in card["maps"]]
+        first["maps"] += [one for one in maps if (one["key"], one["target"]) not in had]
+    return list(by_photograph.values())
+
+
 def section(cards: Sequence[dict[str, Any]], arrays: PackedArrays) -> dict[str, Any]:
     """Return all cards, as the page's script reads them."""
+    cards = merged(cards)
     in_colour = sum(len(card["maps"]) for card in cards) <= MAX_IN_COLOUR
     return {
         "in_colour": in_colour,
