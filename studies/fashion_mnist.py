@@ -321,7 +321,8 @@ def report(args: argparse.Namespace, correct: float) -> int:
     if args.plot:
         others = {other.manifest["model"]["reference"]: other for other in map(ut.Run, args.beside)}
         groups = {label(args): rows} | {name: other.quantiles(QUANTILES) for name, other in others.items()}
-        plots.bars(groups, list(QUANTILES), args.plot, title="|gradient| at each layer's output, Fashion-MNIST")
+        figure = plots.quantile_panels(groups, title="|gradient| at each layer's output, Fashion-MNIST")
+        plots.save(figure, args.plot)
         print(f"Drawn: {args.plot}\n")
     if not args.keep:
         return 0

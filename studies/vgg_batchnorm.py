@@ -299,7 +299,8 @@ def report(title: str, folders: Sequence[Path], plot: Path | None, networks: Seq
         print(f"{shared}\n")
     if plot:
         rows = [ut.Run(folder).quantiles(STEPS, of="channel_norm") for folder in folders]
-        plots.quantile_curves(dict(zip(NAMES, rows, strict=True)), plot, title=f"The first two convolutions: {title}")
+        groups = dict(zip(NAMES, rows, strict=True))
+        plots.save(plots.quantile_panels(groups, f"The first two convolutions: {title}", panels="layer"), plot)
         print(f"Drawn: {plot}\n")
 
 

@@ -25,6 +25,8 @@ from .errors import TargetError as TargetError
 from .errors import UndertowError as UndertowError
 from .errors import UndertowWarning as UndertowWarning
 from .models import load as load
+from .page import Text as Text
+from .page import report as report
 from .recording import Recording as Recording
 from .recording import Schedule as Schedule
 from .recording import Trace as Trace

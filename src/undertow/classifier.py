@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from .display import Part, ShownItem, ShownTable, brief
 from .errors import FrameworkError, PhotographError, TargetError, did_you_mean, printable
 from .frameworks.base import capability, framework_of_model
 from .images import Photograph, Preprocessing, read
@@ -20,8 +21,8 @@ from .scales import Scaling
 RANDOM = "random (seed 0)"
 
 
-@dataclass(frozen=True)
-class Classifier:
+@dataclass(frozen=True, repr=False)
+class Classifier(ShownItem):
     """A network that scores classes, with what is needed to give it a photograph and to name its classes.
 
     Args:
@@ -49,6 +50,18 @@ class Classifier:
     preprocessing_from: str = "given with the network"
     guessed: bool = False
     output: str | int | None = None
+
+    def _parts(self) -> Iterator[Part]:
+        kind = type(self.module).__name__
+        yield f"Classifier {self.reference}: {kind}, {len(self.classes):,} classes, weights {self.weights}"
+        rows = [
+            ("input", brief(self.preprocessing.to_dict())),
+            ("said by", self.preprocessing_from + ", a guess" * self.guessed),
+            ("classes", brief(self.classes)),
+            ("output", brief(self.output)),
+            ("weights' SHA-256", self.weights_sha256[:16]),
+        ]
+        yield ShownTable(("", ""), [(name, text) for name, text in rows if text], len(rows))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, _imaging
 
+from .display import Part, ShownItem, ShownTable, brief, counted
 from .errors import FrameworkError, InputError, ModelError, PhotographError, one_line, printable
 
 MAX_PIXELS = 178_956_970
@@ -192,7 +193,7 @@ class Preparation(Protocol):
     def channels_last(self) -> bool: ...
 
 
-class Folder:
+class Folder(ShownItem):
     """The photographs of a folder, each read when it is asked for: `folder[i]` is `(array, label, name)`.
 
     The array is float32, prepared for a network: `(3, H, W)`, or `(H, W, 3)` for a Keras classifier. The label is the
@@ -237,6 +238,10 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def _parts(self) -> Iterator[Part]:
+        yield f"Folder {str(self.path)!r}: {counted(len(self), 'photograph')}, {len(self.classes):,} classes"
+        yield ShownTable(("", ""), [("names", brief(self.names)), ("classes", brief(self.classes))], 2)
 
     def __getitem__(self, index: int) -> tuple[Any, int, str]:
         name = self.names[index]

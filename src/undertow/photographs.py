@@ -12,6 +12,8 @@ from .classifier import Classifier
 from .files import clear_asides, published, sync_folder, to_json
 from .frameworks.base import capability, framework_of_model
 
+PHOTOGRAPH = "photograph.png"
+"""In the folder of a result: the photograph as the network's input shows it."""
 _MODULES = {"pillow": "PIL"}
 _DISTRIBUTIONS = {
     name: (name,) for name in ("undertow", "torch", "torchvision", "timm", "keras", "numpy", "pillow")
@@ -40,6 +42,15 @@ def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:
         "preprocessing": classifier.preprocessing.to_dict(),
         "preprocessing_from": classifier.preprocessing_from,
     }
+
+
+def write_image(image: Any, path: Path) -> Path:
+    """Write a Pillow image, or `(H, W, 3)` uint8, as PNG; whole or not at all."""
+    from PIL import Image
+
+    with published(path) as aside:
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(aside, format="PNG")
+    return path
 
 
 def versions() -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .display import Rows
 from .errors import InputError, did_you_mean
 from .frameworks.base import NamedModule, NamedParameter, Recorder, capability, framework_of
 
@@ -165,8 +166,8 @@ def select(
     kind: str | None = None,
     name: str | None = None,
     example: Any = None,
-) -> list[Site]:
-    """Choose places of a network.
+) -> Rows[Site]:
+    """Choose places of a network. Returns a list, which shows itself as a table.
 
     With an `example` the network runs once, without gradients, and is as before afterwards: sites come in the order
     in which they first gave an output, and slices follow it. Without one, order and slices are those of definition,
@@ -207,7 +208,7 @@ def select(
     by_name = {module.name: module for module in modules}
     shapes = {parameter.name: tuple(parameter.parameter.shape) for parameter in parameters}
     described = [Site(name, PARAMETER, "Parameter", shapes[name]) for name in of_parameters]
-    return [_site(by_name[name], visits) for name in names] + described
+    return Rows([_site(by_name[name], visits) for name in names] + described)
 
 
 def _in_all(several: Sequence[Sequence[str]]) -> list[str]:

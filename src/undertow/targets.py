@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .display import ShownFields
 from .errors import TargetError
 
 
-class Target:
+class Target(ShownFields):
     """What is explained where it is no class."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Region(Target):
     """The sum of a class's scores over a region; see `where`."""
 
@@ -46,7 +47,7 @@ class Region(Target):
         return weights
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Token(Target):
     """A class target at one position of `(B, positions, classes)` scores; see `token`."""
 
@@ -54,7 +55,7 @@ class Token(Target):
     position: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Unit(Target):
     """A unit inside the network; see `unit`."""
 
@@ -64,7 +65,7 @@ class Unit(Target):
     axis: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Box(Target):
     """A box that a detector keeps; see `box`."""
 

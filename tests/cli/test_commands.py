@@ -102,11 +102,14 @@ def test_the_files_hold_what_the_library_gives(capfd, tmp_path, cat):
         a = ut.explain(classifier.module, x, rule=rule, target=[[282, 285]])
         saved = load_file(tmp_path / "chelsea" / f"{rule}.safetensors")
         assert np.array_equal(saved["values"], a.numpy())
-        with Image.open(tmp_path / "chelsea" / f"{rule}-285-magnitude.png") as picture:
-            assert np.array_equal(np.asarray(picture), np.asarray(a.image(0, 1)))
+        for style in ("magnitude", "signed", "colour"):
+            with Image.open(tmp_path / "chelsea" / f"{rule}-285-{style}.png") as picture:
+                assert np.array_equal(np.asarray(picture), np.asarray(a.image(0, 1, style)))
+        assert {f"{rule}-282-overlay.png", f"{rule}-285-signed.png"} <= set(result["files"])
     assert result["weights_sha256"] == classifier.weights_sha256
     with Image.open(tmp_path / "chelsea" / "panel.png") as panel:
-        assert panel.width > 1500
+        assert panel.width > 1000
+        assert panel.height > 6 * 224  # three rules for two classes
 
 
 def test_what_cannot_be_done_is_named_and_the_others_are_done(capfd, tmp_path, cat, tiny):

@@ -24,7 +24,7 @@ from undertow.cli.errors import error_line
 from undertow.errors import InputError, ModelError, UndertowError, printable
 from undertow.files import to_json
 from undertow.runs import Run
-from undertow.show.plots import quantile_curves
+from undertow.show.plots import quantile_panels, save
 
 NASTY = ["[red]apple[/red]", "[/bold] pear", "\x1b[31mred", "two\nlines", "\udcff\x9b1m", ":smile: $x$ $", "猫 a"]
 NETS = """
@@ -234,9 +234,8 @@ def test_only_the_gate_prints():
 def test_names_in_charts_are_no_formulas(tmp_path):
     run = Run(small_run(tmp_path / "run"))
     for name in NASTY[:-1]:  # the font has no 猫
-        assert quantile_curves(
-            {name: run.quantiles([0.1, 0.5]), f"_{name}": run.quantiles([0.1, 0.5])}, tmp_path / "a.png", title=name
-        ).exists()
+        groups = {name: run.quantiles([0.1, 0.5]), f"_{name}": run.quantiles([0.1, 0.5])}
+        assert save(quantile_panels(groups, title=name), tmp_path / "a.png").exists()
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder that refuses everybody")

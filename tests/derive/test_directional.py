@@ -332,6 +332,25 @@ def test_what_is_wrong_is_said_in_one_line_with_its_place(text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "shape"),
+    [
+        ("nxk", ("n", "k")),
+        ("n × k", ("n", "k")),
+        ("4x1", (4, 1)),
+        ("d1 x d2", ("d1", "d2")),
+        ("rows×cols", ("rows", "cols")),
+    ],
+)
+def test_a_shape_is_read_as_it_is_printed(written, shape):
+    assert directional("X", "X", {"X": written}).direction_shape == shape
+
+
+def test_a_side_may_have_an_x_in_its_name():
+    assert directional("X", "X", {"X": "max"}).direction_shape == ("max", 1)
+    assert directional("X", "X", {"X": "x,index"}).direction_shape == ("x", "index")
+
+
 def test_shapes_that_are_none_are_said():
     for shapes, message in (
         ({"X": "d,d,d"}, "rows and columns"),

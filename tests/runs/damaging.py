@@ -69,4 +69,6 @@ def answers(folder):
     manifest = {key: value for key, value in run.manifest.items() if key not in ("sha256", "created")}
     tables = {name: run.table(name).to_pydict() for name in run.tables}
     tensors = [(row["file"], values.tobytes()) for row, values in run.tensors()]
-    return repr((manifest, tables, tensors, run.quantiles([0.1, 0.5, 0.9]), run.sites, run.finished))
+    return repr(
+        (manifest, tables, tensors, [q.to_dict() for q in run.quantiles([0.1, 0.5, 0.9])], run.sites, run.finished)
+    )

@@ -40,6 +40,7 @@ def test_a_gradient_of_plain_autograd_is_drawn():
 def test_every_form_of_a_map_gives_the_same_picture(given):
     assert np.array_equal(pixels(draw(given)), own_magnitude(VALUES))
     assert np.array_equal(pixels(draw(given, "colour")), heatmap.colour(VALUES))
+    assert np.array_equal(pixels(draw(given, "signed")), heatmap.diverging(heatmap.signed(VALUES)))
 
 
 def test_channels_may_be_last_and_there_may_be_none():

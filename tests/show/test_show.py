@@ -48,6 +48,30 @@ def test_heat_gets_lighter_all_the_way():
     assert (np.diff(lightness) > 0).all()
 
 
+def test_signed_is_the_sum_over_channels_and_zero_is_the_neutral_middle():
+    values = RNG.normal(0, 1, (3, 40, 40))
+    values[:, 5, 5] = 40.0, 1.0, -41.0
+    values[:, 6, 6] = -30.0
+    total = values[0] + values[1] + values[2]
+    top = np.quantile(np.abs(total), 0.99)
+    assert np.allclose(heatmap.signed(values), np.clip(total / top, -1, 1))
+    assert heatmap.limit(values, "signed") == pytest.approx(top)
+    assert np.allclose(heatmap.signed(-values), -heatmap.signed(values))
+    picture = np.asarray(heatmap.draw(values, "signed")).astype(int)
+    assert picture[5, 5].tolist() == [247, 247, 247]
+    red, _, blue = np.moveaxis(picture, 2, 0)
+    assert (red[total > 0.05 * top] > blue[total > 0.05 * top]).all()
+    assert (red[total < -0.05 * top] < blue[total < -0.05 * top]).all()
+    assert np.unique(np.asarray(heatmap.draw(np.zeros((3, 4, 4)), "signed"))).tolist() == [247]
+
+
+def test_a_signed_scale_is_as_light_on_both_sides_and_lightest_in_its_middle():
+    steps = np.linspace(-1, 1, 65)
+    lightness = heatmap.diverging(steps[None]).astype(float)[0] @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) > 0).tolist() == [True] * 32 + [False] * 32
+    assert np.abs(lightness - lightness[::-1]).max() < 40
+
+
 def test_overlay_shows_the_photograph_where_the_map_is_silent():
     photograph = RNG.integers(0, 255, (6, 6, 3), dtype=np.uint8)
     values = np.zeros((3, 6, 6))
@@ -55,6 +79,19 @@ def test_overlay_shows_the_photograph_where_the_map_is_silent():
     mixed = heatmap.overlay(photograph, values)
     assert np.allclose(mixed[0, 0], photograph[0, 0].mean() * 0.6, atol=1)
     assert mixed[2, 2].tolist() == heatmap.heat(np.array([[1.0]]))[0, 0].tolist()
+
+
+def test_a_dense_map_leaves_the_photograph_visible():
+    photograph = RNG.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    for values in (np.exp(-(x**2 + y**2)), np.ones((32, 32)), 1 + 0.1 * x):
+        mixed = heatmap.overlay(photograph, values[None]).astype(float)
+        without = heatmap.overlay(np.zeros_like(photograph), values[None])
+        share = (mixed - without).mean(2) / photograph.mean(2)
+        assert share.min() > 0.3
+        assert np.corrcoef(mixed.mean(2).ravel(), photograph.mean(2).ravel())[0, 1] > 0.6
+    strongest = heatmap.overlay(np.zeros_like(photograph), np.exp(-(x**2 + y**2))[None]).sum(2)
+    assert strongest[16, 16] > 2 * strongest[0, 0]
 
 
 def test_wrong_shapes_and_styles_are_said():
@@ -65,11 +102,45 @@ def test_wrong_shapes_and_styles_are_said():
         heatmap.draw(np.zeros((3, 2, 2)), "color")
 
 
+def pixels_of(photograph, image) -> int:
+    """How often the photograph stands in a picture, unchanged."""
+    pixels = np.asarray(image)[..., :3]
+    height, width = photograph.shape[:2]
+    corners = np.argwhere((pixels == photograph[0, 0]).all(2))
+    return sum(np.array_equal(pixels[y : y + height, x : x + width], photograph) for y, x in corners)
+
+
+@pytest.mark.parametrize("ground", ["white", "dark", "transparent"])
+def test_the_photograph_stands_once_in_a_panel_of_any_rows(ground):
+    photograph = RNG.integers(0, 255, (TILE, TILE, 3), dtype=np.uint8)
+    values = RNG.normal(0, 1, (3, TILE, TILE))
+    for rows in ([("cat", ["guided"])], [("cat", ["gradient", "guided"]), ("dog", ["gradient", "guided"])]):
+        drawn = panel(
+            photograph, "title", [PanelRow(n, [(rule, values) for rule in rules]) for n, rules in rows], ground=ground
+        )
+        assert pixels_of(photograph, drawn) == 1
+        corner = drawn.convert("RGBA").getpixel((0, 0))
+        assert corner == {"white": (255,) * 4, "dark": (24, 24, 24, 255), "transparent": (255, 255, 255, 0)}[ground]
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 300, 200), (5, 20, 20)])
-def test_a_panel_has_a_row_for_each_target_and_two_tiles_for_each_rule(shape):
+def test_a_panel_has_a_row_for_each_target_and_rule(shape):
     values = RNG.normal(0, 1, shape)
     photograph = RNG.integers(0, 255, (*shape[1:], 3), dtype=np.uint8)
-    one = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])])
-    two = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])] * 2, ["a note"])
-    assert one.width == two.width == GAP + 5 * (TILE + GAP)
+    one = panel(photograph, "title", [PanelRow("cat", [("gradient", values)])])
+    two = panel(photograph, "title", [PanelRow("cat", [("gradient", values), ("guided", values)])])
+    four = panel(
+        photograph, "t" * 900, [PanelRow("c" * 900, [("g" * 900, values), ("guided", values)])] * 2, ["a note"]
+    )
+    assert one.width == two.width == four.width == GAP + 5 * (TILE + GAP)
     assert two.height > one.height + TILE
+    assert four.height > two.height + 2 * TILE
+
+
+def test_a_map_of_zeros_has_a_panel_and_an_unknown_ground_none():
+    photograph = RNG.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+    rows = [PanelRow("cat", [("gradient", np.zeros((3, 20, 20)))])]
+    assert panel(photograph, "title", rows).height > TILE
+    assert heatmap.limit(np.zeros((3, 2, 2)), "signed") == 0
+    with pytest.raises(ut.InputError, match="did you mean dark"):
+        panel(photograph, "title", rows, ground="darker")

@@ -121,7 +121,8 @@ def explain(
         names, model, output = model, model.module, model.output if output is None else output
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
-    target = ids_of_names(target, _names(model) if names is None else names)
+    names = _names(model) if names is None else names
+    target = ids_of_names(target, names)
     arguments = arguments_of(x, model)
     request = Request(
         *(model, arguments.tensors, function, name, with_inputs(target, x), through, activations, training),
@@ -158,6 +159,7 @@ def explain(
         head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
         completeness=explanation.completeness,
         at=(at,) if isinstance(at, str) else tuple(at or ()),
+        names=_names_of(explanation.targets, names),
     )
 
 
@@ -209,6 +211,14 @@ def _names(model: Any) -> list[str] | None:
     """Return the class names that a Hugging Face model has in its configuration."""
     labels = getattr(getattr(model, "config", None), "id2label", None)
     return [str(labels[i]) for i in range(len(labels))] if isinstance(labels, Mapping) and labels else None
+
+
+def _names_of(targets: Any, names: Any) -> dict[int, str]:
+    """Return the names of the explained classes by id, as far as there are any."""
+    listed = names.classes if isinstance(names, Classifier) else names
+    if targets is None or not listed:
+        return {}
+    return {int(i): listed[i] for i in np.unique(as_numpy(targets)).tolist() if 0 <= i < len(listed)}
 
 
 def _warn_if_saturated(explanation: Explanation, head: str) -> None:

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from .. import images
 from ..classifier import Classifier
+from ..display import ShownFields
 from ..errors import ModelError, UndertowWarning
-from ..files import published, readable
+from ..files import readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
-from ..photographs import provenance, result_folder, versions
+from ..photographs import PHOTOGRAPH, provenance, result_folder, versions, write_image
 from ..show import heatmap
 from ..show.panel import PanelRow, panel
 from .explain import explain
@@ -26,8 +27,8 @@ from .result import Attribution
 ALIKE = 0.9  # correlation from which maps of different classes are said to be nearly the same
 
 
-@dataclass(frozen=True)
-class ExplainedPhotograph:
+@dataclass(frozen=True, repr=False)
+class ExplainedPhotograph(ShownFields):
     """The predictions and maps of one photograph.
 
     Attributes:
@@ -120,14 +121,20 @@ def _predictions(classifier: Classifier, scores: npt.NDArray[Any]) -> list[Predi
     return likeliest(scores, classifier.classes)
 
 
-def write(explained: ExplainedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
+def write(
+    explained: ExplainedPhotograph, classifier: Classifier, folder: Path, ground: str = "white"
+) -> dict[str, Any]:
     """Write the panel, each map as pictures and as safetensors, and `result.json` last; return the latter's content.
+
+    Args:
+        ground: of the panel: "white", "dark" or "transparent".
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
     with result_folder(folder, "result.json") as result:
-        files = ["panel.png"]
-        _write_image(draw_panel(explained, classifier), folder / "panel.png")
+        files = ["panel.png", PHOTOGRAPH]
+        write_image(draw_panel(explained, classifier, ground), folder / "panel.png")
+        write_image(explained.view, folder / PHOTOGRAPH)
         for rule, attribution in explained.maps.items():
             files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)
             for k, (class_id, _, _) in enumerate(explained.targets):
@@ -147,26 +154,21 @@ def _in_colour(attribution: Attribution, k: int, classifier: Classifier) -> npt.
 def _write_pictures(view: npt.NDArray[np.uint8], values: npt.NDArray[Any], folder: Path, stem: str) -> list[str]:
     from PIL import Image
 
-    names = [f"{stem}-{style}.png" for style in ("magnitude", "colour", "overlay")]
-    _write_image(heatmap.draw(values, "magnitude"), folder / names[0])
-    _write_image(heatmap.draw(values, "colour"), folder / names[1])
-    _write_image(Image.fromarray(heatmap.overlay(view, values)), folder / names[2])
-    return names
+    pictures = {style: heatmap.draw(values, style) for style in ("magnitude", "signed", "colour")}
+    pictures["overlay"] = Image.fromarray(heatmap.overlay(view, values))
+    for style, picture in pictures.items():
+        write_image(picture, folder / f"{stem}-{style}.png")
+    return [f"{stem}-{style}.png" for style in pictures]
 
 
-def _write_image(image: Any, path: Path) -> None:
-    with published(path) as aside:
-        image.save(aside, format="PNG")
-
-
-def draw_panel(explained: ExplainedPhotograph, classifier: Classifier) -> Any:
-    """Draw one photograph's panel, a row for each target."""
+def draw_panel(explained: ExplainedPhotograph, classifier: Classifier, ground: str = "white") -> Any:
+    """Draw one photograph's panel, a row for each target and rule."""
     rows = [
         PanelRow(f"{class_id} {name}", [(_heading(a), _in_colour(a, k, classifier)) for a in explained.maps.values()])
         for k, (class_id, name, _) in enumerate(explained.targets)
     ]
     title = f"{explained.path.name}   {classifier.reference} ({classifier.weights}) sees {explained.predictions[0]}"
-    return panel(explained.view, title, rows, [*explained.notes, *_sentences(explained)])
+    return panel(explained.view, title, rows, [*explained.notes, *_sentences(explained)], ground=ground)
 
 
 def _sentences(explained: ExplainedPhotograph) -> list[str]:

@@ -1,6 +1,7 @@
 """The result of an explanation: plain data that can be looked at, saved and loaded."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,20 +9,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..display import Part, Shown, png
 from ..errors import InputError, printable
 from ..files import published
 from ..frameworks.base import AS_IS, as_numpy
-from ..show import heatmap
+from ..show import draw, heatmap
 from ..similarity import correlation, spearman
 from ..structures import map_tensors, tensors_with_paths
+from . import parts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..images import Photograph
 
-@dataclass(frozen=True, eq=False)
-class Attribution:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Shown):
     """How each element of an input speaks for a score, and what the rule did to say so.
+
+    On the last line of a notebook's cell it shows its first maps and scores.
 
     Attributes:
         values: shape and dtype of the input, `(B, ...)`; with K targets a sample, `(B, K, ...)`; in the structure of
@@ -42,6 +49,7 @@ class Attribution:
         completeness: of integrated gradients, in the shape of `scores`: the part of the score's difference to the
             baseline that the map does not account for, (difference - sum of the map) / difference; else None.
         at: the layers whose outputs the values are of; none: the input.
+        names: of the explained classes, by id, where the model has them.
     """
 
     values: Any
@@ -60,6 +68,18 @@ class Attribution:
     head: str = AS_IS
     at: tuple[str, ...] = ()
     completeness: Any = None
+    names: dict[int, str] = field(default_factory=dict)
+
+    def _parts(self) -> Iterator[Part]:
+        yield from parts.parts(self)
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the first maps side by side, as PNG; None of maps that are no images."""
+        try:
+            image = parts.strip_of(self)
+        except Exception:  # the last line of a cell must not fail; the text says what is wrong
+            return None
+        return None if image is None else png(image)
 
     def numpy(self, channels_last: bool = False) -> Any:
         """Return `values` as NumPy, `(B, C, H, W)` or as the model has its images; `channels_last` puts C last.
@@ -86,13 +106,28 @@ class Attribution:
         Args:
             sample: position in the batch.
             target: position among a sample's targets, where there are several.
-            style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile) or "colour"
-                (a tenth of a standard deviation about mid-grey, clipped; 1 or 3 channels).
+            style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile), "signed" (their sum,
+                from blue through white at zero to red, clipped likewise) or "colour" (a tenth of a standard deviation
+                about mid-grey, clipped; 1 or 3 channels).
 
         Raises:
             InputError: the values are not those of images `(B, C, H, W)`, or there is no such sample, target or style.
         """
         return heatmap.draw(self.map(sample, target), style)
+
+    def overlay(self, photograph: "Photograph | npt.NDArray[np.uint8]", sample: int = 0, target: int = 0) -> "Image":
+        """Draw the magnitude of one map over its photograph, greyed.
+
+        Args:
+            photograph: a path, a Pillow image or uint8 `(H, W, 3)`, of the map's height and width: the part that the
+                network saw, as `classifier.preprocessing.view(image)` gives it.
+            sample, target: as `image` has them.
+
+        Raises:
+            InputError: as `image`, or a photograph of another size.
+            PhotographError: the photograph cannot be read.
+        """
+        return draw(self.map(sample, target), photograph=photograph)
 
     def map(self, sample: int = 0, target: int = 0) -> npt.NDArray[Any]:
         """Return the map of one sample, and of one of its K targets, as `(C, H, W)`, wherever the model has C.
@@ -153,7 +188,8 @@ class Attribution:
         tensors = {f"values.{path}" if path else "values": t for path, t in tensors_with_paths(self.values)}
         tensors |= {name: getattr(self, name) for name in ("targets", "scores", "completeness")}
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
-        facts = {**self.to_dict(), "channels_last": self.channels_last}
+        names = {str(class_id): name for class_id, name in self.names.items()}
+        facts = {**self.to_dict(), "channels_last": self.channels_last, "names": names}
         with published(path) as aside:
             aside.write_bytes(save(arrays, {"undertow": json.dumps(facts)}))
         return path
@@ -178,7 +214,8 @@ class Attribution:
                 facts = json.loads((file.metadata() or {})["undertow"])
             values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
             known = {field.name for field in fields(cls)} - {"values", "targets", "scores", "completeness"}
-            facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples
+            facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples, and keys are text
+            facts["names"] = {int(class_id): str(name) for class_id, name in facts.get("names", {}).items()}
             return cls(
                 values=values.get("values", values),
                 targets=arrays.get("targets"),

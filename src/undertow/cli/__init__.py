@@ -20,8 +20,10 @@ from .models import models
 from .printing import echo, echo_click_error, echo_error, nobody_reads, print_anywhere
 from .quantiles import compare, quantiles
 from .record import record, sites
+from .report import report
 from .trace import trace
 from .trust import trust
+from .view import view
 
 INTERRUPTED = 130
 
@@ -43,12 +45,30 @@ def app() -> None:
     undertow quantiles runs/a                          what they are like, layer by layer
     undertow check runs/a                              is all of it there, and as it was written
     undertow diagnose runs/a                           why gradients are zero, small or broken
+    undertow report runs/a cats/                       one HTML page of it, to look at or to mail
+    undertow view runs/a                               the same page, live, while a run is written
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     undertow derive chain "x1>n1 n1>n2" --wrt n1       the chain rule on paper, checked by numbers
     """
 
 
-for command in (demo, explain, trust, models, sites, record, quantiles, compare, check, diagnose, trace, derive):
+COMMANDS = (
+    demo,
+    explain,
+    trust,
+    models,
+    sites,
+    record,
+    quantiles,
+    compare,
+    check,
+    diagnose,
+    report,
+    view,
+    trace,
+    derive,
+)
+for command in COMMANDS:
     app.add_command(command)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .photographs import input_line, load_classifier, preprocess_option
+from .photographs import ground_option, input_line, load_classifier, preprocess_option
 from .printing import echo, print_json
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ Examples:
 @click.option("--expand", is_flag=True, help="Also print the sum over all paths.")
 @_latex
 @_plot
+@ground_option
 @_seed
 @_json
 def chain(
@@ -64,6 +65,7 @@ def chain(
     expand: bool,
     as_latex: bool,
     plot: Path | None,
+    ground: str,
     seed: int,
     as_json: bool,
 ) -> int:
@@ -76,7 +78,7 @@ def chain(
 
     graph = Network.parse(network)
     derivatives = [graph.derivative(name, substitute) for name in names]
-    return _print_derivatives(derivatives, *EXPRESSION_CHECK, as_latex, expand, plot, seed, as_json)
+    return _print_derivatives(derivatives, *EXPRESSION_CHECK, as_latex, expand, plot, ground, seed, as_json)
 
 
 @derive.command(
@@ -100,6 +102,7 @@ Examples:
 @click.option("--expand", is_flag=True, help="Also print the sum over all paths.")
 @_latex
 @_plot
+@ground_option
 @_seed
 @_json
 def model(
@@ -114,6 +117,7 @@ def model(
     expand: bool,
     as_latex: bool,
     plot: Path | None,
+    ground: str,
     seed: int,
     as_json: bool,
 ) -> int:
@@ -131,7 +135,7 @@ def model(
     derivatives = [blocks.derivative(name) for name in names]
     if image is not None and not as_json:
         echo(input_line(classifier))
-    return _print_derivatives(derivatives, *EDGES_CHECK, as_latex, expand, plot, seed, as_json)
+    return _print_derivatives(derivatives, *EDGES_CHECK, as_latex, expand, plot, ground, seed, as_json)
 
 
 @derive.command(
@@ -145,7 +149,13 @@ Examples:
 )
 @click.argument("expression")
 @click.option("--wrt", metavar="NAME", required=True, help="The matrix that varies.")
-@click.option("--shape", "shapes", metavar="NAME=ROWS,COLUMNS", multiple=True, help="Of each name; names or numbers.")
+@click.option(
+    "--shape",
+    "shapes",
+    metavar="NAME=ROWS,COLUMNS",
+    multiple=True,
+    help="Of each name; names or numbers, also as in X=d×k.",
+)
 @_latex
 @_seed
 @_json
@@ -187,6 +197,7 @@ def _print_derivatives(
     as_latex: bool,
     expand: bool,
     plot: Path | None,
+    ground: str,
     seed: int,
     as_json: bool,
 ) -> int:
@@ -194,7 +205,7 @@ def _print_derivatives(
     differences = [d.check(seed) for d in derivatives]
     for i, d in enumerate(derivatives):
         if plot:
-            d.plot(plot if len(derivatives) == 1 else plot.with_stem(f"{plot.stem}-{i + 1}"))
+            d.plot(plot if len(derivatives) == 1 else plot.with_stem(f"{plot.stem}-{i + 1}"), ground=ground)
     if as_json:
         rows = [_to_dict(d, difference, expand) for d, difference in zip(derivatives, differences, strict=True)]
         print_json(rows)

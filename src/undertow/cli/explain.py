@@ -9,6 +9,7 @@ import click
 from .photographs import (
     RULES,
     for_each,
+    ground_option,
     input_line,
     load_classifier,
     model_option,
@@ -19,6 +20,7 @@ from .photographs import (
     weights_option,
 )
 from .printing import print_line, print_table, shown
+from .report import report_option, write_with_network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +34,7 @@ Examples:
   undertow explain holiday/ --model demo --rule guided --target "tiger cat" --target 285
   undertow explain cat.jpg --model torchvision:vgg16 --weights vgg16.safetensors --target top:3 --json
   undertow explain scan.png --model nets.py:load --through swap
-  undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust
+  undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust --report cat.html
   undertow explain cat.jpg --model keras:ResNet50
   undertow explain scan.png --model saved/net.keras --preprocess 0..255
 """
@@ -93,6 +95,8 @@ Examples:
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
 @preprocess_option
 @output_option
+@report_option
+@ground_option
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -107,6 +111,8 @@ def explain(
     judge: bool,
     output: str | None,
     baselines: Sequence[str],
+    page: Path | None,
+    ground: str,
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
@@ -122,7 +128,7 @@ def explain(
     classifier = load_classifier(reference, weights, preprocess, output)
     options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
-    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge)
+    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge, ground=ground, page=page)
 
 
 def _baseline(classifier: "Classifier", word: str) -> Any:
@@ -174,6 +180,8 @@ def explain_all(
     *,
     then: "Callable[[ExplainedPhotograph], object]" = lambda _: None,
     with_verdicts: bool = False,
+    page: Path | None = None,
+    ground: str = "white",
 ) -> int:
     """Explain and write every photograph, and print each result; return the exit code.
 
@@ -181,6 +189,8 @@ def explain_all(
         options: of `explain_photograph`.
         then: called with each photograph's maps.
         with_verdicts: also judge each map.
+        page: where to write one HTML page of all of them.
+        ground: of the panels.
     """
     from rich.console import Console
 
@@ -188,19 +198,24 @@ def explain_all(
     from ..photographs import on_device
 
     device = on_device(classifier, device)
+    done: dict[Path, Path] = {}
     positions = {path: f"{i} of {len(photographs)}" for i, path in enumerate(photographs, 1)}
 
     def work(path: Path, folder: Path) -> dict[str, Any]:
         with Console(stderr=True).status(shown(f"{path.name} ({positions[path]})")):
             explained = explain_photograph(classifier, path, **options, device=device)
             explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
-            result = write(explained, classifier, folder)
+            result = write(explained, classifier, folder, ground)
+        done[path] = folder
         then(explained)
         if not as_json:
             _print(explained, classifier, folder)
         return result
 
-    return for_each(photographs, out, work, verb="explained", as_json=as_json)
+    code = for_each(photographs, out, work, verb="explained", as_json=as_json)
+    if page and done:
+        write_with_network(list(done.values()), page, classifier, next(iter(done)), device, quiet=as_json)
+    return code
 
 
 def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", device: str) -> "ExplainedPhotograph":

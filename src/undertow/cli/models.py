@@ -23,5 +23,5 @@ def models(word: str | None, as_json: bool) -> int:
         print_json([asdict(row) for row in rows])
         return 0
     cells = [(row.reference, row.weights, "yes" if row.offline else "no", row.why) for row in rows]
-    print_table(("reference", "weights", "offline", "why"), cells, fold=True)
+    print_table(("reference", "weights", "offline", "why"), cells)
     return 0

@@ -44,6 +44,13 @@ preprocess_option = click.option(
 output_option = click.option(
     "--output", metavar="PART", help="The part of the network's output that holds the scores, as in out, 1 or heads.1."
 )
+ground_option = click.option(
+    "--ground",
+    type=click.Choice(("white", "dark", "transparent")),
+    default="white",
+    show_default=True,
+    help="What figures are drawn on; on transparent they can be read on white and on black.",
+)
 json_option = partial(click.option, "--json", "as_json", is_flag=True)
 
 

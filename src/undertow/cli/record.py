@@ -21,6 +21,7 @@ from .photographs import (
     weights_option,
 )
 from .printing import echo, echo_error, print_json, print_table
+from .report import report_option, write_with_network
 
 _SECONDS = 10.0  # between lines of progress where stderr is no terminal
 MEASURES = ("norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
@@ -104,6 +105,7 @@ def _shape(shape: Any) -> str:
 @device_option
 @click.option("--diagnose", is_flag=True, help="Watch every 8th batch more closely, for `undertow diagnose`.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
+@report_option
 @json_option(help="Print one JSON object.")
 def record(
     folder: Path,
@@ -117,6 +119,7 @@ def record(
     resume: bool,
     as_json: bool,
     limit: int | None,
+    page: Path | None,
     **options: Any,
 ) -> int:
     """Record the gradients at SITES for every photograph of FOLDER, each image's own, into the run --out.
@@ -162,6 +165,8 @@ def record(
         echo(f"{recorded.photographs} photographs recorded{speed}{before}{failed}")
         echo(f"  {input_line(classifier)}\n  -> {out}")
         echo(f"Next: undertow quantiles {out}")
+    if page:
+        write_with_network([out], page, classifier, images.find([folder])[0], device, quiet=as_json)
     return 2 if recorded.failed else 0
 
 

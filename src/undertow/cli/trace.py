@@ -1,5 +1,6 @@
 """`undertow trace`: the inputs, outputs and gradients of each module in one pass, as a table."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,7 @@ def batch_for(
 def _numbers(shape: str) -> tuple[int, ...]:
     from ..errors import InputError
 
-    sizes = shape.replace("x", ",").split(",")
+    sizes = re.split("[,x×]", shape)
     if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
         raise InputError(f"--shape {shape!r} is not understood; write positive numbers, as in 1,3,224,224")
     return tuple(map(int, sizes))

@@ -11,6 +11,7 @@ import click
 from .photographs import (
     RULES,
     for_each,
+    ground_option,
     input_line,
     load_classifier,
     model_option,
@@ -21,6 +22,7 @@ from .photographs import (
     weights_option,
 )
 from .printing import print_line, print_table
+from .report import report_option, write_with_network
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +57,16 @@ Examples:
 @output_option
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
+@report_option
+@click.option(
+    "--figure",
+    "ending",
+    type=click.Choice(("png", "svg", "pdf")),
+    default="png",
+    show_default=True,
+    help="How each verdict's picture is written.",
+)
+@ground_option
 @output_options
 def trust(
     photographs: Sequence[Path],
@@ -68,6 +80,9 @@ def trust(
     device: str,
     out: Path,
     as_json: bool,
+    page: Path | None,
+    ending: str,
+    ground: str,
     **options: Any,
 ) -> int:
     """Ask whether the map of each IMAGE deserves belief.
@@ -95,11 +110,14 @@ def trust(
     bar = passes_bar(console)
     task = bar.add_task("", total=total_passes(console, classifier, paths, pairs, device, options["samples"]))
 
+    done: dict[Path, Path] = {}
+
     def work(path: Path, folder: Path) -> dict[str, Any]:
         judged = trust_photograph(
             classifier, path, pairs=pairs, target=class_id, device=device, advance=partial(bar.advance, task), **options
         )
-        result = write(judged, classifier, folder)
+        result = write(judged, classifier, folder, ending, ground)
+        done[path] = folder
         if not as_json:
             print_verdicts(judged, folder, input_line(classifier))
             for note in result["notes"]:
@@ -107,7 +125,10 @@ def trust(
         return result
 
     print_error = partial(print_line, console)
-    return for_each(paths, out, work, verb="judged", as_json=as_json, print_error=print_error, bar=bar)
+    code = for_each(paths, out, work, verb="judged", as_json=as_json, print_error=print_error, bar=bar)
+    if page and done:
+        write_with_network(list(done.values()), page, classifier, next(iter(done)), device, quiet=as_json)
+    return code
 
 
 def total_passes(

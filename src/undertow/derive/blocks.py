@@ -1,23 +1,30 @@
 """A model as a graph of blocks, recorded from one pass: the chain rule over it, and the gradient on each edge."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
+from ..display import Part, Pictures, ShownTable, brief, counted
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability, framework_of_input
 from ..frameworks.results import Block, Carried
 from ..show.graph import draw_blocks
-from ..show.plots import drawn
-from .chain import Derivative, DifferentiableGraph
+from ..show.labels import drawn
+from ..show.plots import as_image
+from .chain import MAX_EDGES_DRAWN, Derivative, DifferentiableGraph
 from .graph import END
 from .notation import Partial, Quantity
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# in LaTeX's text; names of modules may hold anything but a dot
+_ESCAPED = {letter: f"\\{letter}" for letter in "_#$%&{}"} | {"\\": r"\backslash ", "^": r"\hat{}", "~": r"\sim "}
+
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Blocks(DifferentiableGraph):
     """The module calls of one pass as blocks, with an edge wherever a gradient flows from one to another.
 
@@ -53,7 +60,7 @@ class Blocks(DifferentiableGraph):
 
     def quantity(self, node: str) -> Quantity:
         """Return the symbol of a block; its name is in brackets unless it is an identifier."""
-        escaped = node.replace("_", r"\_").replace("#", r"\#")
+        escaped = "".join(_ESCAPED.get(letter, letter) for letter in node)
         return Quantity(node if node.isidentifier() else f"({node.strip('()')})", rf"\mathrm{{{escaped}}}", False)
 
     def delta_name(self, node: str) -> Quantity:
@@ -89,10 +96,19 @@ class Blocks(DifferentiableGraph):
         differences = {block.name: block.difference for block in self.blocks}
         return max(differences[node] for node, _ in derivative.carrying)
 
-    def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
-        """Draw the blocks with the edges of a derivative highlighted; see `Derivative.plot`."""
-        heading = title or drawn(f"∂E/∂{derivative.wrt.text}")
-        return draw_blocks([*self.order, END], self.carried, derivative.carrying, path, heading)
+    def figure(self, derivative: Derivative | None, title: str) -> "Figure":
+        """Draw the blocks, with the edges of a derivative highlighted; see `Derivative.plot`."""
+        heading = title or (drawn(f"∂E/∂{derivative.wrt.text}") if derivative else "")
+        return draw_blocks([*self.order, END], self.carried, derivative.carrying if derivative else (), heading)
+
+    def _parts(self) -> Iterator[Part]:
+        yield f"Blocks of one pass: {len(self.blocks):,} and {counted(len(self.edges), 'edge')}"
+        if self.passed_on:
+            yield f"passed on unchanged: {brief(self.passed_on)}"
+        rows = ((b.name, b.kind, f"{b.gradient:.4g}", ", ".join(self.readers[b.name])) for b in self.blocks)
+        yield ShownTable(("block", "kind", "|gradient|", "read by"), rows, len(self.blocks))
+        if len(self.edges) <= MAX_EDGES_DRAWN:
+            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 64))])
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:

@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..display import Part, ShownFormula, counted
 from ..errors import InputError
+from ..show.plots import drawn_or_saved
 from .graph import END, Graph, sympy_product, sympy_sum
 from .notation import LATEX, TEXT, Fragment, Partial, Quantity, Style
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAX_PATHS = 10_000
+MAX_EDGES_DRAWN = 80  # of a graph on the last line of a notebook's cell
 
 
 class Count(NamedTuple):
@@ -46,12 +52,16 @@ class DifferentiableGraph(Graph):
         """Return the largest relative difference between a derivative's expression and autograd; no unit."""
 
     @abstractmethod
-    def plot(self, derivative: "Derivative", path: str | Path, title: str) -> Path:
-        """Draw the graph with the edges of a derivative highlighted; see `Derivative.plot`."""
+    def figure(self, derivative: "Derivative | None", title: str) -> "Figure":
+        """Draw the graph, with the edges of a derivative highlighted; see `Derivative.plot`."""
+
+    def plot(self, path: str | Path | None = None, title: str = "", *, ground: str = "white") -> "Figure":
+        """Draw the graph; arguments and errors as of `Derivative.plot`."""
+        return drawn_or_saved(self.figure(None, title), path, ground)
 
 
-@dataclass(frozen=True, eq=False)
-class Derivative:
+@dataclass(frozen=True, eq=False, repr=False)
+class Derivative(ShownFormula):
     """∂E/∂(a quantity), as a sum over nodes of ∂E/∂node · ∂node/∂(the quantity).
 
     Attributes:
@@ -155,14 +165,25 @@ class Derivative:
         """
         return self.graph.check(self, seed)
 
-    def plot(self, path: str | Path, title: str = "") -> Path:
-        """Draw the graph with the edges that carry this derivative highlighted, as PNG, SVG or PDF.
+    def plot(self, path: str | Path | None = None, title: str = "", *, ground: str = "white") -> "Figure":
+        """Draw the graph with the edges that carry this derivative highlighted.
+
+        Args:
+            path: also write it there, as PNG, SVG or PDF; replaced atomically.
+            title: at the top; $...$ is LaTeX.
+            ground: "white", "dark" or "transparent".
 
         Raises:
-            InputError: a file type that cannot be written.
+            InputError: a file type or a ground that is unknown.
             FrameworkError: matplotlib is missing.
         """
-        return self.graph.plot(self, path, title)
+        return drawn_or_saved(self.graph.figure(self, title), path, ground)
+
+    def _parts(self) -> Iterator[Part]:
+        yield self.text
+        count = self.operations
+        costs = (f"{c.multiplications:,} × and {c.additions:,} +" for c in (count.factored, count.expanded))
+        yield "  operations: factored {}; path by path {} ({})".format(*costs, counted(count.paths, "path"))
 
     def _equation(self, style: Style, fragment: Fragment) -> str:
         left = Partial(Quantity("E", "E"), self.wrt).symbol

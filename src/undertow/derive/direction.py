@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..display import Part, ShownFormula
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability
 from . import matrices as m
@@ -26,10 +27,11 @@ STEP = 1e-5
 MAX_ELEMENTS = 1_000_000
 """Of a matrix in an expression: the check works it out at a random point."""
 _DIMENSION = re.compile(r"[1-9][0-9]{0,8}|[A-Za-z]\w*")
+_TIMES = re.compile(r"(\w+)\s*×\s*(\w+)|([a-zA-Z]\w?|\d+)\s*x\s*([a-zA-Z]\w?|\d+)")  # d×k, dxk, 3 x 1; not "max"
 
 
-@dataclass(frozen=True, eq=False)
-class Directional:
+@dataclass(frozen=True, eq=False, repr=False)
+class Directional(ShownFormula):
     """D f(X)[H]: the directional derivative of a matrix expression f at X along H, linear in H.
 
     Attributes:
@@ -87,6 +89,13 @@ class Directional:
                 sentences += _remark(expr)
                 stack.extend(reversed(expr.operands))
         return tuple(dict.fromkeys(sentences))
+
+    def _parts(self) -> Iterator[Part]:
+        yield self.text
+        (rows, columns), direction = self.result_shape, self.direction_shape
+        name = self.direction.payload
+        yield f"  {name} ∈ ℝ^{{{direction[0]}×{direction[1]}}}, the result ∈ ℝ^{{{rows}×{columns}}}"
+        yield from (f"  {remark}" for remark in self.remarks)
 
     @property
     def _is_explicit(self) -> bool:
@@ -163,8 +172,8 @@ def directional(text: str, wrt: str, shapes: Mapping[str, Any] | None = None) ->
     Args:
         text: the expression.
         wrt: the name of the matrix to differentiate by.
-        shapes: rows and columns of each name, such as ("d", "k"), (3, 1) or "d,k"; a single number or name is the
-            length of a column. If only entries of `wrt` occur, its shape may be omitted: a column as long as the
+        shapes: rows and columns of each name, such as ("d", "k"), (3, 1), "d,k" or "d×k"; a single number or name is
+            the length of a column. If only entries of `wrt` occur, its shape may be omitted: a column as long as the
             largest index.
 
     Raises:
@@ -225,9 +234,12 @@ def _format_sympy(value: Any) -> str:
 
 
 def _shape(name: str, given: Any) -> Shape:
-    dimensions: Sequence[Any] = (
-        given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
-    )
+    dimensions: Sequence[Any]
+    if isinstance(given, str):
+        times = _TIMES.fullmatch(given.strip())
+        dimensions = [side for side in times.groups() if side] if times else given.split(",")
+    else:
+        dimensions = given if isinstance(given, Sequence) else [given]
     sides = [str(dimension).strip() for dimension in dimensions]
     if len(sides) not in (1, 2) or not all(_DIMENSION.fullmatch(side) for side in sides):
         raise InputError(f"shape {given!r} of {name!r} is not understood; write rows and columns, as in d,d or 3,1")

@@ -1,17 +1,18 @@
 """A graph that a gradient flows back through from E: the common part of networks of neurons and blocks of models."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from ..display import Shown
 from ..frameworks.results import END as END
 from .notation import Partial, Quantity
 from .packages import need
 
 
-class Graph(ABC):
+class Graph(Shown):
     """Nodes and their readers. A node that E is computed from has `END` among its readers."""
 
     @property

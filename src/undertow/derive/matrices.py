@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from ..display import Part, ShownItem
 from ..errors import InputError
 
 Dimension = str | int
@@ -24,8 +25,8 @@ MAX_SCALARS = 60
 _TOO_LONG = 10**MAX_DIGITS
 
 
-@dataclass(frozen=True)
-class MatrixExpr:
+@dataclass(frozen=True, repr=False)
+class MatrixExpr(ShownItem):
     """A node of the tree.
 
     Attributes:
@@ -45,6 +46,16 @@ class MatrixExpr:
     def is_scalar(self) -> bool:
         """Whether the shape is (1, 1)."""
         return self.shape == SCALAR
+
+    def _parts(self) -> Iterator[Part]:
+        yield f"MatrixExpr of shape {format_shape(self.shape)}: {self._prefix(4)}"
+
+    def _prefix(self, depth: int) -> str:
+        """Return the tree as nested calls, to a depth."""
+        if not self.operands:
+            return str(self.kind if self.payload is None else self.payload)
+        inner = ", ".join(o._prefix(depth - 1) for o in self.operands[:12]) if depth else "..."
+        return f"{self.kind}({inner}{', ...' * (depth > 0 and len(self.operands) > 12)})"
 
 
 def number(value: Fraction | int) -> MatrixExpr:

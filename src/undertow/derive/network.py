@@ -1,21 +1,25 @@
 """Networks of neurons, written as edges: "x1>n1 n1>n2"."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
+from ..display import Part, Pictures, brief, counted
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability
 from ..show.graph import draw_network
-from .chain import Derivative, DifferentiableGraph
+from ..show.plots import as_image
+from .chain import MAX_EDGES_DRAWN, Derivative, DifferentiableGraph
 from .graph import END
 from .notation import ErrorSlope, Partial, Quantity, Slope
 from .numbers import ACTIVATIONS, Values, difference, random_values, with_partials
 from .packages import need
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _EDGE = re.compile(r"(?P<source>[^\s>→]+)(?:>|→)(?P<target>[^\s>→]+)")
 _NODE = re.compile(r"[xn]\d+")
@@ -31,7 +35,7 @@ FORMS = "n4, w[2,5], b[3], v[1,1], v[1,1][d], x2 or x2[d]"
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Network(DifferentiableGraph):
     """A directed acyclic graph of neurons n_i = g(b_i + Σ_k w_{k,i} n_k + Σ_l v_{l,i}·x_l) over vector inputs x_l.
 
@@ -164,24 +168,33 @@ class Network(DifferentiableGraph):
             differences.append(difference(derivative, derivative.expression, with_partials(self, values), theirs))
         return max(differences)
 
-    def plot(self, derivative: Derivative, path: str | Path, title: str) -> Path:
-        """Draw the network with the edges of a derivative highlighted; see `Derivative.plot`."""
+    def figure(self, derivative: Derivative | None, title: str) -> "Figure":
+        """Draw the network, with the edges of a derivative highlighted; see `Derivative.plot`."""
+        edges = [*self.edges, *((output, END) for output in self.outputs)]
+        labels = {END: END, **{n: self.quantity(n).latex for n in self.nodes}}
+        if derivative is None:
+            return draw_network(edges, (), title, own_edges=(), own_nodes=(), labels=labels, partials={})
         kind, *indices = _parse_wrt(derivative.name)
         node = f"{kind}{indices[0]}" if kind in "nx" else f"n{indices[0]}"
         own_edges = {(node, target) for target, _ in derivative.ends} if kind == "x" else set()
         if kind in "wv":
             own_edges = {(f"{'n' if kind == 'w' else 'x'}{indices[0]}", f"n{indices[1]}")}
-        edges = [*self.edges, *((output, END) for output in self.outputs)]
         partials = {edge: self.partial(edge[1], edge[0]).symbol.latex for edge in derivative.carrying}
         last_partials = {target: last.symbol.latex for target, last in derivative.ends if last is not None}
         partials |= {edge: last_partials[edge[1]] for edge in own_edges}
-        labels = {END: END, **{n: self.quantity(n).latex for n in self.nodes}}
         own_nodes = {node} if kind in "nbx" else set()
         heading = title or f"${Partial(Quantity('E', 'E'), derivative.wrt).symbol.latex}$"
         return draw_network(
-            edges, derivative.carrying, path, heading,
+            edges, derivative.carrying, heading,
             own_edges=own_edges, own_nodes=own_nodes, labels=labels, partials=partials,
         )  # fmt: skip
+
+    def _parts(self) -> Iterator[Part]:
+        yield f"Network of {counted(len(self.nodes), 'node')} and {counted(len(self.edges), 'edge')}"
+        yield f"outputs {brief(self.outputs)}"
+        yield " ".join(f"{a}>{b}" for a, b in self.edges[:60]) + " ..." * (len(self.edges) > 60)
+        if len(self.edges) <= MAX_EDGES_DRAWN:
+            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 64))])
 
     def _by_input(self, wrt: str, number: str, component: str | None, substitute: bool) -> Derivative:
         name = f"x{number}"

@@ -1,8 +1,10 @@
 """A finding: one diagnosed fact with its cause, its evidence and its source."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
+
+from ..display import BAD, PLAIN, POOR, Mark, Part, Rows, ShownItem, ShownTable, brief, counted
 
 SEVERITIES = ("info", "warning", "error")
 CAUSES = (
@@ -11,9 +13,11 @@ CAUSES = (
     *("not-in-optimizer", "no-step", "learning-rate", "clipped", "weight-decay"),
 )
 
+_COLOURS = {"info": PLAIN, "warning": POOR, "error": BAD}
 
-@dataclass(frozen=True)
-class Finding:
+
+@dataclass(frozen=True, repr=False)
+class Finding(ShownItem):
     """One diagnosed fact.
 
     Attributes:
@@ -38,9 +42,16 @@ class Finding:
         """Return plain data for JSON; values may still be NaN or infinite."""
         return asdict(self) | {"sites": list(self.sites)}
 
+    def _parts(self) -> Iterator[Part]:
+        yield f"Finding ({self.severity}) {self.cause}: {self.sentence}"
+        facts = {"sites": brief(self.sites), "remedy": self.remedy, "source": self.source}
+        facts |= {name: brief(value) for name, value in self.evidence.items()}
+        rows = [(name, text) for name, text in facts.items() if text]
+        yield ShownTable(("", ""), rows, len(rows))
 
-class Findings(list[Finding]):
-    """Findings, the most severe first, and which rules were checked.
+
+class Findings(Rows[Finding]):
+    """Findings, the most severe first, and which rules were checked: a list that shows itself as a table.
 
     Attributes:
         checked: for each rule "checked", "not checked: " and why, or "checked, but " and where it could not look.
@@ -57,6 +68,21 @@ class Findings(list[Finding]):
         True
         """
         return self[0].severity if self else None
+
+    def _like(self, items: list[Finding]) -> Self:
+        return type(self)(items, self.checked)
+
+    def _parts(self) -> Iterator[Part]:
+        looked = [name for name, answer in self.checked.items() if answer.startswith("checked")]
+        rules = f"{len(looked)} of {counted(len(self.checked), 'rule')} checked"
+        counts = {severity: sum(f.severity == severity for f in self) for severity in reversed(SEVERITIES)}
+        severities = ", ".join(counted(count, severity) for severity, count in counts.items() if count)
+        yield f"{counted(len(self), 'finding')}: {severities.replace('infos', 'info')}" if self else "nothing found"
+        yield rules
+        rows = ((Mark(f.severity, _COLOURS.get(f.severity, PLAIN)), f.cause, f.sentence, f.remedy) for f in self)
+        yield ShownTable(("severity", "cause", "finding", "remedy"), rows, len(self))
+        unchecked = [(name, answer) for name, answer in self.checked.items() if answer != "checked"]
+        yield ShownTable(("rule", "why it could not look, or where"), unchecked, len(unchecked), text=bool(not self))
 
 
 class NotRecorded(Exception):

@@ -1,10 +1,12 @@
 """What a framework returns about one pass: plain data, the same for every framework."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
+
+from ..display import Part, ShownFields, ShownItem, ShownTable, shape_of
 
 EQUAL, DIFFERS, NO_FORMULA = "equal", "differs", "none"
 END = "E"
@@ -28,8 +30,8 @@ class RewiringStats:
     opaque: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(ShownFields):
     """One explanation as a framework gives it.
 
     Attributes:
@@ -53,8 +55,8 @@ class Explanation:
     completeness: Any = None
 
 
-@dataclass(frozen=True)
-class LayerGradients:
+@dataclass(frozen=True, repr=False)
+class LayerGradients(ShownFields):
     """The outputs of some layers in one pass, and the gradients there, as NumPy, by the layer's name.
 
     Attributes:
@@ -141,8 +143,8 @@ class Difference:
         return self.largest <= self.allowed
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
+@dataclass(frozen=True, eq=False, repr=False)
+class Call(ShownItem):
     """One call of one module in one pass. Tensors are the framework's, detached; a gradient that is missing is None.
 
     Attributes:
@@ -178,6 +180,28 @@ class Call:
             return NO_FORMULA
         return EQUAL if all(difference.equal for difference in self.formula.values()) else DIFFERS
 
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors by what they are, such as "input", "gradient by output" and "gradient by weight"."""
+        groups = {
+            "input": self.inputs,
+            "output": self.outputs,
+            "gradient by output": self.output_gradients,
+            "gradient by input": self.input_gradients,
+        }
+        by_name = {
+            name if len(tensors) == 1 else f"{name} {i}": tensor
+            for name, tensors in groups.items()
+            for i, tensor in enumerate(tensors)
+        }
+        return by_name | {f"gradient by {name}": g for name, g in self.parameter_gradients.items()}
+
+    def _parts(self) -> Iterator[Part]:
+        formula = "no closed formula" if self.verdict == NO_FORMULA else f"closed formula: {self.verdict}"
+        yield f"Call {self.call} of {self.name or '(model)'}, {self.kind}; {formula}{'; ' * bool(self.note)}{self.note}"
+        cells = [(name, "-" if tensor is None else shape_of(tensor)) for name, tensor in self.tensors.items()]
+        yield ShownTable(("tensor", "shape"), cells, len(cells))
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -201,8 +225,8 @@ class Checked:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Pass:
+@dataclass(frozen=True, repr=False)
+class Pass(ShownFields):
     """One pass.
 
     Attributes:
@@ -248,8 +272,8 @@ class Carried:
     norm: float
 
 
-@dataclass(frozen=True)
-class BlockGraph:
+@dataclass(frozen=True, repr=False)
+class BlockGraph(ShownFields):
     """One pass as blocks, in order of execution, and edges.
 
     Attributes:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .. import images
 from ..classifier import Classifier, find_class
+from ..display import ShownFields
 from ..errors import InputError, PhotographError, TargetError
 from ..frameworks.base import capability, framework_of_model
 from ..runs.format import CLASSES
@@ -27,8 +28,8 @@ OBJECTIVES = ("predicted", "label", "loss")
 Loaded = tuple[str, npt.NDArray[np.float32] | PhotographError]
 
 
-@dataclass
-class RecordedPhotographs:
+@dataclass(repr=False)
+class RecordedPhotographs(ShownFields):
     """What came of a folder.
 
     Attributes:

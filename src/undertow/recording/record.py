@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from ..diagnosis import Findings, diagnosed
+from ..display import Part, ShownItem, ShownTable, brief, counted
 from ..errors import InputError, RunError, one_line, printable
 from ..files import clear_asides, published
 from ..frameworks.base import BatchProbe, ParameterProbe, Recorder
@@ -163,8 +164,8 @@ def record(
     return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
 
 
-@dataclass
-class Recording:
+@dataclass(repr=False)
+class Recording(ShownItem):
     """A recording on its way: `with recording.batch(...)` around each batch.
 
     Attributes:
@@ -245,6 +246,17 @@ class Recording:
         if error is None:
             with _disk_named(self.folder):
                 self._finish()
+
+    def _parts(self) -> Iterator[Part]:
+        state = "closed" if self._writer is None else "a batch is being recorded" if self._open else "open"
+        yield f"Recording into {str(self.folder)!r}: {counted(self.batches, 'batch')}, {state}"
+        rows = [
+            ("sites", brief(getattr(self, "_names", None)) or self.selection.text),
+            ("measures", brief([type(measure).__name__ for measure in self.measures])),
+            ("schedule", brief(self.schedule)),
+            ("skipped, already on the disk", str(self.skipped)),
+        ]
+        yield ShownTable(("", ""), rows, len(rows))
 
     @contextmanager
     def batch(self, samples: Any = None, *, epoch: int = 0, batch: int | None = None) -> Iterator[bool]:

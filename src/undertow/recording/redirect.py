@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, final
 
+from ..display import brief
 from ..errors import InputError
 from ..frameworks.base import Redirector, capability, framework_of
 
@@ -56,6 +57,9 @@ class redirect:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._redirected.__exit__(kind, error, traceback)
+
+    def __repr__(self) -> str:
+        return f"redirect(changed={brief(self.changed)})"
 
     @property
     def changed(self) -> dict[str, int]:

@@ -4,11 +4,12 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..display import ShownFields
 from ..errors import InputError
 
 
-@dataclass(frozen=True)
-class Schedule:
+@dataclass(frozen=True, repr=False)
+class Schedule(ShownFields):
     """Which batches are recorded: of which epochs, how many from the first on, and every how many.
 
     Args:

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, overload
 
 import numpy as np
 
+from ..display import BAD, GOOD, Mark, Part, Rows, Shown, ShownTable, counted
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import as_numpy, capability, framework_of_input
-from ..frameworks.results import DIFFERS, NO_FORMULA, WRONG, Call, Checked
+from ..frameworks.results import DIFFERS, EQUAL, NO_FORMULA, WRONG, Call, Checked
 
+_MAX_REMARKS = 4
 PRINTED_IN_FULL = 8  # tensors of at most so many elements are printed in full
 
 
@@ -42,9 +45,9 @@ class CallRow:
     note: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Trace(Sequence[Call]):
-    """The module calls of one pass, in the order in which they began.
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace(Shown, Sequence[Call]):
+    """The module calls of one pass, in the order in which they began; on the last line of a notebook's cell a table.
 
     `trace[0]` is a call by position, `trace["fc1"]` by name, `trace["fc1", 1]` the second call of a reused module.
 
@@ -92,7 +95,19 @@ class Trace(Sequence[Call]):
 
     def table(self) -> list[CallRow]:
         """Return one row for each call: shapes, norms, and what the closed formula says."""
-        return [_row(call) for call in self.calls]
+        return Rows(_row(call) for call in self.calls)
+
+    def _parts(self) -> Iterator[Part]:
+        verdicts = [call.verdict for call in self.calls]
+        counts = {"equal": verdicts.count(EQUAL), "differ from": verdicts.count(DIFFERS)}
+        formulas = ", ".join(f"{count:,} {word} their closed formula" for word, count in counts.items() if count)
+        yield f"Trace of {counted(len(self), 'module call')}{': ' * bool(formulas)}{formulas}"
+        remarks = list(islice(_remarks(self), _MAX_REMARKS + 1))
+        yield from remarks[:_MAX_REMARKS]
+        if len(remarks) > _MAX_REMARKS:
+            yield "... and more remarks; print(trace) has all"
+        rows = ([*cells[:-1], _marked(cells[-1])] for cells in (_cells(_row(call)) for call in self.calls))
+        yield ShownTable(_HEADINGS, rows, len(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table, the checked functions and the modules not called, for JSON; NaN and infinity as strings."""
@@ -106,7 +121,7 @@ class Trace(Sequence[Call]):
     def __str__(self) -> str:
         """Return the table as text; numbers to four digits below each call of a small network."""
         lines = _aligned([_HEADINGS, *(_cells(row) for row in self.table())])
-        if all(_size(t) <= PRINTED_IN_FULL for call in self.calls for t in _tensors(call).values() if t is not None):
+        if all(_size(t) <= PRINTED_IN_FULL for call in self.calls for t in call.tensors.values() if t is not None):
             numbers = [_numbers(call) for call in self.calls]
             lines = [lines[0], *(line for row, more in zip(lines[1:], numbers, strict=True) for line in [row, *more])]
         return "\n".join([*lines, *_remarks(self)])
@@ -212,24 +227,12 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _tensors(call: Call) -> dict[str, Any]:
-    """Return the tensors of a call under their names in the text."""
-    groups = {
-        "input": call.inputs,
-        "output": call.outputs,
-        "gradient by output": call.output_gradients,
-        "gradient by input": call.input_gradients,
-    }
-    by_name = {
-        name if len(tensors) == 1 else f"{name} {i}": tensor
-        for name, tensors in groups.items()
-        for i, tensor in enumerate(tensors)
-    }
-    return by_name | {f"gradient by {name}": g for name, g in call.parameter_gradients.items()}
+def _marked(formula: str) -> Mark | str:
+    return Mark(formula, GOOD if formula == EQUAL else BAD) if formula.startswith((EQUAL, DIFFERS)) else formula
 
 
 def _numbers(call: Call) -> list[str]:
-    return [f"    {name:<22}{_digits(tensor)}" for name, tensor in _tensors(call).items() if tensor is not None]
+    return [f"    {name:<22}{_digits(tensor)}" for name, tensor in call.tensors.items() if tensor is not None]
 
 
 def _digits(tensor: Any) -> str:

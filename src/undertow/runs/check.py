@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..display import BAD, Mark, Part, Shown, ShownTable, brief, counted
 from ..errors import RunError, printable
 from .checksums import FOLDER, lost_commits, read_checksums
 from .format import COMMITTED, TABLES, damage_named, read_tensor, tensor_path
@@ -32,8 +33,8 @@ class Fault:
     remedy: str
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, repr=False)
+class Check(Shown):
     """What `Run.check` says of a run.
 
     Attributes:
@@ -66,6 +67,17 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {**asdict(self), "whole": self.whole}
+
+    def _parts(self) -> Iterator[Part]:
+        kind = "whole" if self.whole else f"{counted(len(self.faults), 'file')} damaged or missing"
+        state = "finished" if self.finished else "not finished"
+        yield f"Check of {self.run}: {kind}"
+        yield f"{counted(self.files, 'file')} with {self.batches:,} batches read; {state}"
+        for names, what in ((self.orphans, "of groups that do not count"), (self.strangers, "not of this run")):
+            if names:
+                yield f"{what}: {brief(names)}"
+        faults = ((Mark(f.file, BAD), f.reason, str(f.batches), f.remedy) for f in self.faults)
+        yield ShownTable(("file", "reason", "batches lost", "remedy"), faults, len(self.faults))
 
 
 def check(folder: Path, manifest: Mapping[str, Any]) -> Check:

@@ -2,17 +2,23 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
+from ..display import Part, Pictures, Rows, ShownItem, ShownTable, counted, number
 from ..errors import InputError
-from .quantiles import STEPS, SiteQuantiles, default_of, quantiles
+from .quantiles import DRAWN, STEPS, SiteQuantiles, charted, default_of, quantiles
 from .reader import Run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@dataclass(frozen=True)
-class Comparison:
+
+@dataclass(frozen=True, repr=False)
+class Comparison(ShownItem):
     """One site of several runs.
 
     Attributes:
@@ -37,6 +43,81 @@ class Comparison:
         first = self.quantiles[0]
         return tuple(first is not None and s is not None and s.values == first.values for s in self.quantiles)
 
+    @property
+    def label(self) -> str:
+        """The site's name, or its names where the runs have several."""
+        return " | ".join(dict.fromkeys(site or "-" for site in self.sites))
+
+    def _parts(self) -> Iterator[Part]:
+        yield f"Comparison of {counted(len(self.sites), 'run')} at {self.label}, {self.phase}"
+        known = next((site for site in self.quantiles if site is not None), None)
+        if known is None:
+            return
+        runs = range(len(self.sites))
+        headings = ["quantile", *(f"run {i}" for i in runs), *(f"run {i} / run 0" for i in runs[1:])]
+        rows = (
+            [f"{100 * q:g} %", *("-" if s is None else f"{s.values[n]:.4g}" for s in self.quantiles)]
+            + [number(self.ratios[i][n]) for i in runs[1:]]
+            for n, q in enumerate(known.q)
+        )
+        yield ShownTable(headings, rows, len(known.q))
+
+
+class Comparisons(Rows[Comparison]):
+    """Several runs site by site: a list that shows itself as a table and a chart.
+
+    Attributes:
+        runs: what each run is called: its folder.
+    """
+
+    def __init__(self, rows: Iterable[Comparison] = (), runs: Sequence[str] = ()) -> None:
+        super().__init__(rows)
+        self.runs = tuple(runs)
+
+    def _like(self, items: list[Comparison]) -> Self:
+        return type(self)(items, self.runs)
+
+    def plot(
+        self, path: str | Path | None = None, title: str = "", *, panels: str | None = None, ground: str = "white"
+    ) -> "Figure":
+        """Draw the runs side by side, as `undertow compare --plot` does.
+
+        Args:
+            path, title, panels, ground: as `Quantiles.plot` has them.
+
+        Raises:
+            InputError, FrameworkError: as `Quantiles.plot`.
+        """
+        from ..show.plots import drawn_or_saved, quantile_panels
+
+        return drawn_or_saved(quantile_panels(self._groups(), title, panels=panels), path, ground)
+
+    def _groups(self) -> dict[str, list[SiteQuantiles]]:
+        """Return the quantiles of each run, by its name; a number tells runs of one name apart."""
+        of_runs = [[row.quantiles[i] for row in self] for i in range(len(self[0].sites) if self else 0)]
+        named = [self.runs[i] if i < len(self.runs) else f"run {i}" for i in range(len(of_runs))]
+        labels = [name if named.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(named)]
+        return {label: [s for s in rows if s is not None] for label, rows in zip(labels, of_runs, strict=True)}
+
+    def _parts(self) -> Iterator[Part]:
+        yield f"Comparisons of {counted(len(self.runs), 'run')} at {counted(len(self), 'site')}"
+        yield from (f"run {i}: {run}" for i, run in enumerate(self.runs[:8]))
+        runs = range(len(self[0].sites) if self else 0)
+        headings = ["site", *(f"median, run {i}" for i in runs), *(f"run {i} / run 0" for i in runs[1:])]
+        headings += [f"p95 / p5, run {i}" for i in runs]
+        yield ShownTable(headings, (_medians(row) for row in self), len(self))
+        if self:
+            note = f"the first {DRAWN} sites; .plot() draws all" if len(self) > DRAWN else ""
+            yield Pictures(lambda: [("", charted(self[:DRAWN]._groups()))], note)
+
+
+def _medians(row: Comparison) -> list[str]:
+    """Return a site's middle quantile in each run, its ratio to the first run's, and the spreads."""
+    middle = [None if s is None else len(s.q) // 2 for s in row.quantiles]
+    values = ["-" if s is None else f"{s.values[len(s.q) // 2]:.4g}" for s in row.quantiles]
+    ratios = ["-" if n is None else number(r[n]) for r, n in zip(row.ratios[1:], middle[1:], strict=True)]
+    return [row.label, *values, *ratios, *map(number, row.spreads)]
+
 
 def compare(
     runs: Sequence[Run | str | os.PathLike[str]],
@@ -44,8 +125,10 @@ def compare(
     *,
     of: str | None = None,
     per_sample: bool = False,
-) -> list[Comparison]:
+) -> Comparisons:
     """Put the sites of several runs beside one another: by name where all have the same names, else by their order.
+
+    A list with `.plot()`.
 
     Args:
         runs: two or more, or their folders' paths.
@@ -64,7 +147,7 @@ def compare(
     for phase in dict.fromkeys(site.phase for sites in by_run for site in sites):
         columns = [[site for site in sites if site.phase == phase] for sites in by_run]
         rows += [_comparison(i, phase, group, len(q)) for i, group in enumerate(_paired(columns))]
-    return rows
+    return Comparisons(rows, [str(run.folder) for run in opened])
 
 
 @dataclass(frozen=True)

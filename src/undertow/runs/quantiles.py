@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..display import Part, Pictures, Rows, ShownItem, ShownTable, counted
 from ..errors import InputError, RunError, did_you_mean, printable
 from ..measures import CODES, code_values, finite
 from .format import KEYS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OF = {"magnitude": "histogram", "value": "histogram", "channel_norm": "channel_norm", "norm": "norm"}
 OF |= {"rms": "moments", "zero_fraction": "zero_fraction"}
@@ -18,6 +22,8 @@ OF |= {"rms": "moments", "zero_fraction": "zero_fraction"}
 DEFAULTS = ("magnitude", "channel_norm", "norm", "rms", "zero_fraction")
 STEPS = tuple(step / 100 for step in range(5, 100, 5))
 """5, 10, ... 95 %."""
+DRAWN = 8
+"""Sites of which a chart is drawn on the last line of a notebook's cell."""
 BY = ("site", "call", "output", "repeat", "epoch", "batch")
 
 
@@ -39,8 +45,8 @@ class Recorded(Protocol):
         """Return a table as a `pyarrow.Table`."""
 
 
-@dataclass(frozen=True)
-class SiteQuantiles:
+@dataclass(frozen=True, repr=False)
+class SiteQuantiles(ShownItem):
     """The quantiles of one site.
 
     Attributes:
@@ -77,6 +83,74 @@ class SiteQuantiles:
         counts = {"count": self.count, "zeros": self.zeros, "nonfinite": self.nonfinite}
         return {"site": self.site, "phase": self.phase, **self.by, "of": self.of, **counts, **named}
 
+    def _parts(self) -> Iterator[Part]:
+        pairs = [(f"{100 * q:g} %", f"{value:.4g}") for q, value in zip(self.q, self.values, strict=True)]
+        by = "".join(f", {name} {value}" for name, value in self.by.items())
+        some = " ".join(f"{q} {value}," for q, value in pairs[:5]) + (" ..." if len(pairs) > 5 else "")
+        yield f"SiteQuantiles of {self.of} at {self.label}{by}: {some.rstrip(',')} ({counted(self.count, 'value')})"
+        yield f"{self.zeros:,} of them zero; {self.nonfinite:,} NaN or infinite left out"
+        yield ShownTable(("quantile", self.of), pairs, len(pairs))
+
+
+class Quantiles(Rows[SiteQuantiles]):
+    """The quantiles of each site: a list that shows itself as a table and a chart."""
+
+    def plot(
+        self, path: str | Path | None = None, title: str = "", *, panels: str | None = None, ground: str = "white"
+    ) -> "Figure":
+        """Draw them, as `undertow quantiles --plot` does.
+
+        Args:
+            path: also write it there, as PNG, SVG or PDF; replaced atomically.
+            title: at the top of the figure.
+            panels: "quantile", a panel each with a bar for each site; "layer", a panel for each site with its curve;
+                None takes the former for up to six quantiles.
+            ground: "white", "dark" or "transparent".
+
+        Raises:
+            InputError: nothing to draw, another ending or ground.
+            FrameworkError: matplotlib is missing.
+        """
+        from ..show.plots import drawn_or_saved, quantile_panels
+
+        return drawn_or_saved(quantile_panels({"": self}, title, panels=panels), path, ground)
+
+    def _parts(self) -> Iterator[Part]:
+        if not self:
+            yield "Quantiles of no site: nothing was recorded"
+            return
+        first = self[0]
+        some = _some(first.q)
+        phases = ", ".join(dict.fromkeys(row.phase for row in self))
+        yield f"Quantiles of {first.of} at {counted(len(self), 'site')}, {phases}"
+        keys = tuple(first.by)
+        rows = ((r.label, *(str(r.by[key]) for key in keys), *_row(r, some)) for r in self)
+        headings = ("site", *keys, *(f"{100 * first.q[i]:g} %" for i in some), "zeros", "values")
+        yield ShownTable(headings, rows, len(self))
+        note = f"the first {DRAWN} sites; .plot() draws all" if len(self) > DRAWN else ""
+        yield Pictures(lambda: [("", charted({"": self[:DRAWN]}))], note)
+
+
+def charted(groups: Any) -> Any:
+    """Return quantile curves as a picture for a cell."""
+    from ..show.plots import as_image, quantile_panels
+
+    return as_image(quantile_panels(groups), 64)
+
+
+def _some(q: Sequence[float]) -> list[int]:
+    """Return the positions of at most five of the fractions: the ends, the median and those half way.
+
+    >>> _some(STEPS)
+    [0, 4, 9, 14, 18]
+    """
+    return sorted({round(i * (len(q) - 1) / 4) for i in range(5)})
+
+
+def _row(row: SiteQuantiles, some: Sequence[int]) -> list[str]:
+    zeros = f"{100 * row.zeros / row.count:.1f} %" if row.count else "-"
+    return [*(f"{row.values[i]:.4g}" for i in some), zeros, f"{row.count:,}"]
+
 
 def quantiles(
     run: Recorded,
@@ -85,8 +159,8 @@ def quantiles(
     of: str | None = None,
     by: str | Sequence[str] = "site",
     per_sample: bool = False,
-) -> list[SiteQuantiles]:
-    """Return the quantiles of each site, in order of execution; phases are never mixed.
+) -> Quantiles:
+    """Return the quantiles of each site, in order of execution; phases are never mixed. A list with `.plot()`.
 
     A quantile is a value that occurred, never one between two (NumPy's method "inverted_cdf"). Those of a histogram
     are within 2**-8 of it, relatively, and exact where bfloat16 was recorded; those of channel norms are exact.
@@ -119,10 +193,10 @@ def quantiles(
     table = run.table(OF[of])
     factors = _factors(run, table, per_sample)
     weighed = _of_codes if OF[of] == "histogram" else _of_channel_norms if of == "channel_norm" else _of_tensors
-    return [
+    return Quantiles(
         _summary(key, columns, of, fractions, *weighed(table, rows, factors[rows], of))
-        for key, rows in _groups(run, table, columns)
-    ]
+        for key, rows in groups(run, table, columns)
+    )
 
 
 def default_of(runs: Sequence[Recorded]) -> str:
@@ -161,7 +235,7 @@ def _summary(
     return SiteQuantiles(site, phase, of, q, tuple(weighted(values, weights, q)), *counts, named)
 
 
-def _groups(run: Recorded, table: Any, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], npt.NDArray[np.intp]]]:
+def groups(run: Recorded, table: Any, columns: list[str]) -> Iterator[tuple[tuple[Any, ...], npt.NDArray[np.intp]]]:
     """Yield the rows of each combination of columns, in the order of the run's sites."""
     position = {name: i for i, name in enumerate([*run.sites, *run.parameters])}
     ids = np.zeros(table.num_rows, np.int64)

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ..display import Part, ShownItem, ShownTable, brief
 from ..errors import InputError, did_you_mean, printable
 from .check import Check, check
 from .checksums import FOLDER, lost_commits, read_checksums
 from .format import COMMITTED, TABLES, arrow, damaged, read_tensor, schema, tensor_path
 from .manifest import read_manifest
 from .parts import part_name, parts_of, read_part
-from .quantiles import SiteQuantiles, quantiles
+from .quantiles import Quantiles, quantiles
 
 
-class Run:
+class Run(ShownItem):
     """What a recording left, finished or not. Nothing in the folder is trusted: what is read is checked.
 
     Attributes:
@@ -49,9 +50,23 @@ class Run:
             raise InputError(f"run is a {type(run).__name__}; pass a Run, the path of its folder, or a recording")
         return cls(folder)
 
-    def __repr__(self) -> str:
+    def _parts(self) -> Iterator[Part]:
         state = "finished" if self.finished else "unfinished"
-        return f"Run({str(self.folder)!r}, {state}, sites={len(self.sites)}, tables={self.tables})"
+        tables = self.tables
+        yield f"Run({str(self.folder)!r}, {state}, sites={len(self.sites)}, tables={tables})"
+        model = self.manifest["model"]
+        facts = {
+            "model": ", ".join(f"{key} {brief(model[key])}" for key in ("reference", "class") if model.get(key)),
+            "sites": brief(self.sites),
+            "parameters": brief(self.parameters),
+            "tables": ", ".join(f"{name} ({len(self.parts(name))} files)" for name in tables[:12]),
+            "phase": self.manifest["phase"],
+            "loss": self.manifest["loss_reduction"],
+            "processes": str(self.manifest["world_size"]),
+            "not reached": brief(self.manifest.get("unreached", {})),
+        }
+        rows = [(name, text) for name, text in facts.items() if text]
+        yield ShownTable(("", ""), rows, len(rows))
 
     @property
     def finished(self) -> bool:
@@ -116,7 +131,7 @@ class Run:
 
     def quantiles(
         self, q: Sequence[float], of: str = "magnitude", by: str | Sequence[str] = "site", per_sample: bool = False
-    ) -> list[SiteQuantiles]:
+    ) -> Quantiles:
         """Return each site's quantiles; `undertow.runs.quantiles` says how."""
         return quantiles(self, q, of=of, by=by, per_sample=per_sample)
 

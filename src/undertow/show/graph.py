@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import FrameworkError, InputError
-from ..files import published
-from .plots import drawn
+from .labels import drawn
+from .plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Edge = tuple[str, str]
 CARRYING, OWN, FAINT, INK = "#D55E00", "#0072B2", "#B4B4BC", "#18181B"
@@ -19,20 +20,18 @@ _DECADES = 2  # if norms span more, line width follows their logarithm
 def draw_network(
     edges: Sequence[Edge],
     carrying: Collection[Edge],
-    path: str | Path,
     title: str = "",
     *,
     own_edges: Collection[Edge],
     own_nodes: Collection[str],
     labels: Mapping[str, str],
     partials: Mapping[Edge, str],
-) -> Path:
+) -> "Figure":
     """Draw a network of neurons from left to right, inputs as squares, and highlight the edges of a derivative.
 
     Args:
         edges: (source, reader).
         carrying: the edges that carry the derivative back from E.
-        path: of a PNG, SVG or PDF; replaced atomically.
         title: at the top; $...$ is LaTeX.
         own_edges: the edges of the quantity itself: of a weight its edge, of an input the edges from it.
         own_nodes: the node of the quantity itself, if it is a neuron, a bias or an input.
@@ -40,13 +39,12 @@ def draw_network(
         partials: of edges, in LaTeX; omitted if there are many.
 
     Raises:
-        InputError: a file type that cannot be written.
         FrameworkError: matplotlib is missing.
     """
     positions = _layout(edges)
     columns = 1 + max(x for x, _ in positions.values())
     rows = 1 + max(abs(y) for _, y in positions.values()) * 2
-    figure, axis = _figure(path, 1.75 * columns + 0.4, min(1.05 * rows + 0.9, 40))
+    figure, axis = _figure(title, 1.75 * columns + 0.4, min(1.05 * rows + 0.9, 40))
     for edge in edges:
         colour = OWN if edge in own_edges else CARRYING if edge in carrying else FAINT
         _arrow(axis, positions[edge[0]], positions[edge[1]], colour, 1.2 if colour == FAINT else 2.4)
@@ -60,24 +58,25 @@ def draw_network(
         axis.text(x, y, f"${labels[node]}$", ha="center", va="center", fontsize=12, color=INK, bbox=style, zorder=3)
     axis.set_xlim(-0.45, columns - 0.55)
     axis.set_ylim(-rows / 2 - 0.15, rows / 2)
-    label = "orange: what the gradient passes on its way back from E; blue: where the quantity itself comes in"
-    axis.text(0, 0, label, transform=axis.transAxes, fontsize=8, color=GREY)
-    return _save(figure, axis, path, title)
+    if carrying_nodes:
+        label = "orange: what the gradient passes on its way back from E; blue: where the quantity itself comes in"
+        axis.text(0, 0, label, transform=axis.transAxes, fontsize=8, color=GREY)
+    return figure
 
 
 def draw_blocks(
-    names: Sequence[str], norms: Mapping[Edge, float], carrying: Collection[Edge], path: str | Path, title: str = ""
-) -> Path:
+    names: Sequence[str], norms: Mapping[Edge, float], carrying: Collection[Edge], title: str = ""
+) -> "Figure":
     """Draw blocks from top to bottom, with line width for the norm on each edge; edges that skip bend to the right.
 
     Args:
         names: in order of execution.
         norms: ℓ2 norm of the gradient on each edge (source, reader).
         carrying: the edges that carry the derivative.
-        path, title: as in `draw_network`.
+        title: as in `draw_network`.
 
     Raises:
-        InputError, FrameworkError: as in `draw_network`.
+        FrameworkError: matplotlib is missing.
     """
     y_of = {name: -i for i, name in enumerate(names)}
     spans = [y_of[a] - y_of[b] for a, b in norms]
@@ -86,7 +85,7 @@ def draw_blocks(
     row = 0.3 if len(names) <= 120 else 0.17
     left = 0.4 + 0.13 * longest_name
     right = max(reach + 1.1, 7.5 - left)
-    figure, axis = _figure(path, 0.62 * (left + right), 1.3 + row * len(names))
+    figure, axis = _figure(title, 0.62 * (left + right), 1.3 + row * len(names))
     width, scale = _width_scale(list(norms.values()))
     numbered = len(norms) <= 2 * len(names)
     for (source, reader), norm in sorted(norms.items(), key=lambda item: item[0] in carrying):
@@ -99,7 +98,7 @@ def draw_blocks(
     axis.set_xlim(-left, right)
     axis.set_ylim(-len(names) + 0.3, 0.7)
     axis.text(0, 0, scale, transform=axis.transAxes, fontsize=8, color=GREY, va="top")
-    return _save(figure, axis, path, title)
+    return figure
 
 
 def _layout(edges: Sequence[Edge]) -> dict[str, tuple[int, float]]:
@@ -182,22 +181,10 @@ def _width_scale(norms: Sequence[float]) -> tuple[Any, str]:
     )
 
 
-def _figure(path: str | Path, width: float, height: float) -> tuple[Any, Any]:
-    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"{Path(path).name!r} must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FrameworkError('matplotlib, which draws, is missing; run: pip install "undertow[plot]"') from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(title: str, width: float, height: float) -> "tuple[Figure, Any]":
+    figure = new_figure(figsize=(width, height), layout="constrained")
     axis = figure.subplots()
     axis.set_axis_off()
-    return figure, axis
-
-
-def _save(figure: Any, axis: Any, path: str | Path, title: str) -> Path:
     if title:
         axis.set_title(title, fontsize=18 if "$" in title else 12)
-    with published(Path(path)) as aside:
-        figure.savefig(aside, dpi=120)
-    return Path(path)
+    return figure, axis

@@ -28,8 +28,9 @@ def draw(
 
     Args:
         values: a tensor of any framework or an array, `(H, W)`, `(C, H, W)` or `(1, C, H, W)`, of real numbers.
-        style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile) or "colour" (a tenth of a
-            standard deviation about mid-grey, clipped; 1 or 3 channels).
+        style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile), "signed" (their sum,
+            from blue through white at zero to red, clipped likewise) or "colour" (a tenth of a standard deviation
+            about mid-grey, clipped; 1 or 3 channels).
         photograph: a path, a Pillow image or uint8 `(H, W, 3)`, to lay the magnitude over; of the map's size, as
             `classifier.preprocessing.view(image)` gives the part that the network saw.
         channels_last: the map is `(H, W, C)` or `(1, H, W, C)`.

@@ -2,14 +2,16 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..files import published
 from . import heatmap
-from .plots import check_ending, drawn, new_figure
+from .labels import drawn
+from .plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LEVELS = {"yes": "#009E73", "weak": "#E69F00", "no": "#D55E00"}
 QUESTIONS = {
@@ -23,20 +25,17 @@ QUESTIONS = {
 FAINT = "#5A5A62"
 
 
-def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str, Any], path: str | Path) -> Path:
+def figure(photograph: heatmap.Pixels | None, values: heatmap.Map, verdict: Mapping[str, Any]) -> "Figure":
     """Draw a verdict.
 
     Args:
-        photograph: `(H, W, 3)` uint8, the network's input.
+        photograph: `(H, W, 3)` uint8, the network's input; None is left out.
         values: the judged map, `(C, H, W)`.
         verdict: as plain data, as its JSON file holds it.
-        path: a PNG, SVG or PDF; replaced atomically.
 
     Raises:
-        InputError: an unsupported file type.
         FrameworkError: matplotlib is missing.
     """
-    path = check_ending(path)
     figure = new_figure(figsize=(13.5, 8.2))
     title = f"{verdict['target_name']}: {verdict['rule']}, {verdict['estimator']}"
     figure.text(0.03, 0.965, drawn(title), fontsize=10, color=FAINT, va="center")
@@ -45,6 +44,8 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
     )
     grid = figure.add_gridspec(2, 12, left=0.05, right=0.985, top=0.86, bottom=0.14, hspace=0.25, wspace=1.4)
     for i, (name, pixels) in enumerate({"photograph": photograph, "map": heatmap.draw(values, "magnitude")}.items()):
+        if pixels is None:
+            continue
         axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
         axis.imshow(np.asarray(pixels))
         axis.set_title(name, fontsize=10, color=FAINT)
@@ -59,9 +60,7 @@ def figure(photograph: heatmap.Pixels, values: heatmap.Map, verdict: Mapping[str
             axis.grid(axis="y", linewidth=0.4, alpha=0.6)
         else:
             axis.axis("off")
-    with published(path) as aside:
-        figure.savefig(aside, dpi=110)
-    return path
+    return figure
 
 
 def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:

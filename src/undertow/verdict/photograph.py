@@ -10,17 +10,19 @@ import numpy.typing as npt
 
 from .. import images
 from ..classifier import Classifier
+from ..display import ShownFields
 from ..errors import FrameworkError
-from ..files import readable
-from ..photographs import provenance, result_folder
+from ..files import published, readable
+from ..photographs import PHOTOGRAPH, provenance, result_folder, write_image
 from ..show import verdict as show
+from ..show.plots import save
 from .evaluation import Cost
 from .result import Verdict
 from .trust import trust
 
 
-@dataclass(frozen=True)
-class JudgedPhotograph:
+@dataclass(frozen=True, repr=False)
+class JudgedPhotograph(ShownFields):
     """The verdicts on one photograph's maps.
 
     Attributes:
@@ -87,18 +89,37 @@ def trust_photograph(
     return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
 
 
-def write(judged: JudgedPhotograph, classifier: Classifier, folder: Path) -> dict[str, Any]:
-    """Write a picture for each verdict, and `verdict.json` last; return the latter's content.
+def map_file(label: str) -> str:
+    """Name the file that keeps the map of a rule and estimator, `(C, H, W)`.
+
+    >>> map_file("guided smoothgrad:25")
+    'map-guided_smoothgrad-25.npy'
+    """
+    return f"map-{readable(label.replace(':', '-'))}.npy"
+
+
+def write(
+    judged: JudgedPhotograph, classifier: Classifier, folder: Path, ending: str = "png", ground: str = "white"
+) -> dict[str, Any]:
+    """Write the photograph, each map, a picture of each verdict, and `verdict.json` last; return the latter's content.
+
+    Args:
+        ending: of the pictures: "png", "svg" or "pdf".
+        ground: "white", "dark" or "transparent".
 
     Files of the same names are replaced. Where matplotlib is missing there are no pictures, and a note says so.
     """
     with result_folder(folder, "verdict.json") as result:
-        files, notes = [], []
+        files, notes = [write_image(judged.view, folder / PHOTOGRAPH).name], []
         for name, verdict in judged.verdicts.items():
-            path = folder / f"verdict-{readable(name.replace(':', '-'))}.png"
+            path = folder / f"verdict-{readable(name.replace(':', '-'))}.{ending}"
+            assert verdict.values is not None  # a fresh verdict holds its map
+            with published(folder / map_file(name)) as aside, aside.open("wb") as file:
+                np.save(file, verdict.values, allow_pickle=False)
+            files.append(map_file(name))
             try:
-                assert verdict.values is not None  # a fresh verdict holds its map
-                files.append(show.figure(judged.view, verdict.values, verdict.to_dict(), path).name)
+                figure = show.figure(judged.view, verdict.values, verdict.to_dict())
+                files.append(save(figure, path, ground=ground).name)
             except FrameworkError as error:
                 notes = [str(error)]
         verdicts = {name: verdict.to_dict() for name, verdict in judged.verdicts.items()}

@@ -1,0 +1,43 @@
+"""Tokens with their attributions, as plain data for a page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..frameworks.base import as_numpy
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The tokens of one text, each with its attribution.
+
+    Attributes:
+        tokens: as they are read, in order; " the" with its space, if the tokenizer keeps it.
+        values: a list, or an array of any framework: one number a token, `(T,)`, or a vector, `(T, features)`, which is
+            summed.
+        title: what they speak for, such as "positive, 0.98".
+
+    Raises:
+        InputError: there are not as many values as tokens, or one is NaN or infinite.
+
+    >>> Text(["a", " cat"], [[0.5, 0.5], [1.0, -3.0]]).to_dict()
+    {'title': '', 'tokens': ['a', ' cat'], 'values': [1.0, -2.0]}
+    """
+
+    tokens: Sequence[str]
+    values: Any
+    title: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        values = self.values if isinstance(self.values, list | tuple) else as_numpy(self.values)
+        array = np.asarray(values, np.float64)
+        if array.ndim not in (1, 2) or len(array) != len(self.tokens):
+            raise InputError(f"values of shape {array.shape} are not one for each of {len(self.tokens)} tokens")
+        if not np.isfinite(array).all():
+            raise InputError("the tokens' values hold NaN or infinity, which no shade can show")
+        sums = array if array.ndim == 1 else array.sum(1)
+        return {"title": str(self.title), "tokens": [str(token) for token in self.tokens], "values": sums.tolist()}
