@@ -9,6 +9,7 @@ from . import derive as derive
 from . import images as images
 from . import rules as rules
 from . import show as show
+from . import sweep as sweep
 from . import targets as targets
 from .attribution import Attribution as Attribution
 from .attribution import explain as explain
@@ -35,6 +36,7 @@ from .runs import Run as Run
 from .runs import compare as compare
 from .sites import Site as Site
 from .sites import select as select
+from .sweep import Sweep as Sweep
 from .verdict import Verdict as Verdict
 from .verdict import trust as trust
 

@@ -20,6 +20,7 @@ from .models import models
 from .printing import echo, echo_click_error, echo_error, nobody_reads, print_anywhere
 from .quantiles import compare, quantiles
 from .record import record, sites
+from .sweeps import status
 from .trace import trace
 from .trust import trust
 
@@ -41,6 +42,7 @@ def app() -> None:
     undertow models resnet                             what can be named, and what of it works offline
     undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
     undertow quantiles runs/a                          what they are like, layer by layer
+    undertow status runs/a                             how far it is, of many photographs or a long recording
     undertow check runs/a                              is all of it there, and as it was written
     undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
@@ -48,7 +50,21 @@ def app() -> None:
     """
 
 
-for command in (demo, explain, trust, models, sites, record, quantiles, compare, check, diagnose, trace, derive):
+for command in (
+    demo,
+    explain,
+    trust,
+    models,
+    sites,
+    record,
+    status,
+    quantiles,
+    compare,
+    check,
+    diagnose,
+    trace,
+    derive,
+):
     app.add_command(command)
 
 
