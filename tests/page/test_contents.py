@@ -8,9 +8,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import undertow as ut
+from undertow.cli import app
 from undertow.page import contents
 from undertow.page.explanations import cards_of_attribution, merged
 from undertow.page.packing import PackedArrays
@@ -163,3 +165,18 @@ def test_rules_estimators_and_verdicts_of_one_photograph_stand_in_one_place(tmp_
         ("gradient", "tabby"),
     ]
     assert len(alone["maps"]) == 2
+
+
+def test_a_page_shows_no_file_that_a_folder_only_links_to(tmp_path):
+    folder = tmp_path / "x"
+    assert CliRunner().invoke(app, ["explain", str(ut.images.demo_photographs()["coffee"]), "--model", "demo",
+                                    "--rule", "gradient", "--out", str(folder)]).exit_code == 0  # fmt: skip
+    (result,) = folder.iterdir()
+    assert ut.report(folder, path=tmp_path / "p.html").stat().st_size > 100_000
+    for name in ("photograph.png", "gradient.safetensors"):
+        (result / name).rename(tmp_path / name)
+        (result / name).symlink_to(tmp_path / name)
+        with pytest.raises(ut.InputError, match=f"{name} is a link"):
+            ut.report(folder, path=tmp_path / "q.html")
+        (result / name).unlink()
+        (tmp_path / name).rename(result / name)

@@ -130,10 +130,7 @@ def _key(rule: str, estimator: str) -> str:
 def _explained_maps(folder: Path, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     reverse = facts["preprocessing"].get("order") == "BGR"
     for name, how in facts["rules"].items():
-        path = folder / f"{readable(name)}.safetensors"
-        if path.stat().st_size > MAX_MAP_BYTES:
-            raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
-        attribution = Attribution.load(path)
+        attribution = Attribution.load(_own(folder / f"{readable(name)}.safetensors"))
         for k in range(len(facts["targets"])):
             values = attribution.map(0, k)
             yield _map(values[::-1] if reverse else values, k, how)
@@ -167,7 +164,20 @@ def _photograph(folder: Path) -> npt.NDArray[np.uint8] | None:
     from ..images import read
 
     path = folder / PHOTOGRAPH
-    return np.asarray(read(path)) if path.is_file() else None
+    return np.asarray(read(_own(path))) if path.is_file() else None
+
+
+def _own(path: Path) -> Path:
+    """Return the path of a file in the folder itself: no link to another, and none that is too large.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path.name} is a link")
+    if path.stat().st_size > MAX_MAP_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, over {MAX_MAP_BYTES:,}")
+    return path
 
 
 def cards_of_attribution(attribution: Attribution, names: Sequence[str] = ()) -> list[dict[str, Any]]:
