@@ -1,10 +1,13 @@
 """Pictures of derivatives: what is drawn is what was derived."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from geometry import faults
 from undertow.derive import Network, from_model
 from undertow.show import graph
 
@@ -40,6 +43,62 @@ def test_every_edge_leads_to_the_right_and_no_two_nodes_meet():
         assert all(start[0] < end[0] for start, end in arrows(axis))
         nodes = [t.get_position() for t in axis.texts if t.get_bbox_patch() and t.get_bbox_patch().get_linewidth() > 1]
         assert len(set(nodes)) == len(nodes)
+
+
+def full(*sizes: int) -> str:
+    """A network whose layers are fully connected, with an input for each neuron of the first."""
+    first = [sum(sizes[:i]) + 1 for i in range(len(sizes))]
+    layers = [range(start, start + size) for start, size in zip(first, sizes, strict=True)]
+    inputs = [f"x{n}>n{n}" for n in layers[0]]
+    return " ".join([*inputs, *(f"n{a}>n{b}" for p, q in pairwise(layers) for a in p for b in q)])
+
+
+NETWORKS = {
+    "exercise": (EXERCISE, "x2[d]"),
+    "two by two": (full(2, 2), "n1"),
+    "three by three": (full(3, 3), "w[1,4]"),
+    "one to three by three": (full(1, 3, 3), "n1"),
+    "one to four by four": (full(1, 4, 4), "n1"),
+    "three layers": (full(1, 2, 2, 2), "x1[d]"),
+    "three outputs": ("x1>n1 x2>n1 n1>n2 n1>n3 n2>n4 n3>n4 n2>n5 n3>n6 n2>n6", "n1"),
+    "skips": ("x1>n1 n1>n2 n2>n3 x2>n3 n1>n3 n3>n4 n1>n4", "n1"),
+    "one neuron": ("x1>n1", "n1"),
+    "many": (full(6, 6), "n1"),
+    "more than are labelled": (full(1, 5, 5), "n1"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_labels_cover_neither_each_other_nor_nodes(name):
+    text, wrt = NETWORKS[name]
+    derivative = Network.parse(text).derivative(wrt)
+    figure = derivative.figure()
+    assert faults(figure, lines=False) == []
+    axis = figure.axes[0]
+    nodes = [t.get_bbox_patch() for t in axis.texts if t.get_bbox_patch() and t.get_bbox_patch().get_linewidth() > 1]
+    labels = [t for t in axis.texts if "frac" in t.get_text()]
+    for node in nodes:
+        box = node.get_window_extent()
+        assert not any(label.get_window_extent().overlaps(box) for label in labels)
+    edges = len(derivative.carrying) + sum(last is not None for _, last in derivative.ends)
+    assert len(labels) == (edges if edges <= graph.MAX_LABELLED_EDGES else 0)
+    legend = axis.texts[0].get_text().replace("\n", " ")
+    assert ("no partials are written" in legend) == (not labels)
+
+
+def test_an_edge_that_skips_a_column_goes_around_the_nodes_in_it():
+    axis = Network.parse(NETWORKS["skips"][0]).derivative("n1").figure().axes[0]
+    axis.figure.draw_without_rendering()
+    nodes = [t for t in axis.texts if t.get_bbox_patch() and t.get_bbox_patch().get_linewidth() > 1]
+    for patch in axis.patches:
+        path = axis.transData.transform_path(patch.get_connectionstyle()(*patch._posA_posB))
+        for node in nodes:
+            if node.get_position() not in map(tuple, patch._posA_posB):
+                assert not path.intersects_bbox(node.get_window_extent(), False)
+
+
+def test_a_long_title_stays_in_the_frame():
+    assert faults(Network.parse("x1>n1").derivative("n1").figure("a title " * 40), lines=False) == []
 
 
 def test_line_width_is_the_gradient_that_an_edge_carries(tmp_path):
