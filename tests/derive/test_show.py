@@ -119,6 +119,12 @@ def test_line_width_is_the_gradient_that_an_edge_carries(tmp_path):
     assert axis.get_title() == "a title"
 
 
+def test_blocks_that_skip_have_their_numbers_apart():
+    names = ["x", *(f"features.denseblock.{i}" for i in range(8)), "E"]
+    carried = {(a, b): 10.0**-i for i, a in enumerate(names) for b in names[i + 1 :: 3]}
+    assert faults(graph.draw_blocks(names, carried, list(carried)[:4], "a title"), lines=False) == []
+
+
 def test_norms_that_span_decades_are_drawn_by_their_logarithm():
     carried = {("a", "b"): 1e-6, ("b", "E"): 1.0, ("a", "E"): 1e-3, ("x", "a"): 0.0}
     axis = graph.draw_blocks(["x", "a", "b", "E"], carried, []).axes[0]

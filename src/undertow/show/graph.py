@@ -243,6 +243,7 @@ def _figure(title: str, width: float, height: float) -> "tuple[Figure, Any]":
     figure = new_figure(figsize=(width, height), layout="constrained")
     axis = figure.subplots()
     axis.set_axis_off()
+    axis.set(xticks=[], yticks=[])
     if title:
         axis.set_title(title, fontsize=18 if "$" in title else 12)
     return figure, axis
