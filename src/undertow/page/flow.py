@@ -23,7 +23,13 @@ def of_blocks(blocks: Blocks, trace: Trace | None = None, title: str = "") -> di
     ]
     nodes.append({"name": END, "kind": "objective", "gradient": None, "trace": []})
     edges = [{"source": e.source, "target": e.target, "norm": _finite(e.norm)} for e in blocks.edges]
-    return {"title": title, "run": None, "nodes": nodes, "edges": edges, "of": "the ℓ2 norm of the gradient that it carries"}
+    return {
+        "title": title,
+        "run": None,
+        "nodes": nodes,
+        "edges": edges,
+        "of": "the ℓ2 norm of the gradient that it carries",
+    }
 
 
 def _trace_of(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

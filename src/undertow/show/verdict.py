@@ -77,7 +77,7 @@ def _answers(axis: Any, verdict: Mapping[str, Any]) -> None:
                   bbox={"boxstyle": "round,pad=0.3", "color": LEVELS.get(level, "white")})  # fmt: skip
         axis.text(0.085, top, label, va="top", fontsize=10)
         axis.text(
-            0.085, top - 0.06, "\n".join(map(drawn, textwrap.wrap(text, 98)[:2])), va="top", fontsize=8, color=FAINT
+            0.085, top - 0.06, "\n".join(map(drawn, textwrap.wrap(text, 84)[:2])), va="top", fontsize=8, color=FAINT
         )
 
 
