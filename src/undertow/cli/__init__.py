@@ -21,6 +21,7 @@ from .printing import echo, echo_click_error, echo_error, nobody_reads, print_an
 from .quantiles import compare, quantiles
 from .record import record, sites
 from .report import report
+from .sweeps import status
 from .trace import trace
 from .trust import trust
 from .view import view
@@ -43,6 +44,7 @@ def app() -> None:
     undertow models resnet                             what can be named, and what of it works offline
     undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
     undertow quantiles runs/a                          what they are like, layer by layer
+    undertow status runs/a                             how far it is, of many photographs or a long recording
     undertow check runs/a                              is all of it there, and as it was written
     undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow report runs/a cats/                       one HTML page of it, to look at or to mail
@@ -59,6 +61,7 @@ COMMANDS = (
     models,
     sites,
     record,
+    status,
     quantiles,
     compare,
     check,

@@ -158,17 +158,17 @@ function layersChart(one, data, labels, state, what, choose) {
   const width = fits(one, labels.length * (several ? 10 * data.runs.length : 14));
   const bar = Math.max(3, Math.min(22, (0.6 * width) / labels.length / data.runs.length));
   const x = (last) => ({ field: "layer", type: "ordinal", sort: order, title: null, axis: last ? { labelAngle: -45, labelLimit: 180, labelOverlap: true, grid: false } : null });
-  const colour = { field: "run", type: "nominal", scale: { domain: runs, range: runs.map((_, i) => ink(i)) } };
+  const colour = { field: "run", type: "nominal", scale: { domain: runs, range: runs.map((_, i) => ink(i)) }, legend: several ? { title: null, orient: "top" } : null };
   const offset = several ? { xOffset: { field: "run", type: "nominal", sort: runs } } : {};
   const tooltip = [{ field: "layer" }, { field: "run" }, { field: "median" }, { field: "range", title: "5 to 95 %" }, { field: "zero", title: "exactly zero" }];
-  const common = (last, y, opacity = 1, legend = null) => ({ x: x(last), ...offset, color: { ...colour, legend }, tooltip, y, opacity: { condition: { test: "datum.layer === chosen", value: opacity }, value: 0.75 * opacity } });
+  const common = (last, y, opacity = 1) => ({ x: x(last), ...offset, color: colour, tooltip, y, opacity: { condition: { test: "datum.layer === chosen", value: opacity }, value: 0.75 * opacity } });
   const y = (field) => ({ field, type: "quantitative", title: what, ...size });
   const zeros = rows.some((row) => row.zeros !== null);
   const bands = {
     width, height: 260, data: { values: rows },
     layer: [
       { mark: { type: "rule", strokeWidth: 2 }, encoding: { ...common(!zeros, y("q0")), y2: { field: "q4" } } },
-      { mark: { type: "bar", size: bar, cornerRadius: 1 }, encoding: { ...common(!zeros, y("q1"), 0.8, several ? { title: null, orient: "top" } : null), y2: { field: "q3" } } },
+      { mark: { type: "bar", size: bar, cornerRadius: 1 }, encoding: { ...common(!zeros, y("q1"), 0.8), y2: { field: "q3" } } },
       { mark: { type: "tick", thickness: 3, size: bar + 4, color: dark() ? "#fff" : "#000" }, encoding: { x: x(!zeros), ...offset, y: y("q2"), tooltip } },
       ...(pins.length ? [{
         data: { values: pins }, mark: { type: "point", filled: true, size: 90, yOffset: -6 },
