@@ -28,7 +28,9 @@ def section(runs: list[Run], arrays: PackedArrays) -> dict[str, Any]:
         InputError: a run holds nothing that quantiles can be of.
         RunError: a file of a run is damaged.
     """
-    return {"q": list(Q), "runs": [run_data(run, default_of(runs), arrays) for run in runs]}
+    of = default_of(runs)
+    measure = OF[of].replace("_", "-")
+    return {"q": list(Q), "of": of, "measure": measure, "runs": [run_data(run, of, arrays) for run in runs]}
 
 
 def run_data(run: Run, of: str, arrays: PackedArrays) -> dict[str, Any]:
@@ -52,7 +54,6 @@ def run_data(run: Run, of: str, arrays: PackedArrays) -> dict[str, Any]:
     shown = batches[:: _every(batches)]
     return {
         "name": run.folder.resolve().name,
-        "of": of,
         "finished": run.finished,
         "batches": len(batches),
         "every": _every(batches),
