@@ -599,7 +599,8 @@ def runs(tmp_path_factory):
     [
         ["first", "second"], ["first", "other names"], ["first", "first"], ["channel norms"], ["moments"], ["learning"],
         ["both phases", "first"], ["one batch"], ["empty"], ["empty", "first"], ["zero"], ["infinite"],
-        ["not a number"], ["first", "channel norms"], ["channel norms", "moments"], ["zero", "infinite", "not a number", "first"],
+        ["not a number"], ["first", "channel norms"], ["channel norms", "moments"],
+        ["zero", "infinite", "not a number", "first"],
     ],
     ids=" + ".join,
 )  # fmt: skip
