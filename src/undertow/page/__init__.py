@@ -72,7 +72,7 @@ def contents(what: Any, arrays: PackedArrays, title: str) -> dict[str, Any]:
             )
     if not (cards or runs or networks or texts):
         raise InputError("there is nothing to show; give the folder of a run, or what undertow explain wrote")
-    networks += [graph for run in runs if (graph := flow.of_run(run))]
+    networks += [graph for i, run in enumerate(runs) if (graph := flow.of_run(run, i))]
     return {
         "title": title,
         "explanations": explanations.section(cards, arrays),

@@ -239,6 +239,7 @@ def section(cards: Sequence[dict[str, Any]], arrays: PackedArrays) -> dict[str, 
     in_colour = sum(len(card["maps"]) for card in cards) <= MAX_IN_COLOUR
     return {
         "in_colour": in_colour,
+        "colour": in_colour and any(one["values"].shape[0] in (1, 3) for card in cards for one in card["maps"]),
         "cards": [
             {**{key: value for key, value in card.items() if key != "made"},
              "photograph": _jpeg(card["photograph"]),
@@ -251,11 +252,11 @@ def section(cards: Sequence[dict[str, Any]], arrays: PackedArrays) -> dict[str, 
 def _packed(one: dict[str, Any], in_colour: bool, arrays: PackedArrays) -> dict[str, Any]:
     """Pack a map: all its channels, or the largest |value| over them and their sum."""
     values = one["values"].astype(np.float32)
-    top = float(np.percentile(np.abs(values).max(0), heatmap.CLIP)) or float(np.abs(values).max())
+    tops = {style: heatmap.limit(values, style) for style in ("magnitude", "signed")}
     if not in_colour and len(values) > 1:
         values = np.stack([np.abs(values).max(0), values.sum(0)])
     facts = {key: value for key, value in one.items() if key != "values"}
-    return {**facts, "reduced": not in_colour and len(one["values"]) > 1, "top": top, "values": arrays.floats(values)}
+    return {**facts, "reduced": not in_colour and len(one["values"]) > 1, "tops": tops, "values": arrays.floats(values)}
 
 
 def _jpeg(pixels: npt.NDArray[np.uint8] | None) -> str | None:

@@ -29,8 +29,16 @@ def section(runs: list[Run], arrays: PackedArrays) -> dict[str, Any]:
         InputError: a run holds nothing that quantiles can be of.
         RunError: a file of a run is damaged.
     """
-    data = [run_data(run, default_of(runs), arrays) for run in runs]
-    return {"q": list(Q), "runs": data, "contrast": _contrast(runs) if len(runs) > 1 else []}
+    of = default_of(runs)
+    measure = OF[of].replace("_", "-")
+    data = [run_data(run, of, arrays) for run in runs]
+    return {
+        "q": list(Q),
+        "of": of,
+        "measure": measure,
+        "runs": data,
+        "contrast": _contrast(runs) if len(runs) > 1 else [],
+    }
 
 
 def _contrast(runs: list[Run]) -> list[str]:
@@ -66,7 +74,6 @@ def run_data(run: Run, of: str, arrays: PackedArrays) -> dict[str, Any]:
     shown = batches[:: _every(batches)]
     return {
         "name": run.folder.resolve().name,
-        "of": of,
         "finished": run.finished,
         "batches": len(batches),
         "every": _every(batches),
