@@ -14,6 +14,7 @@ from .check import check
 from .demo import demo
 from .derive import derive
 from .diagnose import diagnose
+from .doctor import doctor
 from .errors import error_line
 from .explain import explain
 from .models import models
@@ -51,6 +52,7 @@ def app() -> None:
     undertow view runs/a                               the same page, live, while a run is written
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     undertow derive chain "x1>n1 n1>n2" --wrt n1       the chain rule on paper, checked by numbers
+    undertow doctor                                    what is installed here, and what works
     """
 
 
@@ -70,6 +72,7 @@ COMMANDS = (
     view,
     trace,
     derive,
+    doctor,
 )
 for command in COMMANDS:
     app.add_command(command)
