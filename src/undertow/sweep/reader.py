@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ..display import BAD, Mark, Rows, Shown, ShownItem, ShownTable, brief, counted
+from ..display import Part as Shows
 from ..errors import InputError, RunError, did_you_mean, printable
 from ..files import read_bytes
 from ..runs import Run
@@ -38,8 +40,8 @@ from .shards import Shards
 _RECENT = 32  # parts that the speed is taken of
 
 
-@dataclass(frozen=True)
-class SweepStatus:
+@dataclass(frozen=True, repr=False)
+class SweepStatus(Shown):
     """How far a sweep is.
 
     Attributes:
@@ -78,9 +80,18 @@ class SweepStatus:
         """Return plain data for JSON."""
         return {**asdict(self), "finished": self.finished}
 
+    def _shown(self) -> Iterator[Shows]:
+        state = "finished" if self.finished else f"{self.missing:,} missing"
+        yield f"SweepStatus of {self.sweep}: {self.done:,} of {self.count:,} done, {self.failed:,} failed, {state}"
+        speed = f", {self.speed:.3g} items a second" if self.speed else ""
+        left = f", about {self.seconds_left:.0f} s left" if self.seconds_left else ""
+        yield f"{self.task} with {self.model}; {self.shards_done:,} of {self.shards:,} shards{speed}{left}"
+        rows = ((Mark(failure.name, BAD), failure.error) for failure in self.failures)
+        yield ShownTable(("failed", "reason"), rows, len(self.failures))
 
-@dataclass(frozen=True)
-class SweepCheck:
+
+@dataclass(frozen=True, repr=False)
+class SweepCheck(Shown):
     """Whether each part is as it was written.
 
     Attributes:
@@ -106,8 +117,17 @@ class SweepCheck:
         """Return plain data for JSON."""
         return {**asdict(self), "whole": self.whole}
 
+    def _shown(self) -> Iterator[Shows]:
+        kind = "whole" if self.whole else f"{counted(len(self.faults), 'part')} damaged or missing"
+        yield f"SweepCheck of {self.sweep}: {kind}"
+        yield f"{counted(self.files, 'file')} read; {counted(self.missing, 'item')} to come"
+        if self.strangers:
+            yield f"not of this sweep: {brief(self.strangers)}"
+        rows = ((Mark(str(shard), BAD), fault) for shard, fault in self.faults.items())
+        yield ShownTable(("shard", "what is wrong"), rows, len(self.faults))
 
-class Sweep:
+
+class Sweep(ShownItem):
     """What a sweep left, finished or not. Nothing in the folder is trusted: what is read is checked.
 
     Attributes:
@@ -124,8 +144,10 @@ class Sweep:
         self.shards = Shards(self.manifest["source"]["count"], self.manifest["shard_size"])
         self._maps_in = lru_cache(maxsize=2)(self._read_maps)
 
-    def __repr__(self) -> str:
-        return f"Sweep({str(self.folder)!r}, {self.task}, {len(self.done)} of {len(self.shards)} shards)"
+    def _shown(self) -> Iterator[Shows]:
+        yield f"Sweep({str(self.folder)!r}, {self.task}, {len(self.done)} of {len(self.shards)} shards)"
+        rows = [("items", f"{len(self):,}"), ("model", brief(self.manifest["model"].get("reference")))]
+        yield ShownTable(("", ""), rows, len(rows))
 
     def __len__(self) -> int:
         """Return how many items there are."""
@@ -137,13 +159,13 @@ class Sweep:
         return str(self.manifest["task"])
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> Rows[str]:
         """The items' names, in order."""
         path = self.folder / NAMES
         names: list[str] = read_part(path, "names", NAMES_COLUMNS)["name"].to_pylist()
         if names_digest(names) != self.manifest["source"].get("names_sha256") or len(names) != len(self):
             raise damaged(path, "has changed since it was written: its checksum differs")
-        return names
+        return Rows(names)
 
     @property
     def done(self) -> list[int]:
@@ -151,15 +173,15 @@ class Sweep:
         return [shard for shard in done_shards(self.folder) if shard < len(self.shards)]
 
     @property
-    def missing(self) -> list[str]:
+    def missing(self) -> Rows[str]:
         """The names of the items that are still to be done."""
         names = self.names  # which also tells whether there are as many as the manifest says
-        return [names[i] for shard in self.shards.missing(set(self.done)) for i in self.shards[shard]]
+        return Rows(names[i] for shard in self.shards.missing(set(self.done)) for i in self.shards[shard])
 
     @property
-    def failed(self) -> list[Failure]:
+    def failed(self) -> Rows[Failure]:
         """The items that could not be done, each with its reason."""
-        return [failure for part in self._parts() for failure in part.failed]
+        return Rows(failure for part in self._parts() for failure in part.failed)
 
     def _parts(self) -> Iterator[Part]:
         for shard in self.done:
