@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import duckdb
@@ -14,6 +15,7 @@ from sweep.photographs import classifier, crops, network
 from undertow import rules
 from undertow.errors import InputError, ModelError, RunError, TargetError
 from undertow.recording.photographs import record_photographs
+from undertow.sweep.folder import write_json
 from undertow.sweep.sources import source_of
 
 COUNT = 22
@@ -382,3 +384,61 @@ def test_every_source_gives_the_same_maps(whole, folder, small, tmp_path):
     assert sweep.names == whole.names
     assert all(np.array_equal(sweep.map(i, "guided"), whole.map(i, "guided")) for i in range(COUNT))
     assert source_of(data).where == "Folder"
+
+
+STEPS = ["batch norm folded", "channels last"]
+
+
+def normed():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Conv2d(6, 6, 3)]
+    return torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 16 * 16, 5)).eval()
+
+
+def test_a_long_sweep_measures_once_whether_a_prepared_network_is_quicker(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    items = [generator.normal(size=(3, 20, 20)).astype(np.float32) for _ in range(9)]
+    plain = ut.sweep.explain(items, normed(), tmp_path / "plain", batch_size=2, shard_size=4, fast="off")
+    assert plain.prepared == []
+    monkeypatch.setattr("undertow.sweep.fast.FEWEST", 5)
+    swept = ut.sweep.explain(items, normed(), tmp_path / "auto", batch_size=2, shard_size=4)
+    assert [line.split(":")[0] for line in swept.prepared] == STEPS
+    for i in range(9):
+        np.testing.assert_allclose(swept.map(i), plain.map(i), rtol=1e-3, atol=1e-4)
+    with pytest.raises(RunError, match=r"settings fast 'auto', not 'off'"):
+        ut.sweep.explain(items, normed(), tmp_path / "auto", batch_size=2, shard_size=4, fast="off")
+    with pytest.raises(InputError, match=r"fast='on' is neither 'auto' nor 'off'"):
+        ut.sweep.explain(items, normed(), tmp_path / "on", fast="on")
+
+
+def test_all_processes_go_by_the_choice_of_the_first(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    items = [generator.normal(size=(3, 20, 20)).astype(np.float32) for _ in range(9)]
+
+    def begin(done, count):
+        if not (out / "prepared.json").exists():
+            write_json(out / "prepared.json", {"steps": STEPS, "trials": ["x"]}, new=True)
+
+    digests = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        for limit_of_calls in (3, 99):
+            calls = iter(range(limit_of_calls))
+
+            def advance(done, failed, calls=calls):
+                if next(calls, None) is None:
+                    raise Stop
+
+            with suppress(Stop):
+                how = {"batch_size": 2, "shard_size": 4, "begin": begin, "advance": advance}
+                swept = ut.sweep.explain(items, normed(), out, **how)
+        digests.append(swept.digest())
+    plain = ut.sweep.explain(items, normed(), tmp_path / "plain", batch_size=2, shard_size=4, fast="off")
+    assert digests[0] == digests[1] != plain.digest()
+    for i in range(9):
+        np.testing.assert_allclose(swept.map(i), plain.map(i), rtol=1e-3, atol=1e-4)
+    write_json(out / "prepared.json", {"steps": ["overclocked"], "trials": []}, new=False)
+    for path in (out / "parts" / "000001").iterdir():
+        path.unlink()
+    (out / "parts" / "000001").rmdir()
+    with pytest.raises(InputError, match=r"names a step that there is not: 'overclocked'"):
+        ut.sweep.explain(items, normed(), out, batch_size=2, shard_size=4)

@@ -29,6 +29,7 @@ from .folder import (
     part_folder,
     read_facts,
     read_index,
+    read_json,
     read_manifest,
     storable,
 )
@@ -164,6 +165,15 @@ class Sweep:
     def _parts(self) -> Iterator[Part]:
         for shard in self.done:
             yield read_facts(self.folder, shard)
+
+    @property
+    def prepared(self) -> list[str]:
+        """What was measured of each step of preparing the network, and whether it was taken; empty where none was."""
+        path = self.folder / "prepared.json"
+        if not path.exists() and not path.is_symlink():
+            return []
+        with damage_named(path):
+            return [str(line) for line in read_json(path)["trials"]]
 
     def table(self) -> Any:
         """Return the rows of all parts as a `pyarrow.Table`: of explain, a row for each map; of trust, for each answer.

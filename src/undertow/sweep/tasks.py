@@ -128,7 +128,7 @@ class ExplainTask:
                 stack.callback(file.abandon)
 
             def add(number: int, items: Sequence[Item]) -> list[Failure]:
-                done, failed = in_pieces(bench, items, lambda piece: self._explained(bench, piece))
+                done, failed = in_pieces(bench, items, lambda piece: self.explained(bench, piece))
                 for piece, maps in done:
                     _append(rows, files, bench.classifier, piece, maps)
                 return failed
@@ -140,7 +140,8 @@ class ExplainTask:
                     file.path.unlink()
         write_table(folder / INDEX, rows, EXPLAIN_COLUMNS)
 
-    def _explained(self, bench: Bench, items: Sequence[Item]) -> dict[str, Attribution]:
+    def explained(self, bench: Bench, items: Sequence[Item]) -> dict[str, Attribution]:
+        """Return the maps of a batch under each rule."""
         x = bench.batch(items)
         classifier = bench.classifier
         target: Any = self.target if isinstance(self.target, str) else [list(self.target)] * len(items)

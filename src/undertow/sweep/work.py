@@ -39,6 +39,7 @@ class Job:
         workers: threads that read.
         max_failures: more than so many failures end this process; None: none do.
         draft: whether a large JPEG may be decoded at a smaller size.
+        steps: by which the network is prepared.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Job:
     workers: int = 2
     max_failures: int | None = None
     draft: bool = False
+    steps: tuple[str, ...] = ()
 
 
 @dataclass

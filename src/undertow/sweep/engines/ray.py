@@ -13,6 +13,7 @@ from typing import Any
 from ...classifier import Classifier
 from ...errors import FrameworkError, RunError, UndertowError, one_line, printable
 from ...photographs import on_device
+from ..fast import prepared_classifier
 from ..folder import done_shards
 from ..shards import Shards
 from ..work import Advance, Job, Outcome, work
@@ -44,7 +45,8 @@ class RayWorker:
             os.chdir(folder)  # paths are relative to where the command was given
             classifier = job.classifier if load is None else load()
             device = on_device(classifier, job.device)
-            self.job = replace(job, classifier=classifier, device=device, max_failures=None)
+            job = replace(job, device=device, max_failures=None, classifier=classifier)
+            self.job = replace(job, classifier=prepared_classifier(job, classifier))
         return work(self.job, [shard], fresh=fresh)
 
 
