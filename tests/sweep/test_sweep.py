@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import undertow as ut
-from sweep.photographs import classifier, crops, network
+from sweep.photographs import NETS, classifier, crops, network
 from undertow import rules
 from undertow.errors import InputError, ModelError, RunError, TargetError
 from undertow.recording.photographs import record_photographs
@@ -442,3 +444,30 @@ def test_all_processes_go_by_the_choice_of_the_first(tmp_path, monkeypatch):
     (out / "parts" / "000001").rmdir()
     with pytest.raises(InputError, match=r"names a step that there is not: 'overclocked'"):
         ut.sweep.explain(items, normed(), out, batch_size=2, shard_size=4)
+
+
+FULL = """
+import resource, sys
+from undertow.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_leaves_a_sweep_that_goes_on(folder, tmp_path):
+    (tmp_path / "nets.py").write_text(NETS)
+    words = ["explain", str(folder), "--model", f"{tmp_path / 'nets.py'}:load", "--rule", "guided", "--engine", "local"]
+    words += ["--shard-size", "5", "--batch-size", "3", "--out", str(tmp_path / "out")]
+    full, wide = (
+        subprocess.run([sys.executable, "-c", FULL, limit, *words], capture_output=True, text=True, timeout=200)
+        for limit in ("15000", "1000000")  # a part of 5 maps has 24 kB, the last one, of 2, less
+    )
+    assert full.returncode == 2
+    assert f"error: cannot write into {tmp_path / 'out'}: " in full.stderr
+    assert "the parts that are there are whole, and the same command goes on from them" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert wide.returncode == 0, wide.stderr
+    sweep = ut.Sweep(tmp_path / "out")
+    assert (sweep.check().whole, sweep.status().done) == (True, COUNT)
+    assert not list((tmp_path / "out" / "parts").glob(".*"))

@@ -13,6 +13,7 @@ from typing import Any
 from ...classifier import Classifier
 from ...errors import FrameworkError, RunError, UndertowError, one_line, printable
 from ...photographs import on_device
+from ...signals import handlers_kept
 from ..fast import prepared_classifier
 from ..folder import done_shards
 from ..shards import Shards
@@ -119,12 +120,10 @@ def _cluster(crew: Crew) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    where = {"address": address} if address else {"num_cpus": crew.options.get("processes"), "include_dashboard": False}
     try:
-        if address is None:
-            ray.init(num_cpus=crew.options.get("processes"), include_dashboard=False, log_to_driver=False,
-                     configure_logging=False)  # fmt: skip
-        else:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with handlers_kept():
+            ray.init(**where, log_to_driver=False, configure_logging=False)
     except Exception as error:  # Ray raises many kinds
         raise RunError(f"Ray cannot be started or reached at {address or 'this machine'}: {one_line(error)}") from error
     try:
