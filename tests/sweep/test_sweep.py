@@ -15,6 +15,7 @@ import torch
 import undertow as ut
 from sweep.photographs import NETS, classifier, crops, network
 from undertow import rules
+from undertow.classifier import Classifier
 from undertow.errors import InputError, ModelError, RunError, TargetError
 from undertow.recording.photographs import record_photographs
 from undertow.sweep.folder import write_json
@@ -280,6 +281,42 @@ def test_a_rule_of_ones_own_and_names_that_are_no_text(small, tmp_path):
     np.testing.assert_allclose(4 * sweep.map(odd, "damped"), sweep.map(odd, "guided"), rtol=1e-5)
     again = ut.sweep.explain(tmp_path / "photographs", small, tmp_path / "out", rule=[damped, "guided"])
     assert again.digest() == sweep.digest()
+
+
+def test_rules_of_one_name_are_refused(small, folder, tmp_path):
+    with pytest.raises(InputError, match=r"two rules have the name '<lambda>', by which their maps are kept"):
+        explained(folder, small, tmp_path, rule=[lambda g, local: local(g), lambda g, local: local(-g)])
+
+
+def test_a_sweep_that_is_written_is_not_repaired(whole, folder, small, tmp_path):
+    sweep = explained(folder, small, tmp_path)
+    path = tmp_path / "parts" / "000000" / "guided.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+    def begin(done, count):
+        with pytest.raises(RunError, match=r"another sweep writes into .* at this moment"):
+            sweep.check(repair=True)
+
+    explained(folder, small, tmp_path, begin=begin)
+    assert sweep.check(repair=True).missing == 8
+    assert explained(folder, small, tmp_path).digest() == whole.digest()
+
+
+@pytest.mark.slow
+def test_a_keras_network_is_swept_over_too(folder, tmp_path):
+    import keras
+
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((20, 20, 3)), keras.layers.Conv2D(4, 3, activation="relu"), keras.layers.Flatten()]
+    model = keras.Sequential([*layers, keras.layers.Dense(6)])
+    kera = Classifier("keras", model, classifier().preprocessing, tuple("abcdef"), "given", "0" * 64)
+    sweep = ut.sweep.explain(folder, kera, tmp_path / "a", batch_size=3, limit=5, pictures=1)
+    for name in sweep.names:
+        alone = ut.explain(kera, kera.prepare(folder / name), rule="guided").numpy()[0]
+        np.testing.assert_allclose(sweep.map(name), alone, rtol=1e-4, atol=1e-6)
+    data = ut.sweep.explain(ut.images.Folder(folder, kera), kera, tmp_path / "b", batch_size=3, limit=5)
+    assert all(np.array_equal(data.map(i), sweep.map(i)) for i in range(5))
+    assert (tmp_path / "a" / "pictures" / "000000-a_0000" / "panel.png").exists()
 
 
 @pytest.mark.parametrize("option", ["batch_size", "shard_size", "workers"])

@@ -22,6 +22,7 @@ from .folder import (
     INDEX,
     NAMES,
     NAMES_COLUMNS,
+    PARTS,
     Failure,
     Part,
     done_shards,
@@ -331,6 +332,9 @@ class Sweep:
 
         Args:
             repair: remove damaged parts, so that the same command does them again.
+
+        Raises:
+            RunError: to be repaired while a sweep writes into the folder.
         """
         files, faults = 0, dict[int, str]()
         for shard in self.done:
@@ -339,12 +343,21 @@ class Sweep:
             except RunError as error:
                 faults[shard] = str(error).partition("; restore it")[0]
         _ = self.names
-        for shard in faults if repair else ():
-            _remove(part_folder(self.folder, shard))
-        if faults and repair and self.task == "record":
-            unmerge(self.folder)
+        if faults and repair:
+            self._take_out(list(faults))
         missing = len(self) - self.shards.items(self.done)
         return SweepCheck(str(self.folder), files, missing, faults, tuple(self._strangers()))
+
+    def _take_out(self, shards: list[int]) -> None:
+        """Remove some parts, and the run that was merged of all of them."""
+        from ..recording.lock import locked, refuse_links
+
+        with locked(self.folder, 0, "sweep"):
+            refuse_links(self.folder, [PARTS])
+            for shard in shards:
+                _remove(part_folder(self.folder, shard))
+            if self.task == "record":
+                unmerge(self.folder)
 
     def _check_part(self, shard: int) -> int:
         """Return how many files a part has, all of them whole. Raises RunError: one is not."""

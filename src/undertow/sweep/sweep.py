@@ -15,7 +15,7 @@ from ..frameworks.base import capability, framework_of_model
 from ..images import Preprocessing
 from ..photographs import on_device, versions
 from ..recording.lock import locked, refuse_links
-from ..rules import Rule
+from ..rules import Rule, resolve
 from ..scales import describe
 from ..signals import unwound_by_sigterm
 from .engines import Crew, engine_named, run
@@ -74,7 +74,10 @@ def explain(
     classifier = classifier_of(model)
     target = ids_of_names(target, classifier)
     target = target if isinstance(target, str) else tuple(target if isinstance(target, list | tuple) else [target])
-    rules = tuple(rule) if isinstance(rule, list | tuple) else (rule,)
+    rules = tuple(dict.fromkeys(rule if isinstance(rule, list | tuple) else [rule]))
+    names = [resolve(each)[0] for each in rules]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two rules have the name {twice!r}, by which their maps are kept; give one another name")
     at = source_of(source)
     swept = sweep(at, classifier, out, ExplainTask(rules, target, dict(options or {})), **how)
     if pictures != 0:
