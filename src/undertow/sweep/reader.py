@@ -24,6 +24,7 @@ from .folder import (
     INDEX,
     NAMES,
     NAMES_COLUMNS,
+    PARTS,
     Failure,
     Part,
     done_shards,
@@ -31,6 +32,7 @@ from .folder import (
     part_folder,
     read_facts,
     read_index,
+    read_json,
     read_manifest,
     storable,
 )
@@ -186,6 +188,15 @@ class Sweep(ShownItem):
     def _parts(self) -> Iterator[Part]:
         for shard in self.done:
             yield read_facts(self.folder, shard)
+
+    @property
+    def prepared(self) -> list[str]:
+        """What was measured of each step of preparing the network, and whether it was taken; empty where none was."""
+        path = self.folder / "prepared.json"
+        if not path.exists() and not path.is_symlink():
+            return []
+        with damage_named(path):
+            return [str(line) for line in read_json(path)["trials"]]
 
     def table(self) -> Any:
         """Return the rows of all parts as a `pyarrow.Table`: of explain, a row for each map; of trust, for each answer.
@@ -343,6 +354,9 @@ class Sweep(ShownItem):
 
         Args:
             repair: remove damaged parts, so that the same command does them again.
+
+        Raises:
+            RunError: to be repaired while a sweep writes into the folder.
         """
         files, faults = 0, dict[int, str]()
         for shard in self.done:
@@ -351,12 +365,21 @@ class Sweep(ShownItem):
             except RunError as error:
                 faults[shard] = str(error).partition("; restore it")[0]
         _ = self.names
-        for shard in faults if repair else ():
-            _remove(part_folder(self.folder, shard))
-        if faults and repair and self.task == "record":
-            unmerge(self.folder)
+        if faults and repair:
+            self._take_out(list(faults))
         missing = len(self) - self.shards.items(self.done)
         return SweepCheck(str(self.folder), files, missing, faults, tuple(self._strangers()))
+
+    def _take_out(self, shards: list[int]) -> None:
+        """Remove some parts, and the run that was merged of all of them."""
+        from ..recording.lock import locked, refuse_links
+
+        with locked(self.folder, 0, "sweep"):
+            refuse_links(self.folder, [PARTS])
+            for shard in shards:
+                _remove(part_folder(self.folder, shard))
+            if self.task == "record":
+                unmerge(self.folder)
 
     def _check_part(self, shard: int) -> int:
         """Return how many files a part has, all of them whole. Raises RunError: one is not."""
