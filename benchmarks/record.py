@@ -11,7 +11,8 @@ Pairs: the plain step and undertow's alone, so that neither follows another tool
 turn, until a whole group of batches lies on the disk: as many as undertow would publish together, which are those of
 ten seconds. Each round makes the network anew: one copy is up to 2 % slower
 than another, as its memory happens to lie, and stays so. A watched batch is one that `diagnose=` watches: every 32nd by
-default, so a run pays one part in 32 of what it adds. "Told" is `on_finding=`, which looks and watches every 100th.
+default, so a run pays one part in 32 of what it adds. `on_finding=` watches and looks at every 100th, so it is held,
+over 100 steps, to a recording without it, not to the plain step.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
@@ -50,6 +51,7 @@ from undertow.frameworks.torch.record.probe import Probe
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 GROUP = 256  # batches that undertow publishes together at most
+EVERY = 100  # batches between looks for findings
 PAUSE = 0.1  # seconds between turns, for what another process still has to write
 STEPS = (16, 8)  # of a turn among the peers, for each network
 TURN, BATCH = 16, 4  # images
@@ -158,7 +160,7 @@ def undertow(
     names = [f"{i:05d}.jpg" for i in range(len(task.x))]
     options: dict[str, object] = {"sites": sites, "measures": measures, "group": group, "diagnose": diagnose}
     if telling:
-        options |= {"on_finding": lambda finding: None, "every": 100}
+        options |= {"on_finding": lambda finding: None, "every": EVERY}
     options |= {"optimizer": task.optimizer} if sites == "params" else {}
     with folder() as place, ut.record(place, task.model, **options) as recording:
 
@@ -449,21 +451,23 @@ def pairs(rounds: int, quick: bool) -> Iterator[str]:
     three = ("channel-norm", "zero-fraction", "moments")
     settings = {"norms + zeros + moments": (three, 0, False), "histogram": (("histogram",), 0, False)}
     settings |= {
-        f"norms + zeros + moments, {w}": (three, n, t) for w, n, t in (("watched", 1, False), ("told", 0, True))
+        "norms + zeros + moments, watched": (three, 1, False),
+        "on_finding, x the same without": (three, 0, True),
     }
     groups = dict(zip(TASKS, (128, 24), strict=True)) | {"VGG16-BN, 224x224, b4": 4}
-    for (network, group), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
+    for (network, steps), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
         task = make(4) if quick else make()
         for name, (measures, diagnose, telling) in settings.items():
             if make is vgg16 and name not in (*settings,)[:2]:
                 continue
+            group = EVERY if telling else steps
             taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
             within = []
             for _ in range(rounds):
                 twin = task.twin()
                 with (
                     mock.patch("undertow.recording.writer._GROUP_SECONDS", math.inf),  # the other's steps took half
-                    plain(twin) as base,
+                    undertow(twin, measures, 0, group) if telling else plain(twin) as base,
                     undertow(twin, measures, diagnose, group, telling=telling) as ours,
                 ):
                     turn(base, group // 8 + 1), turn(ours, group // 8 + 1)

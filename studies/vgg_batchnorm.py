@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from torch import nn
 
 import undertow as ut
 from undertow import images, models
+from undertow.runs.compare import same_class
 from undertow.show import plots
 
 BLOCKS = (2, 2, 3, 3, 3)  # convolutions between VGG16's poolings
@@ -42,6 +43,8 @@ PACKAGED = ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.p
 PACKAGED += ("coins.png", "grass.png", "gravel.png", "motorcycle_left.png", "rocket.jpg")
 GRID, SIDE = 5, 160
 NAMES = ("vgg16", "vgg16_bn")
+CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+SEEN = {"class": "int32", "class_name": "string", "score": "float64"}  # what `undertow record` adds to each image
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Network:
     module: nn.Module
     load_photograph: Callable[[Path], torch.Tensor]
     description: str
+    classes: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def imagenet_networks(args: argparse.Namespace) -> Iterator[Network]:
             remedy = "pass --weights FILE --weights-bn FILE, or train small ones here: --networks fashion-mnist"
             raise StudyError(f"{error}; {remedy}") from error
         description = f"{classifier.reference}, {classifier.weights}, sha256 {classifier.weights_sha256[:16]}"
-        yield Network(name, classifier.module, _photograph_loader(classifier.preprocessing), description)
+        loader = _photograph_loader(classifier.preprocessing)
+        yield Network(name, classifier.module, loader, description, classifier.classes)
 
 
 def _photograph_loader(preprocessing: images.Preprocessing) -> Callable[[Path], torch.Tensor]:
@@ -155,7 +160,7 @@ def fashion_networks(args: argparse.Namespace, data: Path) -> Iterator[Network]:
                     raise StudyError(f"{file} was made with {key} {metadata[key]}, not {value}; choose another --out")
             module.load_state_dict({key: held.get_tensor(key) for key in held.keys()})  # noqa: SIM118
         description = f"{100 * float(metadata['accuracy']):.2f} % of the test images are classified correctly"
-        yield Network(name, module.eval(), grey, description)
+        yield Network(name, module.eval(), grey, description, CLOTHES)
 
 
 def padded(data: Path, split: str, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,11 +194,15 @@ def train(args: argparse.Namespace, name: str, module: nn.Module, data: Path) ->
                 advance(progress, task, len(chosen))
 
 
-def begun(folder: Path, module: nn.Module, stack: ExitStack, **settings: Any) -> Any:
+def begun(
+    folder: Path, module: nn.Module, stack: ExitStack, columns: Mapping[str, str] | None = None, **settings: Any
+) -> Any:
     """Begin a recording of the first two convolutions, or go on with it; None where it is finished."""
     if is_finished(folder):
         return None
-    return stack.enter_context(ut.record(folder, module, sites="conv[:2]", measures="channel-norm", **settings))
+    recording = ut.record(folder, module, sites="conv[:2]", measures="channel-norm", **settings)
+    recording.sample_columns = dict(columns or {})
+    return stack.enter_context(recording)
 
 
 def refuse_other(folder: Path, network: Network, shown: Images) -> None:
@@ -215,18 +224,21 @@ def refuse_other(folder: Path, network: Network, shown: Images) -> None:
 
 def show(network: Network, shown: Images, folder: Path, size: int) -> Path:
     """Record, for each image, the gradients of the predicted class's score; batched, since the sum keeps them apart."""
-    settings = {"loss_reduction": "sum", "objective": "score of the predicted class", "reference": network.description}
+    settings = {"loss_reduction": "sum", "objective": "predicted", "reference": network.description}
     refuse_other(folder, network, shown)
     network.module.requires_grad_(False)  # nobody asks for the weights' gradients here
     start, done = time.perf_counter(), 0
     with ExitStack() as stack:
-        recording = begun(folder, network.module, stack, **settings)
+        recording = begun(folder, network.module, stack, SEEN, **settings)
         for number, first in enumerate(range(0, len(shown.names), size) if recording else ()):
             names = shown.names[first : first + size]
             with recording.batch(names, batch=number) as wanted:
                 if wanted:
                     x = torch.stack([shown.load(network, name) for name in names]).requires_grad_()
-                    network.module(x).max(1).values.sum().backward()
+                    scores, ids = network.module(x).max(1)
+                    scores.sum().backward()
+                    seen = [network.classes[i] for i in ids.tolist()]
+                    recording.describe({"class": ids.tolist(), "class_name": seen, "score": scores.tolist()})
                     done += len(names)
     if done:
         speed = done / (time.perf_counter() - start)
@@ -283,6 +295,8 @@ def deviations(module: nn.Module, site: str) -> np.ndarray | None:
 def report(title: str, folders: Sequence[Path], plot: Path | None, networks: Sequence[Network] = ()) -> None:
     print(f"{title}: l2 norm of each channel's gradient\n")
     print(f"{quantile_table(folders)}\n\n{spread_table(folders, networks)}\n")
+    if shared := same_class(*map(ut.Run, folders)):
+        print(f"{shared}\n")
     if plot:
         rows = [ut.Run(folder).quantiles(STEPS, of="channel_norm") for folder in folders]
         groups = dict(zip(NAMES, rows, strict=True))

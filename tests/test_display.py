@@ -377,7 +377,7 @@ def test_plots_are_figures_that_show_themselves_and_can_be_written(run, tmp_path
             with Image.open(file) as picture:
                 assert picture.width > 100
                 assert len(set(picture.convert("L").get_flattened_data())) > 10
-    lines = [line for axis in compared.plot().axes for line in axis.lines if len(line.get_xdata()) > 1]
+    lines = [line for axis in compared.plot(panels="layer").axes for line in axis.lines if len(line.get_xdata()) > 1]
     assert [line.get_ydata().tolist() for line in lines[::2]] == [list(row.quantiles[0].values) for row in compared]
     with pytest.raises(ut.InputError, match="must end in"):
         quantiles.plot(tmp_path / "a.bmp")
@@ -385,7 +385,7 @@ def test_plots_are_figures_that_show_themselves_and_can_be_written(run, tmp_path
 
 def test_a_verdict_is_a_picture(net, x):
     verdict = ut.trust(net, x[:1])
-    assert verdict.image().size == (1350, 820)
+    assert verdict.image().width == 1350
     photograph = np.full((16, 16, 3), 250, np.uint8)
     axes = verdict.plot(photograph=Image.fromarray(photograph)).axes
     shown = [axis.images[0].get_array() for axis in axes if axis.images]
@@ -410,7 +410,17 @@ def test_numbers_are_set_to_the_right_and_marks_have_their_word():
     reader = check_static(html)
     sides = [a["style"].partition(";")[0] for tag, a in reader.elements if tag == "td"]
     assert sides == ["text-align:left", "text-align:right"] * 2
+    names = read(as_html([ShownTable(("site", "zeros"), [("0", "1"), ("4", "2")], 2)])).elements
+    assert [a["style"].partition(";")[0] for tag, a in names if tag == "td"] == sides
     assert "bad" in reader.text
+
+
+def test_a_picture_keeps_its_colours_on_its_way_into_a_cell():
+    rng = np.random.default_rng(0)
+    photograph = rng.integers(60, 200, (120, 120, 3)).astype(np.uint8)  # more colours than a palette has
+    photograph[:, 50:53] = 0, 114, 178
+    shown = np.asarray(Image.open(BytesIO(display.png(Image.fromarray(photograph)))).convert("RGB"))
+    assert np.abs(shown[:, 50:53].astype(int) - photograph[:, 50:53]).max() < 40
 
 
 def test_text_never_exceeds_a_screen():

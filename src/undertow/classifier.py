@@ -54,14 +54,15 @@ class Classifier(ShownItem):
     def _parts(self) -> Iterator[Part]:
         kind = type(self.module).__name__
         yield f"Classifier {self.reference}: {kind}, {len(self.classes):,} classes, weights {self.weights}"
-        rows = [
+        facts = [
             ("input", brief(self.preprocessing.to_dict())),
             ("said by", self.preprocessing_from + ", a guess" * self.guessed),
             ("classes", brief(self.classes)),
             ("output", brief(self.output)),
             ("weights' SHA-256", self.weights_sha256[:16]),
         ]
-        yield ShownTable(("", ""), [(name, text) for name, text in rows if text], len(rows))
+        rows = [(name, text) for name, text in facts if text]
+        yield ShownTable(("", ""), rows, len(rows))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -264,12 +264,14 @@ def in_dollars(latex: str) -> str | None:
 
 
 def png(image: "Image") -> bytes:
-    """Return a picture as PNG; one of many colours with 128 of them, a third of the size."""
+    """Return a picture as PNG of 255 colours, a third of the size of one with all; rare ones are kept."""
     from PIL import Image as Pillow
 
     buffer = io.BytesIO()
     plain = image if image.mode in ("P", "L") else image.convert("RGB")
-    small = plain.quantize(128, dither=Pillow.Dither.NONE) if plain.mode == "RGB" else plain
+    small = (
+        plain.quantize(255, Pillow.Quantize.MAXCOVERAGE, dither=Pillow.Dither.NONE) if plain.mode == "RGB" else plain
+    )
     small.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
@@ -320,8 +322,8 @@ def _text_table(table: ShownTable) -> list[str]:
         _cut("  " + "  ".join(c.ljust(w) for c, w in zip(row[:kept], widths[:kept], strict=True)).rstrip(), WIDTH)
         for row in body
     ]
-    more = [f"{table.total - len(rows):,} more rows"] if table.total > len(rows) else []
-    more += [f"{len(widths) - kept} more columns"] if kept < len(widths) else []
+    more = [counted(table.total - len(rows), "more row")] if table.total > len(rows) else []
+    more += [counted(len(widths) - kept, "more column")] if kept < len(widths) else []
     return [*lines, f"  ... {' and '.join(more)}"] if more else lines
 
 
@@ -329,7 +331,7 @@ def _html_table(table: ShownTable) -> str:
     rows = list(islice(table.rows, HTML_ROWS))
     if not rows:
         return ""
-    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(rows[0]))]  # the first has names
     sides = ["right" if is_numeric else "left" for is_numeric in numeric]
     head = "".join(
         f'<th style="text-align:{side};padding:2px 10px 2px 0;border-bottom:{_GREY}">{escaped(heading)}</th>'
@@ -340,7 +342,7 @@ def _html_table(table: ShownTable) -> str:
         for row in rows
     )
     more = table.total - len(rows)
-    rest = f'<div style="opacity:.8">{more:,} more rows are left out</div>' if more > 0 else ""
+    rest = f'<div style="opacity:.8">{counted(more, "more row")} left out</div>' if more > 0 else ""
     header = f"<thead><tr>{head}</tr></thead>" if any(table.headings) else ""
     style = "border-collapse:collapse;margin:.4em 0;font-size:90%;font-variant-numeric:tabular-nums"
     return f'<table style="{style}">{header}<tbody>{body}</tbody></table>{rest}'

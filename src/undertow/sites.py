@@ -149,7 +149,7 @@ class Selection:
         if term.of_parameters:
             what = "" if term.pattern == "**" else f":{term.pattern}"
             there = ", ".join(parameter.name for parameter in parameters[:3])
-            there = f"names like {there}" if there else "none that can be recorded here"
+            there = f"names like {there}" if there else "none to record, and of Keras none can be yet; select layers"
             return f"sites '{PARAMETERS}{what}' select no parameter (there are {there})"
         names = [name for module in modules for name in module.names if name]
         names += [name for parameter in parameters for name in parameter.names]

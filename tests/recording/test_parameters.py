@@ -304,6 +304,40 @@ def test_each_evaluation_of_a_closure_is_read(tmp_path, by_name):
     assert_equal_to_the_last_bit(ut.Run(tmp_path), hand)
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_a_gradient_that_was_emptied_in_place_is_not_left_over_from_before(tmp_path, scale):
+    """The second pass reaches one head; the other's gradient is the zeros that `zero_grad` has put there."""
+    body, heads = nn.Linear(3, 3), nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    model = nn.ModuleDict({"body": body, "heads": heads})
+    optimizer, hand = sgd(model), ByHand(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    with recorded(tmp_path, model, optimizer, scaler=scaler) as recording, recording.batch():
+        x = torch.randn(4, 3)
+        sum(head(body(x)).square().sum() for head in heads).backward()
+        optimizer.zero_grad(set_to_none=False)
+        scaler.scale(heads[0](body(x)).square().sum()).backward()
+        hand.backward_ended(scale or 1.0)
+        scaler.unscale_(optimizer)
+        hand.step(optimizer)
+    assert not hand.tensors["accumulated"]["heads.1.weight", 0, 0].any()
+    assert_equal_to_the_last_bit(ut.Run(tmp_path), hand)
+
+
+def test_a_gradient_that_was_clipped_before_another_pass_is_told_as_it_was(tmp_path):
+    body, heads = nn.Linear(3, 3), nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    model = nn.ModuleDict({"body": body, "heads": heads})
+    optimizer = sgd(model)
+    with recorded(tmp_path, model, optimizer) as recording, recording.batch():
+        x = torch.randn(4, 3)
+        heads[1](body(x)).square().sum().backward()
+        left = heads[1].weight.grad.clone()
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        heads[0](body(x)).square().sum().backward()
+        optimizer.step()
+    run = ut.Run(tmp_path)
+    assert np.array_equal(run.tensor(site="heads.1.weight", phase="accumulated"), left.numpy())
+
+
 def test_sparse_gradients(tmp_path):
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, 2))
     optimizer, hand = torch.optim.SGD(model.parameters(), 0.1), ByHand(model)

@@ -127,3 +127,19 @@ def test_memory_is_bounded():
     assert len(live.course["a"]) == MAX_BATCHES
     assert len(live.watched) == 8
     assert next(iter(live.course["a"])) == (0, 300)
+
+
+def test_what_kept_tensors_take_is_told_after_the_first_batch(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "undertow")
+    model = nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 3))
+    with ut.record(tmp_path / "norms", model, sites="linear", measures="norm") as recording:
+        train(recording, model, 2)
+    assert not caplog.records
+    with ut.record(tmp_path / "kept", model, sites="linear", measures="keep") as recording:
+        train(recording, model, 1)
+        [told] = caplog.messages
+        train(recording, model, 2)
+    assert caplog.messages == [told]
+    kept = sum(array.nbytes for _, array in ut.Run(tmp_path / "kept").tensors(batch=0))
+    assert float(told.removeprefix("tensors take about ").partition(" MB")[0]) * 1e6 == pytest.approx(kept, rel=0.02)
+    assert "the disk has room for" in told

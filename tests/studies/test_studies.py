@@ -161,6 +161,9 @@ def test_vgg_study_end_to_end(tmp_path, capsys):
         norms = [
             n for row in runs[1].table("channel_norm").to_pylist() if row["site"] == "features.3" for n in row["values"]
         ]
+        seen = [[row["class_name"] for row in run.table("samples").to_pylist()] for run in runs]
+        same = sum(a == b for a, b in zip(*seen, strict=True))
+        assert f"both networks saw the same class in {same} of 10 photographs" in done.stdout.split(f"10 {kind}:")[1]
         exact = np.quantile(norms, [0.05, 0.25, 0.5, 0.75, 0.95], method="inverted_cdf")
         assert row.split("|")[2:7] == [f" {value:.3g} " for value in exact]
     assert "first 2 batches of training" in done.stdout

@@ -102,13 +102,13 @@ class Blocks(DifferentiableGraph):
         return draw_blocks([*self.order, END], self.carried, derivative.carrying if derivative else (), heading)
 
     def _parts(self) -> Iterator[Part]:
-        yield f"Blocks of one pass: {len(self.blocks):,} and {counted(len(self.edges), 'edge')}"
+        yield f"{counted(len(self.blocks), 'block')} and {counted(len(self.edges), 'edge')} of one pass"
         if self.passed_on:
             yield f"passed on unchanged: {brief(self.passed_on)}"
         rows = ((b.name, b.kind, f"{b.gradient:.4g}", ", ".join(self.readers[b.name])) for b in self.blocks)
         yield ShownTable(("block", "kind", "|gradient|", "read by"), rows, len(self.blocks))
         if len(self.edges) <= MAX_EDGES_DRAWN:
-            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 64))])
+            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 80))])
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:

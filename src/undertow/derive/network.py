@@ -194,7 +194,7 @@ class Network(DifferentiableGraph):
         yield f"outputs {brief(self.outputs)}"
         yield " ".join(f"{a}>{b}" for a, b in self.edges[:60]) + " ..." * (len(self.edges) > 60)
         if len(self.edges) <= MAX_EDGES_DRAWN:
-            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 64))])
+            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 80))])
 
     def _by_input(self, wrt: str, number: str, component: str | None, substitute: bool) -> Derivative:
         name = f"x{number}"

@@ -90,7 +90,11 @@ def _at(path: Path) -> tuple[list[dict[str, Any]], Run | None]:
         raise InputError(f"{printable(path)} is not there")
     if (path / "manifest.json").is_file():
         return [], Run(path)
-    folders = explanations.folders_of(path)
+    if (path / "sweep.json").is_file() and not (path / "pictures").is_dir():
+        raise InputError(
+            f"{printable(path)} is a sweep without pictures; add --pictures N to its command, or read .map()"
+        )
+    folders = explanations.folders_of(path / "pictures" if (path / "sweep.json").is_file() else path)
     if not folders:
         raise InputError(f"{printable(path)} is neither a run nor what undertow explain or trust writes")
     return [explanations.card_of_folder(folder) for folder in folders], None

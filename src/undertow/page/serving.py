@@ -31,7 +31,7 @@ class LivePage:
     def __init__(self, what: Sequence[Any], title: str) -> None:
         self.what, self.title = what, title
         self._lock = threading.Lock()
-        self._version = ""
+        self._shown = ""
         self._data: dict[str, Any] = {}
         self.data()
 
@@ -43,10 +43,10 @@ class LivePage:
         """
         with self._lock:
             version = self._seen()
-            if version != self._version:
+            if version != self._shown:
                 arrays = PackedArrays()
                 self._data = {**contents(self.what, arrays, self.title), "live": "data", "version": version}
-                self._data["arrays"], self._version = arrays.texts, version
+                self._data["arrays"], self._shown = arrays.texts, version
             return self._data
 
     def html(self) -> str:

@@ -28,7 +28,7 @@ from .lock import locked, refuse_links, refuse_strangers
 from .naming import give_names, n_samples
 from .schedule import Schedule
 from .steps import FROZEN, EndedBatch, Learning, learning_of
-from .telling import OnFinding, Teller, checked
+from .telling import OnFinding, Teller, checked, tell_of_bytes
 from .writer import Writer
 
 PHASES = {"backward": ("backward",), "forward": ("forward",), "both": ("forward", "backward")}
@@ -75,7 +75,8 @@ def record(
         sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
             Parameters are "params", "params:layer4" or "layer4.*.weight".
         measures: "norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for
-            each batch and site), "keep:sample" (one for each sample and site), or measures of your own.
+            each batch and site), "keep:sample" (one for each sample and site), or measures of your own. What "keep"
+            takes is told to the logger "undertow" (INFO) after the first batch.
         phase: "backward" (gradients with respect to outputs), "forward" (the outputs) or "both".
         schedule: which batches; None is all.
         loss_reduction: "mean" or "sum": how the loss joins the samples of a batch. Recorded, see above.
@@ -458,9 +459,16 @@ class Recording(ShownItem):
         if len(self._arrived) < len(batch.sites):
             self._arrived.update(ending.arrived)
         self._writer.put(batch)
+        self._tell_of_bytes(batch.transfer.nbytes)
         if not ending.observed:
             where = f"nothing was recorded of batch {ending.number} of epoch {ending.epoch}"
             self._warn(f"{where}: {_listed(self.unreached)}; {_remedy(self.unreached)}", once="nothing")
+
+    def _tell_of_bytes(self, of_batch: int) -> None:
+        """Say, once, what the files of tensors take: a measure such as "keep" can fill a disk."""
+        if "bytes" not in self._told and any("tensor" in measure.columns.values() for measure in self.measures):
+            self._told.add("bytes")
+            tell_of_bytes(self.folder, of_batch)
 
     def _warn(self, message: str, once: str) -> None:
         """Warn, once for each of the things that a recording may warn of."""

@@ -1,9 +1,11 @@
-"""Findings while it trains: which are new, and what is done with them."""
+"""What is told while it trains: findings that are new, and what tensors take on the disk."""
 
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..diagnosis import SEVERITIES, Finding
@@ -24,6 +26,17 @@ def checked(on_finding: OnFinding, every: int) -> None:
         raise InputError(f'on_finding={on_finding!r} is not understood; pass "log", "raise" or a function')
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise InputError(f"every={every!r} must be a whole number of batches, at least 1")
+
+
+def tell_of_bytes(folder: Path, of_batch: int) -> None:
+    """Log how many bytes a batch like this takes, and for how many more the disk has room.
+
+    Args:
+        folder: on that disk.
+        of_batch: bytes of one batch.
+    """
+    room = shutil.disk_usage(folder).free // max(of_batch, 1)
+    _LOG.info("tensors take about %.3g MB a batch; the disk has room for %s more like the first", of_batch / 1e6, room)
 
 
 @dataclass

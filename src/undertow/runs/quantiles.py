@@ -135,7 +135,7 @@ def charted(groups: Any) -> Any:
     """Return quantile curves as a picture for a cell."""
     from ..show.plots import as_image, quantile_panels
 
-    return as_image(quantile_panels(groups), 64)
+    return as_image(quantile_panels(groups), 80)
 
 
 def _some(q: Sequence[float]) -> list[int]:

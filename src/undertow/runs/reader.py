@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..display import Part, ShownItem, ShownTable, brief
+from ..display import Part, ShownItem, ShownTable, brief, counted
 from ..errors import InputError, did_you_mean, printable
 from .check import Check, check
 from .checksums import FOLDER, lost_commits, read_checksums
@@ -59,7 +59,7 @@ class Run(ShownItem):
             "model": ", ".join(f"{key} {brief(model[key])}" for key in ("reference", "class") if model.get(key)),
             "sites": brief(self.sites),
             "parameters": brief(self.parameters),
-            "tables": ", ".join(f"{name} ({len(self.parts(name))} files)" for name in tables[:12]),
+            "tables": ", ".join(f"{name} ({counted(len(self.parts(name)), 'file')})" for name in tables[:12]),
             "phase": self.manifest["phase"],
             "loss": self.manifest["loss_reduction"],
             "processes": str(self.manifest["world_size"]),

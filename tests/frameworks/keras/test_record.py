@@ -106,7 +106,7 @@ def test_explanations_inside_a_batch_are_not_recorded(net, x, tmp_path):
 
 @pytest.mark.parametrize("options", [{"axes": "bhwc"}, {"optimizer": "adam"}, {"sites": "params"}], ids=str)
 def test_what_is_torchs_alone_is_refused(net, options, tmp_path):
-    with pytest.raises(ut.UndertowError, match=r"not there for Keras|none that can be recorded"):
+    with pytest.raises(ut.UndertowError, match=r"not there for Keras|of Keras none can be yet; select layers"):
         ut.record(tmp_path / "run", net, **{"sites": "conv", **options})
 
 

@@ -18,7 +18,7 @@ function gradients(data) {
   const what = NAMES[data.of];
   const section = el("section", { id: "gradients" }, el("h2", {}, "Gradients"),
     el("ul", { class: "runs" }, data.runs.map((run, i) => el("li", {}, data.runs.length > 1 ? el("i", { class: `run-${i % 6}`, "aria-hidden": "true" }, "■ ") : "",
-      el("b", {}, run.name), ` ${said(run, what, data.measure)}`))));
+      el("b", {}, run.name), ` ${said(run, what, data.measure)}`))), data.contrast.map((sentence) => el("p", {}, sentence)));
   if (!labels.length) {
     section.append(el("p", {}, "Nothing that can be drawn was recorded yet."), findings(data, () => {}, []));
     gradients.draw = null;

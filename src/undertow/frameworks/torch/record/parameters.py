@@ -164,11 +164,22 @@ class StepProbe:
     def _backward_ended(self) -> None:
         reached, self._reached = self._reached, {}
         with torch.no_grad():
-            for name, parameter in reached.items():
+            for name, parameter in (reached | self._emptied()).items():
                 if parameter.grad is not None:  # an optimizer may have stepped and emptied it within the pass
                     gradient, unscaled = parameter.grad, self._unscaled(parameter.grad)
                     facts = weakref.ref(gradient), version(gradient), unscaled is not gradient
                     self._accumulated[name] = _Accumulated(*facts, *self._reduced(unscaled))
+
+    def _emptied(self) -> Named:
+        """Return what was read after an earlier pass, and whose gradient holds nothing but zeros since.
+
+        `zero_grad(set_to_none=False)` keeps the tensor, and a pass that does not reach it leaves those zeros.
+        """
+        return {name: self._readable[name] for name, left in self._accumulated.items() if self._is_emptied(name, left)}
+
+    def _is_emptied(self, name: str, left: _Accumulated) -> bool:
+        gradient = self._readable[name].grad
+        return gradient is not None and not left.still_is(gradient) and not dense(gradient).any()
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         """Multiply by the reciprocal of the AMP scale, rounded as `GradScaler.unscale_` rounds it."""
