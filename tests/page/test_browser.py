@@ -414,8 +414,9 @@ def test_light_and_dark_as_the_system_says_or_as_one_chooses(made, opened):
         assert page.evaluate(theme) == other
         assert page.evaluate(ground) != before
         page.emulate_media(color_scheme=other)
+        page.wait_for_function(f"{theme} === {other!r}")
         page.emulate_media(color_scheme=scheme)
-        assert page.evaluate(theme) == scheme
+        page.wait_for_function(f"{theme} === {scheme!r}")
 
 
 def test_sections_are_reached_by_their_links(made, opened):
