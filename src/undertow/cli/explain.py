@@ -20,7 +20,7 @@ from .photographs import (
     weights_option,
 )
 from .printing import print_line, print_table, shown
-from .sweeps import AT_ONCE, all_of, run_sweep, split_options, sweep_options
+from .sweeps import AT_ONCE, all_of, is_many, run_sweep, split_options, sweep_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +128,6 @@ def explain(
     and `undertow status` says how far it is.
     """
     from .. import images
-    from ..sweep.sources import is_many
 
     how, options = split_options(options)
     many = any(map(is_many, photographs))
