@@ -22,7 +22,7 @@ from .photographs import (
 )
 from .printing import print_line, print_table, shown
 from .report import report_option, write_with_network
-from .sweeps import AT_ONCE, all_of, run_sweep, split_options, sweep_options
+from .sweeps import AT_ONCE, all_of, is_many, run_sweep, split_options, sweep_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,7 +134,6 @@ def explain(
     and `undertow status` says how far it is.
     """
     from .. import images
-    from ..sweep.sources import is_many
 
     how, options = split_options(options)
     many = any(map(is_many, photographs))

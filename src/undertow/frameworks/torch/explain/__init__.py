@@ -67,11 +67,9 @@ def _maps(
     count = scores.shape[1]
     rows = []
     for k in range(count):
-        ones = torch.zeros_like(scores)
-        ones[:, k] = 1
         # a rule that calls `local` runs a node's backward a second time, for which the graph must not be freed
         keep = k + 1 < count or request.rule not in RULES.values()
-        gradients = _gradients(scores, wanted, ones, keep)
+        gradients = _gradients(scores, wanted, k, keep)
         _refuse_missing(gradients, request, fed)
         rows.append(gradients)
     stacked = iter([_stacked(maps) for maps in zip(*rows, strict=True)])
@@ -87,11 +85,12 @@ def _stacked(maps: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
     return torch.stack(whole, 1) if len(whole) > 1 else whole[0].unsqueeze(1)
 
 
-def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], ones: torch.Tensor, keep: bool) -> tuple[Any, ...]:
-    """Return the gradient by each input; None for one that the scores do not depend on."""
+def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], k: int, keep: bool) -> tuple[Any, ...]:
+    """Return the gradient of the k-th scores by each input; None for one that they do not depend on."""
     try:
         with cudnn_errors_named():
-            return torch.autograd.grad(scores, wanted, ones, retain_graph=keep, allow_unused=True)
+            # of a sum, since to check a gradient that is passed in torch imports SymPy, which takes half a second
+            return torch.autograd.grad(scores[:, k].sum(), wanted, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         nodes = nodes_behind(scores.grad_fn) if scores.grad_fn is not None else ()
         hidden = [n for n, kind in nodes if kind is NodeKind.HIDDEN and name_of(n) != "CopySlices"]
