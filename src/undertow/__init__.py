@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import targets as targets
     from .attribution import Attribution as Attribution
     from .attribution import explain as explain
+    from .attribution import prepare as prepare
     from .diagnosis import Finding as Finding
     from .diagnosis import diagnose as diagnose
     from .errors import FindingError as FindingError
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "attribution": "Attribution explain",
+    "attribution": "Attribution explain prepare",
     "diagnosis": "Finding diagnose",
     "errors": "FindingError FrameworkError InputError ModelError PhotographError RuleError RunError TargetError "
     "UndertowError UndertowWarning",

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from .display import Part, ShownItem, ShownTable, brief
+from .display import FrozenRows, Part, ShownItem, ShownTable, brief
 from .errors import FrameworkError, PhotographError, TargetError, did_you_mean, printable
 from .frameworks.base import capability, framework_of_model
 from .images import Photograph, Preprocessing, read
@@ -51,7 +51,11 @@ class Classifier(ShownItem):
     guessed: bool = False
     output: str | int | None = None
 
-    def _parts(self) -> Iterator[Part]:
+    def __post_init__(self) -> None:
+        for name in ("classes", "synonyms"):
+            object.__setattr__(self, name, FrozenRows(getattr(self, name)))  # tuples that show themselves, however long
+
+    def _shown(self) -> Iterator[Part]:
         kind = type(self.module).__name__
         yield f"Classifier {self.reference}: {kind}, {len(self.classes):,} classes, weights {self.weights}"
         facts = [

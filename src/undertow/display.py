@@ -83,15 +83,15 @@ class Shown(ABC):
     _max_lines = LINES
 
     @abstractmethod
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         """Yield what there is to see."""
 
     def __repr__(self) -> str:
         """Return at most one screen; a part that fails is told by its error."""
-        return as_text(_safely(self._parts, type(self).__name__), self._max_lines)
+        return as_text(_safely(self._shown, type(self).__name__), self._max_lines)
 
     def _repr_html_(self) -> str | None:
-        return as_html(_safely(self._parts, type(self).__name__))
+        return as_html(_safely(self._shown, type(self).__name__))
 
 
 class ShownFormula(Shown):
@@ -122,7 +122,7 @@ class ShownItem(Shown):
 class ShownFields(ShownItem):
     """A dataclass that shows its fields, each shortened."""
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         values = {name: getattr(self, name) for name in _names(self)}
         cells = [(name, brief(value)) for name, value in values.items()]
         listed = {name for name, value in values.items() if isinstance(value, tuple | list | dict)}
@@ -132,7 +132,7 @@ class ShownFields(ShownItem):
 
 
 class Rows(Shown, list[T]):
-    """A list of dataclasses that shows itself as a table; in all else a list."""
+    """A list that shows itself as a table, of the fields of its items where these have any; in all else a list."""
 
     @overload
     def __getitem__(self, key: SupportsIndex, /) -> T: ...
@@ -146,12 +146,35 @@ class Rows(Shown, list[T]):
     def _like(self, items: list[T]) -> Self:
         return type(self)(items)
 
-    def _parts(self) -> Iterator[Part]:
-        kind = type(self[0]).__name__ if self else "nothing"
-        yield f"{len(self)} x {kind}" if self else "nothing: an empty list"
-        if self:
-            names = _names(self[0])
-            yield ShownTable(names, ([brief(getattr(row, name)) for name in names] for row in self), len(self))
+    def __repr__(self) -> str:
+        return list.__repr__(self) if _is_plain(self) else super().__repr__()
+
+    def _shown(self) -> Iterator[Part]:
+        yield from _rows(self)
+
+
+class FrozenRows(Shown, tuple[T, ...]):
+    """A tuple that shows itself as `Rows` do; in all else a tuple."""
+
+    def __repr__(self) -> str:
+        return tuple.__repr__(self) if _is_plain(self) else super().__repr__()
+
+    def _shown(self) -> Iterator[Part]:
+        yield from _rows(self)
+
+
+def _is_plain(items: Sequence[Any]) -> bool:
+    """Whether items are names or the like, and so few that Python's own text of them is short."""
+    return len(items) <= 40 and not any(_names(item) for item in items) and len(str([*items])) < WIDTH * TEXT_ROWS
+
+
+def _rows(items: Sequence[Any]) -> Iterator[Part]:
+    """Yield how many items there are of which kind, and their table."""
+    yield f"{len(items):,} x {type(items[0]).__name__}" if items else "nothing: an empty list"
+    names = _names(items[0]) if items else []
+    headings = names or [""]
+    rows = ([brief(getattr(item, name)) for name in names] if names else [brief(item)] for item in items)
+    yield ShownTable(headings, rows, len(items))
 
 
 def brief(value: object) -> str:

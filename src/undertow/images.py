@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, _imaging
 
-from .display import Part, ShownItem, ShownTable, brief, counted
+from .display import FrozenRows, Part, ShownItem, ShownTable, brief, counted
 from .errors import FrameworkError, InputError, ModelError, PhotographError, one_line, printable
 
 MAX_PIXELS = 178_956_970
@@ -243,14 +243,14 @@ class Folder(ShownItem):
             reason = "is no folder; read takes a photograph" if self.path.exists() else "does not exist; check the name"
             raise PhotographError(f"{printable(path)} {reason}")
         relative = [photograph.relative_to(self.path) for photograph in find([self.path])]
-        self.names = tuple(map(str, relative))
-        self.classes = tuple(sorted({name.parts[0] for name in relative if len(name.parts) > 1}))
+        self.names = FrozenRows(map(str, relative))
+        self.classes = FrozenRows(sorted({name.parts[0] for name in relative if len(name.parts) > 1}))
         self._prepare, self._channels_last = _prepare_function(preparation)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Folder {str(self.path)!r}: {counted(len(self), 'photograph')}, {len(self.classes):,} classes"
         yield ShownTable(("", ""), [("names", brief(self.names)), ("classes", brief(self.classes))], 2)
 

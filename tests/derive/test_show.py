@@ -97,6 +97,26 @@ def test_an_edge_that_skips_a_column_goes_around_the_nodes_in_it():
                 assert not path.intersects_bbox(node.get_window_extent(), False)
 
 
+def test_edges_are_interrupted_at_labels_on_any_ground():
+    """No paper lies below a label, which on a transparent ground would be none."""
+    axis = Network.parse(full(2, 2)).derivative("n1").figure().axes[0]
+    labels = [text for text in axis.texts if "frac" in text.get_text()]
+    for patch in axis.patches:
+        frame, *holes = patch.get_clip_path().get_fully_transformed_path().to_polygons()
+        assert turn(frame) > 0
+        assert all(turn(hole) < 0 for hole in holes)  # the other way round, so that it is left out
+        for label in labels:
+            assert label.get_bbox_patch() is None
+            box = label.get_window_extent()
+            assert any((hole.min(0) < box.min).all() and (hole.max(0) > box.max).all() for hole in holes)
+
+
+def turn(ring) -> float:
+    """Twice the area that a polygon goes around, positive against the clock."""
+    (x, y), (x1, y1) = ring[:-1].T, ring[1:].T
+    return float((x * y1 - x1 * y).sum())
+
+
 def test_a_long_title_stays_in_the_frame():
     assert faults(Network.parse("x1>n1").derivative("n1").plot(title="a title " * 40), lines=False) == []
 

@@ -2,6 +2,9 @@
 
 import os
 import stat
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import duckdb
@@ -10,10 +13,12 @@ import pytest
 import torch
 
 import undertow as ut
-from sweep.photographs import classifier, crops, network
+from sweep.photographs import NETS, classifier, crops, network
 from undertow import rules
+from undertow.classifier import Classifier
 from undertow.errors import InputError, ModelError, RunError, TargetError
 from undertow.recording.photographs import record_photographs
+from undertow.sweep.folder import write_json
 from undertow.sweep.sources import source_of
 
 COUNT = 22
@@ -278,6 +283,42 @@ def test_a_rule_of_ones_own_and_names_that_are_no_text(small, tmp_path):
     assert again.digest() == sweep.digest()
 
 
+def test_rules_of_one_name_are_refused(small, folder, tmp_path):
+    with pytest.raises(InputError, match=r"two rules have the name '<lambda>', by which their maps are kept"):
+        explained(folder, small, tmp_path, rule=[lambda g, local: local(g), lambda g, local: local(-g)])
+
+
+def test_a_sweep_that_is_written_is_not_repaired(whole, folder, small, tmp_path):
+    sweep = explained(folder, small, tmp_path)
+    path = tmp_path / "parts" / "000000" / "guided.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+    def begin(done, count):
+        with pytest.raises(RunError, match=r"another sweep writes into .* at this moment"):
+            sweep.check(repair=True)
+
+    explained(folder, small, tmp_path, begin=begin)
+    assert sweep.check(repair=True).missing == 8
+    assert explained(folder, small, tmp_path).digest() == whole.digest()
+
+
+@pytest.mark.slow
+def test_a_keras_network_is_swept_over_too(folder, tmp_path):
+    import keras
+
+    keras.utils.set_random_seed(0)
+    layers = [keras.Input((20, 20, 3)), keras.layers.Conv2D(4, 3, activation="relu"), keras.layers.Flatten()]
+    model = keras.Sequential([*layers, keras.layers.Dense(6)])
+    kera = Classifier("keras", model, classifier().preprocessing, tuple("abcdef"), "given", "0" * 64)
+    sweep = ut.sweep.explain(folder, kera, tmp_path / "a", batch_size=3, limit=5, pictures=1)
+    for name in sweep.names:
+        alone = ut.explain(kera, kera.prepare(folder / name), rule="guided").numpy()[0]
+        np.testing.assert_allclose(sweep.map(name), alone, rtol=1e-4, atol=1e-6)
+    data = ut.sweep.explain(ut.images.Folder(folder, kera), kera, tmp_path / "b", batch_size=3, limit=5)
+    assert all(np.array_equal(data.map(i), sweep.map(i)) for i in range(5))
+    assert (tmp_path / "a" / "pictures" / "000000-a_0000" / "panel.png").exists()
+
+
 @pytest.mark.parametrize("option", ["batch_size", "shard_size", "workers"])
 def test_numbers_that_cannot_be_used(folder, small, tmp_path, option):
     with pytest.raises(InputError, match=f"{option}=0 must be a whole number of at least 1"):
@@ -382,3 +423,88 @@ def test_every_source_gives_the_same_maps(whole, folder, small, tmp_path):
     assert sweep.names == whole.names
     assert all(np.array_equal(sweep.map(i, "guided"), whole.map(i, "guided")) for i in range(COUNT))
     assert source_of(data).where == "Folder"
+
+
+STEPS = ["batch norm folded", "channels last"]
+
+
+def normed():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.Conv2d(6, 6, 3)]
+    return torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(6 * 16 * 16, 5)).eval()
+
+
+def test_a_long_sweep_measures_once_whether_a_prepared_network_is_quicker(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    items = [generator.normal(size=(3, 20, 20)).astype(np.float32) for _ in range(9)]
+    plain = ut.sweep.explain(items, normed(), tmp_path / "plain", batch_size=2, shard_size=4, fast="off")
+    assert plain.prepared == []
+    monkeypatch.setattr("undertow.sweep.fast.FEWEST", 5)
+    swept = ut.sweep.explain(items, normed(), tmp_path / "auto", batch_size=2, shard_size=4)
+    assert [line.split(":")[0] for line in swept.prepared] == STEPS
+    for i in range(9):
+        np.testing.assert_allclose(swept.map(i), plain.map(i), rtol=1e-3, atol=1e-4)
+    with pytest.raises(RunError, match=r"settings fast 'auto', not 'off'"):
+        ut.sweep.explain(items, normed(), tmp_path / "auto", batch_size=2, shard_size=4, fast="off")
+    with pytest.raises(InputError, match=r"fast='on' is neither 'auto' nor 'off'"):
+        ut.sweep.explain(items, normed(), tmp_path / "on", fast="on")
+
+
+def test_all_processes_go_by_the_choice_of_the_first(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    items = [generator.normal(size=(3, 20, 20)).astype(np.float32) for _ in range(9)]
+
+    def begin(done, count):
+        if not (out / "prepared.json").exists():
+            write_json(out / "prepared.json", {"steps": STEPS, "trials": ["x"]}, new=True)
+
+    digests = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        for limit_of_calls in (3, 99):
+            calls = iter(range(limit_of_calls))
+
+            def advance(done, failed, calls=calls):
+                if next(calls, None) is None:
+                    raise Stop
+
+            with suppress(Stop):
+                how = {"batch_size": 2, "shard_size": 4, "begin": begin, "advance": advance}
+                swept = ut.sweep.explain(items, normed(), out, **how)
+        digests.append(swept.digest())
+    plain = ut.sweep.explain(items, normed(), tmp_path / "plain", batch_size=2, shard_size=4, fast="off")
+    assert digests[0] == digests[1] != plain.digest()
+    for i in range(9):
+        np.testing.assert_allclose(swept.map(i), plain.map(i), rtol=1e-3, atol=1e-4)
+    write_json(out / "prepared.json", {"steps": ["overclocked"], "trials": []}, new=False)
+    for path in (out / "parts" / "000001").iterdir():
+        path.unlink()
+    (out / "parts" / "000001").rmdir()
+    with pytest.raises(InputError, match=r"names a step that there is not: 'overclocked'"):
+        ut.sweep.explain(items, normed(), out, batch_size=2, shard_size=4)
+
+
+FULL = """
+import resource, sys
+from undertow.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_no_more_leaves_a_sweep_that_goes_on(folder, tmp_path):
+    (tmp_path / "nets.py").write_text(NETS)
+    words = ["explain", str(folder), "--model", f"{tmp_path / 'nets.py'}:load", "--rule", "guided", "--engine", "local"]
+    words += ["--shard-size", "5", "--batch-size", "3", "--out", str(tmp_path / "out")]
+    full, wide = (
+        subprocess.run([sys.executable, "-c", FULL, limit, *words], capture_output=True, text=True, timeout=200)
+        for limit in ("15000", "1000000")  # a part of 5 maps has 24 kB, the last one, of 2, less
+    )
+    assert full.returncode == 2
+    assert f"error: cannot write into {tmp_path / 'out'}: " in full.stderr
+    assert "the parts that are there are whole, and the same command goes on from them" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert wide.returncode == 0, wide.stderr
+    sweep = ut.Sweep(tmp_path / "out")
+    assert (sweep.check().whole, sweep.status().done) == (True, COUNT)
+    assert not list((tmp_path / "out" / "parts").glob(".*"))

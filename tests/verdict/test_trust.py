@@ -338,7 +338,8 @@ def test_trust_writes_a_folder_and_names_what_cannot_be_read(capfd, tiny, photog
 
 def test_trust_prints_its_sentence(capfd, tiny, photographs, tmp_path):
     words = ("trust", photographs / "good.png", "--model", tiny, "--out", tmp_path / "o", "--target", "c")
-    code, out, _ = call(capfd, *words)
+    code, out, _ = call(capfd, *words, "--figure", "svg", "--ground", "dark")
+    assert "#181818" in (tmp_path / "o" / "good" / "verdict-guided.svg").read_text()
     written = json.loads((tmp_path / "o" / "good" / "verdict.json").read_text())
     assert code == 0
     assert written["verdicts"]["guided"]["sentence"] in out

@@ -70,7 +70,7 @@ class Attribution(Shown):
     completeness: Any = None
     names: dict[int, str] = field(default_factory=dict)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield from parts.parts(self)
 
     def _repr_png_(self) -> bytes | None:

@@ -38,6 +38,11 @@ _OPTIONS = {
         help="Of a sweep: more failures end it, resumably. Default: a tenth, and at least 10.",
     ),
     "limit": _count("--limit", help="Of a sweep: the first N images alone."),
+    "fast": click.option(
+        "--fast",
+        type=click.Choice(("auto", "off")),
+        help="Of a sweep of maps: prepare the network where that measures quicker here (default), or use it as it is.",
+    ),
     "draft": click.option("--draft", is_flag=True, help="Of a sweep: read large JPEGs reduced; quicker, not the same."),
     "address": click.option("--address", metavar="HOST:PORT", help="Of Ray: a running cluster, or auto."),
     "processes": _count("--processes", help="Of Ray: workers. Default: one a GPU, or one for two processors."),
@@ -87,6 +92,8 @@ def run_sweep(
         print_json({**status.to_dict(), "seconds": round(time.monotonic() - started, 3)})
     else:
         print_status(status, input_line(classifier))
+        for line in swept.prepared:
+            echo(f"  prepared: {line}")
         print_next(status)
     return 2 if status.failed and not others else 0
 

@@ -36,6 +36,7 @@ CAPABILITIES = {
     "inspect.redirect": "redirect",
     "inspect.blocks": "derive.from_model",
     "inspect.derivatives": "a check of derivatives by autograd",
+    "prepare": "prepare",
     "record": "record",
     "zoo": "loading models by name",
 }
@@ -137,6 +138,16 @@ class Explainer(Protocol):
 
     def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
         """Return, for each call of a layer, its output as arguments, and the request to explain by them."""
+
+
+class Preparer(Protocol):
+    """Copies of a network that do the same with less."""
+
+    STEPS: tuple[str, ...]
+    """What can be done to a copy, in order."""
+
+    def prepared(self, model: Any, steps: Sequence[str], example: Any) -> Any:
+        """Return a frozen copy with some steps taken. Raises InputError: one cannot be."""
 
 
 class Inspector(Protocol):
@@ -378,6 +389,8 @@ class Recorder(Protocol):
 def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 @overload
 def capability(framework: str, name: Literal["explain"]) -> Explainer: ...
+@overload
+def capability(framework: str, name: Literal["prepare"]) -> Preparer: ...
 @overload
 def capability(framework: str, name: Literal["inspect.layers"]) -> Inspector: ...
 @overload

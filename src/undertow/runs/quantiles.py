@@ -83,7 +83,7 @@ class SiteQuantiles(ShownItem):
         counts = {"count": self.count, "zeros": self.zeros, "nonfinite": self.nonfinite}
         return {"site": self.site, "phase": self.phase, **self.by, "of": self.of, **counts, **named}
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         pairs = [(f"{100 * q:g} %", f"{value:.4g}") for q, value in zip(self.q, self.values, strict=True)]
         by = "".join(f", {name} {value}" for name, value in self.by.items())
         some = " ".join(f"{q} {value}," for q, value in pairs[:5]) + (" ..." if len(pairs) > 5 else "")
@@ -115,7 +115,7 @@ class Quantiles(Rows[SiteQuantiles]):
 
         return drawn_or_saved(quantile_panels({"": self}, title, panels=panels), path, ground)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         if not self:
             yield "Quantiles of no site: nothing was recorded"
             return

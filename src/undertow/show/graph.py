@@ -67,13 +67,13 @@ def draw_network(
         box = "square,pad=0.45" if node[0] == "x" else "circle,pad=0.35"
         style = {"boxstyle": box, "facecolor": "white", "edgecolor": colour, "linewidth": 1.2 + 0.9 * (colour != INK)}
         axis.text(x, y, f"${labels[node]}$", ha="center", va="center", fontsize=_MATH, color=INK, bbox=style, zorder=3)
+    around_labels = _with_holes(axis, middles, list(map(_size, written.values())))
     for (a, b), (bend, _) in ways.items():
         colour = OWN if (a, b) in own_edges else CARRYING if (a, b) in carrying else FAINT
-        _arrow(axis, places[a], places[b], bend, colour)
+        _arrow(axis, places[a], places[b], bend, colour).set_clip_path(around_labels, axis.transData)
     for (edge, label), at in zip(written.items(), middles, strict=True):
-        paper = {"boxstyle": f"square,pad={_PAD}", "facecolor": "white", "edgecolor": "none"}
         colour = OWN if edge in own_edges else CARRYING
-        axis.text(*at, label, ha="center", va="center", fontsize=_MATH, color=colour, bbox=paper, zorder=2.5)
+        axis.text(*at, label, ha="center", va="center", fontsize=_MATH, color=colour, zorder=2.5)
     return figure
 
 
@@ -189,8 +189,20 @@ def _canvas(places: Places, ways: Ways, title: str, legend: str) -> "tuple[Figur
     return figure, axis
 
 
+def _with_holes(axis: Any, middles: Sequence[Place], sizes: Sequence[Place]) -> Any:
+    """Return the path around an axis less the boxes of labels: edges are interrupted there, on any ground."""
+    from matplotlib.path import Path
+
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    rings = [[(left, bottom), (right, bottom), (right, top), (left, top)]]
+    for (x, y), (width, height) in zip(middles, sizes, strict=True):
+        w, h = width / 2, height / 2
+        rings.append([(x - w, y - h), (x - w, y + h), (x + w, y + h), (x + w, y - h)])  # the other way round: a hole
+    return Path.make_compound_path(*(Path([*ring, ring[0]], closed=True) for ring in rings))
+
+
 def _size(label: str) -> Place:
-    """Return the width and height of a formula with its paper, in inches."""
+    """Return the width and height of a formula with some room around it, in inches."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -198,14 +210,14 @@ def _size(label: str) -> Place:
     return width / 72 + 2 * _PAD * _MATH / 72, height / 72 + 2 * _PAD * _MATH / 72
 
 
-def _arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], bend: float, colour: str) -> None:
+def _arrow(axis: Any, start: Place, end: Place, bend: float, colour: str) -> Any:
     from matplotlib.patches import FancyArrowPatch
 
     arrow = FancyArrowPatch(
         start, end, arrowstyle="-|>", mutation_scale=11, linewidth=1.2 if colour == FAINT else 2.4, color=colour,
         shrinkA=17, shrinkB=18, connectionstyle=f"arc3,rad={bend}", zorder=1 + (colour != FAINT),
     )  # fmt: skip
-    axis.add_patch(arrow)
+    return axis.add_patch(arrow)
 
 
 def _bend(span: int) -> float:

@@ -110,7 +110,7 @@ def write_facts(aside: Path, shard: int, items: int, failed: Sequence[Failure], 
         "seconds": round(seconds, 3),
         "ended": round(ended, 3),
     }
-    _write_json(aside / FACTS, facts, new=True)
+    write_json(aside / FACTS, facts, new=True)
 
 
 def _is_ours(path: Path) -> bool:
@@ -128,7 +128,7 @@ def read_facts(folder: Path, shard: int) -> Part:
     with damage_named(path):
         if part.is_symlink():
             raise ValueError("lies behind a link")
-        facts = _read_json(path)
+        facts = read_json(path)
         failed = tuple(Failure(int(f["index"]), str(f["name"]), str(f["error"])) for f in facts["failed"])
         files = {str(name): str(digest) for name, digest in facts["files"].items()}
         if facts["shard"] != shard or not all(map(_FILE.fullmatch, files)) or any(".." in name for name in files):
@@ -162,7 +162,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], names: Sequence[st
             write_table(aside, {"index": range(len(texts)), "name": texts}, NAMES_COLUMNS)
     facts = {"format": FORMAT, **json.loads(json.dumps(manifest, default=str))}
     try:
-        _write_json(folder / NAME, facts, new=True)
+        write_json(folder / NAME, facts, new=True)
     except FileExistsError:
         before = read_manifest(folder)
         _refuse_other(folder, before, facts)
@@ -197,7 +197,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists() and not path.is_symlink():
         raise RunError(f"{printable(folder)} is no sweep: it holds no {NAME}")
     with damage_named(path):
-        facts = _read_json(path)
+        facts = read_json(path)
         if facts.get("format") != FORMAT:
             raise ValueError(f"has format {printable(facts.get('format'))[:20]}, and this undertow reads {FORMAT}")
         if fault := next((text for key, (is_right, text) in _MEANING.items() if not is_right(facts.get(key))), None):
@@ -234,12 +234,14 @@ def _refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
         raise RunError(f"{printable(folder)} is a sweep with {difference}; choose another --out, or the same again")
 
 
-def _write_json(path: Path, facts: Mapping[str, Any], new: bool) -> None:
+def write_json(path: Path, facts: Mapping[str, Any], new: bool) -> None:
+    """Write plain data as JSON, with a checksum of its own. Raises FileExistsError: it is to be new, and is there."""
     with published(path, new) as aside:
         aside.write_text(to_json({**facts, "sha256": _sha256(facts)}) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote. Raises ValueError: it has changed since."""
     facts = json.loads(read_bytes(path, _MAX_BYTES).decode())
     if not isinstance(facts, dict) or facts.pop("sha256", None) != _sha256(facts):
         raise ValueError("has changed since it was written: its checksum differs")

@@ -47,6 +47,8 @@ class MapFile:
             InputError: they have another shape or type than those before.
         """
         layout = values.dtype.newbyteorder("<").str
+        if layout not in _WORDS:
+            raise InputError(f"maps of {values.dtype} cannot be kept; those of a network of floating-point numbers can")
         if not self.rows:
             self._shape, self._dtype = values.shape[1:], layout
         if values.shape[1:] != self._shape or layout != self._dtype:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from ..display import BAD, Mark, Rows, Shown, ShownItem, ShownTable, brief, counted
+from ..display import Part as Shows
 from ..errors import InputError, RunError, did_you_mean, printable
 from ..files import read_bytes
 from ..runs import Run
@@ -22,6 +24,7 @@ from .folder import (
     INDEX,
     NAMES,
     NAMES_COLUMNS,
+    PARTS,
     Failure,
     Part,
     done_shards,
@@ -29,6 +32,7 @@ from .folder import (
     part_folder,
     read_facts,
     read_index,
+    read_json,
     read_manifest,
     storable,
 )
@@ -38,8 +42,8 @@ from .shards import Shards
 _RECENT = 32  # parts that the speed is taken of
 
 
-@dataclass(frozen=True)
-class SweepStatus:
+@dataclass(frozen=True, repr=False)
+class SweepStatus(Shown):
     """How far a sweep is.
 
     Attributes:
@@ -78,9 +82,18 @@ class SweepStatus:
         """Return plain data for JSON."""
         return {**asdict(self), "finished": self.finished}
 
+    def _shown(self) -> Iterator[Shows]:
+        state = "finished" if self.finished else f"{self.missing:,} missing"
+        yield f"SweepStatus of {self.sweep}: {self.done:,} of {self.count:,} done, {self.failed:,} failed, {state}"
+        speed = f", {self.speed:.3g} items a second" if self.speed else ""
+        left = f", about {self.seconds_left:.0f} s left" if self.seconds_left else ""
+        yield f"{self.task} with {self.model}; {self.shards_done:,} of {self.shards:,} shards{speed}{left}"
+        rows = ((Mark(failure.name, BAD), failure.error) for failure in self.failures)
+        yield ShownTable(("failed", "reason"), rows, len(self.failures))
 
-@dataclass(frozen=True)
-class SweepCheck:
+
+@dataclass(frozen=True, repr=False)
+class SweepCheck(Shown):
     """Whether each part is as it was written.
 
     Attributes:
@@ -106,8 +119,17 @@ class SweepCheck:
         """Return plain data for JSON."""
         return {**asdict(self), "whole": self.whole}
 
+    def _shown(self) -> Iterator[Shows]:
+        kind = "whole" if self.whole else f"{counted(len(self.faults), 'part')} damaged or missing"
+        yield f"SweepCheck of {self.sweep}: {kind}"
+        yield f"{counted(self.files, 'file')} read; {counted(self.missing, 'item')} to come"
+        if self.strangers:
+            yield f"not of this sweep: {brief(self.strangers)}"
+        rows = ((Mark(str(shard), BAD), fault) for shard, fault in self.faults.items())
+        yield ShownTable(("shard", "what is wrong"), rows, len(self.faults))
 
-class Sweep:
+
+class Sweep(ShownItem):
     """What a sweep left, finished or not. Nothing in the folder is trusted: what is read is checked.
 
     Attributes:
@@ -124,8 +146,10 @@ class Sweep:
         self.shards = Shards(self.manifest["source"]["count"], self.manifest["shard_size"])
         self._maps_in = lru_cache(maxsize=2)(self._read_maps)
 
-    def __repr__(self) -> str:
-        return f"Sweep({str(self.folder)!r}, {self.task}, {len(self.done)} of {len(self.shards)} shards)"
+    def _shown(self) -> Iterator[Shows]:
+        yield f"Sweep({str(self.folder)!r}, {self.task}, {len(self.done)} of {len(self.shards)} shards)"
+        rows = [("items", f"{len(self):,}"), ("model", brief(self.manifest["model"].get("reference")))]
+        yield ShownTable(("", ""), rows, len(rows))
 
     def __len__(self) -> int:
         """Return how many items there are."""
@@ -137,13 +161,13 @@ class Sweep:
         return str(self.manifest["task"])
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> Rows[str]:
         """The items' names, in order."""
         path = self.folder / NAMES
         names: list[str] = read_part(path, "names", NAMES_COLUMNS)["name"].to_pylist()
         if names_digest(names) != self.manifest["source"].get("names_sha256") or len(names) != len(self):
             raise damaged(path, "has changed since it was written: its checksum differs")
-        return names
+        return Rows(names)
 
     @property
     def done(self) -> list[int]:
@@ -151,19 +175,28 @@ class Sweep:
         return [shard for shard in done_shards(self.folder) if shard < len(self.shards)]
 
     @property
-    def missing(self) -> list[str]:
+    def missing(self) -> Rows[str]:
         """The names of the items that are still to be done."""
         names = self.names  # which also tells whether there are as many as the manifest says
-        return [names[i] for shard in self.shards.missing(set(self.done)) for i in self.shards[shard]]
+        return Rows(names[i] for shard in self.shards.missing(set(self.done)) for i in self.shards[shard])
 
     @property
-    def failed(self) -> list[Failure]:
+    def failed(self) -> Rows[Failure]:
         """The items that could not be done, each with its reason."""
-        return [failure for part in self._parts() for failure in part.failed]
+        return Rows(failure for part in self._parts() for failure in part.failed)
 
     def _parts(self) -> Iterator[Part]:
         for shard in self.done:
             yield read_facts(self.folder, shard)
+
+    @property
+    def prepared(self) -> list[str]:
+        """What was measured of each step of preparing the network, and whether it was taken; empty where none was."""
+        path = self.folder / "prepared.json"
+        if not path.exists() and not path.is_symlink():
+            return []
+        with damage_named(path):
+            return [str(line) for line in read_json(path)["trials"]]
 
     def table(self) -> Any:
         """Return the rows of all parts as a `pyarrow.Table`: of explain, a row for each map; of trust, for each answer.
@@ -321,6 +354,9 @@ class Sweep:
 
         Args:
             repair: remove damaged parts, so that the same command does them again.
+
+        Raises:
+            RunError: to be repaired while a sweep writes into the folder.
         """
         files, faults = 0, dict[int, str]()
         for shard in self.done:
@@ -329,12 +365,21 @@ class Sweep:
             except RunError as error:
                 faults[shard] = str(error).partition("; restore it")[0]
         _ = self.names
-        for shard in faults if repair else ():
-            _remove(part_folder(self.folder, shard))
-        if faults and repair and self.task == "record":
-            unmerge(self.folder)
+        if faults and repair:
+            self._take_out(list(faults))
         missing = len(self) - self.shards.items(self.done)
         return SweepCheck(str(self.folder), files, missing, faults, tuple(self._strangers()))
+
+    def _take_out(self, shards: list[int]) -> None:
+        """Remove some parts, and the run that was merged of all of them."""
+        from ..recording.lock import locked, refuse_links
+
+        with locked(self.folder, 0, "sweep"):
+            refuse_links(self.folder, [PARTS])
+            for shard in shards:
+                _remove(part_folder(self.folder, shard))
+            if self.task == "record":
+                unmerge(self.folder)
 
     def _check_part(self, shard: int) -> int:
         """Return how many files a part has, all of them whole. Raises RunError: one is not."""

@@ -15,10 +15,11 @@ from ..frameworks.base import capability, framework_of_model
 from ..images import Preprocessing
 from ..photographs import on_device, versions
 from ..recording.lock import locked, refuse_links
-from ..rules import Rule
+from ..rules import Rule, resolve
 from ..scales import describe
 from ..signals import unwound_by_sigterm
 from .engines import Crew, engine_named, run
+from .fast import chosen_steps
 from .folder import NAME, NAMES, PARTS, done_shards, names_digest, read_manifest, write_manifest
 from .merge import merge_runs
 from .pictures import draw
@@ -73,7 +74,10 @@ def explain(
     classifier = classifier_of(model)
     target = ids_of_names(target, classifier)
     target = target if isinstance(target, str) else tuple(target if isinstance(target, list | tuple) else [target])
-    rules = tuple(rule) if isinstance(rule, list | tuple) else (rule,)
+    rules = tuple(dict.fromkeys(rule if isinstance(rule, list | tuple) else [rule]))
+    names = [resolve(each)[0] for each in rules]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two rules have the name {twice!r}, by which their maps are kept; give one another name")
     at = source_of(source)
     swept = sweep(at, classifier, out, ExplainTask(rules, target, dict(options or {})), **how)
     if pictures != 0:
@@ -140,6 +144,7 @@ def sweep(
     device: str = "auto",
     draft: bool = False,
     limit: int | None = None,
+    fast: str = "auto",
     advance: Advance = lambda done, failed: None,
     begin: Callable[[int, int], object] = lambda done, count: None,
     load: Callable[[], Classifier] | None = None,
@@ -159,6 +164,9 @@ def sweep(
         draft: decode JPEGs at a half, a quarter or an eighth of their size where that is no smaller than the network's
             input is resized to. Quicker, and not the same to the last bit.
         limit: at most so many items, the first ones.
+        fast: "auto": of `explain` with at least 200 batches the network is prepared, as by `undertow.prepare` in
+            float32, where that is measured to be quicker on the first batch; all processes go by the first one's
+            choice, which `Sweep.prepared` tells. "off": it is used as it is.
         advance: called with how many items were done, and how many of these failed.
         begin: called before the first, with how many of this process's items are done already, and how many it has.
         load: loads the classifier anew, in another process; else it is sent there.
@@ -170,6 +178,8 @@ def sweep(
     for option, value in (("shard_size", shard_size), ("batch_size", batch_size), ("workers", workers)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{option}={value!r} must be a whole number of at least 1")
+    if fast not in ("auto", "off"):
+        raise InputError(f"fast={fast!r} is neither 'auto' nor 'off'")
     engine_file = engine_named(engine)
     rank, _ = engine_file.rank()
     device = _device(classifier, device, engine)
@@ -190,10 +200,12 @@ def sweep(
         draft=draft,
     )
     with _opened(folder, rank), unwound_by_sigterm():
-        write_manifest(folder, _manifest(job, names), names)
+        write_manifest(folder, _manifest(job, names, fast), names)
         done = done_shards(folder)
         share = engine_file.share(shards)
         begin(shards.items(set(done) & set(share)), shards.items(share))
+        if fast == "auto":
+            job.steps = chosen_steps(job)
         crew = Crew(failures_before(folder), not done, load, dict(options))
         outcome = run(engine, job, crew, advance)
         if task.name == "record" and not shards.missing(done_shards(folder)):
@@ -219,7 +231,7 @@ def classifier_of(model: Any) -> Classifier:
     return Classifier(type(model).__name__, model, Preprocessing(), (), "given in Python", digest)
 
 
-def _manifest(job: Job, names: Sequence[str]) -> dict[str, Any]:
+def _manifest(job: Job, names: Sequence[str], fast: str) -> dict[str, Any]:
     """Return what tells this sweep from others; that of a photograph's preprocessing and of versions goes with it."""
     classifier = job.classifier
     model = {
@@ -232,7 +244,7 @@ def _manifest(job: Job, names: Sequence[str]) -> dict[str, Any]:
     source = {"kind": job.source.kind, "count": len(names), "names_sha256": names_digest(names)}
     return {
         "task": job.task.name,
-        "settings": {**job.task.settings(), "batch_size": job.batch_size},
+        "settings": {**job.task.settings(), "batch_size": job.batch_size, "fast": fast},
         "source": source,
         "shard_size": job.shards.size,
         "model": model,

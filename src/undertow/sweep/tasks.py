@@ -128,7 +128,7 @@ class ExplainTask:
                 stack.callback(file.abandon)
 
             def add(number: int, items: Sequence[Item]) -> list[Failure]:
-                done, failed = in_pieces(bench, items, lambda piece: self._explained(bench, piece))
+                done, failed = in_pieces(bench, items, lambda piece: self.explained(bench, piece))
                 for piece, maps in done:
                     _append(rows, files, bench.classifier, piece, maps)
                 return failed
@@ -140,7 +140,8 @@ class ExplainTask:
                     file.path.unlink()
         write_table(folder / INDEX, rows, EXPLAIN_COLUMNS)
 
-    def _explained(self, bench: Bench, items: Sequence[Item]) -> dict[str, Attribution]:
+    def explained(self, bench: Bench, items: Sequence[Item]) -> dict[str, Attribution]:
+        """Return the maps of a batch under each rule."""
         x = bench.batch(items)
         classifier = bench.classifier
         target: Any = self.target if isinstance(self.target, str) else [list(self.target)] * len(items)
@@ -209,24 +210,26 @@ def _append(
     maps: Mapping[str, Attribution],
 ) -> None:
     """Append the maps of a batch to their files, and a row for each to the index: by item, then rule, then target."""
-    firsts, ids, scores = {}, {}, {}
+    blocks = []
     for rule, a in maps.items():
         values = a.numpy()
         if not isinstance(values, np.ndarray):
             raise InputError("a sweep keeps maps of one input; this network's is nested")
-        ids[rule], scores[rule] = as_numpy(a.targets), as_numpy(a.scores).astype(np.float64)
-        firsts[rule] = files[rule].append(values.reshape(-1, *values.shape[2:]))
+        offset = files[rule].append(values.reshape(-1, *values.shape[2:]))
+        facts = a.rewired, json.dumps(a.skipped, sort_keys=True), a.switches, a.head, files[rule].path.name
+        blocks.append(
+            (rule, as_numpy(a.targets).tolist(), as_numpy(a.scores).astype(np.float64).tolist(), facts, offset)
+        )
+    columns = list(rows.values())
     for n, item in enumerate(items):
-        for rule, a in maps.items():
-            count = ids[rule].shape[1]
-            for k, (class_id, score) in enumerate(zip(ids[rule][n].tolist(), scores[rule][n].tolist(), strict=True)):
-                names = class_names(classifier, [class_id])
-                skipped = json.dumps(a.skipped, sort_keys=True)
-                place = files[rule].path.name, firsts[rule] + n * count + k
-                facts = a.rewired, skipped, a.switches, a.head
-                row = (item.index, storable(item.name), rule, class_id, names[0], score, *facts, *place)
-                for column, value in zip(EXPLAIN_COLUMNS, row, strict=True):
-                    rows[column].append(value)
+        name = storable(item.name)
+        for rule, ids, scores, facts, offset in blocks:
+            count = len(ids[n])
+            named = class_names(classifier, ids[n])
+            for k, (class_id, class_name, score) in enumerate(zip(ids[n], named, scores[n], strict=True)):
+                row = (item.index, name, rule, class_id, class_name, score, *facts, offset + n * count + k)
+                for column, value in zip(columns, row, strict=True):
+                    column.append(value)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..classifier import Classifier
@@ -39,6 +40,7 @@ class Job:
         workers: threads that read.
         max_failures: more than so many failures end this process; None: none do.
         draft: whether a large JPEG may be decoded at a smaller size.
+        steps: by which the network is prepared.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class Job:
     workers: int = 2
     max_failures: int | None = None
     draft: bool = False
+    steps: tuple[str, ...] = ()
 
 
 @dataclass
@@ -154,6 +157,8 @@ def read_item(job: Job, index: int, name: str) -> Item | Failure:
     try:
         value = job.source.read(index, preprocessing.draft if job.draft else None)
         array: Any = preprocessing.array(value) if isinstance(value, Image.Image) else value
+        if array is value and value.ndim == 3 and job.classifier.channels_last:
+            array = np.moveaxis(value, -1, 0)  # as photographs are, which a batch puts in order
     except PhotographError as error:
         return Failure(index, storable(name), one_line(error))
     return Item(index, name, os.path.join(job.source.folder, name), array)

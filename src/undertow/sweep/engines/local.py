@@ -1,8 +1,10 @@
 """One process does all shards: threads read, one computes."""
 
 import os
+from dataclasses import replace
 
 from ...errors import InputError
+from ..fast import prepared_classifier
 from ..folder import done_shards
 from ..shards import Shards
 from ..work import Advance, Job, Outcome, work
@@ -28,4 +30,5 @@ def share(shards: Shards) -> list[int]:
 def run(job: Job, crew: Crew, advance: Advance) -> Outcome:
     """Do all shards that are missing."""
     missing = job.shards.missing(done_shards(job.folder))
+    job = replace(job, classifier=prepared_classifier(job, job.classifier))
     return work(job, missing, advance, crew.before, crew.fresh)

@@ -13,6 +13,8 @@ from typing import Any
 from ...classifier import Classifier
 from ...errors import FrameworkError, RunError, UndertowError, one_line, printable
 from ...photographs import on_device
+from ...signals import handlers_kept
+from ..fast import prepared_classifier
 from ..folder import done_shards
 from ..shards import Shards
 from ..work import Advance, Job, Outcome, work
@@ -44,7 +46,8 @@ class RayWorker:
             os.chdir(folder)  # paths are relative to where the command was given
             classifier = job.classifier if load is None else load()
             device = on_device(classifier, job.device)
-            self.job = replace(job, classifier=classifier, device=device, max_failures=None)
+            job = replace(job, device=device, max_failures=None, classifier=classifier)
+            self.job = replace(job, classifier=prepared_classifier(job, classifier))
         return work(self.job, [shard], fresh=fresh)
 
 
@@ -117,12 +120,10 @@ def _cluster(crew: Crew) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    where = {"address": address} if address else {"num_cpus": crew.options.get("processes"), "include_dashboard": False}
     try:
-        if address is None:
-            ray.init(num_cpus=crew.options.get("processes"), include_dashboard=False, log_to_driver=False,
-                     configure_logging=False)  # fmt: skip
-        else:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with handlers_kept():
+            ray.init(**where, log_to_driver=False, configure_logging=False)
     except Exception as error:  # Ray raises many kinds
         raise RunError(f"Ray cannot be started or reached at {address or 'this machine'}: {one_line(error)}") from error
     try:

@@ -1,8 +1,10 @@
 """Each of torchrun's processes does its own shards: every n-th. Nothing passes between them but the folder."""
 
 import os
+from dataclasses import replace
 
 from ...errors import InputError
+from ..fast import prepared_classifier
 from ..folder import done_shards
 from ..shards import Shards
 from ..work import Advance, Job, Outcome, work
@@ -33,4 +35,5 @@ def run(job: Job, crew: Crew, advance: Advance) -> Outcome:
     """Do what is missing of this rank's shards."""
     done = set(done_shards(job.folder))
     missing = [shard for shard in share(job.shards) if shard not in done]
+    job = replace(job, classifier=prepared_classifier(job, job.classifier))
     return work(job, missing, advance, crew.before, crew.fresh)
