@@ -12,8 +12,6 @@ function ramp(stops, at) {
 }
 
 const COLOURS = { magnitude: HEAT, signed: SIGNED };
-const tables = Object.fromEntries(Object.entries(COLOURS).map(([style, stops]) =>
-  [style, [...Array(STEPS + 1).keys()].map((i) => ramp(stops, i / STEPS))]));
 
 /** Return the largest |value| over the channels and their sum, of one pixel. */
 function atPixel(map, values, pixel) {
@@ -32,32 +30,52 @@ function atPixel(map, values, pixel) {
 function paint(canvas, map, values, style, opacity) {
   const [, height, width] = map.values.shape;
   const image = new ImageData(width, height);
-  const pixel = style === "colour" ? colourOf(map, values) : strengthOf(map, values, style);
-  for (let i = 0; i < width * height; i++) {
-    const [rgb, strength] = pixel(i);
-    image.data.set(rgb, 4 * i);
-    image.data[4 * i + 3] = Math.round(255 * opacity ** (1 + 3 * (1 - strength)));
+  if (style === "colour") fillColour(image.data, map, values, opacity);
+  else {
+    const shades = shadesOf(style, opacity);
+    const pixels = new Uint32Array(image.data.buffer);
+    const [from, span] = style === "signed" ? [-map.tops.signed, 2 * map.tops.signed] : [0, map.tops.magnitude];
+    planeOf(map, values, style).forEach((value, i) => {
+      pixels[i] = shades[Math.round(STEPS * Math.min(Math.max((value - from) / (span || 1), 0), 1))];
+    });
   }
   canvas.width = width;
   canvas.height = height;
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-function strengthOf(map, values, style) {
-  const top = map.tops[style] || 1;
-  return (i) => {
-    const share = Math.min(Math.max(atPixel(map, values, i)[style === "signed" ? 1 : 0] / top, -1), 1);
-    const at = style === "signed" ? (share + 1) / 2 : share;
-    return [tables[style][Math.round(STEPS * at)], Math.sqrt(Math.abs(share))];
-  };
+/** The pixels of a style's scale, from one end to the other, as the bytes of red, green, blue and opacity. */
+function shadesOf(style, opacity) {
+  const bytes = new Uint8ClampedArray(4 * (STEPS + 1));
+  for (let i = 0; i <= STEPS; i++) {
+    const strength = Math.sqrt(style === "signed" ? Math.abs((2 * i) / STEPS - 1) : i / STEPS);
+    bytes.set([...ramp(COLOURS[style], i / STEPS), 255 * opacity ** (1 + 3 * (1 - strength))], 4 * i);
+  }
+  return new Uint32Array(bytes.buffer);
 }
 
-function colourOf(map, values) {
+/** The largest |value| over the channels of each pixel, or their sum. */
+function planeOf(map, values, style) {
+  const area = map.values.shape[1] * map.values.shape[2];
+  if (map.reduced) return style === "signed" ? values.subarray(area) : values.subarray(0, area);
+  const plane = new Float32Array(area);
+  for (let at = 0; at < values.length; at++) {
+    plane[at % area] = style === "signed" ? plane[at % area] + values[at] : Math.max(plane[at % area], Math.abs(values[at]));
+  }
+  return plane;
+}
+
+function fillColour(bytes, map, values, opacity) {
   const [channels, height, width] = map.values.shape;
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
   const deviation = Math.sqrt(values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / values.length) || 1;
-  const grey = (at) => Math.floor(255 * Math.min(Math.max(0.5 + (0.1 * (values[at] - mean)) / deviation, 0), 1));
-  return (i) => [[0, 1, 2].map((c) => grey((channels === 3 ? c : 0) * height * width + i)), 1];
+  for (let i = 0; i < width * height; i++) {
+    for (let c = 0; c < 3; c++) {
+      const value = values[(channels === 3 ? c : 0) * height * width + i];
+      bytes[4 * i + c] = Math.floor(255 * Math.min(Math.max(0.5 + (0.1 * (value - mean)) / deviation, 0), 1));
+    }
+    bytes[4 * i + 3] = 255 * opacity;
+  }
 }
 
 function explanations(data) {

@@ -93,7 +93,7 @@ function findings(data, choose, labels) {
   list.sort((a, b) => SEVERITIES.indexOf(a.finding.severity) - SEVERITIES.indexOf(b.finding.severity));
   const button = (i) => (site) => {
     const one = labels.find((label) => label.layers[i]?.site === site);
-    return one ? el("button", { type: "button", onclick: () => choose(one.label) }, site) : "";
+    return one ? el("button", { type: "button", title: site, onclick: () => choose(one.label) }, site) : "";
   };
   const cards = list.map(({ finding, i }) => el("article", { class: `finding ${finding.severity}` },
     el("h4", {}, el("b", { class: finding.severity }, `${MARKS[finding.severity]} ${finding.severity}`), ` ${finding.cause}`,
@@ -172,8 +172,12 @@ function sizes(values, kind) {
   };
 }
 
-/** A logarithmic axis of octaves. */
-const octaveAxis = (lows) => ({ type: "quantitative", scale: { type: "log", nice: false }, title: "|value|", axis: { format: ".0e", grid: false, values: decades(lows) } });
+/** A logarithmic axis of octaves: powers of ten, or whatever fits where there are hardly any. */
+function octaveAxis(lows) {
+  const ticks = decades(lows);
+  const axis = ticks.length > 3 ? { format: ".0e", values: ticks } : { format: ".1~e", labelOverlap: true, tickCount: 4 };
+  return { type: "quantitative", scale: { type: "log", nice: false }, title: "|value|", axis: { ...axis, grid: false } };
+}
 
 /** The axis of batches, whole numbers only. */
 function batchAxis(batches) {
