@@ -7,6 +7,7 @@
 
 from . import derive as derive
 from . import images as images
+from . import lrp as lrp
 from . import rules as rules
 from . import show as show
 from . import targets as targets
@@ -37,6 +38,7 @@ from .runs import Run as Run
 from .runs import compare as compare
 from .sites import Site as Site
 from .sites import select as select
+from .tables import Rule as Rule
 from .verdict import Verdict as Verdict
 from .verdict import trust as trust
 
