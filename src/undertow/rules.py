@@ -21,8 +21,8 @@ LRP's composites, such as "lrp:epsilon-plus-flat", whose rows stand in `undertow
 from collections.abc import Sequence
 from typing import Any
 
-from . import lrp
 from .errors import InputError, did_you_mean
+from .lrp import alpha_beta, box, epsilon, excitation, flat, gamma
 from .tables import ActivationRule, Local, Operation, Row, Rule
 from .tables import relu as relu
 
@@ -149,12 +149,12 @@ def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None
         first: of the first layers; None: as the others.
         linear: of all other matrix products with constants; None: ε.
 
-    >>> composite("mine", lrp.gamma(0.1), lrp.box(-2.0, 2.0)).values
+    >>> composite("mine", gamma(0.1), box(-2.0, 2.0)).values
     'relevance'
     """
     rows: dict[str, Row] = {
         "conv": conv,
-        "linear": lrp.epsilon() if linear is None else linear,
+        "linear": epsilon() if linear is None else linear,
         **dict.fromkeys(("relu", "smooth"), identity),
         **dict.fromkeys(("product", "matmul"), hold_gate),
         "attention": share_attention,
@@ -171,14 +171,14 @@ TABLES: dict[str, Rule] = {
     for table in (
         ATTNLRP,
         CP_LRP,
-        composite("lrp:epsilon", lrp.epsilon(), source="Bach et al. 2015, doi 10.1371/journal.pone.0130140"),
-        composite("lrp:epsilon-plus-flat", lrp.alpha_beta(1, 0), lrp.flat, source=_MONTAVON),
-        composite("lrp:epsilon-gamma-box", lrp.gamma(), lrp.box(), source=_MONTAVON),
-        composite("lrp:epsilon-alpha2-beta1", lrp.alpha_beta(2, 1), source=_MONTAVON),
+        composite("lrp:epsilon", epsilon(), source="Bach et al. 2015, doi 10.1371/journal.pone.0130140"),
+        composite("lrp:epsilon-plus-flat", alpha_beta(1, 0), flat, source=_MONTAVON),
+        composite("lrp:epsilon-gamma-box", gamma(), box(), source=_MONTAVON),
+        composite("lrp:epsilon-alpha2-beta1", alpha_beta(2, 1), source=_MONTAVON),
         composite(
             "excitation",
-            lrp.excitation,
-            linear=lrp.excitation,
+            excitation,
+            linear=excitation,
             source="Zhang et al. 2016, arXiv 1608.00507",
         ),
     )

@@ -16,9 +16,10 @@ from ..frameworks.base import capability, framework_of_model
 from ..images import Preprocessing
 from ..photographs import on_device, versions
 from ..recording.lock import locked, refuse_links
-from ..rules import Rule, resolve
+from ..rules import resolve
 from ..scales import describe
 from ..signals import unwound_by_sigterm
+from ..tables import ActivationRule, Rule
 from .engines import ENGINES, Crew, engine_named, run
 from .fast import chosen_steps
 from .folder import NAME, NAMES, PARTS, done_shards, names_digest, read_manifest, write_manifest
@@ -38,7 +39,7 @@ def explain(
     model: Any,
     out: str | os.PathLike[str],
     *,
-    rule: str | Rule | Sequence[str | Rule] = "guided",
+    rule: str | ActivationRule | Rule | Sequence[str | ActivationRule | Rule] = "guided",
     target: Any = "top:1",
     pictures: int | None = 0,
     options: Mapping[str, Any] | None = None,

@@ -19,8 +19,9 @@ from ..files import distinct, readable
 from ..frameworks.base import as_numpy, capability, framework_of_model
 from ..recording import record
 from ..recording.photographs import OBJECTIVES, class_names, label_of
-from ..rules import Rule, resolve
+from ..rules import resolve
 from ..runs.format import CLASSES
+from ..tables import ActivationRule, Rule
 from ..verdict.photograph import pairs_of, verdicts_of
 from .columns import EXPLAIN_COLUMNS, TRUST_COLUMNS
 from .folder import INDEX, Failure, storable, write_table
@@ -98,7 +99,7 @@ class ExplainTask:
         options: further ones of `undertow.explain`.
     """
 
-    rules: tuple[str | Rule, ...] = ("guided",)
+    rules: tuple[str | ActivationRule | Rule, ...] = ("guided",)
     target: str | tuple[int, ...] = "top:1"
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = "explain"
