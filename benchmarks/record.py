@@ -11,8 +11,8 @@ Pairs: the plain step and undertow's alone, so that neither follows another tool
 turn, until a whole group of batches lies on the disk: as many as undertow would publish together, which are those of
 ten seconds. Each round makes the network anew: one copy is up to 2 % slower
 than another, as its memory happens to lie, and stays so. A watched batch is one that `diagnose=` watches: every 32nd by
-default, so a run pays one part in 32 of what it adds. `on_finding=` watches and looks at every 100th, so it is held,
-over 100 steps, to a recording without it, not to the plain step.
+default, so a run pays one part in 32 of what it adds. Findings: `on_finding=`, watching and looking at every 4th batch,
+is held in the same way to a recording without it; every 100th, as it is by default, costs a 25th of what that adds.
 glibc is told to keep freed memory, for all methods alike: else a step of the six convolutions takes 1,000 to 18,000
 page faults, as its memory happens to lie, which is up to a quarter of its time.
 In place: the gradients at convolutions of a network with `ReLU(inplace=True)`, as each tool reports them, against
@@ -35,7 +35,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,11 +51,11 @@ from undertow.frameworks.torch.record.probe import Probe
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 GROUP = 256  # batches that undertow publishes together at most
-EVERY = 100  # batches between looks for findings
+EVERY = 4  # batches between looks for findings; at the 100 of the default nothing would be seen
 PAUSE = 0.1  # seconds between turns, for what another process still has to write
 STEPS = (16, 8)  # of a turn among the peers, for each network
 TURN, BATCH = 16, 4  # images
-SECTIONS = ("training", "parameters", "pairs", "inplace", "images", "memory")
+SECTIONS = ("training", "parameters", "pairs", "findings", "inplace", "images", "memory")
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -141,6 +141,9 @@ class Method:
     settle: Callable[[], None] | None = None
     before: Callable[[], None] = lambda: None
     after: Callable[[], None] = lambda: None
+
+
+Start = Callable[[Task], AbstractContextManager[Method]]
 
 
 @contextmanager
@@ -282,7 +285,7 @@ def nansense_session(task: Task) -> Iterator[Method]:
         yield Method(step)
 
 
-METHODS: dict[str, tuple[Callable[[Task], object], str]] = {
+METHODS: dict[str, tuple[Start, str]] = {
     "plain step": (plain, "nothing"),
     "undertow, norms + zeros + moments": (
         partial(undertow, measures=("channel-norm", "zero-fraction", "moments")),
@@ -298,7 +301,7 @@ METHODS: dict[str, tuple[Callable[[Task], object], str]] = {
     "TorchLens record": (torchlens_record, "the tensors at the convolutions, of the last batch"),
     "nansense": (nansense_session, "copies of all activations, gradients, weights, of the last batch"),
 }
-PARAMETERS: dict[str, tuple[Callable[[Task], object], str]] = {
+PARAMETERS: dict[str, tuple[Start, str]] = {
     "plain step": (plain, "nothing"),
     "undertow, norms": (
         partial(undertow, measures=("norm",), sites="params"),
@@ -409,9 +412,7 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def training(
-    rounds: int, quick: bool, methods: dict[str, tuple[Callable[[Task], object], str]] = METHODS
-) -> Iterator[str]:
+def training(rounds: int, quick: bool, methods: dict[str, tuple[Start, str]] = METHODS) -> Iterator[str]:
     yield "| network | method | steps a turn | ms a step | x plain step | x its CPU time | what it keeps |"
     yield "|---|---|---:|---:|---:|---:|---|"
     for (network, make), steps in zip(TASKS.items(), STEPS, strict=True):
@@ -442,47 +443,65 @@ def training(
             yield f"| {network} | {name} | {steps} | {ms:.1f} | {wall:.3f} | {work:.3f} | {keeps} |"
 
 
+THREE = ("channel-norm", "zero-fraction", "moments")
+GROUPS = dict(zip(TASKS, (128, 24), strict=True)) | {"VGG16-BN, 224x224, b4": 4}
+"""For each network the steps of a round: as many as undertow would publish together."""
+
+
 def pairs(rounds: int, quick: bool) -> Iterator[str]:
     yield (
         "| network | recorded | rounds of steps | plain step, ms | x plain step | 95 % interval | x its CPU time "
         "| in the hooks, ms a step | of a plain step |"
     )
     yield "|---|---|---:|---:|---:|---:|---:|---:|---:|"
-    three = ("channel-norm", "zero-fraction", "moments")
-    settings = {"norms + zeros + moments": (three, 0, False), "histogram": (("histogram",), 0, False)}
-    settings |= {
-        "norms + zeros + moments, watched": (three, 1, False),
-        "on_finding, x the same without": (three, 0, True),
-    }
-    groups = dict(zip(TASKS, (128, 24), strict=True)) | {"VGG16-BN, 224x224, b4": 4}
-    for (network, steps), make in zip(groups.items(), (*TASKS.values(), vgg16), strict=True):
+    settings = {"norms + zeros + moments": (THREE, 0), "histogram": (("histogram",), 0)}
+    settings |= {"norms + zeros + moments, watched": (THREE, 1)}
+    for (network, steps), make in zip(GROUPS.items(), (*TASKS.values(), vgg16), strict=True):
         task = make(4) if quick else make()
-        for name, (measures, diagnose, telling) in settings.items():
-            if make is vgg16 and name not in (*settings,)[:2]:
+        for name, (measures, diagnose) in settings.items():
+            if make is vgg16 and diagnose:
                 continue
-            group = EVERY if telling else steps
-            taken: dict[str, list[tuple[float, float]]] = {"base": [], "ours": []}
-            within = []
-            for _ in range(rounds):
-                twin = task.twin()
-                with (
-                    mock.patch("undertow.recording.writer._GROUP_SECONDS", math.inf),  # the other's steps took half
-                    undertow(twin, measures, 0, group) if telling else plain(twin) as base,
-                    undertow(twin, measures, diagnose, group, telling=telling) as ours,
-                ):
-                    turn(base, group // 8 + 1), turn(ours, group // 8 + 1)
-                    spent = side_by_side({"base": base, "ours": ours}, group)
-                    for which, seconds in spent.items():
-                        taken[which].append((float(seconds[0]), float(seconds[1])))
-                    within.append(in_hooks(ours, group // 8 + 1))
-            found, against = np.array(taken["ours"]), np.array(taken["base"])
-            wall, work = np.median(found / against, axis=0)
-            low, high = interval(found[:, 0] / against[:, 0])
-            plain_ms = 1e3 * np.median(against[:, 0]) / group
+            within: list[float] = []
+            ours = partial(undertow, measures=measures, diagnose=diagnose, group=steps)
+            ms, figures = held_to(plain, ours, task, rounds, steps, within)
             hooks = 1e3 * statistics.median(within)
-            share = f"{hooks:.1f} | {100 * hooks / plain_ms:.1f} %"
-            row = f"{rounds} of {group} | {plain_ms:.1f} | {wall:.3f} | {low:.3f} to {high:.3f} | {work:.3f}"
-            yield f"| {network} | {name} | {row} | {share} |"
+            share = f"{hooks:.1f} | {100 * hooks / ms:.1f} %"
+            yield f"| {network} | {name} | {rounds} of {steps} | {ms:.1f} | {figures} | {share} |"
+
+
+def findings(rounds: int, quick: bool) -> Iterator[str]:
+    yield "| network | looked | rounds of steps | step without, ms | x | 95 % interval | x CPU time | every 100th |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|"
+    for network, make in TASKS.items():
+        steps, task = GROUPS[network], make(4) if quick else make()
+        without = partial(undertow, measures=THREE, group=steps)
+        ms, figures = held_to(without, partial(without, telling=True), task, rounds, steps, [])
+        added = (float(figures.rpartition("|")[2]) - 1) * EVERY
+        yield f"| {network} | every {EVERY}th | {rounds} of {steps} | {ms:.1f} | {figures} | {added:+.2f} % |"
+
+
+def held_to(base: Start, ours: Start, task: Task, rounds: int, steps: int, within: list[float]) -> tuple[float, str]:
+    """Return the milliseconds of a step of `base`, and by what `ours` multiplies it: ratio, interval, of CPU time.
+
+    Args:
+        within: the seconds that a step of `ours` spends in hooks are added, for each round.
+    """
+    taken: dict[str, list[np.ndarray]] = {"base": [], "ours": []}
+    for _ in range(rounds):
+        twin = task.twin()
+        with (
+            mock.patch("undertow.recording.writer._GROUP_SECONDS", math.inf),  # the other's steps took half
+            base(twin) as one,
+            ours(twin) as other,
+        ):
+            turn(one, steps // 8 + 1), turn(other, steps // 8 + 1)
+            for which, seconds in side_by_side({"base": one, "ours": other}, steps).items():
+                taken[which].append(seconds)
+            within.append(in_hooks(other, steps // 8 + 1))
+    found, against = np.array(taken["ours"]), np.array(taken["base"])
+    wall, work = np.median(found / against, axis=0)
+    low, high = interval(found[:, 0] / against[:, 0])
+    return 1e3 * float(np.median(against[:, 0])) / steps, f"{wall:.3f} | {low:.3f} to {high:.3f} | {work:.3f}"
 
 
 def side_by_side(methods: dict[str, Method], steps: int) -> dict[str, np.ndarray]:
@@ -800,6 +819,7 @@ def main() -> None:
         "training": lambda: training(given.rounds, given.quick),
         "parameters": lambda: training(given.rounds, given.quick, PARAMETERS),
         "pairs": lambda: pairs(given.rounds, given.quick),
+        "findings": lambda: findings(given.rounds, given.quick),
         "inplace": in_place,
         "images": lambda: images(given.images, given.quick),
         "memory": lambda: memory_apart(1_000 if given.quick else 10_000),

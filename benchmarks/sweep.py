@@ -4,7 +4,7 @@
     python benchmarks/sweep.py engines memory --images 2000             some of it, smaller
 
 20,000 images of Fashion-MNIST as PNG files and a small convolutional network, and crops of the packaged photographs
-and the packaged EfficientNet-Lite0 at 96 x 96. All commands run with one thread a process, as torchrun has it.
+and the packaged EfficientNet-Lite0 at 64 x 64. All commands run with one thread a process, as torchrun has it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def load():
 """
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 FASHION_NET = ("--model", "nets.py:load", "--batch-size", "32")
-CROPS_NET = ("--model", "demo", "--preprocess", "imagenet@96")
+CROPS_NET = ("--model", "demo", "--preprocess", "imagenet@64")
 EXPLAIN = ("--rule", "guided", "--fast", "off")
 
 
@@ -220,7 +220,7 @@ def speed(place: Path, images: int, crops: int) -> list[str]:
     lines = ["| | bare loop | local | of it | torchrun, 2 |", "|---|---|---|---|---|"]
     for source, words, (reference, preprocess, batch), count in (
         ("fashion", FASHION_NET, ("nets.py:load", "-", "32"), images),
-        ("crops", CROPS_NET, ("demo", "imagenet@96", "8"), crops),
+        ("crops", CROPS_NET, ("demo", "imagenet@64", "8"), crops),
     ):
         bare, local, two = [], [], []
         for round_ in range(3):

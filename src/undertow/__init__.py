@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import derive as derive
     from . import images as images
+    from . import lrp as lrp
     from . import rules as rules
     from . import show as show
     from . import sweep as sweep
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .sites import Site as Site
     from .sites import select as select
     from .sweep import Sweep as Sweep
+    from .tables import Rule as Rule
     from .verdict import Verdict as Verdict
     from .verdict import trust as trust
 
@@ -61,12 +63,13 @@ _PUBLIC = {
     "runs": "Run compare",
     "sites": "Site select",
     "sweep": "Sweep",
+    "tables": "Rule",
     "verdict": "Verdict trust",
 }
 """Where the public names are. They are imported when first asked for: all of them take longer than `--help` may."""
 
 _PLACES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = sorted([*_PLACES, "derive", "images", "rules", "show", "sweep", "targets"])
+__all__ = sorted([*_PLACES, "derive", "images", "lrp", "rules", "show", "sweep", "targets"])
 
 
 def _find(name: str) -> Any:

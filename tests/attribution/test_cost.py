@@ -1,5 +1,7 @@
 """A guard that needs no clock: what a guided pass does beyond the plain gradient, counted."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -47,3 +49,14 @@ def test_a_guided_pass_runs_one_small_operator_more_for_each_activation(case):
     assert sum(extra.values()) <= 2 * relus + 90, extra
     assert sum(extra[name] for name in ("aten::copy_", "aten::clone", "aten::contiguous")) <= 12, extra
     assert bytes_guided <= 1.35 * bytes_by_hand
+
+
+def test_a_map_does_without_imports_that_take_half_a_second():
+    code = (
+        "import sys, torch, undertow as ut\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()\n"
+        "ut.explain(net, torch.ones(2, 4), rule='guided', target='top:2')\n"
+        "print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -13,6 +13,7 @@ import pytest
 import undertow as ut
 from sweep.photographs import NETS, classifier, crops
 from undertow.cli import main
+from undertow.cli.sweeps import is_many
 
 
 def call(capfd, *words: object) -> tuple[int, str, str]:
@@ -51,6 +52,11 @@ def test_many_photographs_are_swept_and_the_same_command_draws_pictures(capfd, t
     code, _, err = call(capfd, *words, "--target", "b")
     assert code == 2
     assert "is a sweep with settings target 'top:1', not [1]; choose another --out" in err
+
+
+def test_words_that_name_many_photographs():
+    assert all(map(is_many, ("a.txt", "a.TAR", "train-{00..09}.tar", "a.parquet:image")))
+    assert not any(map(is_many, ("a.parquet", "a.png", "photographs", "a.txt/b.png")))
 
 
 def test_twelve_photographs_have_a_folder_each_as_ever(capfd, tmp_path, net):
@@ -134,4 +140,4 @@ def test_a_signal_leaves_a_sweep_that_the_same_command_finishes(capfd, tmp_path,
 
 
 def _options(sweep):
-    return {k: v for k, v in sweep.manifest["settings"].items() if k not in ("rules", "target", "batch_size")}
+    return {k: v for k, v in sweep.manifest["settings"].items() if k not in ("rules", "target", "batch_size", "fast")}

@@ -15,7 +15,7 @@ from PIL import Image
 from sweep.photographs import crops
 from undertow import images
 from undertow.errors import InputError, PhotographError
-from undertow.sweep.sources import is_many, source_of
+from undertow.sweep.sources import source_of
 
 
 @pytest.fixture
@@ -155,10 +155,3 @@ def test_a_draft_reads_a_jpeg_smaller_and_a_png_as_it_is(tmp_path):
     source = source_of([tmp_path / "a.jpg", tmp_path / "a.png"])
     assert [source.read(i, lambda w, h: (w // 4, h // 4)).size for i in (0, 1)] == [(128, 128), (512, 512)]
     assert source.read(0).size == (512, 512)
-
-
-def test_words_that_name_many_photographs():
-    assert [is_many(w) for w in ("a.txt", "a.tar", "a.parquet:image", "a.parquet", "a.png", "photographs")] == [
-        *(True, True, True),
-        *(False, False, False),
-    ]

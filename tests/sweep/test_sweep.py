@@ -325,7 +325,11 @@ def test_numbers_that_cannot_be_used(folder, small, tmp_path, option):
         explained(folder, small, tmp_path, **{option: 0})
 
 
-def test_engines_and_targets_that_there_are_not(folder, small, tmp_path):
+def test_engines_options_and_targets_that_there_are_not(folder, small, tmp_path):
+    with pytest.raises(InputError, match=r"a sweep has no option 'worker'; did you mean workers"):
+        explained(folder, small, tmp_path, worker=3)
+    with pytest.raises(InputError, match=r"processes is an option of the engine ray, not of local"):
+        explained(folder, small, tmp_path, processes=3)
     with pytest.raises(InputError, match=r"unknown engine 'rai'; did you mean ray"):
         explained(folder, small, tmp_path, engine="rai")
     with pytest.raises(TargetError, match=r"no class 'zebra' among 6"):

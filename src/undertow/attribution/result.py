@@ -50,6 +50,7 @@ class Attribution(Shown):
             baseline that the map does not account for, (difference - sum of the map) / difference; else None.
         at: the layers whose outputs the values are of; none: the input.
         names: of the explained classes, by id, where the model has them.
+        is_relevance: the map shares out the score itself, as of "attnlrp"; its unit is the score's.
     """
 
     values: Any
@@ -69,6 +70,40 @@ class Attribution(Shown):
     at: tuple[str, ...] = ()
     completeness: Any = None
     names: dict[int, str] = field(default_factory=dict)
+    is_relevance: bool = False
+
+    @property
+    def conservation(self) -> Any:
+        """The part of the score that the map adds up to, in the shape of `scores`: 1 where relevance is conserved.
+
+        Biases take some, and so does what a rule holds constant. Of `at=` several layers, a dict with each layer's:
+        what arrives there. None for a rule whose map does not share out the score, such as "guided".
+
+        Raises:
+            InputError: the values are no batches.
+
+        >>> values, scores = np.array([[2.0, 1.0]]), np.array([4.0])
+        >>> Attribution(values, np.array([0]), scores, "attnlrp", is_relevance=True).conservation
+        array([0.75])
+        """
+        if not self.is_relevance:
+            return None
+        if self.at and isinstance(self.values, dict):
+            return {layer: self._conserved(values) for layer, values in self.values.items()}
+        return self._conserved(self.values)
+
+    def _conserved(self, values: Any) -> npt.NDArray[np.float64]:
+        scores = as_numpy(self.scores).astype(np.float64)
+        total = np.zeros_like(scores)
+        for _, tensor in tensors_with_paths(values):
+            array = as_numpy(tensor).astype(np.float64)
+            if array.shape[: scores.ndim] != scores.shape:
+                raise InputError(
+                    f"values of shape {array.shape} are no batch of {scores.shape[0]}; add them up yourself"
+                )
+            total += array.reshape(*scores.shape, -1).sum(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(total / scores)
 
     def _shown(self) -> Iterator[Part]:
         yield from parts.parts(self)
@@ -190,6 +225,7 @@ class Attribution(Shown):
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
         names = {str(class_id): name for class_id, name in self.names.items()}
         facts = {**self.to_dict(), "channels_last": self.channels_last, "names": names}
+        facts["is_relevance"] = self.is_relevance
         with published(path) as aside:
             aside.write_bytes(save(arrays, {"undertow": json.dumps(facts)}))
         return path

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .photographs import (
+    ALL_RULES,
     RULES,
     for_each,
     ground_option,
@@ -22,7 +23,7 @@ from .photographs import (
 )
 from .printing import print_line, print_table, shown
 from .report import report_option, write_with_network
-from .sweeps import AT_ONCE, all_of, run_sweep, split_options, sweep_options
+from .sweeps import AT_ONCE, all_of, is_many, run_sweep, split_options, sweep_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ Examples:
 @photographs_argument
 @model_option(help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION.")
 @click.option(
-    "--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; all three if left out."
+    "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; the first three if left out."
 )
 @click.option(
     "--target",
@@ -134,7 +135,6 @@ def explain(
     and `undertow status` says how far it is.
     """
     from .. import images
-    from ..sweep.sources import is_many
 
     how, options = split_options(options)
     many = any(map(is_many, photographs))
@@ -307,7 +307,8 @@ def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: P
     yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
     yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
-        yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+        what = "operations" if attribution.is_relevance else "activations"
+        yield f"  {rule:<10}{attribution.rewired:>4} {what} rewired   {explained.seconds[rule]:.2f} s"
     yield from _likeness_lines(explained)
     for note in explained.notes:
         yield f"  note: {note}"

@@ -1,6 +1,7 @@
 """What the commands share that go over a whole data set: options, the summary; and `undertow status`."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -153,6 +154,15 @@ def status(run: Path, as_json: bool) -> int:
     else:
         print_status(told)
     return 0 if told.finished else 2
+
+
+def is_many(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a file of many photographs: a list, a Parquet column or a tar file.
+
+    >>> is_many("a/b.tar"), is_many("x.parquet:image"), is_many("cat.jpg")
+    (True, True, False)
+    """
+    return re.search(r"\.(txt|tar|tar\.gz|tgz)$|\.parquet:[^/\\:]+$", os.fspath(path), re.IGNORECASE) is not None
 
 
 def is_sweep(folder: Path) -> bool:

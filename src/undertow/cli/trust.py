@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .photographs import (
-    RULES,
+    ALL_RULES,
     for_each,
     ground_option,
     input_line,
@@ -43,7 +43,9 @@ Examples:
 @click.command(short_help="May a map be believed? Six questions, and a sentence.", epilog=EXAMPLES)
 @photographs_argument
 @model_option(help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.")
-@click.option("--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; guided if left out.")
+@click.option(
+    "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; guided if left out."
+)
 @click.option(
     "--estimator",
     "estimators",

@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FrameworkError, InputError, ModelError
+from ..errors import FrameworkError, InputError, ModelError, RuleError
 from ..inputs import ModelArguments
 from ..measures import Measure
 from ..outputs import Path
-from ..rules import Rule
 from ..structures import is_tensor
+from ..tables import ActivationRule, Rule
 from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
 
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow", "tf_keras")}
@@ -71,7 +71,7 @@ class Request:
 
     model: Callable[..., Any]
     inputs: tuple[Any, ...]
-    rule: Rule
+    rule: ActivationRule | Rule
     rule_name: str
     target: Any
     through: str
@@ -98,6 +98,25 @@ class Request:
     def describe(self, i: int) -> str:
         """Name an input in a message."""
         return self.noun or f"input {i}"
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the inputs are the output of a layer."""
+        return bool(self.noun)
+
+    @property
+    def activation_rule(self) -> ActivationRule:
+        """The rule of a way that reaches activations alone.
+
+        Raises:
+            RuleError: the rule is a table of more.
+        """
+        if isinstance(self.rule, Rule):
+            raise RuleError(
+                f"rule {self.rule_name!r} acts on more than activations, which through='graph' alone reaches, on "
+                "PyTorch; here the rule is gradient, deconvnet, guided or a function (g, local) -> g"
+            )
+        return self.rule
 
     @property
     def batch(self) -> int | None:

@@ -30,13 +30,11 @@ def section(runs: list[Run], arrays: PackedArrays) -> dict[str, Any]:
         RunError: a file of a run is damaged.
     """
     of = default_of(runs)
-    measure = OF[of].replace("_", "-")
-    data = [run_data(run, of, arrays) for run in runs]
     return {
         "q": list(Q),
         "of": of,
-        "measure": measure,
-        "runs": data,
+        "measure": OF[of].replace("_", "-"),
+        "runs": [run_data(run, of, arrays) for run in runs],
         "contrast": _contrast(runs) if len(runs) > 1 else [],
     }
 

@@ -32,9 +32,9 @@ def draw(
 
     What failed in the sweep, and what is no photograph, has no pictures.
     """
-    failed = {failure.index for failure in sweep.failed}
+    failed, names = {failure.index for failure in sweep.failed}, source.names
     for index in indices:
-        folder = sweep.folder / FOLDER / picture_name(index, source.names[index])
+        folder = sweep.folder / FOLDER / picture_name(index, names[index])
         if index not in failed and not (folder / "result.json").exists():
             photograph = _photograph(source, index)
             if photograph is not None:

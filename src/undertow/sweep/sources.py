@@ -248,15 +248,6 @@ def _at(paths: list[str]) -> Source:
     return PhotographFiles("files", " ".join(paths), list(map(str, images.find(paths))))
 
 
-def is_many(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a file of many photographs: a list, a Parquet column or a tar file.
-
-    >>> is_many("a/b.tar"), is_many("x.parquet:image"), is_many("cat.jpg")
-    (True, True, False)
-    """
-    return re.search(r"\.(txt|tar|tar\.gz|tgz)$|\.parquet:[^/\\:]+$", os.fspath(path), re.IGNORECASE) is not None
-
-
 def _file_list(path: Path) -> PhotographFiles:
     try:
         text = read_bytes(path, _MAX_LIST_BYTES).decode(errors="surrogateescape")

@@ -1,5 +1,6 @@
 """The verbs: one task over a data set, in shards, on an engine; resumable at any moment."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..attribution.explain import ids_of_names
 from ..classifier import Classifier
-from ..errors import InputError, RunError, printable
+from ..errors import InputError, RunError, did_you_mean, printable
 from ..files import clear_asides
 from ..frameworks.base import capability, framework_of_model
 from ..images import Preprocessing
@@ -18,7 +19,7 @@ from ..recording.lock import locked, refuse_links
 from ..rules import Rule, resolve
 from ..scales import describe
 from ..signals import unwound_by_sigterm
-from .engines import Crew, engine_named, run
+from .engines import ENGINES, Crew, engine_named, run
 from .fast import chosen_steps
 from .folder import NAME, NAMES, PARTS, done_shards, names_digest, read_manifest, write_manifest
 from .merge import merge_runs
@@ -181,6 +182,8 @@ def sweep(
     if fast not in ("auto", "off"):
         raise InputError(f"fast={fast!r} is neither 'auto' nor 'off'")
     engine_file = engine_named(engine)
+    if unknown := [word for word in options if word not in engine_file.OPTIONS]:
+        raise InputError(_about_option(unknown[0], engine))
     rank, _ = engine_file.rank()
     device = _device(classifier, device, engine)
     begun = read_manifest(folder) if (folder / NAME).exists() else {"settings": {}}
@@ -213,6 +216,15 @@ def sweep(
     for remark, category in outcome.remarks.items():
         warnings.warn(remark, category, stacklevel=3)
     return Sweep(folder)
+
+
+def _about_option(word: str, engine: str) -> str:
+    """Say that an option is of another engine, or that there is none of this name."""
+    others = [name for name in ENGINES if word in engine_named(name).OPTIONS]
+    if others:
+        return f"{word} is an option of the engine {others[0]}, not of {engine}; leave it out, or choose that engine"
+    known = {*inspect.signature(sweep).parameters} - {"source", "classifier", "out", "task", "options"}
+    return f"a sweep has no option {word!r}{did_you_mean(word, known)} (known: {', '.join(sorted(known))})"
 
 
 def classifier_of(model: Any) -> Classifier:

@@ -30,7 +30,7 @@ class Crew:
 
 
 def engine_named(name: str) -> Any:
-    """Import an engine: a file with `rank()`, `share(shards)` and `run(job, crew, advance)`.
+    """Import an engine: a file with `OPTIONS`, `rank()`, `share(shards)` and `run(job, crew, advance)`.
 
     Raises:
         InputError: there is no such engine.

@@ -25,6 +25,9 @@ Do = Callable[[int, bool], Any]
 """Lets a worker do a shard, and returns what Ray calls a reference to its `Outcome`."""
 
 
+OPTIONS: tuple[str, ...] = ("address", "processes")
+
+
 def rank() -> tuple[int, int]:
     """Return 0 of 1: the driver alone holds the folder."""
     return 0, 1

@@ -10,6 +10,8 @@ from ..shards import Shards
 from ..work import Advance, Job, Outcome, work
 from . import Crew
 
+OPTIONS: tuple[str, ...] = ()
+
 
 def rank() -> tuple[int, int]:
     """Return this process's rank and the number of processes, as torchrun says.
