@@ -250,6 +250,7 @@ def test_layers_are_drawn_from_their_quantiles(made, opened):
         assert [row[f"q{k}"] for k in range(5)] == list(one.values)
         assert row["zeros"] == one.zeros / one.count
     page.locator("#gradients").get_by_text("as a table").first.click()
+    page.get_by_role("region", name="quantiles of each layer").wait_for()
     rows = page.get_by_role("region", name="quantiles of each layer").locator("tbody tr")
     for row, one in zip(rows.all(), expected.values(), strict=True):
         cells = row.locator("td").all_inner_texts()
@@ -397,6 +398,7 @@ def test_tokens_are_shaded_by_their_value(made, opened):
     assert np.argmax(red) == 1
     assert np.argmax(blue) == 2
     page.locator("#text").get_by_text("as a table").click()
+    page.get_by_role("region", name="tokens").wait_for()
     assert page.get_by_role("region", name="tokens").locator("tbody tr").all_inner_texts() == [
         '"The"\t0.5', '" cat"\t2', '" sat"\t−2',
     ]  # fmt: skip

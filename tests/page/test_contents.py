@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import zlib
 
 import numpy as np
@@ -180,3 +181,12 @@ def test_a_page_shows_no_file_that_a_folder_only_links_to(tmp_path):
             ut.report(folder, path=tmp_path / "q.html")
         (result / name).unlink()
         (tmp_path / name).rename(result / name)
+
+
+def test_a_page_tells_the_command_that_made_it(run, tmp_path):
+    path = tmp_path / "a page.html"
+    words = ["report", str(run.folder), "-o", str(path), "--title", "<b> it's"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S)
+    facts = next(one["facts"] for one in json.loads(data)["made"] if one["title"] == "this page")
+    assert shlex.split(facts["command"]) == ["undertow", *words]

@@ -21,7 +21,7 @@ from .models import models
 from .printing import echo, echo_click_error, echo_error, nobody_reads, print_anywhere
 from .quantiles import compare, quantiles
 from .record import record, sites
-from .report import report
+from .report import WORDS, report
 from .sweeps import status
 from .trace import trace
 from .trust import trust
@@ -30,7 +30,20 @@ from .view import view
 INTERRUPTED = 130
 
 
+class _App(click.Group):
+    """The command; keeps the words it was called with, for what tells how it was made."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        words = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[WORDS] = words
+        return context
+
+
 @click.group(
+    cls=_App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Add --debug to any command to see the traceback behind an error.",
 )
