@@ -18,6 +18,7 @@ arXiv 1512.02479; γ and composites, Montavon et al. 2019, doi 10.1007/978-3-030
 et al. 2016, arXiv 1608.00507.
 """
 
+from collections.abc import Callable
 from functools import singledispatch
 from typing import Any
 
@@ -52,9 +53,12 @@ def alpha_beta(alpha: float, beta: float) -> Row:
     """Return the αβ rule, in which alpha - beta is 1; (1, 0) is z⁺."""
 
     def row(g: Any, local: Local, op: Operation) -> Any:
-        relevance, (w_up, w_down), (b_up, b_down) = g * op.output, _halves(op.weight), _halves(op.bias)
-        shared = alpha * _share(relevance, op, w_up, w_down, b_up)
-        return shared - beta * _share(relevance, op, w_down, w_up, b_down) if beta else shared
+        relevance, w, b = g * op.output, op.weight, op.bias
+        w_up, b_up = relu(w), None if b is None else relu(b)
+        shared = _share(relevance, op, w_up, lambda: w - w_up, b_up)
+        if not beta:
+            return shared
+        return alpha * shared - beta * _share(relevance, op, w - w_up, lambda: w_up, None if b is None else b - b_up)
 
     return row
 
@@ -63,22 +67,21 @@ def gamma(by: float = 0.25) -> Row:
     """Return the γ rule, for inputs and outputs of either sign."""
 
     def row(g: Any, local: Local, op: Operation) -> Any:
-        y, w, b = op.output, op.weight, op.bias
-        (w_up, w_down), (b_up, b_down) = _halves(w), _halves(b)
-        more = None if b is None else b + by * b_up
-        shared = _share(g * y * (y > 0), op, w + by * w_up, w + by * w_down, more)
-        below = g * y * (y < 0)
-        if not bool((below != 0).any()):
-            return shared
-        less = None if b is None else b + by * b_down
-        return shared + _share(below, op, w + by * w_down, w + by * w_up, less)
+        relevance, y, w, b = g * op.output, op.output, op.weight, op.bias
+        w_more, b_more = w + by * relu(w), None if b is None else b + by * relu(b)
+        below = relevance * (y < 0)
+        if not bool(below.any()):
+            return _share(relevance, op, w_more, lambda: w + by * (w - relu(w)), b_more)
+        w_less, b_less = w + by * (w - relu(w)), None if b is None else b + by * (b - relu(b))
+        above = _share(relevance * (y > 0), op, w_more, lambda: w_less, b_more)
+        return above + _share(below, op, w_less, lambda: w_more, b_less)
 
     return row
 
 
 def excitation(g: Any, local: Local, op: Operation) -> Any:
     """Share over excitatory connections, x⁺ by w⁺; a bias takes nothing."""
-    x, (w_up, _) = relu(op.input), _halves(op.weight)
+    x, w_up = relu(op.input), relu(op.weight)
     return op.backward(g * op.output / stabilized(op.forward(x, w_up)), w_up) * (op.input > 0)
 
 
@@ -98,7 +101,8 @@ def box(low: Any = None, high: Any = None) -> Row:
 
     def row(g: Any, local: Local, op: Operation) -> Any:
         x, w = op.input, op.weight
-        w_up, w_down = _halves(w)
+        w_up = relu(w)
+        w_down = w - w_up
         bottom = x * 0 + (_extreme(x, "amin") if low is None else low)
         top = x * 0 + (_extreme(x, "amax") if high is None else high)
         z = op.forward(x, w) - op.forward(bottom, w_up) - op.forward(top, w_down)
@@ -114,19 +118,12 @@ def _extreme(x: Any, name: str) -> Any:
     return x.min(axes, keepdims=True) if isinstance(x, np.ndarray) else getattr(x, name)(axes, keepdim=True)
 
 
-def _halves(values: Any) -> tuple[Any, Any]:
-    """Return the positive and the negative part, whose sum it is; (None, None) of None."""
-    if values is None:
-        return None, None
-    up = relu(values)
-    return up, values - up
-
-
-def _share(relevance: Any, op: Operation, w_up: Any, w_down: Any, bias: Any) -> Any:
-    """Share R out over x⁺·w_up + x⁻·w_down + bias; return R / x at the input."""
+def _share(relevance: Any, op: Operation, w: Any, w_of_negative: Callable[[], Any], bias: Any) -> Any:
+    """Share R out over x⁺·w + x⁻·w_of_negative + bias; return R / x at the input."""
     x = op.input
-    x_up, x_down = _halves(x)
-    if not bool((x_down != 0).any()):
-        return op.backward(relevance / stabilized(op.forward(x, w_up, bias)), w_up)
-    s = relevance / stabilized(op.forward(x_up, w_up, bias) + op.forward(x_down, w_down))
-    return op.backward(s, w_up) * (x >= 0) + op.backward(s, w_down) * (x < 0)
+    is_negative = x < 0
+    if not bool(is_negative.any()):
+        return op.backward(relevance / stabilized(op.forward(x, w, bias)), w)
+    x_up, other = relu(x), w_of_negative()
+    s = relevance / stabilized(op.forward(x_up, w, bias) + op.forward(x - x_up, other))
+    return op.backward(s, w) * ~is_negative + op.backward(s, other) * is_negative

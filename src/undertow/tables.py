@@ -67,7 +67,10 @@ class Operation(Protocol):
 
     @property
     def output(self) -> Any:
-        """What it returned; of a layer with a batch norm behind it, what that returned."""
+        """What it returned; of a layer with a batch norm behind it, what that returned.
+
+        Of a layer that a ReLU alone reads, the ReLU's output, where no gradient passes its zeros.
+        """
 
     @property
     def weight(self) -> Any:

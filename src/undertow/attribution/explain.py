@@ -14,6 +14,7 @@ from ..frameworks.results import Explanation
 from ..inputs import arguments_of
 from ..outputs import Path, with_inputs
 from ..rules import resolve
+from ..structures import tensors_with_paths
 from ..tables import ActivationRule, Rule
 from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
@@ -162,6 +163,7 @@ def explain(
         completeness=explanation.completeness,
         at=(at,) if isinstance(at, str) else tuple(at or ()),
         names=_names_of(explanation.targets, names),
+        token_ids=_token_ids(arguments.tensors, values, explanation.scores) if at else None,
         is_relevance=isinstance(function, Rule) and function.is_attribution,
     )
 
@@ -185,6 +187,14 @@ def _explain_at(
         first if isinstance(at, str) and len(values) == 1 else values,
         max(explanations, key=lambda e: e.stats.rewired),
     )
+
+
+def _token_ids(inputs: Sequence[Any], values: Any, scores: Any) -> Any:
+    """Return the input of whole numbers over which the values of a layer lie, `(B, T)`, if there is one."""
+    axis = scores.ndim
+    lengths = {(v.shape[0], v.shape[axis]) for _, v in tensors_with_paths(values) if v.ndim == axis + 2}
+    candidates = (as_numpy(x) for x in inputs if x.ndim == 2 and tuple(x.shape) in lengths)
+    return next((ids for ids in candidates if ids.dtype.kind in "iu"), None)
 
 
 def ids_of_names(target: Any, names: Any) -> Any:

@@ -19,7 +19,7 @@ from ..internals import SharedPrehook, sequence_number, will_execute
 from ..nodes import SMOOTH, NodeKind, all_nodes_behind, hidden_reason, name_of, nodes_behind
 from .notes import ForwardNotes
 from .operations import NodeOperation
-from .recognition import listed, recognize
+from .recognition import is_layer, listed, recognize
 from .relevance import first_layers
 
 relu.register(torch.Tensor, torch.relu)
@@ -225,7 +225,7 @@ class ThroughGraph(RuleAttachment):
         table = self._table
         if table is None:
             return
-        found = recognize(nodes, table.rows, self._notes)
+        found = recognize(nodes, table.rows, self._notes, table.rows.get("relu") is identity)
         self.stats.skipped, self.stats.opaque = dict(listed(found.unknown)), dict(listed(found.opaque))
         if table.strict and (found.unknown or found.opaque):
             names = ", ".join(f"{name} x{n}" for name, n in {**self.stats.skipped, **self.stats.opaque}.items())
@@ -241,9 +241,8 @@ class ThroughGraph(RuleAttachment):
         for operation in found.operations:
             if operation.entry in passing:
                 continue
-            is_layer = operation.kind in ("conv", "linear")
             row = table.rows[operation.kind]
-            if is_layer and operation.layer in first:
+            if is_layer(operation) and operation.layer in first:
                 row = table.rows.get(FIRST, _relevance_of(row))
             self._attach_operation(operation, row)
             self.stats.rewired += 1

@@ -77,6 +77,7 @@ class NodeOperation:
         notes: of the forward pass.
         gate: which of two factors something computed as a weight.
         inner: its nodes beside the entry.
+        relu: the ReLU that alone reads a layer's output, whose own output then stands for it.
         is_proportional: f(x) / x is the derivative itself, as of a ReLU.
     """
 
@@ -87,7 +88,7 @@ class NodeOperation:
     gate: int | None = None
     inner: frozenset[Any] = frozenset()
     is_proportional: bool = False
-    is_first: bool = False
+    relu: Any = None
 
     @cached_property
     def name(self) -> str:
@@ -134,7 +135,7 @@ class NodeOperation:
         weight = self._operand(self.layer, self.operands[0][0][1] + 1)
         if weight is None:
             raise self._missing("weight")
-        if stem(self.layer) in ("Addmm", "Baddbmm"):
+        if stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "alpha") != 1:
             weight = weight * saved(self.layer, "alpha")
         if self._norm is None:
             return weight
@@ -146,7 +147,7 @@ class NodeOperation:
         """The bias, a batch norm behind the layer folded in."""
         place = _BIAS.get(stem(self.layer))
         bias = None if place is None else self._noted(self.layer, place)
-        if bias is not None and stem(self.layer) in ("Addmm", "Baddbmm"):
+        if bias is not None and stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "beta") != 1:
             bias = bias * saved(self.layer, "beta")
         if self._norm is None:
             return bias
@@ -167,6 +168,9 @@ class NodeOperation:
 
     @cached_property
     def _layer_output(self) -> Tensor:
+        if self.relu is not None:
+            positive: Tensor = self._saved(self.relu, "result")
+            return positive
         if self._norm is None:
             return self.forward(self.input, self.weight, self.bias)
         y = self._saved(self.entry, "input")  # what the layer returned

@@ -58,15 +58,19 @@ class Way:
         return edge
 
 
-def recognize(nodes: Collection[Any], kinds: Collection[str], notes: ForwardNotes | None) -> Recognized:
+def recognize(
+    nodes: Collection[Any], kinds: Collection[str], notes: ForwardNotes | None, closes: bool = False
+) -> Recognized:
     """Return the operations among nodes on the way, scores first.
 
     Args:
         nodes: those that the backward pass will run.
         kinds: those that the rule has rows for.
+        closes: no gradient passes a ReLU's zeros under the rule, so that its output says all of its input that counts.
     """
     way, found, claimed = Way(nodes), Recognized(), set[Any]()
     folds = not {"conv", "linear"}.isdisjoint(kinds)
+    alone = _relus(nodes, way) if closes else {}
     for node in sorted(nodes, key=sequence_number, reverse=True):
         if node in claimed:
             continue
@@ -76,6 +80,7 @@ def recognize(nodes: Collection[Any], kinds: Collection[str], notes: ForwardNote
             operation, inner = replace(operation, entry=node, inner=frozenset((layer,))), {layer}
         if operation is not None:
             claimed |= inner
+            operation.relu = alone.get(node) if is_layer(operation) else None
             if operation.kind in kinds:
                 found.operations.append(operation)
         elif function_class(node) is not None:
@@ -83,6 +88,22 @@ def recognize(nodes: Collection[Any], kinds: Collection[str], notes: ForwardNote
         elif not _passes(node, way):
             found.unknown.append(node)
     return found
+
+
+def is_layer(operation: NodeOperation) -> bool:
+    """Whether an operation has constant weights."""
+    return operation.kind in ("conv", "linear")
+
+
+def _relus(nodes: Collection[Any], way: Way) -> dict[Any, Any]:
+    """Return the ReLUs by the node that they alone read."""
+    behind = (
+        (node, way.through(edge, ("View", "UnsafeView")))
+        for node in nodes
+        if stem(node) == "Relu"
+        for _, edge in way.inputs(node)
+    )
+    return {edge[0]: node for node, edge in behind if way.readers[edge] == 1}
 
 
 def _layer_behind(node: Any, way: Way) -> Any:

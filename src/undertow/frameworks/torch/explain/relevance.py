@@ -8,7 +8,7 @@ from ..internals import sequence_number
 from ..nodes import name_of
 from .kinds import COPIES, PROPORTIONAL, SMOOTH, VIEWS, simple_kind, stem
 from .operations import NodeOperation
-from .recognition import Way
+from .recognition import Way, is_layer
 
 _SCALES = frozenset(("Mul", "Div"))
 
@@ -20,7 +20,7 @@ def first_layers(nodes: Collection[Any], operations: Collection[NodeOperation]) 
         RuleError: the scores depend on the input by a way without a layer, or it is pooled or added before the first.
     """
     way = Way(nodes)
-    layers = {operation.layer: operation for operation in operations if operation.kind in ("conv", "linear")}
+    layers = {operation.layer: operation for operation in operations if is_layer(operation)}
     if not layers:
         raise RuleError("there is no convolution or matrix product with constants between the input and the scores")
     reaches: dict[Any, bool] = {}
