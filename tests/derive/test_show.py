@@ -99,7 +99,7 @@ def test_an_edge_that_skips_a_column_goes_around_the_nodes_in_it():
 
 def test_edges_are_interrupted_at_labels_on_any_ground():
     """No paper lies below a label, which on a transparent ground would be none."""
-    axis = Network.parse(full(2, 2)).derivative("n1").figure().axes[0]
+    axis = Network.parse(full(2, 2)).derivative("n1").plot().axes[0]
     labels = [text for text in axis.texts if "frac" in text.get_text()]
     for patch in axis.patches:
         frame, *holes = patch.get_clip_path().get_fully_transformed_path().to_polygons()
