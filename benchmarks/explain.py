@@ -7,6 +7,9 @@ All methods explain the same class of the same batch of the same network in one 
 round; a figure is the median over rounds of the ratio to the plain gradient of the same round. Peak memory is that of
 one call in a process of its own, above what the loaded network takes. A method is marked where its map differs from
 the guided map that `tests/references.py` gives.
+
+"of the limit" is the time that the arithmetic would take, forward and backward to the input, at the rate of a large
+matrix product on this machine in the same round, as a part of the time that was taken.
 """
 
 import argparse
@@ -19,10 +22,12 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import undertow as ut
 from undertow.frameworks.torch.zoo.importing import import_torchvision
@@ -42,7 +47,10 @@ def mlp() -> nn.Module:
 NETWORKS = {
     "resnet50 b8": ("resnet50", (8, 3, 224, 224)),
     "vgg16 b1": ("vgg16", (1, 3, 224, 224)),
+    "vgg16 b4": ("vgg16", (4, 3, 224, 224)),
     "densenet201 b2": ("densenet201", (2, 3, 224, 224)),
+    "mobilenet_v2 b8": ("mobilenet_v2", (8, 3, 224, 224)),
+    "EfficientNet-Lite0 b8": ("demo", (8, 3, 224, 224)),
     "100-ReLU MLP": ("mlp", (1, 64, 1, 1)),
 }
 
@@ -51,8 +59,26 @@ def load(name: str) -> tuple[nn.Module, torch.Tensor]:
     network, shape = NETWORKS[name]
     torch.manual_seed(0)
     torchvision = import_torchvision()  # the peers import it too, and it has to fit the installed torch by then
-    model = mlp() if network == "mlp" else torchvision.models.get_model(network, weights=None)
+    if network == "demo":
+        model = ut.load("demo").module
+    else:
+        model = mlp() if network == "mlp" else torchvision.models.get_model(network, weights=None)
     return model.eval(), torch.randn(shape)
+
+
+def flops(call: Callable[[], object]) -> int:
+    """Return how many floating-point operations the convolutions and matrix products of a call take."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def gemm_rate(size: int = 1536) -> float:
+    """Return the floating-point operations a second of a large matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    started = time.perf_counter()
+    a @ b
+    return float(2 * size**3 / (time.perf_counter() - started))
 
 
 def plain(model: nn.Module, x: torch.Tensor):
@@ -65,6 +91,12 @@ def plain(model: nn.Module, x: torch.Tensor):
 
 def undertow(model: nn.Module, x: torch.Tensor):
     return lambda: ut.explain(model, x, rule="guided", target=TARGET).values
+
+
+def prepared(model: nn.Module, x: torch.Tensor):
+    fast = ut.prepare(model, x)
+    print(f"  prepared: {fast}".replace("\n", "\n    "), file=sys.stderr)
+    return lambda: ut.explain(fast.model, x, rule="guided", target=TARGET).values
 
 
 def captum(model: nn.Module, x: torch.Tensor):
@@ -95,6 +127,7 @@ def grad_cam(model: nn.Module, x: torch.Tensor):
 METHODS = {
     "plain gradient": plain,
     "undertow": undertow,
+    "prepared": prepared,
     "Captum": captum,
     "zennit": zennit,
     "pytorch-grad-cam": grad_cam,
@@ -115,8 +148,10 @@ def right(method: str, values: torch.Tensor, wanted: torch.Tensor) -> str:
     return f"{100 * off:.2g} % off"
 
 
-def times(name: str, rounds: int) -> dict[str, tuple[float, float, str]]:
-    """Return, for each method, median milliseconds, median ratio to the plain gradient, and whether it was right."""
+def times(name: str, rounds: int) -> dict[str, tuple[float, float, float, str]]:
+    """Return, for each method, median milliseconds, median ratios to the plain gradient and of the limit, and whether
+    it was right.
+    """
     model, x = load(name)
     wanted, calls = reference(model, x, TARGET, "guided")
     ready = {}
@@ -126,7 +161,9 @@ def times(name: str, rounds: int) -> dict[str, tuple[float, float, str]]:
         values = ready[method]()
         verdicts[method] = right(method, values, wanted)
     taken: dict[str, list[float]] = {method: [] for method in METHODS}
+    needed, limits = flops(ready["plain gradient"]), []
     for _ in range(rounds):
+        limits.append(needed / gemm_rate())
         for method in random.sample(list(METHODS), len(METHODS)):
             started = time.perf_counter()
             ready[method]()
@@ -136,6 +173,7 @@ def times(name: str, rounds: int) -> dict[str, tuple[float, float, str]]:
         method: (
             1e3 * statistics.median(seconds),
             statistics.median(t / b for t, b in zip(seconds, base, strict=True)),
+            statistics.median(limit / t for t, limit in zip(seconds, limits, strict=True)),
             verdicts[method],
         )
         for method, seconds in taken.items()
@@ -144,7 +182,7 @@ def times(name: str, rounds: int) -> dict[str, tuple[float, float, str]]:
         for method, seconds in taken.items():
             extra = statistics.median(t - b for t, b in zip(seconds, base, strict=True))
             print(f"  {method}: {1e6 * extra / calls:.1f} us an activation above the plain gradient", file=sys.stderr)
-            rows[method] = (*rows[method][:2], f"{rows[method][2]}, +{1e6 * extra / calls:.1f} us an activation")
+            rows[method] = (*rows[method][:3], f"{rows[method][3]}, +{1e6 * extra / calls:.1f} us an activation")
     return rows
 
 
@@ -184,12 +222,13 @@ def main() -> None:
         return
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     lines = [f"{machine}, {os.cpu_count()} cores; medians over rounds in random order.", ""]
-    lines += ["| network | method | ms | x plain gradient | peak MiB | guided map |", "|---|---|---:|---:|---:|---|"]
+    headings = ("network", "method", "ms", "x plain gradient", "of the limit", "peak MiB", "guided map")
+    lines += [f"| {' | '.join(headings)} |", "|---|---|---:|---:|---:|---:|---|"]
     for name in [given.only] if given.only else NETWORKS:
         rounds = given.rounds * (30 if name.endswith("MLP") else 1)
-        for method, (ms, ratio, verdict) in times(name, rounds).items():
+        for method, (ms, ratio, of_limit, verdict) in times(name, rounds).items():
             peak = memory_apart(name, method)
-            lines.append(f"| {name} | {method} | {ms:.1f} | {ratio:.3f} | {peak:.0f} | {verdict} |")
+            lines.append(f"| {name} | {method} | {ms:.1f} | {ratio:.3f} | {of_limit:.0%} | {peak:.0f} | {verdict} |")
             print(lines[-1], flush=True)
     if given.markdown:
         given.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,6 +17,8 @@ from undertow import display
 from undertow.display import Mark, Part, Pictures, Rows, Shown, ShownTable, as_html, as_text
 from undertow.recording.photographs import RecordedPhotographs
 from undertow.runs.check import Fault
+from undertow.sweep.folder import Failure
+from undertow.sweep.reader import SweepCheck, SweepStatus
 
 SCREEN, SMALL = 2_000, 200_000
 HOSTILE = "</script><img src=x onerror=alert(1)>[red]\x1b[31m&amp;$\n"
@@ -141,6 +143,10 @@ THINGS = {
     "folder": lambda net, x, run: ut.images.Folder(ut.images.demo_photographs()["coffee"].parent),
     "schedule": lambda net, x, run: ut.Schedule(epoch=list(range(5_000)), epochs=5_000),
     "region": lambda net, x, run: ut.targets.where(np.eye(31), 1),
+    "names of sites": lambda net, x, run: run.sites,
+    "calls": lambda net, x, run: ut.trace(net, x).calls,
+    "classes": lambda net, x, run: ut.load("demo").classes,
+    "edges": lambda net, x, run: ut.derive.Network.layered([30, 30]).edges,
     "photographs": lambda net, x, run: RecordedPhotographs(failed=[("a.png", "is empty")] * 5_000),
 }
 
@@ -157,7 +163,8 @@ def test_of_a_thousand_all_fits_on_a_screen_and_what_is_left_out_is_said(tmp_pat
         assert "970 more rows" in check_shown(thing).text
         assert "990 more rows" in repr(thing)
     blocks = ut.derive.from_model(model, batch[:2])
-    check_shown(blocks)
+    for thing in (blocks, blocks.blocks, blocks.edges, traced.calls):
+        check_shown(thing)
     check_shown(blocks.derivative("0"))
     attribution = ut.explain(model.eval(), batch, rule="gradient")
     assert "970 more rows" in check_shown(attribution).text
@@ -165,7 +172,13 @@ def test_of_a_thousand_all_fits_on_a_screen_and_what_is_left_out_is_said(tmp_pat
     assert "the first 8" in check_shown(many).text
     check_shown(ut.derive.Network.layered([40, 40, 1]).derivative("x1"))
     faults = tuple(Fault(f"{i}.parquet", "is missing", 1, "restore it from a copy") for i in range(1_000))
-    check_shown(ut.runs.Check("run", True, 1, 1, 1, 0, faults, ("a",) * 1_000, ()))
+    check = ut.runs.Check("run", True, 1, 1, 1, 0, faults, ("a",) * 1_000, ())
+    for thing in (check, check.faults, check.orphans):
+        check_shown(thing)
+    failures = tuple(Failure(i, f"{i}.png", "is empty") for i in range(1_000))
+    status = SweepStatus("sweep", "explain", "demo", 2_000, 1_000, 1_000, 0, 4, 4, 2.5, 0.0, failures)
+    assert "970 more rows" in check_shown(status).text
+    check_shown(SweepCheck("sweep", 9, 0, dict.fromkeys(range(1_000), HOSTILE), ("a",) * 1_000))
     findings = [ut.Finding("noise", "warning", ("a",) * 1_000, "it is " * 400, {"a": list(range(9_999))})] * 1_000
     check_shown(ut.diagnosis.Findings(findings, {}))
     check_shown(findings[0])
@@ -198,7 +211,7 @@ def test_no_name_acts(net, x, run):
 
 
 class Broken(Shown):
-    def _parts(self):
+    def _shown(self):
         yield "the title"
         yield Pictures(lambda: 1 / 0)
         yield from ()
@@ -215,14 +228,10 @@ def test_what_fails_is_told_and_the_rest_is_shown():
 
 def test_a_run_that_is_damaged_says_so(net, x):
     run = ut.Run(record(net, x))
-    for part in (run.folder / "checksums").iterdir():
-        part.unlink()
-    assert "sites=2" in repr(run) or "missing" in repr(run)
     for part in (run.folder / "batches").iterdir():
-        part.write_bytes(b"no parquet")
-    (run.folder / "histogram").rename(run.folder / "elsewhere")
-    (run.folder / "histogram").write_text("a file")
-    check_shown(run)
+        part.unlink()
+    assert re.fullmatch(r"Run: .*/batches/.* is missing.*", repr(ut.Run(run.folder)))
+    assert "is missing" in check_shown(ut.Run(run.folder)).text
 
 
 def test_without_matplotlib_tables_remain(run, monkeypatch):
@@ -366,7 +375,12 @@ def test_results_are_still_lists(run, net):
     findings = ut.diagnose(run)
     assert findings[:0].checked == findings.checked
     assert [*ut.select(net, "conv")] == ut.select(net, "conv")
-    assert repr(Rows()) == "nothing: an empty list"
+    assert repr(Rows()) == "[]"
+    assert repr(run.sites) == "['0', '3']"
+    assert len(repr(Rows(map(str, range(9_999))))) < SCREEN
+    calls = ut.trace(net, torch.zeros(1, 3, 16, 16)).calls
+    assert isinstance(calls, tuple)
+    assert calls == (*calls,)
 
 
 def test_plots_are_figures_that_show_themselves_and_can_be_written(run, tmp_path):
@@ -377,7 +391,7 @@ def test_plots_are_figures_that_show_themselves_and_can_be_written(run, tmp_path
             with Image.open(file) as picture:
                 assert picture.width > 100
                 assert len(set(picture.convert("L").get_flattened_data())) > 10
-    lines = [line for axis in compared.plot().axes for line in axis.lines if len(line.get_xdata()) > 1]
+    lines = [line for axis in compared.plot(panels="layer").axes for line in axis.lines if len(line.get_xdata()) > 1]
     assert [line.get_ydata().tolist() for line in lines[::2]] == [list(row.quantiles[0].values) for row in compared]
     with pytest.raises(ut.InputError, match="must end in"):
         quantiles.plot(tmp_path / "a.bmp")
@@ -385,7 +399,7 @@ def test_plots_are_figures_that_show_themselves_and_can_be_written(run, tmp_path
 
 def test_a_verdict_is_a_picture(net, x):
     verdict = ut.trust(net, x[:1])
-    assert verdict.image().size == (1350, 820)
+    assert verdict.image().width == 1350
     photograph = np.full((16, 16, 3), 250, np.uint8)
     axes = verdict.plot(photograph=Image.fromarray(photograph)).axes
     shown = [axis.images[0].get_array() for axis in axes if axis.images]
@@ -410,7 +424,17 @@ def test_numbers_are_set_to_the_right_and_marks_have_their_word():
     reader = check_static(html)
     sides = [a["style"].partition(";")[0] for tag, a in reader.elements if tag == "td"]
     assert sides == ["text-align:left", "text-align:right"] * 2
+    names = read(as_html([ShownTable(("site", "zeros"), [("0", "1"), ("4", "2")], 2)])).elements
+    assert [a["style"].partition(";")[0] for tag, a in names if tag == "td"] == sides
     assert "bad" in reader.text
+
+
+def test_a_picture_keeps_its_colours_on_its_way_into_a_cell():
+    rng = np.random.default_rng(0)
+    photograph = rng.integers(60, 200, (120, 120, 3)).astype(np.uint8)  # more colours than a palette has
+    photograph[:, 50:53] = 0, 114, 178
+    shown = np.asarray(Image.open(BytesIO(display.png(Image.fromarray(photograph)))).convert("RGB"))
+    assert np.abs(shown[:, 50:53].astype(int) - photograph[:, 50:53]).max() < 40
 
 
 def test_text_never_exceeds_a_screen():

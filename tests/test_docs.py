@@ -43,9 +43,9 @@ def test_links_lead_somewhere():
 
 
 def test_every_public_name_has_a_docstring():
-    for name in vars(ut):
-        if not name.startswith("_"):
-            assert getattr(ut, name).__doc__, name
+    for name in ut.__all__:
+        assert getattr(ut, name).__doc__, name
+        assert name in dir(ut)
 
 
 def test_the_version_is_the_packages():

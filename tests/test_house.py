@@ -75,3 +75,19 @@ def test_the_map_in_the_design_names_every_file():
     for path in FILES:
         if path.name not in ("__init__.py", "__main__.py"):
             assert path.name in design, f"{path.relative_to(ROOT)} is missing in the map of docs/design.md"
+
+
+def test_the_public_names_are_those_that_type_checkers_see():
+    import undertow
+
+    seen = {
+        alias.asname: alias.name
+        for node in TREES["undertow"].body
+        if isinstance(node, ast.If)
+        for statement in node.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert seen == {name: name for name in undertow.__all__}
+    assert all(hasattr(undertow, name) for name in seen)
+    assert not hasattr(undertow, "nonsense")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from .display import Part, ShownItem, ShownTable, brief
+from .display import FrozenRows, Part, ShownItem, ShownTable, brief
 from .errors import FrameworkError, PhotographError, TargetError, did_you_mean, printable
 from .frameworks.base import capability, framework_of_model
 from .images import Photograph, Preprocessing, read
@@ -51,17 +51,22 @@ class Classifier(ShownItem):
     guessed: bool = False
     output: str | int | None = None
 
-    def _parts(self) -> Iterator[Part]:
+    def __post_init__(self) -> None:
+        for name in ("classes", "synonyms"):
+            object.__setattr__(self, name, FrozenRows(getattr(self, name)))  # tuples that show themselves, however long
+
+    def _shown(self) -> Iterator[Part]:
         kind = type(self.module).__name__
         yield f"Classifier {self.reference}: {kind}, {len(self.classes):,} classes, weights {self.weights}"
-        rows = [
+        facts = [
             ("input", brief(self.preprocessing.to_dict())),
             ("said by", self.preprocessing_from + ", a guess" * self.guessed),
             ("classes", brief(self.classes)),
             ("output", brief(self.output)),
             ("weights' SHA-256", self.weights_sha256[:16]),
         ]
-        yield ShownTable(("", ""), [(name, text) for name, text in rows if text], len(rows))
+        rows = [(name, text) for name, text in facts if text]
+        yield ShownTable(("", ""), rows, len(rows))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -83,15 +83,15 @@ class Shown(ABC):
     _max_lines = LINES
 
     @abstractmethod
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         """Yield what there is to see."""
 
     def __repr__(self) -> str:
         """Return at most one screen; a part that fails is told by its error."""
-        return as_text(_safely(self._parts, type(self).__name__), self._max_lines)
+        return as_text(_safely(self._shown, type(self).__name__), self._max_lines)
 
     def _repr_html_(self) -> str | None:
-        return as_html(_safely(self._parts, type(self).__name__))
+        return as_html(_safely(self._shown, type(self).__name__))
 
 
 class ShownFormula(Shown):
@@ -122,7 +122,7 @@ class ShownItem(Shown):
 class ShownFields(ShownItem):
     """A dataclass that shows its fields, each shortened."""
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         values = {name: getattr(self, name) for name in _names(self)}
         cells = [(name, brief(value)) for name, value in values.items()]
         listed = {name for name, value in values.items() if isinstance(value, tuple | list | dict)}
@@ -132,7 +132,7 @@ class ShownFields(ShownItem):
 
 
 class Rows(Shown, list[T]):
-    """A list of dataclasses that shows itself as a table; in all else a list."""
+    """A list that shows itself as a table, of the fields of its items where these have any; in all else a list."""
 
     @overload
     def __getitem__(self, key: SupportsIndex, /) -> T: ...
@@ -146,12 +146,35 @@ class Rows(Shown, list[T]):
     def _like(self, items: list[T]) -> Self:
         return type(self)(items)
 
-    def _parts(self) -> Iterator[Part]:
-        kind = type(self[0]).__name__ if self else "nothing"
-        yield f"{len(self)} x {kind}" if self else "nothing: an empty list"
-        if self:
-            names = _names(self[0])
-            yield ShownTable(names, ([brief(getattr(row, name)) for name in names] for row in self), len(self))
+    def __repr__(self) -> str:
+        return list.__repr__(self) if _is_plain(self) else super().__repr__()
+
+    def _shown(self) -> Iterator[Part]:
+        yield from _rows(self)
+
+
+class FrozenRows(Shown, tuple[T, ...]):
+    """A tuple that shows itself as `Rows` do; in all else a tuple."""
+
+    def __repr__(self) -> str:
+        return tuple.__repr__(self) if _is_plain(self) else super().__repr__()
+
+    def _shown(self) -> Iterator[Part]:
+        yield from _rows(self)
+
+
+def _is_plain(items: Sequence[Any]) -> bool:
+    """Whether items are names or the like, and so few that Python's own text of them is short."""
+    return len(items) <= 40 and not any(_names(item) for item in items) and len(str([*items])) < WIDTH * TEXT_ROWS
+
+
+def _rows(items: Sequence[Any]) -> Iterator[Part]:
+    """Yield how many items there are of which kind, and their table."""
+    yield f"{len(items):,} x {type(items[0]).__name__}" if items else "nothing: an empty list"
+    names = _names(items[0]) if items else []
+    headings = names or [""]
+    rows = ([brief(getattr(item, name)) for name in names] if names else [brief(item)] for item in items)
+    yield ShownTable(headings, rows, len(items))
 
 
 def brief(value: object) -> str:
@@ -264,12 +287,14 @@ def in_dollars(latex: str) -> str | None:
 
 
 def png(image: "Image") -> bytes:
-    """Return a picture as PNG; one of many colours with 128 of them, a third of the size."""
+    """Return a picture as PNG of 255 colours, a third of the size of one with all; rare ones are kept."""
     from PIL import Image as Pillow
 
     buffer = io.BytesIO()
     plain = image if image.mode in ("P", "L") else image.convert("RGB")
-    small = plain.quantize(128, dither=Pillow.Dither.NONE) if plain.mode == "RGB" else plain
+    small = (
+        plain.quantize(255, Pillow.Quantize.MAXCOVERAGE, dither=Pillow.Dither.NONE) if plain.mode == "RGB" else plain
+    )
     small.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
@@ -320,8 +345,8 @@ def _text_table(table: ShownTable) -> list[str]:
         _cut("  " + "  ".join(c.ljust(w) for c, w in zip(row[:kept], widths[:kept], strict=True)).rstrip(), WIDTH)
         for row in body
     ]
-    more = [f"{table.total - len(rows):,} more rows"] if table.total > len(rows) else []
-    more += [f"{len(widths) - kept} more columns"] if kept < len(widths) else []
+    more = [counted(table.total - len(rows), "more row")] if table.total > len(rows) else []
+    more += [counted(len(widths) - kept, "more column")] if kept < len(widths) else []
     return [*lines, f"  ... {' and '.join(more)}"] if more else lines
 
 
@@ -329,7 +354,7 @@ def _html_table(table: ShownTable) -> str:
     rows = list(islice(table.rows, HTML_ROWS))
     if not rows:
         return ""
-    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [i > 0 and all(_is_number(row[i]) for row in rows) for i in range(len(rows[0]))]  # the first has names
     sides = ["right" if is_numeric else "left" for is_numeric in numeric]
     head = "".join(
         f'<th style="text-align:{side};padding:2px 10px 2px 0;border-bottom:{_GREY}">{escaped(heading)}</th>'
@@ -340,7 +365,7 @@ def _html_table(table: ShownTable) -> str:
         for row in rows
     )
     more = table.total - len(rows)
-    rest = f'<div style="opacity:.8">{more:,} more rows are left out</div>' if more > 0 else ""
+    rest = f'<div style="opacity:.8">{counted(more, "more row")} left out</div>' if more > 0 else ""
     header = f"<thead><tr>{head}</tr></thead>" if any(table.headings) else ""
     style = "border-collapse:collapse;margin:.4em 0;font-size:90%;font-variant-numeric:tabular-nums"
     return f'<table style="{style}">{header}<tbody>{body}</tbody></table>{rest}'

@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, are read only where they are what they seem, and have safe names."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,6 +52,64 @@ def published(path: Path, new: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def published_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill aside; on success it becomes `path` by one rename, on an exception it is gone.
+
+    Raises:
+        FileExistsError: something of that name is there; that is left as it is.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with published_folder(Path(folder, "part")) as aside:
+    ...         _ = Path(aside, "a.txt").write_text("all of it")
+    ...     Path(folder, "part", "a.txt").read_text()
+    'all of it'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, handle = _aside_folder(path)
+    try:
+        yield aside
+        for entry in sorted(aside.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if entry.is_dir():
+                sync_folder(entry)
+            else:
+                with entry.open("rb") as file:
+                    os.fsync(file.fileno())
+        sync_folder(aside)
+        try:
+            aside.rename(path)
+        except OSError as error:
+            if os.path.lexists(path):  # its name differs between systems
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+            raise
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _aside_folder(path: Path) -> tuple[Path, int | None]:
+    """Make a folder beside `path`; with the handle that claims it, where this system has such."""
+    for attempt in range(3):
+        aside = path.with_name(f"{_ASIDE}{secrets.token_hex(6)}-{path.name}")
+        try:
+            aside.mkdir()
+        except OSError as error:
+            error.filename = str(path)  # the name that somebody knows
+            raise
+        try:
+            handle = os.open(aside, os.O_RDONLY)
+        except OSError:  # Windows opens no folders
+            return aside, None
+        # else a process that clears the folder was quicker, or this file system knows no locks
+        if (_claim(handle) and aside.exists()) or attempt == 2:
+            break
+        os.close(handle)
+    return aside, handle
+
+
+@contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """Make a file beside `path`, with the rights that the umask leaves; it is claimed while it is in use."""
     stem, suffix = path.stem.encode(errors="ignore")[:40].decode(errors="ignore"), path.suffix
@@ -88,7 +148,7 @@ def clear_asides(folder: Path) -> None:
             handle = os.open(aside, os.O_RDONLY | _WITHOUT_LINKS)
             try:
                 if _claim(handle):
-                    aside.unlink()
+                    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
             finally:
                 os.close(handle)
 

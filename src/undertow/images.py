@@ -16,13 +16,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, _imaging
 
-from .display import Part, ShownItem, ShownTable, brief, counted
+from .display import FrozenRows, Part, ShownItem, ShownTable, brief, counted
 from .errors import FrameworkError, InputError, ModelError, PhotographError, one_line, printable
 
 MAX_PIXELS = 178_956_970
@@ -49,23 +49,30 @@ Photograph = str | os.PathLike[str] | Image.Image
 """A path, or what Pillow has opened."""
 
 
-def read(photograph: Photograph) -> Image.Image:
+def read(photograph: Photograph | IO[bytes], draft: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
     """Read a photograph as a person sees it: upright, RGB, 8 bits a channel, transparency over white, first frame.
 
     Integer pixels of 16 bits are divided by 257; floating-point ones are taken as 0 to 1, or 0 to 255 where they
     exceed 1. Colour profiles are ignored, as the networks' own training did.
 
+    Args:
+        photograph: a path, what Pillow has opened, or a binary file, whose `name` is told where it cannot be read.
+        draft: from width and height to a smaller width and height: a JPEG is decoded at a half, a quarter or an eighth
+            of its size where that is no smaller. Quicker, and not the same to the last bit.
+
     Raises:
         PhotographError: the file is missing, empty, damaged, too large, or no photograph.
     """
-    name = "the Pillow image" if isinstance(photograph, Image.Image) else printable(photograph)
-    if not isinstance(photograph, Image.Image):
+    name = _name_of(photograph)
+    if isinstance(photograph, str | os.PathLike):
         _refuse_non_file(Path(photograph), name)
     _silence_decoders()
     try:
-        with _without_warnings(), _opened(photograph) as opened:
+        with without_warnings(), _opened(photograph) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if draft is not None:
+                opened.draft("RGB", draft(*opened.size))
             opened.load()
             return _as_seen(opened)
     except Image.DecompressionBombError as error:
@@ -174,6 +181,10 @@ class Preprocessing:
             "order": self.order,
         }
 
+    def draft(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height below which a photograph of this size must not be reduced: see `read`."""
+        return self._resized((width, height))
+
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height after the resize, rounded down as torchvision does."""
         if not isinstance(self.resize, int):
@@ -232,14 +243,14 @@ class Folder(ShownItem):
             reason = "is no folder; read takes a photograph" if self.path.exists() else "does not exist; check the name"
             raise PhotographError(f"{printable(path)} {reason}")
         relative = [photograph.relative_to(self.path) for photograph in find([self.path])]
-        self.names = tuple(map(str, relative))
-        self.classes = tuple(sorted({name.parts[0] for name in relative if len(name.parts) > 1}))
+        self.names = FrozenRows(map(str, relative))
+        self.classes = FrozenRows(sorted({name.parts[0] for name in relative if len(name.parts) > 1}))
         self._prepare, self._channels_last = _prepare_function(preparation)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Folder {str(self.path)!r}: {counted(len(self), 'photograph')}, {len(self.classes):,} classes"
         yield ShownTable(("", ""), [("names", brief(self.names)), ("classes", brief(self.classes))], 2)
 
@@ -342,7 +353,14 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _opened(photograph: Photograph) -> AbstractContextManager[Image.Image]:
+def _name_of(photograph: Photograph | IO[bytes]) -> str:
+    if isinstance(photograph, Image.Image):
+        return "the Pillow image"
+    is_path = isinstance(photograph, str | os.PathLike)
+    return printable(photograph if is_path else getattr(photograph, "name", "the image"))
+
+
+def _opened(photograph: Photograph | IO[bytes]) -> AbstractContextManager[Image.Image]:
     """Open a file, to be closed again; leave what a caller has opened to the caller."""
     if isinstance(photograph, Image.Image):
         return nullcontext(photograph)
@@ -399,8 +417,11 @@ _readers = 0
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Suppress Pillow's warnings. The filters are per process: the first thread sets them, the last resets them."""
+def without_warnings() -> Iterator[None]:
+    """Suppress Pillow's warnings. The filters are per process: the first thread sets them, the last resets them.
+
+    Who reads in threads, and sets filters in another meanwhile, enters this around both.
+    """
     global _readers
     if getattr(sys.flags, "context_aware_warnings", False):  # from Python 3.14 on, the filters can be the thread's own
         with warnings.catch_warnings(action="ignore"):

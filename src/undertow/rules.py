@@ -1,8 +1,9 @@
-"""How a gradient passes an activation: three papers in three lines.
+"""How a gradient passes an activation, and by tables any operation: a paper in a few lines each.
 
-A rule is a function `(g, local) -> g`. `g` is the gradient that arrives at the activation's output; `local` is the
-activation's own backward, `h -> f'(x) * h`. What the rule returns is the gradient at the activation's input, with the
-shape and dtype of `g`. Rules are framework-free: they touch arrays through `relu` and arithmetic alone.
+A rule for activations alone is a function `(g, local) -> g`. `g` is the gradient that arrives at the activation's
+output; `local` is the activation's own backward, `h -> f'(x) * h`. What the rule returns is the gradient at the
+activation's input, with the shape and dtype of `g`. Rules are framework-free: they touch arrays through `relu` and
+arithmetic alone.
 
 Where the rules differ (x is the pre-activation):
 
@@ -11,30 +12,19 @@ Where the rules differ (x is the pre-activation):
 | ReLU | x <= 0 | 0 | relu(g) | 0 |
 | ReLU6, Hardtanh | beyond a plateau's edge | 0 | relu(g) | 0: the plateau passes nothing, whatever the sign of g |
 | LeakyReLU, PReLU, RReLU | x < 0, slope a | a·g | relu(g) | a·relu(g): the slope is kept, and its sign with it |
+
+Transformers are explained by rules for more kinds of operations: AttnLRP and CP-LRP are tables (`undertow.tables`) of
+functions `(g, local, op) -> g`; their map is the gradient that so arises, times the input. Convolutional networks have
+LRP's composites, such as "lrp:epsilon-plus-flat", whose rows stand in `undertow.lrp`.
 """
 
-from collections.abc import Callable
-from functools import singledispatch
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from .errors import InputError, did_you_mean
-
-Local = Callable[[Any], Any]
-Rule = Callable[[Any, Local], Any]
-
-
-@singledispatch
-def relu(g: Any) -> Any:
-    """Return the positive part of an array, elementwise; the shape and dtype stay. NaN stays NaN.
-
-    Each framework registers its own kernel for its own tensors when it is first used.
-
-    >>> relu(np.array([-1.0, 2.0]))
-    array([0., 2.])
-    """
-    return np.maximum(g, 0)
+from .lrp import alpha_beta, box, epsilon, excitation, flat, gamma
+from .tables import ActivationRule, Local, Operation, Row, Rule
+from .tables import relu as relu
 
 
 def gradient(g: Any, local: Local) -> Any:
@@ -42,6 +32,7 @@ def gradient(g: Any, local: Local) -> Any:
 
     Source: Simonyan et al. 2013, arXiv 1312.6034.
 
+    >>> import numpy as np
     >>> gradient(np.array([-2.0, 3.0]), lambda h: h * np.array([1.0, 0.0]))
     array([-2.,  0.])
     """
@@ -53,6 +44,7 @@ def deconvnet(g: Any, local: Local) -> Any:
 
     Source: Zeiler and Fergus 2013, arXiv 1311.2901.
 
+    >>> import numpy as np
     >>> deconvnet(np.array([-2.0, 3.0]), lambda h: h * np.array([1.0, 0.0]))
     array([0., 3.])
     """
@@ -64,27 +56,152 @@ def guided(g: Any, local: Local) -> Any:
 
     Source: Springenberg et al. 2014, arXiv 1412.6806.
 
+    >>> import numpy as np
     >>> guided(np.array([-2.0, 3.0, 4.0]), lambda h: h * np.array([1.0, 0.0, 1.0]))
     array([0., 0., 4.])
     """
     return local(relu(g))
 
 
-RULES: dict[str, Rule] = {rule.__name__: rule for rule in (gradient, deconvnet, guided)}
+RULES: dict[str, ActivationRule] = {rule.__name__: rule for rule in (gradient, deconvnet, guided)}
 
 
-def resolve(rule: str | Rule) -> tuple[str, Rule]:
-    """Return a rule's name and function, from either.
+def identity(g: Any, local: Local, op: Operation) -> Any:
+    """Pass an activation's relevance as it is: g·f(x)/x, and the gradient itself where x is zero."""
+    own, x = local(g), op.input
+    is_zero = x == 0
+    return g * op.output / (x + is_zero) * ~is_zero + own * is_zero
+
+
+def halve(g: Any, local: Local, op: Operation) -> Any:
+    """Share the relevance of a product equally between its two factors."""
+    return local(g / 2)
+
+
+def hold_spread(g: Any, local: Local, op: Operation) -> Any:
+    """Hold a norm's standard deviation or root mean square constant: the norm is linear then."""
+    return op.hold_spread(g)
+
+
+def hold_statistic(g: Any, local: Local, op: Operation) -> Any:
+    """Hold the statistic constant by which a norm that is written out multiplies or divides."""
+    return scaled(local(g), (1, 0))
+
+
+def share_attention(g: Any, local: Local, op: Operation) -> Any:
+    """Share the relevance of attention as its two products would: half to values, a quarter to queries and keys."""
+    return scaled(local(g), (1 / 4, 1 / 4, 1 / 2, 1 / 2))
+
+
+def values_alone(g: Any, local: Local, op: Operation) -> Any:
+    """Hold the weights of attention constant: all relevance goes to the values."""
+    return scaled(local(g), (0, 0, 1, 0))
+
+
+def nothing(g: Any, local: Local, op: Operation) -> Any:
+    """Let no relevance through."""
+    return local(g * 0)
+
+
+def hold_gate(g: Any, local: Local, op: Operation) -> Any:
+    """Hold the factor constant that a softmax, a sigmoid or an activation computed; halve where there is none."""
+    if op.gate is None:
+        return local(g / 2)
+    return scaled(local(g), (0, 1) if op.gate == 0 else (1, 0))
+
+
+def scaled(parts: Sequence[Any], factors: Sequence[float]) -> tuple[Any, ...]:
+    """Return the operands' gradients, each times its factor; None, of an operand off the way, stays."""
+    return tuple(None if part is None else part * factor for part, factor in zip(parts, factors, strict=False))
+
+
+ATTNLRP = Rule(
+    {
+        **dict.fromkeys(("relu", "smooth"), identity),
+        **dict.fromkeys(("product", "matmul"), halve),
+        "attention": share_attention,
+        "norm": hold_spread,
+        "spread": hold_statistic,
+    },
+    name="attnlrp",
+    values="input-times",
+    source="Achtibat et al. 2024, arXiv 2402.05602",
+)
+CP_LRP = Rule(
+    {
+        **ATTNLRP.rows,
+        **dict.fromkeys(("product", "matmul"), hold_gate),
+        "attention": values_alone,
+        "softmax": nothing,
+    },
+    name="cp-lrp",
+    values="input-times",
+    source="Ali et al. 2022, arXiv 2202.07304",
+)
+
+
+def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None = None, source: str = "") -> Rule:
+    """Return a table of layer-wise relevance propagation, a rule for each kind of layer; see `undertow.lrp`.
+
+    Args:
+        name: for messages and results.
+        conv: of convolutions.
+        first: of the first layers; None: as the others.
+        linear: of all other matrix products with constants; None: ε.
+
+    >>> composite("mine", gamma(0.1), box(-2.0, 2.0)).values
+    'relevance'
+    """
+    rows: dict[str, Row] = {
+        "conv": conv,
+        "linear": epsilon() if linear is None else linear,
+        **dict.fromkeys(("relu", "smooth"), identity),
+        **dict.fromkeys(("product", "matmul"), hold_gate),
+        "attention": share_attention,
+        "norm": hold_spread,
+        "spread": hold_statistic,
+    }
+    rows |= {} if first is None else {"first": first}
+    return Rule(rows, name=name, values="relevance", strict=True, source=source)
+
+
+_MONTAVON = "Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10"
+TABLES: dict[str, Rule] = {
+    table.name: table
+    for table in (
+        ATTNLRP,
+        CP_LRP,
+        composite("lrp:epsilon", epsilon(), source="Bach et al. 2015, doi 10.1371/journal.pone.0130140"),
+        composite("lrp:epsilon-plus-flat", alpha_beta(1, 0), flat, source=_MONTAVON),
+        composite("lrp:epsilon-gamma-box", gamma(), box(), source=_MONTAVON),
+        composite("lrp:epsilon-alpha2-beta1", alpha_beta(2, 1), source=_MONTAVON),
+        composite(
+            "excitation",
+            excitation,
+            linear=excitation,
+            source="Zhang et al. 2016, arXiv 1608.00507",
+        ),
+    )
+}
+
+
+def resolve(rule: str | ActivationRule | Rule) -> tuple[str, ActivationRule | Rule]:
+    """Return a rule's name, and its function or its table, from any of them.
 
     Raises:
-        InputError: no rule has that name, or the argument is neither a name nor a function.
+        InputError: no rule has that name, or the argument is neither a name, a function nor a table.
 
-    >>> resolve("guided")[0]
-    'guided'
+    >>> resolve("guided")[0], resolve("attnlrp")[1].source
+    ('guided', 'Achtibat et al. 2024, arXiv 2402.05602')
     """
+    if isinstance(rule, Rule):
+        return rule.name, rule
     if callable(rule):
         return getattr(rule, "__name__", type(rule).__name__), rule
-    if isinstance(rule, str) and rule in RULES:
-        return rule, RULES[rule]
-    hint = did_you_mean(str(rule), RULES)
-    raise InputError(f"unknown rule {rule!r}{hint} (known: {', '.join(RULES)}, or a function (g, local) -> g)")
+    known = RULES | TABLES
+    if isinstance(rule, str) and rule in known:
+        return rule, known[rule]
+    hint = did_you_mean(str(rule), known)
+    raise InputError(
+        f"unknown rule {rule!r}{hint} (known: {', '.join(known)}, or a function (g, local) -> g, or ut.Rule({{...}}))"
+    )

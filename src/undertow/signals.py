@@ -65,6 +65,19 @@ def interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Put back, in the main thread, the handlers of SIGTERM and SIGINT that a library sets inside for itself."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+
+
+@contextmanager
 def _handled(number: int, usual: Any, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Handle a signal inside, where this is the main thread and nobody else handles it."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) is not usual:

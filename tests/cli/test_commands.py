@@ -163,7 +163,9 @@ def test_a_missed_activation_is_an_error_and_names_the_remedy(capfd, tmp_path, c
     code, _, err = call(capfd, "explain", cat, "--model", tiny, "--through", "swap", "--out", tmp_path / "out")
     assert code == 2
     assert "missed 1 activation call" in err
-    assert call(capfd, "explain", cat, "--model", tiny, "--out", tmp_path / "out")[0] == 0
+    assert call(capfd, "explain", cat, "--model", tiny, "--out", tmp_path / "out", "--ground", "dark")[0] == 0
+    with Image.open(tmp_path / "out" / "chelsea" / "panel.png") as panel:
+        assert panel.getpixel((0, 0)) == (24, 24, 24)
 
 
 def test_nan_scores_are_an_error(capfd, tmp_path, cat):

@@ -89,11 +89,11 @@ def test_a_model_from_a_file(capfd, tmp_path):
         "load = Net\n"
     )
     words = ("model", "--model", f"{path}:load", "--shape", "2,3,8,8", "--wrt", "conv", "--target", "2")
-    code, out, err = call(capfd, *words, "--plot", tmp_path / "blocks.svg")
+    code, out, err = call(capfd, *words, "--plot", tmp_path / "blocks.svg", "--ground", "dark")
     assert (code, err) == (0, "")
     assert "∂E/∂conv = δ(add) · ∂add/∂bend · ∂bend/∂conv + δ(add) · ∂add/∂conv" in out
     assert "what the edges carry adds up to" in out
-    assert "<svg" in (tmp_path / "blocks.svg").read_text()
+    assert "#181818" in (tmp_path / "blocks.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 import base64
 import json
 import re
+import shlex
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import undertow as ut
+from undertow.cli import app
 from undertow.page import contents
+from undertow.page.explanations import cards_of_attribution, merged
 from undertow.page.packing import PackedArrays
 
 
@@ -142,3 +146,47 @@ def test_a_damaged_folder_is_named(tmp_path, monkeypatch):
         (tmp_path / "x" / "result.json").write_text(text)
         with pytest.raises(ut.InputError, match=r"result\.json is not as undertow writes it"):
             ut.report(tmp_path / "x", path=tmp_path / "p.html")
+
+
+def test_rules_estimators_and_verdicts_of_one_photograph_stand_in_one_place(tmp_path):
+    classifier = ut.load("demo")
+    cat = ut.images.demo_photographs()["chelsea"]
+    x = classifier.prepare(cat)
+    view = classifier.preprocessing.view(ut.images.read(cat))
+    cards = [
+        {**card, "name": "cat.png", "photograph": view, "made": {"weights_sha256": "0" * 64}}
+        for options in ({"rule": "guided", "target": [[285, 281]]}, {"rule": "gradient", "target": 281})
+        for card in cards_of_attribution(ut.explain(classifier.module, x, **options), classifier.classes)
+    ]
+    other = {**cards[0], "made": {"weights_sha256": "1" * 64}}
+    joined, alone = merged([*cards, cards[0], other])
+    assert [(one["key"], joined["targets"][one["target"]]["name"]) for one in joined["maps"]] == [
+        ("guided", "Egyptian cat"),
+        ("guided", "tabby"),
+        ("gradient", "tabby"),
+    ]
+    assert len(alone["maps"]) == 2
+
+
+def test_a_page_shows_no_file_that_a_folder_only_links_to(tmp_path):
+    folder = tmp_path / "x"
+    assert CliRunner().invoke(app, ["explain", str(ut.images.demo_photographs()["coffee"]), "--model", "demo",
+                                    "--rule", "gradient", "--out", str(folder)]).exit_code == 0  # fmt: skip
+    (result,) = folder.iterdir()
+    assert ut.report(folder, path=tmp_path / "p.html").stat().st_size > 100_000
+    for name in ("photograph.png", "gradient.safetensors"):
+        (result / name).rename(tmp_path / name)
+        (result / name).symlink_to(tmp_path / name)
+        with pytest.raises(ut.InputError, match=f"{name} is a link"):
+            ut.report(folder, path=tmp_path / "q.html")
+        (result / name).unlink()
+        (tmp_path / name).rename(result / name)
+
+
+def test_a_page_tells_the_command_that_made_it(run, tmp_path):
+    path = tmp_path / "a page.html"
+    words = ["report", str(run.folder), "-o", str(path), "--title", "<b> it's"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S)
+    facts = next(one["facts"] for one in json.loads(data)["made"] if one["title"] == "this page")
+    assert shlex.split(facts["command"]) == ["undertow", *words]

@@ -556,7 +556,7 @@ def test_what_cannot_be_is_said_before_anything_is_made(tmp_path):
         loss_of(model).backward()
 
 
-def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys):
+def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys, monkeypatch):
     from undertow.cli import main
 
     for name, lr, sites in (("a", 0.1, "params:3"), ("b", 0.2, "params:3"), ("a", 0.1, "params")):
@@ -575,11 +575,12 @@ def test_quantiles_and_comparisons_read_parameters(tmp_path, capsys):
     assert ratios["3.weight", "gradient"] == (1.0,)
     assert ratios["3.weight", "update"][0] == pytest.approx(2, rel=2**-7)
     printed = {}
+    monkeypatch.setenv("COLUMNS", "200")
     for sites in ("params:3", "params"):
         with pytest.raises(SystemExit, match="0"):
             main(["quantiles", str(tmp_path / "a" / sites), "--of", "norm", "--step", "0.45"])
         printed[sites] = capsys.readouterr().out
-    assert "update" in printed["params:3"].splitlines()[1]  # a column each
+    assert "3.weight update" in printed["params:3"].splitlines()[0]  # a column each
     assert any(line.split()[:2] == ["3.weight", "update"] for line in printed["params"].splitlines())  # a line each
 
 

@@ -1,7 +1,5 @@
 """A folder of photographs: which class each gradient is of, what keeping takes, how fast it goes."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,7 @@ from PIL import Image
 
 import undertow as ut
 from undertow import images, models
-from undertow.cli import main
-from undertow.cli import record as record_command
+from undertow.cli import main, progress
 from undertow.errors import InputError
 from undertow.recording.photographs import kept_bytes, record_photographs
 from undertow.runs import same_class
@@ -104,7 +101,7 @@ def test_what_keeping_takes_is_said_beforehand_and_true(network, folder, tmp_pat
 
 
 def test_speed_and_time_left_are_said(network, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules[record_command.callback.__module__], "_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     words = ["record", folder, "--model", f"{network}:one", "--batch-size", "3", "--out", tmp_path / "run"]
     with pytest.raises(SystemExit, match="0"):
         main([*map(str, words)])

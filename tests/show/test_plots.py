@@ -117,6 +117,7 @@ LAYOUTS = {
     "14 layers": {"a": [row(f"features.denseblock4.layer{i}.conv", 0, i / 14, 1) for i in range(14)]},
     "long names": {name: [row(other, 0, 1e-6, 1e-3) for other in LONG] for name in LONG},
     "epochs": {"a": epochs(1, 2, 3), "b": epochs(0, 0, 1)},
+    "uneven": {"a": [row("x", 0, 1, 2), row("y", 0, 1, 2)], "b": [row("z", 0, 1, 2)], "c": []},
     "one site": {"a": [row("x", 0, 1, 2)]},
 }
 

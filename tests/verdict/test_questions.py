@@ -179,6 +179,17 @@ def test_stability_by_how_much_of_the_map_stays():
     assert levels == {1.0: "yes", 0.9: "yes", 0.1: "weak", 0: "no"}
 
 
+@pytest.mark.parametrize("change", [0.0, 0.2, 0.45, 0.55, 0.89, 1.01, 1.2, 1.6])
+def test_a_map_that_changes_by_half_of_its_length_does_not_stay(change):
+    other = lumpy(51)
+    other -= ORIGINAL * (other * ORIGINAL).sum() / (ORIGINAL**2).sum()
+    moved = ORIGINAL + change * other * np.linalg.norm(ORIGINAL) / np.linalg.norm(other)
+    answer = stability.answer(ORIGINAL, [moved], 0.02, MARKS, 0)
+    assert answer.value == pytest.approx(change)
+    assert f"up to {100 * change:.0f} %" in answer.sentence
+    assert (answer.level == "yes") == ("mostly itself" in answer.sentence) == (change < 0.5)
+
+
 def test_noise_stays_within_its_radius():
     image = lumpy(13).astype(np.float32)
     away = stability.noisy(image, 5, 0, radius=0.02) - image

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
+from geometry import faults
 from undertow.cli import main
 from undertow.frameworks import base
 from undertow.show import verdict as show
@@ -256,6 +257,33 @@ def test_a_verdict_is_drawn_from_its_facts_alone(verdict, tmp_path):
     save(show.figure(photograph, verdict.values, unasked), tmp_path / "u.svg")
 
 
+@pytest.mark.parametrize("kind", ["as it is", "alike", "long", "unasked", "many layers"])
+def test_a_verdict_is_laid_out_so_that_nothing_covers_a_label(verdict, kind):
+    """No curve through a label, no text on another or outside, and layers that are told apart."""
+    photograph = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    facts = json.loads(json.dumps(verdict.to_dict()))
+    depths = facts["answers"]["convergence"]["numbers"]["depths"]
+    if kind == "alike":
+        for i, depth in enumerate(depths):
+            depth["layer"] = f"block.{i}.conv"
+    if kind == "long":
+        facts["target_name"] = "a class, $x_1$, " * 40
+        facts["sentence"] = "A sentence that goes on. " * 20
+        for i, (answer, depth) in enumerate(zip(facts["answers"].values(), depths, strict=False)):
+            answer["sentence"] = "words_without_an_end" * 30 + " and so on" * 60
+            depth["layer"] = f"{'very_' * 50}{i}{'_deep' * 50}"
+    if kind == "unasked":
+        facts |= {"answers": {"input": facts["answers"]["input"]}, "unanswered": {"class": "for a reason " * 40}}
+    if kind == "many layers":
+        depths += [{"layer": f"layer{i}.conv", "cosine": 1 - i / 20} for i in range(16)]
+        facts["answers"]["convergence"]["numbers"]["null"] = {"unrelated": 0.49, "half": 0.5}
+    figure = show.figure(photograph, verdict.values, facts)
+    assert faults(figure) == []
+    if kind != "unasked":
+        names = [tick.get_text() for tick in figure.axes[-1].get_yticklabels()]
+        assert len(set(names)) == len(names) == len(depths)
+
+
 # the command
 
 
@@ -310,7 +338,8 @@ def test_trust_writes_a_folder_and_names_what_cannot_be_read(capfd, tiny, photog
 
 def test_trust_prints_its_sentence(capfd, tiny, photographs, tmp_path):
     words = ("trust", photographs / "good.png", "--model", tiny, "--out", tmp_path / "o", "--target", "c")
-    code, out, _ = call(capfd, *words)
+    code, out, _ = call(capfd, *words, "--figure", "svg", "--ground", "dark")
+    assert "#181818" in (tmp_path / "o" / "good" / "verdict-guided.svg").read_text()
     written = json.loads((tmp_path / "o" / "good" / "verdict.json").read_text())
     assert code == 0
     assert written["verdicts"]["guided"]["sentence"] in out

@@ -29,6 +29,7 @@ from ..frameworks.base import Arrays, Request, as_numpy, capability
 from ..frameworks.results import Explanation
 from ..rules import gradient
 from ..structures import is_tensor
+from ..tables import Rule
 from ..targets import Box, Token
 from .grad_cam import grad_cam
 from .points import baseline_like, moved, noisy, on_the_line
@@ -128,6 +129,15 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
     if estimator.kind in LAYERED:
         guided = estimator.kind == "guided-grad-cam"
         return grad_cam(framework, request, estimator.layer, estimator.axes, guided)
+    if (
+        estimator.kind in ("integrated", "input-times")
+        and isinstance(request.rule, Rule)
+        and request.rule.is_attribution
+    ):
+        raise InputError(
+            f"{estimator.kind} multiplies by the input, and the map of {request.rule_name!r} is so multiplied already; "
+            "take estimator='gradient', which is that map, or 'smoothgrad'"
+        )
     if estimator.kind in COUNTS and isinstance(request.target, Box) and request.target.near is None:
         raise InputError(
             f"{estimator.kind} would choose box {request.target.index} anew at each of its inputs; say where it is, as "

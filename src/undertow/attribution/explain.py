@@ -13,7 +13,9 @@ from ..frameworks.base import AS_IS, BEFORE, Request, as_numpy, capability, fram
 from ..frameworks.results import Explanation
 from ..inputs import arguments_of
 from ..outputs import Path, with_inputs
-from ..rules import Rule, resolve
+from ..rules import resolve
+from ..structures import tensors_with_paths
+from ..tables import ActivationRule, Rule
 from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
 from .result import Attribution
@@ -30,7 +32,7 @@ def explain(
     model: Any,
     x: Any,
     *,
-    rule: str | Rule = "guided",
+    rule: str | ActivationRule | Rule = "guided",
     target: Any = None,
     through: str = "graph",
     activations: str = "relu-like",
@@ -56,7 +58,8 @@ def explain(
         x: a floating-point batch `(B, ...)` of any rank, such as `(B, C, H, W)`; or, nested as the model takes them, a
             tuple, passed as `model(*x)`, a dict, passed as `model(**x)` (to Keras as its named inputs), or a list (as
             a tuple, or as it is to a model that takes one argument). Integer tensors, None and numbers get no map.
-        rule: "gradient", "deconvnet", "guided", or a function `(g, local) -> g` as in `undertow.rules`.
+        rule: for activations "gradient", "deconvnet", "guided" or a function `(g, local) -> g` as in `undertow.rules`;
+            for operations of every kind "attnlrp", "cp-lrp" or a table `ut.Rule({...})`, see `undertow.tables`.
         target: None (each sample's highest score), a class id, `(B,)` ids, `(B, K)` ids or nested lists for several
             classes a sample, one-hot labels, "top:K"; a class's name, where the model is a `Classifier` or has
             `config.id2label`; for dense scores a place after the batch axis, such as `(class, y, x)`, or one of
@@ -141,7 +144,7 @@ def explain(
         else:
             values, explanation = _explain_at(framework, request, resolved, seed, at)
     _warn_if_saturated(explanation, head)
-    _warn_if_left_alone(explanation, name, activations)
+    _warn_if_left_alone(explanation, name, "all" if isinstance(function, Rule) else activations)
     return Attribution(
         values=values,
         targets=explanation.targets,
@@ -160,6 +163,8 @@ def explain(
         completeness=explanation.completeness,
         at=(at,) if isinstance(at, str) else tuple(at or ()),
         names=_names_of(explanation.targets, names),
+        token_ids=_token_ids(arguments.tensors, values, explanation.scores) if at else None,
+        is_relevance=isinstance(function, Rule) and function.is_attribution,
     )
 
 
@@ -182,6 +187,14 @@ def _explain_at(
         first if isinstance(at, str) and len(values) == 1 else values,
         max(explanations, key=lambda e: e.stats.rewired),
     )
+
+
+def _token_ids(inputs: Sequence[Any], values: Any, scores: Any) -> Any:
+    """Return the input of whole numbers over which the values of a layer lie, `(B, T)`, if there is one."""
+    axis = scores.ndim
+    lengths = {(v.shape[0], v.shape[axis]) for _, v in tensors_with_paths(values) if v.ndim == axis + 2}
+    candidates = (as_numpy(x) for x in inputs if x.ndim == 2 and tuple(x.shape) in lengths)
+    return next((ids for ids in candidates if ids.dtype.kind in "iu"), None)
 
 
 def ids_of_names(target: Any, names: Any) -> Any:

@@ -17,6 +17,7 @@ from ..show import draw, heatmap
 from ..similarity import correlation, spearman
 from ..structures import map_tensors, tensors_with_paths
 from . import parts
+from .tokens import Tokens, tokens_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +51,8 @@ class Attribution(Shown):
             baseline that the map does not account for, (difference - sum of the map) / difference; else None.
         at: the layers whose outputs the values are of; none: the input.
         names: of the explained classes, by id, where the model has them.
+        token_ids: where the values are of token ids' embeddings, the ids, int64, `(B, T)`; else None.
+        is_relevance: the map shares out the score itself, as of "attnlrp"; its unit is the score's.
     """
 
     values: Any
@@ -69,8 +72,77 @@ class Attribution(Shown):
     at: tuple[str, ...] = ()
     completeness: Any = None
     names: dict[int, str] = field(default_factory=dict)
+    is_relevance: bool = False
+    token_ids: Any = None
 
-    def _parts(self) -> Iterator[Part]:
+    def tokens(self, tokenizer: Any, sample: int = 0, target: int = 0, ids: Any = None) -> Tokens:
+        """Return the tokens of one text, shaded by their attribution in a notebook and by `.terminal()`.
+
+        Of a language model whose embeddings were explained, as by `at="model.embed_tokens"`; the values of several
+        inputs or layers are taken where they lie over the tokens.
+
+        Args:
+            tokenizer: one of transformers, or anything with `decode`, from a list of ids to text.
+            sample: position in the batch.
+            target: position among a sample's targets, where there are several.
+            ids: `(B, T)` token ids, where the model was given embeddings in their place.
+
+        Raises:
+            InputError: no values lie over token ids, or there is no such sample or target.
+        """
+        given = self.token_ids if ids is None else ids
+        if given is None:
+            raise InputError("no token ids were explained; pass ids=, or explain ids with at= their embeddings")
+        rows, several = as_numpy(given), self.scores.ndim == 2
+        if not 0 <= sample < len(rows):
+            raise InputError(f"there is no sample {sample} in a batch of {len(rows)}")
+        if not 0 <= target < (self.scores.shape[1] if several else 1):
+            raise InputError(f"there is no target {target} among {self.scores.shape[1] if several else 1}")
+        for _, tensor in tensors_with_paths(self.values):
+            values = as_numpy(tensor)[sample][target] if several else as_numpy(tensor)[sample]
+            if values.ndim in (1, 2) and len(values) == rows.shape[1]:
+                return tokens_of(values, rows[sample], tokenizer, self._title(sample, target))
+        raise InputError(f"no values lie over the token ids {rows.shape}; explain with at= their embeddings")
+
+    def _title(self, sample: int, target: int) -> str:
+        """Return what was explained of a sample, and its score."""
+        of = as_numpy(self.scores).reshape(len(self.scores), -1)[sample, target]
+        return f"{parts.label(self, (sample, target))}, score {of:.4g}"
+
+    @property
+    def conservation(self) -> Any:
+        """The part of the score that the map adds up to, in the shape of `scores`: 1 where relevance is conserved.
+
+        Biases take some, and so does what a rule holds constant. Of `at=` several layers, a dict with each layer's:
+        what arrives there. None for a rule whose map does not share out the score, such as "guided".
+
+        Raises:
+            InputError: the values are no batches.
+
+        >>> values, scores = np.array([[2.0, 1.0]]), np.array([4.0])
+        >>> Attribution(values, np.array([0]), scores, "attnlrp", is_relevance=True).conservation
+        array([0.75])
+        """
+        if not self.is_relevance:
+            return None
+        if self.at and isinstance(self.values, dict):
+            return {layer: self._conserved(values) for layer, values in self.values.items()}
+        return self._conserved(self.values)
+
+    def _conserved(self, values: Any) -> npt.NDArray[np.float64]:
+        scores = as_numpy(self.scores).astype(np.float64)
+        total = np.zeros_like(scores)
+        for _, tensor in tensors_with_paths(values):
+            array = as_numpy(tensor).astype(np.float64)
+            if array.shape[: scores.ndim] != scores.shape:
+                raise InputError(
+                    f"values of shape {array.shape} are no batch of {scores.shape[0]}; add them up yourself"
+                )
+            total += array.reshape(*scores.shape, -1).sum(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(total / scores)
+
+    def _shown(self) -> Iterator[Part]:
         yield from parts.parts(self)
 
     def _repr_png_(self) -> bytes | None:
@@ -186,10 +258,11 @@ class Attribution(Shown):
         if path.suffix != ".safetensors":
             raise InputError(f"{path.name!r} must end in .safetensors; for a picture use .image(0).save(...)")
         tensors = {f"values.{path}" if path else "values": t for path, t in tensors_with_paths(self.values)}
-        tensors |= {name: getattr(self, name) for name in ("targets", "scores", "completeness")}
+        tensors |= {name: getattr(self, name) for name in ("targets", "scores", "completeness", "token_ids")}
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
         names = {str(class_id): name for class_id, name in self.names.items()}
         facts = {**self.to_dict(), "channels_last": self.channels_last, "names": names}
+        facts["is_relevance"] = self.is_relevance
         with published(path) as aside:
             aside.write_bytes(save(arrays, {"undertow": json.dumps(facts)}))
         return path
@@ -213,7 +286,7 @@ class Attribution(Shown):
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 facts = json.loads((file.metadata() or {})["undertow"])
             values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
-            known = {field.name for field in fields(cls)} - {"values", "targets", "scores", "completeness"}
+            known = {field.name for field in fields(cls)} - {"values", "targets", "scores", "completeness", "token_ids"}
             facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples, and keys are text
             facts["names"] = {int(class_id): str(name) for class_id, name in facts.get("names", {}).items()}
             return cls(
@@ -221,6 +294,7 @@ class Attribution(Shown):
                 targets=arrays.get("targets"),
                 scores=arrays["scores"],
                 completeness=arrays.get("completeness"),
+                token_ids=arrays.get("token_ids"),
                 **{name: value for name, value in facts.items() if name in known},
             )
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -14,13 +14,15 @@ from .check import check
 from .demo import demo
 from .derive import derive
 from .diagnose import diagnose
+from .doctor import doctor
 from .errors import error_line
 from .explain import explain
 from .models import models
 from .printing import echo, echo_click_error, echo_error, nobody_reads, print_anywhere
 from .quantiles import compare, quantiles
 from .record import record, sites
-from .report import report
+from .report import WORDS, report
+from .sweeps import status
 from .trace import trace
 from .trust import trust
 from .view import view
@@ -28,7 +30,20 @@ from .view import view
 INTERRUPTED = 130
 
 
+class _App(click.Group):
+    """The command; keeps the words it was called with, for what tells how it was made."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        words = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[WORDS] = words
+        return context
+
+
 @click.group(
+    cls=_App,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Add --debug to any command to see the traceback behind an error.",
 )
@@ -43,12 +58,14 @@ def app() -> None:
     undertow models resnet                             what can be named, and what of it works offline
     undertow record folder/ --model demo --out runs/a  each image's own gradients, into a run
     undertow quantiles runs/a                          what they are like, layer by layer
+    undertow status runs/a                             how far it is, of many photographs or a long recording
     undertow check runs/a                              is all of it there, and as it was written
     undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow report runs/a cats/                       one HTML page of it, to look at or to mail
     undertow view runs/a                               the same page, live, while a run is written
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     undertow derive chain "x1>n1 n1>n2" --wrt n1       the chain rule on paper, checked by numbers
+    undertow doctor                                    what is installed here, and what works
     """
 
 
@@ -59,6 +76,7 @@ COMMANDS = (
     models,
     sites,
     record,
+    status,
     quantiles,
     compare,
     check,
@@ -67,6 +85,7 @@ COMMANDS = (
     view,
     trace,
     derive,
+    doctor,
 )
 for command in COMMANDS:
     app.add_command(command)

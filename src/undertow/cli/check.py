@@ -7,6 +7,7 @@ import click
 
 from .photographs import json_option
 from .printing import echo, print_json
+from .sweeps import is_sweep
 
 if TYPE_CHECKING:
     from ..runs import Check
@@ -20,21 +21,45 @@ DAMAGED = 2
     "The exit code is 0 if RUN is whole, and 2 if it is not.",
 )
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Of a sweep: take damaged parts out, so that its command does them again.")
 @json_option(help="Print one JSON object instead of lines.")
-def check(run: Path, as_json: bool) -> int:
+def check(run: Path, repair: bool, as_json: bool) -> int:
     """Read every file of RUN against its checksum, its table and the counts of its batches.
 
     What is damaged or missing is named, with how many batches have lost rows by it and what can be done. Files that a
     killed process left are named too; they do not count, and recording again clears them.
     """
+    from ..errors import InputError
     from ..runs import Run
 
+    if is_sweep(run):
+        return _check_sweep(run, repair, as_json)
+    if repair:
+        raise InputError("--repair is for the folder of a sweep; of a run, restore what is named from a copy")
     checked = Run(run).check()
     if as_json:
         print_json(checked.to_dict())
     else:
         _print(checked)
     return 0 if checked.whole else DAMAGED
+
+
+def _check_sweep(folder: Path, repair: bool, as_json: bool) -> int:
+    from ..sweep import Sweep
+
+    checked = Sweep(folder).check(repair)
+    if as_json:
+        print_json(checked.to_dict())
+        return 0 if checked.whole or repair else DAMAGED
+    kind = "whole" if checked.whole else f"{len(checked.faults)} part(s) damaged"
+    missing = f"; {checked.missing} images are missing: its command goes on" if checked.missing else ""
+    echo(f"{folder}: {kind}; {checked.files} files read{missing}")
+    for reason in checked.faults.values():
+        remedy = "taken out: its command does it again" if repair else "undertow check --repair takes its part out"
+        echo(f"  {reason}; {remedy}")
+    if checked.strangers:
+        echo(f"  not of this sweep: {', '.join(checked.strangers[:5])}{', ...' if len(checked.strangers) > 5 else ''}")
+    return 0 if checked.whole or repair else DAMAGED
 
 
 def _print(checked: "Check") -> None:

@@ -1,12 +1,14 @@
 """`undertow explain`: photographs in, a folder of maps for each out."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .photographs import (
+    ALL_RULES,
     RULES,
     for_each,
     ground_option,
@@ -21,6 +23,7 @@ from .photographs import (
 )
 from .printing import print_line, print_table, shown
 from .report import report_option, write_with_network
+from .sweeps import AT_ONCE, all_of, is_many, run_sweep, split_options, sweep_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +40,9 @@ Examples:
   undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust --report cat.html
   undertow explain cat.jpg --model keras:ResNet50
   undertow explain scan.png --model saved/net.keras --preprocess 0..255
+  undertow explain imagenet/val --model torchvision:resnet50 --rule guided --out maps --engine local
+  undertow explain 'shards/train-{000..099}.tar' --model demo --out maps --pictures 10 --max-failures 100
+  torchrun --nproc-per-node 2 -m undertow explain data.parquet:image --model demo --out maps --engine torchrun
 """
 
 
@@ -44,7 +50,7 @@ Examples:
 @photographs_argument
 @model_option(help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION.")
 @click.option(
-    "--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; all three if left out."
+    "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; the first three if left out."
 )
 @click.option(
     "--target",
@@ -97,6 +103,8 @@ Examples:
 @output_option
 @report_option
 @ground_option
+@click.option("--pictures", metavar="all|none|N", help="Of a sweep: for how many images. Default: none.")
+@sweep_options()
 @output_options
 def explain(
     photographs: Sequence[Path],
@@ -113,6 +121,7 @@ def explain(
     baselines: Sequence[str],
     page: Path | None,
     ground: str,
+    pictures: str | None,
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE spoke for a class.
@@ -120,15 +129,59 @@ def explain(
     IMAGE is a photograph, or a folder of them. Each gets a folder under --out: a panel, heatmaps and overlays as PNG,
     the raw values as safetensors, and result.json. A photograph that cannot be explained is named, the others are
     done all the same, and the exit code is 2.
+
+    More than 12 photographs, a list (.txt), a column (FILE.parquet:COLUMN) or tar files are swept over instead: all
+    maps go into a few large files, with an index; pictures on request. The same command goes on after an interruption,
+    and `undertow status` says how far it is.
     """
     from .. import images
 
-    paths = images.find(photographs)
+    how, options = split_options(options)
+    many = any(map(is_many, photographs))
+    paths = [] if many else images.find(photographs)
+    is_sweep = many or bool(how) or pictures is not None or (len(paths) > AT_ONCE and not judge and page is None)
     options["head"] = options["head"].replace("-", " ")
     classifier = load_classifier(reference, weights, preprocess, output)
     options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
+    if is_sweep:
+        load = partial(load_classifier, reference, weights, preprocess, output)
+        how |= {"device": device, "pictures": _pictures(pictures), "load": load, "judge": judge, "page": page}
+        return _sweep(classifier, photographs, out, as_json, options, how)
     return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge, ground=ground, page=page)
+
+
+def _sweep(
+    classifier: "Classifier",
+    photographs: Sequence[Path],
+    out: Path,
+    as_json: bool,
+    options: dict[str, Any],
+    how: dict[str, Any],
+) -> int:
+    """Sweep over many photographs; return the exit code."""
+    from .. import sweep
+    from ..errors import InputError
+
+    if how.pop("judge"):
+        raise InputError("--trust judges photographs one by one; for many: undertow trust ... --engine local")
+    if how.pop("page"):
+        raise InputError(
+            f"--report is no part of a sweep; add --pictures N, and then: undertow report {out / 'pictures'}"
+        )
+    how |= {"rule": options.pop("rules"), "target": options.pop("target"), "options": options}
+    return run_sweep(sweep.explain, classifier, all_of(photographs), out, as_json=as_json, **how)
+
+
+def _pictures(word: str | None) -> int | None:
+    """Return of how many images pictures are drawn; None: of all."""
+    if word in (None, "none"):
+        return 0
+    if word == "all":
+        return None
+    if not word.isdecimal():
+        raise click.BadParameter(f"{word!r} is not all, none or a number", param_hint="--pictures")
+    return int(word)
 
 
 def _baseline(classifier: "Classifier", word: str) -> Any:
@@ -254,7 +307,8 @@ def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: P
     yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
     yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
-        yield f"  {rule:<10}{attribution.rewired:>4} activations rewired   {explained.seconds[rule]:.2f} s"
+        what = "operations" if attribution.is_relevance else "activations"
+        yield f"  {rule:<10}{attribution.rewired:>4} {what} rewired   {explained.seconds[rule]:.2f} s"
     yield from _likeness_lines(explained)
     for note in explained.notes:
         yield f"  note: {note}"

@@ -11,6 +11,8 @@ from click.core import ParameterSource
 
 from .photographs import ground_option, json_option
 from .printing import echo, fits, print_json, print_table
+from .report import report_option
+from .report import write as write_page
 
 
 class _Of(click.Choice[str]):
@@ -92,7 +94,7 @@ def quantiles(
     short_help="The quantiles of several runs, side by side.",
     epilog="\b\nExamples:\n  undertow compare runs/vgg16 runs/vgg16_bn\n"
     "  undertow compare runs/vgg16 runs/vgg16_bn --from .5 --to .9 --step .2\n"
-    "  undertow compare runs/vgg16 runs/vgg16_bn --plot compare.png --csv compare.csv",
+    "  undertow compare runs/vgg16 runs/vgg16_bn --plot compare.png --csv compare.csv --report pair.html",
 )
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_from
@@ -103,6 +105,7 @@ def quantiles(
 @_panels
 @ground_option
 @_csv
+@report_option
 @_json
 @click.pass_context
 def compare(
@@ -116,6 +119,7 @@ def compare(
     panels: str | None,
     ground: str,
     table: Path | None,
+    page: Path | None,
     as_json: bool,
 ) -> int:
     """Put the quantiles of RUNS side by side: values, ratios to the first run, and the spread p95/p5.
@@ -144,6 +148,8 @@ def compare(
     if plot:
         groups = {name: [row.quantiles[i] for row in rows if row.quantiles[i]] for i, name in enumerate(names)}
         _draw(groups, "Quantiles side by side", plot, panels, ground)
+    if page:
+        write_page(opened, page, quiet=as_json)
     return 0
 
 

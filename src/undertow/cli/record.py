@@ -1,11 +1,10 @@
 """`undertow sites` and `undertow record`: choose modules of a network, and record what flows through them."""
 
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from .photographs import (
     weights_option,
 )
 from .printing import echo, echo_error, print_json, print_table
+from .progress import clock, progress
 from .report import report_option, write_with_network
+from .report import write as write_page
+from .sweeps import run_sweep, split_options, sweep_options
 
-_SECONDS = 10.0  # between lines of progress where stderr is no terminal
 MEASURES = ("norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep", "keep:sample")
 
 
@@ -104,6 +105,7 @@ def _shape(shape: Any) -> str:
 @preprocess_option
 @device_option
 @click.option("--diagnose", is_flag=True, help="Watch every 8th batch more closely, for `undertow diagnose`.")
+@sweep_options("limit", "batch_size", "workers")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of the same command.")
 @report_option
 @json_option(help="Print one JSON object.")
@@ -119,14 +121,29 @@ def record(
     resume: bool,
     as_json: bool,
     limit: int | None,
+    engine: str | None,
     page: Path | None,
     **options: Any,
 ) -> int:
     """Record the gradients at SITES for every photograph of FOLDER, each image's own, into the run --out.
 
     Photographs that cannot be read are named and passed over, and the exit code is 2. Ctrl-C leaves a readable run;
-    the same command with --resume goes on with it.
+    the same command with --resume goes on with it. With --engine, FOLDER may also be a list (.txt), a column
+    (FILE.parquet:COLUMN) or a tar file, and the same command always goes on.
     """
+    if engine is not None:
+        sites_and_measures = {"sites": selection, "measures": list(measures) or ["channel-norm"]}
+        load = partial(load_classifier, reference, weights, preprocess)
+        options |= {"engine": engine, "limit": limit, "device": device}
+        code = _sweep(load, folder, out, as_json, options, sites_and_measures)
+        if page and (out / "manifest.json").is_file():  # all processes are done
+            write_page([out], page, quiet=as_json)
+        return code
+    how, options = split_options(options)
+    options |= {name: how.pop(name, None) for name in ("batch_size", "workers")}
+    if how:
+        given = ", ".join("--" + name.replace("_", "-") for name in how)
+        raise click.UsageError(f"{given} is of a sweep; add --engine local, torchrun or ray")
     from .. import images
     from ..errors import InputError
     from ..photographs import on_device
@@ -141,7 +158,8 @@ def record(
         each = kept_bytes(classifier, selection, options["phase"], device)
         echo(f"keep will take {_size(each * count)}: {_size(each)} for each photograph, {count} of them", err=True)
     started = time.monotonic()
-    with _progress(count) as advance:
+    with progress() as bar:
+        bar.begin(0, count)
         recorded = record_photographs(
             classifier,
             folder,
@@ -150,7 +168,7 @@ def record(
             measures=measures or ("channel-norm",),
             limit=limit,
             device=device,
-            advance=advance,
+            advance=bar.advance,
             **options,
         )
     for _, error in recorded.failed:
@@ -161,13 +179,32 @@ def record(
         failed = f", {len(recorded.failed)} could not be read" if recorded.failed else ""
         before = f", {recorded.before} batches were there already" if recorded.before else ""
         seconds = time.monotonic() - started
-        speed = f" in {_clock(seconds)}, {recorded.photographs / max(seconds, 1e-9):.1f} images/s"
+        speed = f" in {clock(seconds)}, {recorded.photographs / max(seconds, 1e-9):.1f} images/s"
         echo(f"{recorded.photographs} photographs recorded{speed}{before}{failed}")
         echo(f"  {input_line(classifier)}\n  -> {out}")
         echo(f"Next: undertow quantiles {out}")
     if page:
         write_with_network([out], page, classifier, images.find([folder])[0], device, quiet=as_json)
     return 2 if recorded.failed else 0
+
+
+def _sweep(
+    load: Callable[[], Any],
+    source: Path,
+    out: Path,
+    as_json: bool,
+    options: dict[str, Any],
+    chosen: dict[str, Any],
+) -> int:
+    """Record on an engine; return the exit code."""
+    from .. import sweep
+
+    how, options = split_options(options)
+    objective = options.pop("objective")
+    options = {**chosen, **options, "diagnose": 8 if options.pop("diagnose") else False}
+    device = options.pop("device")
+    how |= {"device": device, "objective": objective, "options": options}
+    return run_sweep(sweep.record, load(), str(source), out, load=load, as_json=as_json, **how)
 
 
 def _size(n_bytes: float) -> str:
@@ -181,51 +218,3 @@ def _size(n_bytes: float) -> str:
             return f"{n_bytes:.3g} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.3g} TB"
-
-
-def _clock(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds.
-
-    >>> _clock(83.2)
-    '1:23'
-    """
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def _lines(count: int) -> Callable[[int], None]:
-    """Return a function to call with the number of photographs done, which prints a line every ten seconds."""
-    started = said = time.monotonic()
-    done = 0
-
-    def advance(photographs: int) -> None:
-        nonlocal said, done
-        done += photographs
-        now = time.monotonic()
-        if now - said >= _SECONDS and done:
-            said, speed = now, done / (now - started)
-            left = _clock((count - done) / speed)
-            echo(f"{done} of {count} photographs, {speed:.1f} images/s, {left} left", err=True)
-
-    return advance
-
-
-@contextmanager
-def _progress(count: int) -> Iterator[Callable[[int], None]]:
-    """Give a function to call with the number of photographs done, which moves a bar on a terminal, or prints lines."""
-    if not sys.stderr.isatty():
-        yield _lines(count)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=count, speed="")
-
-        def advance(photographs: int) -> None:
-            progress.advance(bar, photographs)
-            speed = progress.tasks[0].speed
-            progress.update(bar, speed=f"{speed:.1f} images/s" if speed else "")
-
-        yield advance

@@ -1,5 +1,6 @@
 """`undertow report`: one HTML page of what was explained and recorded."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from ..classifier import Classifier
 
 MAX_BLOCKS, MAX_DEPTH = 80, 4  # a network is shown as deep as it stays readable
+
+WORDS = "undertow.words"  # in a context's meta: what the command was called with
 
 report_option = click.option(
     "--report",
@@ -68,5 +71,6 @@ def write(what: Sequence[Any], out: Path, title: str = "undertow", quiet: bool =
     """Write a page and say where it is and how large; `quiet` keeps stdout for JSON."""
     from ..page import report as write_report
 
-    path = write_report(*what, path=out, title=title)
+    words = click.get_current_context().meta.get(WORDS, ())
+    path = write_report(*what, path=out, title=title, command=shlex.join(["undertow", *words]))
     echo(f"page -> {path} ({path.stat().st_size / 1e6:.1f} MB)", err=quiet)

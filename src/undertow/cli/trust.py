@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .photographs import (
-    RULES,
+    ALL_RULES,
     for_each,
     ground_option,
     input_line,
@@ -23,6 +23,7 @@ from .photographs import (
 )
 from .printing import print_line, print_table
 from .report import report_option, write_with_network
+from .sweeps import all_of, run_sweep, split_options, sweep_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,9 @@ Examples:
 @click.command(short_help="May a map be believed? Six questions, and a sentence.", epilog=EXAMPLES)
 @photographs_argument
 @model_option(help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.")
-@click.option("--rule", "rules", multiple=True, type=click.Choice(RULES), help="May be repeated; guided if left out.")
+@click.option(
+    "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; guided if left out."
+)
 @click.option(
     "--estimator",
     "estimators",
@@ -67,6 +70,7 @@ Examples:
     help="How each verdict's picture is written.",
 )
 @ground_option
+@sweep_options()
 @output_options
 def trust(
     photographs: Sequence[Path],
@@ -90,16 +94,26 @@ def trust(
     Does it depend on the class, and on the trained weights; is it more than edges; do its pixels carry the score; does
     it stay under noise; do backward directions stay distinct? Writes verdict.json and a picture for each rule. What it
     takes is said beforehand. A photograph that cannot be judged is named, the others are done all the same, and the
-    exit code is 2.
+    exit code is 2. With --engine the answers go into tables, for many photographs, and the same command goes on.
     """
     from rich.console import Console
 
-    from .. import images
+    from .. import images, sweep
     from ..attribution.estimators import resolve
     from ..classifier import find_class
     from ..photographs import on_device
     from ..verdict.photograph import pairs_of, trust_photograph, write
 
+    how, options = split_options(options)
+    if how and page:
+        raise click.UsageError(
+            "--report is of photographs that are judged one by one; leave out the options of a sweep"
+        )
+    if how:
+        load = partial(load_classifier, reference, weights, preprocess, output)
+        how |= {"load": load, "target": target, "rule": rules or "guided", "estimator": estimators or "gradient"}
+        how |= {"options": options, "device": device}
+        return run_sweep(sweep.trust, load(), all_of(photographs), out, as_json=as_json, **how)
     paths = images.find(photographs)
     names = list(dict.fromkeys(resolve(word).name for word in estimators)) or ["gradient"]
     pairs = pairs_of(list(dict.fromkeys(rules)) or ["guided"], names)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
-from ..display import Part, Pictures, ShownTable, brief, counted
+from ..display import FrozenRows, Part, Pictures, ShownTable, brief, counted
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability, framework_of_input
 from ..frameworks.results import Block, Carried
@@ -39,6 +39,10 @@ class Blocks(DifferentiableGraph):
     blocks: tuple[Block, ...]
     edges: tuple[Carried, ...]
     passed_on: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "edges", "passed_on"):
+            object.__setattr__(self, name, FrozenRows(getattr(self, name)))  # tuples that show themselves, however long
 
     @cached_property
     def readers(self) -> Mapping[str, Sequence[str]]:
@@ -101,14 +105,14 @@ class Blocks(DifferentiableGraph):
         heading = title or (drawn(f"∂E/∂{derivative.wrt.text}") if derivative else "")
         return draw_blocks([*self.order, END], self.carried, derivative.carrying if derivative else (), heading)
 
-    def _parts(self) -> Iterator[Part]:
-        yield f"Blocks of one pass: {len(self.blocks):,} and {counted(len(self.edges), 'edge')}"
+    def _shown(self) -> Iterator[Part]:
+        yield f"{counted(len(self.blocks), 'block')} and {counted(len(self.edges), 'edge')} of one pass"
         if self.passed_on:
             yield f"passed on unchanged: {brief(self.passed_on)}"
         rows = ((b.name, b.kind, f"{b.gradient:.4g}", ", ".join(self.readers[b.name])) for b in self.blocks)
         yield ShownTable(("block", "kind", "|gradient|", "read by"), rows, len(self.blocks))
         if len(self.edges) <= MAX_EDGES_DRAWN:
-            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 64))])
+            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 80))])
 
     def _hint(self, wrt: str) -> str:
         if wrt in self.passed_on:

@@ -179,7 +179,7 @@ class Derivative(ShownFormula):
         """
         return drawn_or_saved(self.graph.figure(self, title), path, ground)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield self.text
         count = self.operations
         costs = (f"{c.multiplications:,} × and {c.additions:,} +" for c in (count.factored, count.expanded))

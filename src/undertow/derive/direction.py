@@ -90,7 +90,7 @@ class Directional(ShownFormula):
                 stack.extend(reversed(expr.operands))
         return tuple(dict.fromkeys(sentences))
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield self.text
         (rows, columns), direction = self.result_shape, self.direction_shape
         name = self.direction.payload

@@ -47,7 +47,7 @@ class MatrixExpr(ShownItem):
         """Whether the shape is (1, 1)."""
         return self.shape == SCALAR
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"MatrixExpr of shape {format_shape(self.shape)}: {self._prefix(4)}"
 
     def _prefix(self, depth: int) -> str:

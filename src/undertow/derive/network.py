@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
 
-from ..display import Part, Pictures, brief, counted
+from ..display import FrozenRows, Part, Pictures, brief, counted
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import capability
 from ..show.graph import draw_network
@@ -54,6 +54,7 @@ class Network(DifferentiableGraph):
     def __post_init__(self) -> None:
         if isinstance(self.edges, str):
             raise InputError(f"Network takes pairs of names; for text, write Network.parse({self.edges!r})")
+        object.__setattr__(self, "edges", FrozenRows(self.edges))  # a tuple that shows itself, however long
 
     @classmethod
     def parse(cls, text: str) -> "Network":
@@ -189,12 +190,12 @@ class Network(DifferentiableGraph):
             own_edges=own_edges, own_nodes=own_nodes, labels=labels, partials=partials,
         )  # fmt: skip
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Network of {counted(len(self.nodes), 'node')} and {counted(len(self.edges), 'edge')}"
         yield f"outputs {brief(self.outputs)}"
         yield " ".join(f"{a}>{b}" for a, b in self.edges[:60]) + " ..." * (len(self.edges) > 60)
         if len(self.edges) <= MAX_EDGES_DRAWN:
-            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 64))])
+            yield Pictures(lambda: [("", as_image(self.figure(None, ""), 80))])
 
     def _by_input(self, wrt: str, number: str, component: str | None, substitute: bool) -> Derivative:
         name = f"x{number}"

@@ -353,7 +353,7 @@ class Evidence:
             batches[row["site"]][_backward_batch(row)].append((squares, row["count"]))
         for row in self.rows("channel_norm") if not batches else ():
             norms = np.asarray(row["values"], np.float64)
-            batches[row["site"]][_backward_batch(row)].append((float(np.square(norms).sum()), len(norms)))
+            batches[row["site"]][_backward_batch(row)].append((float(norms @ norms), len(norms)))
         for row in self.rows("histogram") if not batches else ():
             batches[row["site"]][_backward_batch(row)].append(_squares(row))
         if not batches:
@@ -396,9 +396,11 @@ def _batch(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def _series(batches: dict[Any, list[tuple[float, int]]]) -> Floats:
-    sums = [np.sum(batches[key], axis=0) for key in sorted(key for key in batches if key is not None)]
+    rows = [batches[key] for key in sorted(key for key in batches if key is not None)]
+    totals = np.array([sum(total for total, _ in of_batch) for of_batch in rows], np.float64)
+    counts = np.array([sum(count for _, count in of_batch) for of_batch in rows], np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.sqrt(np.array([total / count for total, count in sums], np.float64))
+        return np.sqrt(totals / counts)
 
 
 def _squares(row: dict[str, Any]) -> tuple[float, int]:

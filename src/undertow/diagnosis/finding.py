@@ -42,7 +42,7 @@ class Finding(ShownItem):
         """Return plain data for JSON; values may still be NaN or infinite."""
         return asdict(self) | {"sites": list(self.sites)}
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Finding ({self.severity}) {self.cause}: {self.sentence}"
         facts = {"sites": brief(self.sites), "remedy": self.remedy, "source": self.source}
         facts |= {name: brief(value) for name, value in self.evidence.items()}
@@ -72,7 +72,7 @@ class Findings(Rows[Finding]):
     def _like(self, items: list[Finding]) -> Self:
         return type(self)(items, self.checked)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         looked = [name for name, answer in self.checked.items() if answer.startswith("checked")]
         rules = f"{len(looked)} of {counted(len(self.checked), 'rule')} checked"
         counts = {severity: sum(f.severity == severity for f in self) for severity in reversed(SEVERITIES)}

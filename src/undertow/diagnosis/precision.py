@@ -112,14 +112,15 @@ def _broken(evidence: Evidence) -> dict[tuple[int, int, str, str], float | None]
     if not tables & {"histogram", "moments", "channel_norm", "diagnosis"}:
         raise NotRecorded("record the measure histogram, moments or channel-norm")
     for row in evidence.rows("channel_norm"):
-        if row["phase"] in _PHASES and not np.isfinite(row["values"]).all():
+        if row["phase"] in _PHASES and not math.isfinite(sum(row["values"])):  # norms are not negative
             shares[_where(row)] = None
     for row in evidence.rows("moments"):
         if row["phase"] in _PHASES and not math.isfinite(row["mean"]):
             shares[_where(row)] = None
     for row in [*evidence.rows("histogram"), *(row for rows in evidence.outputs.values() for row in rows)]:
-        counts = np.asarray(row["counts"], np.int64)
-        nonfinite = int(counts[~finite(np.asarray(row["codes"], np.int64))].sum())
+        broken = ~finite(np.asarray(row["codes"], np.int64))
+        counts = np.asarray(row["counts"] if broken.any() else (), np.int64)
+        nonfinite = int(counts[broken].sum()) if len(counts) else 0
         if nonfinite and row["phase"] in _PHASES:
             shares[_where(row)] = nonfinite / int(counts.sum())
     for row in evidence.watched:

@@ -15,12 +15,12 @@ from typing import Any, Literal, Protocol, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FrameworkError, InputError, ModelError
+from ..errors import FrameworkError, InputError, ModelError, RuleError
 from ..inputs import ModelArguments
 from ..measures import Measure
 from ..outputs import Path
-from ..rules import Rule
 from ..structures import is_tensor
+from ..tables import ActivationRule, Rule
 from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
 
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow", "tf_keras")}
@@ -36,6 +36,7 @@ CAPABILITIES = {
     "inspect.redirect": "redirect",
     "inspect.blocks": "derive.from_model",
     "inspect.derivatives": "a check of derivatives by autograd",
+    "prepare": "prepare",
     "record": "record",
     "zoo": "loading models by name",
 }
@@ -70,7 +71,7 @@ class Request:
 
     model: Callable[..., Any]
     inputs: tuple[Any, ...]
-    rule: Rule
+    rule: ActivationRule | Rule
     rule_name: str
     target: Any
     through: str
@@ -97,6 +98,25 @@ class Request:
     def describe(self, i: int) -> str:
         """Name an input in a message."""
         return self.noun or f"input {i}"
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the inputs are the output of a layer."""
+        return bool(self.noun)
+
+    @property
+    def activation_rule(self) -> ActivationRule:
+        """The rule of a way that reaches activations alone.
+
+        Raises:
+            RuleError: the rule is a table of more.
+        """
+        if isinstance(self.rule, Rule):
+            raise RuleError(
+                f"rule {self.rule_name!r} acts on more than activations, which through='graph' alone reaches, on "
+                "PyTorch; here the rule is gradient, deconvnet, guided or a function (g, local) -> g"
+            )
+        return self.rule
 
     @property
     def batch(self) -> int | None:
@@ -137,6 +157,16 @@ class Explainer(Protocol):
 
     def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
         """Return, for each call of a layer, its output as arguments, and the request to explain by them."""
+
+
+class Preparer(Protocol):
+    """Copies of a network that do the same with less."""
+
+    STEPS: tuple[str, ...]
+    """What can be done to a copy, in order."""
+
+    def prepared(self, model: Any, steps: Sequence[str], example: Any) -> Any:
+        """Return a frozen copy with some steps taken. Raises InputError: one cannot be."""
 
 
 class Inspector(Protocol):
@@ -378,6 +408,8 @@ class Recorder(Protocol):
 def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 @overload
 def capability(framework: str, name: Literal["explain"]) -> Explainer: ...
+@overload
+def capability(framework: str, name: Literal["prepare"]) -> Preparer: ...
 @overload
 def capability(framework: str, name: Literal["inspect.layers"]) -> Inspector: ...
 @overload

@@ -196,7 +196,7 @@ class Call(ShownItem):
         }
         return by_name | {f"gradient by {name}": g for name, g in self.parameter_gradients.items()}
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         formula = "no closed formula" if self.verdict == NO_FORMULA else f"closed formula: {self.verdict}"
         yield f"Call {self.call} of {self.name or '(model)'}, {self.kind}; {formula}{'; ' * bool(self.note)}{self.note}"
         cells = [(name, "-" if tensor is None else shape_of(tensor)) for name, tensor in self.tensors.items()]

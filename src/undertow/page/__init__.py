@@ -18,7 +18,9 @@ from .text import Text as Text
 from .writing import write_page
 
 
-def report(*what: Any, path: str | os.PathLike[str] = "report.html", title: str = "undertow") -> Path:
+def report(
+    *what: Any, path: str | os.PathLike[str] = "report.html", title: str = "undertow", command: str = ""
+) -> Path:
     """Write one HTML file that shows everything at a glance, asks for nothing, and can be mailed.
 
     Args:
@@ -27,6 +29,7 @@ def report(*what: Any, path: str | os.PathLike[str] = "report.html", title: str 
             tokens, a network as `ut.derive.from_model` returns it, or a pair of that and a `Trace`.
         path: of the page; replaced.
         title: at its top.
+        command: what it was made by, to be told in the page, such as "undertow report runs/a".
 
     Raises:
         InputError: something that cannot be shown, or nothing; nothing is written.
@@ -39,10 +42,10 @@ def report(*what: Any, path: str | os.PathLike[str] = "report.html", title: str 
     True
     """
     arrays = PackedArrays()
-    return write_page(Path(path), contents(what, arrays, title), arrays.texts)
+    return write_page(Path(path), contents(what, arrays, title, command), arrays.texts)
 
 
-def contents(what: Any, arrays: PackedArrays, title: str) -> dict[str, Any]:
+def contents(what: Any, arrays: PackedArrays, title: str, command: str = "") -> dict[str, Any]:
     """Return all that a page shows, as plain data."""
     cards: list[dict[str, Any]] = []
     runs: list[Run] = []
@@ -72,14 +75,14 @@ def contents(what: Any, arrays: PackedArrays, title: str) -> dict[str, Any]:
             )
     if not (cards or runs or networks or texts):
         raise InputError("there is nothing to show; give the folder of a run, or what undertow explain wrote")
-    networks += [graph for run in runs if (graph := flow.of_run(run))]
+    networks += [graph for i, run in enumerate(runs) if (graph := flow.of_run(run, i))]
     return {
         "title": title,
         "explanations": explanations.section(cards, arrays),
         "gradients": gradients.section(runs, arrays),
         "flow": networks,
         "text": texts,
-        "made": [*_made_of(cards), *map(_made_of_run, runs), _page_facts()],
+        "made": [*_made_of(cards), *map(_made_of_run, runs), _page_facts(command)],
         "live": None,
     }
 
@@ -90,7 +93,11 @@ def _at(path: Path) -> tuple[list[dict[str, Any]], Run | None]:
         raise InputError(f"{printable(path)} is not there")
     if (path / "manifest.json").is_file():
         return [], Run(path)
-    folders = explanations.folders_of(path)
+    if (path / "sweep.json").is_file() and not (path / "pictures").is_dir():
+        raise InputError(
+            f"{printable(path)} is a sweep without pictures; add --pictures N to its command, or read .map()"
+        )
+    folders = explanations.folders_of(path / "pictures" if (path / "sweep.json").is_file() else path)
     if not folders:
         raise InputError(f"{printable(path)} is neither a run nor what undertow explain or trust writes")
     return [explanations.card_of_folder(folder) for folder in folders], None
@@ -111,10 +118,8 @@ def _made_of_run(run: Run) -> dict[str, Any]:
     return {"title": f"run {run.folder.resolve().name}", "facts": facts}
 
 
-def _page_facts() -> dict[str, Any]:
+def _page_facts(command: str) -> dict[str, Any]:
     from ..photographs import versions
 
-    return {
-        "title": "this page",
-        "facts": {"written": datetime.now().astimezone().isoformat(timespec="minutes"), **versions()},
-    }
+    written = {"written": datetime.now().astimezone().isoformat(timespec="minutes")}
+    return {"title": "this page", "facts": ({"command": command} if command else {}) | written | versions()}

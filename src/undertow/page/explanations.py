@@ -130,10 +130,7 @@ def _key(rule: str, estimator: str) -> str:
 def _explained_maps(folder: Path, facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     reverse = facts["preprocessing"].get("order") == "BGR"
     for name, how in facts["rules"].items():
-        path = folder / f"{readable(name)}.safetensors"
-        if path.stat().st_size > MAX_MAP_BYTES:
-            raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
-        attribution = Attribution.load(path)
+        attribution = Attribution.load(_own(folder / f"{readable(name)}.safetensors"))
         for k in range(len(facts["targets"])):
             values = attribution.map(0, k)
             yield _map(values[::-1] if reverse else values, k, how)
@@ -167,7 +164,20 @@ def _photograph(folder: Path) -> npt.NDArray[np.uint8] | None:
     from ..images import read
 
     path = folder / PHOTOGRAPH
-    return np.asarray(read(path)) if path.is_file() else None
+    return np.asarray(read(_own(path))) if path.is_file() else None
+
+
+def _own(path: Path) -> Path:
+    """Return the path of a file in the folder itself: no link to another, and none that is too large.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path.name} is a link")
+    if path.stat().st_size > MAX_MAP_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, over {MAX_MAP_BYTES:,}")
+    return path
 
 
 def cards_of_attribution(attribution: Attribution, names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -202,11 +212,34 @@ def card_of_verdict(verdict: Verdict) -> dict[str, Any]:
     return _card(verdict.target_name, _targets({"": plain}), maps, made, verdicts={"": plain})
 
 
+def merged(cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the cards of one photograph and one network, so that their rules and estimators stand in one place.
+
+    A map of the same rule, estimator and class is kept once, the first; a verdict likewise.
+    """
+    by_photograph: dict[Any, dict[str, Any]] = {}
+    for card in cards:
+        pixels = None if card["photograph"] is None else card["photograph"].tobytes()
+        key = id(card) if pixels is None else (card["name"], pixels, card["made"].get("weights_sha256"))
+        first = by_photograph.setdefault(key, {**card, "targets": [], "maps": [], "notes": [], "verdicts": {}})
+        first["predictions"] = first["predictions"] or card["predictions"]
+        first["targets"] += [t for t in card["targets"] if t["class"] not in [s["class"] for s in first["targets"]]]
+        first["notes"] += [note for note in card["notes"] if note not in first["notes"]]
+        first["verdicts"] = card["verdicts"] | first["verdicts"]
+        classes = [target["class"] for target in first["targets"]]
+        had = {(one["key"], one["target"]) for one in first["maps"]}
+        maps = [{**one, "target": classes.index(card["targets"][one["target"]]["class"])} for one in card["maps"]]
+        first["maps"] += [one for one in maps if (one["key"], one["target"]) not in had]
+    return list(by_photograph.values())
+
+
 def section(cards: Sequence[dict[str, Any]], arrays: PackedArrays) -> dict[str, Any]:
     """Return all cards, as the page's script reads them."""
+    cards = merged(cards)
     in_colour = sum(len(card["maps"]) for card in cards) <= MAX_IN_COLOUR
     return {
         "in_colour": in_colour,
+        "colour": in_colour and any(one["values"].shape[0] in (1, 3) for card in cards for one in card["maps"]),
         "cards": [
             {**{key: value for key, value in card.items() if key != "made"},
              "photograph": _jpeg(card["photograph"]),
@@ -219,11 +252,11 @@ def section(cards: Sequence[dict[str, Any]], arrays: PackedArrays) -> dict[str, 
 def _packed(one: dict[str, Any], in_colour: bool, arrays: PackedArrays) -> dict[str, Any]:
     """Pack a map: all its channels, or the largest |value| over them and their sum."""
     values = one["values"].astype(np.float32)
-    top = float(np.percentile(np.abs(values).max(0), heatmap.CLIP)) or float(np.abs(values).max())
+    tops = {style: heatmap.limit(values, style) for style in ("magnitude", "signed")}
     if not in_colour and len(values) > 1:
         values = np.stack([np.abs(values).max(0), values.sum(0)])
     facts = {key: value for key, value in one.items() if key != "values"}
-    return {**facts, "reduced": not in_colour and len(one["values"]) > 1, "top": top, "values": arrays.floats(values)}
+    return {**facts, "reduced": not in_colour and len(one["values"]) > 1, "tops": tops, "values": arrays.floats(values)}
 
 
 def _jpeg(pixels: npt.NDArray[np.uint8] | None) -> str | None:

@@ -23,7 +23,8 @@ def of_blocks(blocks: Blocks, trace: Trace | None = None, title: str = "") -> di
     ]
     nodes.append({"name": END, "kind": "objective", "gradient": None, "trace": []})
     edges = [{"source": e.source, "target": e.target, "norm": _finite(e.norm)} for e in blocks.edges]
-    return {"title": title, "nodes": nodes, "edges": edges, "of": "the ℓ2 norm of the gradient that it carries"}
+    of = "the ℓ2 norm of the gradient that it carries"
+    return {"title": title, "run": None, "nodes": nodes, "edges": edges, "of": of}
 
 
 def _trace_of(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -33,8 +34,10 @@ def _trace_of(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[
     return [call for call in calls if not number or str(call["call"]) == number]
 
 
-def of_run(run: Run) -> dict[str, Any] | None:
+def of_run(run: Run, index: int) -> dict[str, Any] | None:
     """Return the graph of a watched run's sites: which reads which, and the mean size of the gradient at each.
+
+    `index` is the run's place among those of the page, whose findings are marked.
 
     None where nothing was watched, as without `record(..., diagnose=True)`.
     """
@@ -61,7 +64,7 @@ def of_run(run: Run) -> dict[str, Any] | None:
         if reader in names or reader < 0
     ]
     of = "the ℓ2 norm of the gradient at the output that it leaves"
-    return {"title": run.folder.resolve().name, "nodes": nodes, "edges": edges, "of": of}
+    return {"title": run.folder.resolve().name, "run": index, "nodes": nodes, "edges": edges, "of": of}
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..diagnosis import diagnose
+from ..diagnosis import coincidences, contrast, diagnose
+from ..errors import InputError
 from ..measures import finite
-from ..runs import Run
+from ..runs import Run, compare, same_class
 from ..runs.quantiles import OF, default_of, groups
 from .packing import PackedArrays
 
@@ -28,7 +29,26 @@ def section(runs: list[Run], arrays: PackedArrays) -> dict[str, Any]:
         InputError: a run holds nothing that quantiles can be of.
         RunError: a file of a run is damaged.
     """
-    return {"q": list(Q), "runs": [run_data(run, default_of(runs), arrays) for run in runs]}
+    of = default_of(runs)
+    return {
+        "q": list(Q),
+        "of": of,
+        "measure": OF[of].replace("_", "-"),
+        "runs": [run_data(run, of, arrays) for run in runs],
+        "contrast": _contrast(runs) if len(runs) > 1 else [],
+    }
+
+
+def _contrast(runs: list[Run]) -> list[str]:
+    """Return what sets runs apart, and why, in sentences, as `undertow compare` prints them."""
+    names = [run.folder.resolve().name for run in runs]
+    agreements = [(name, same_class(runs[0], run)) for run, name in zip(runs[1:], names[1:], strict=True)]
+    same = [f"{names[0]} and {name}: {agreement}" for name, agreement in agreements if agreement]
+    try:
+        rows = compare(runs, Q)
+    except InputError:  # nothing was recorded yet that can be compared
+        return same
+    return [*same, *coincidences(runs, rows), *contrast(runs)]
 
 
 def run_data(run: Run, of: str, arrays: PackedArrays) -> dict[str, Any]:
@@ -52,7 +72,6 @@ def run_data(run: Run, of: str, arrays: PackedArrays) -> dict[str, Any]:
     shown = batches[:: _every(batches)]
     return {
         "name": run.folder.resolve().name,
-        "of": of,
         "finished": run.finished,
         "batches": len(batches),
         "every": _every(batches),

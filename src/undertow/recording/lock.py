@@ -18,24 +18,27 @@ def _filelock() -> Any:
 
 
 @contextmanager
-def locked(folder: Path, rank: int) -> Iterator[None]:
+def locked(folder: Path, rank: int, what: str = "recording") -> Iterator[None]:
     """Keep another process from recording into the same folder under the same rank; ends with the process.
 
-    Where recording is refused inside, no lock's file is left that was not there before.
+    Where it is refused inside, no lock's file is left that was not there before.
+
+    Args:
+        what: writes there, in messages.
 
     Raises:
         RunError: one does, or there can be no lock.
     """
     filelock, path = _filelock(), folder / f".lock-{rank:03d}"
     if path.is_symlink():
-        raise RunError(f"{printable(path)} is a link, which no recording makes; remove it, or choose another folder")
+        raise RunError(f"{printable(path)} is a link, which no {what} makes; remove it, or choose another folder")
     was_there = path.exists()
     lock = filelock.FileLock(path, thread_local=False)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         name = printable(folder)
-        raise RunError(f"another recording writes into {name} at this moment; choose another folder") from error
+        raise RunError(f"another {what} writes into {name} at this moment; choose another folder") from error
     except OSError as error:
         raise RunError(f"{printable(folder)} cannot be locked ({one_line(error)}); choose another folder") from error
     try:

@@ -90,7 +90,7 @@ def record_photographs(
     if objective not in OBJECTIVES:
         raise InputError(f"objective {objective!r} is unknown (known: {', '.join(OBJECTIVES)})")
     photographs = _listed(Path(source), limit)
-    labels = {} if objective == "predicted" else {name: _label(classifier, path) for name, path in photographs}
+    labels = {} if objective == "predicted" else {name: label_of(classifier, path) for name, path in photographs}
     batch_size = batch_size or (4 if device == "cpu" else 32)
     batches = [photographs[start : start + batch_size] for start in range(0, len(photographs), batch_size)]
     source_facts = _identity(photographs) | {"batch_size": batch_size, "objective": objective}
@@ -113,8 +113,8 @@ def record_photographs(
         for number, names, x in _loaded(classifier, remaining, device, workers, result, advance):
             with recording.batch(samples=names, batch=number):
                 ids, scores = run_objective(x, [labels[name] for name in names] if labels else None)
-                class_names = _class_names(classifier, ids)
-                recording.describe({"class": ids, "class_name": class_names, "score": scores})
+                named = class_names(classifier, ids)
+                recording.describe({"class": ids, "class_name": named, "score": scores})
             result.photographs += len(names)
         if not result.photographs and not result.before:
             first = result.failed[0][1]
@@ -149,7 +149,8 @@ def _listed(root: Path, limit: int | None) -> list[tuple[str, Path]]:
     return [(str(path.relative_to(root)) if root.is_dir() else path.name, path) for path in paths]
 
 
-def _class_names(classifier: Classifier, ids: Sequence[int]) -> list[str]:
+def class_names(classifier: Classifier, ids: Sequence[int]) -> list[str]:
+    """Return the names of classes; the number of one that has no name."""
     return [classifier.classes[i] if i < len(classifier.classes) else str(i) for i in ids]
 
 
@@ -204,8 +205,13 @@ def _read(classifier: Classifier, name: str, path: Path) -> Loaded:
         return name, error
 
 
-def _label(classifier: Classifier, path: Path) -> int:
+def label_of(classifier: Classifier, path: str | Path) -> int:
+    """Return the class that a photograph's own folder is named after.
+
+    Raises:
+        TargetError: it is named after none.
+    """
     try:
-        return find_class(classifier, path.resolve().parent.name)
+        return find_class(classifier, Path(path).resolve().parent.name)
     except TargetError as error:
         raise TargetError(f"{path} lies in no folder named after a class: {error}") from error

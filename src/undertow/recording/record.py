@@ -247,7 +247,7 @@ class Recording(ShownItem):
             with _disk_named(self.folder):
                 self._finish()
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         state = "closed" if self._writer is None else "a batch is being recorded" if self._open else "open"
         yield f"Recording into {str(self.folder)!r}: {counted(self.batches, 'batch')}, {state}"
         rows = [

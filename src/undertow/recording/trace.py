@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..display import BAD, GOOD, Mark, Part, Rows, Shown, ShownTable, counted
+from ..display import BAD, GOOD, FrozenRows, Mark, Part, Rows, Shown, ShownTable, counted
 from ..errors import InputError, did_you_mean
 from ..frameworks.base import as_numpy, capability, framework_of_input
 from ..frameworks.results import DIFFERS, EQUAL, NO_FORMULA, WRONG, Call, Checked
@@ -62,6 +62,10 @@ class Trace(Shown, Sequence[Call]):
     functions: tuple[Checked, ...] = ()
     unreached: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("calls", "functions", "unreached"):
+            object.__setattr__(self, name, FrozenRows(getattr(self, name)))  # tuples that show themselves, however long
+
     @overload
     def __getitem__(self, key: int | str | tuple[str, int]) -> Call: ...
     @overload
@@ -97,7 +101,7 @@ class Trace(Shown, Sequence[Call]):
         """Return one row for each call: shapes, norms, and what the closed formula says."""
         return Rows(_row(call) for call in self.calls)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         verdicts = [call.verdict for call in self.calls]
         counts = {"equal": verdicts.count(EQUAL), "differ from": verdicts.count(DIFFERS)}
         formulas = ", ".join(f"{count:,} {word} their closed formula" for word, count in counts.items() if count)

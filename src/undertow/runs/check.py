@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..display import BAD, Mark, Part, Shown, ShownTable, brief, counted
+from ..display import BAD, FrozenRows, Mark, Part, Shown, ShownTable, brief, counted
 from ..errors import RunError, printable
 from .checksums import FOLDER, lost_commits, read_checksums
 from .format import COMMITTED, TABLES, damage_named, read_tensor, tensor_path
@@ -59,6 +59,10 @@ class Check(Shown):
     orphans: tuple[str, ...]
     strangers: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("faults", "orphans", "strangers"):
+            object.__setattr__(self, name, FrozenRows(getattr(self, name)))  # tuples that show themselves, however long
+
     @property
     def whole(self) -> bool:
         """Whether nothing that was recorded is lost or changed."""
@@ -68,7 +72,7 @@ class Check(Shown):
         """Return plain data for JSON."""
         return {**asdict(self), "whole": self.whole}
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         kind = "whole" if self.whole else f"{counted(len(self.faults), 'file')} damaged or missing"
         state = "finished" if self.finished else "not finished"
         yield f"Check of {self.run}: {kind}"

@@ -48,7 +48,7 @@ class Comparison(ShownItem):
         """The site's name, or its names where the runs have several."""
         return " | ".join(dict.fromkeys(site or "-" for site in self.sites))
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Comparison of {counted(len(self.sites), 'run')} at {self.label}, {self.phase}"
         known = next((site for site in self.quantiles if site is not None), None)
         if known is None:
@@ -99,7 +99,7 @@ class Comparisons(Rows[Comparison]):
         labels = [name if named.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(named)]
         return {label: [s for s in rows if s is not None] for label, rows in zip(labels, of_runs, strict=True)}
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Comparisons of {counted(len(self.runs), 'run')} at {counted(len(self), 'site')}"
         yield from (f"run {i}: {run}" for i, run in enumerate(self.runs[:8]))
         runs = range(len(self[0].sites) if self else 0)

@@ -1,6 +1,6 @@
 """Quantiles of what a run recorded, from its histograms or its channel norms."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -83,7 +83,7 @@ class SiteQuantiles(ShownItem):
         counts = {"count": self.count, "zeros": self.zeros, "nonfinite": self.nonfinite}
         return {"site": self.site, "phase": self.phase, **self.by, "of": self.of, **counts, **named}
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         pairs = [(f"{100 * q:g} %", f"{value:.4g}") for q, value in zip(self.q, self.values, strict=True)]
         by = "".join(f", {name} {value}" for name, value in self.by.items())
         some = " ".join(f"{q} {value}," for q, value in pairs[:5]) + (" ..." if len(pairs) > 5 else "")
@@ -115,7 +115,7 @@ class Quantiles(Rows[SiteQuantiles]):
 
         return drawn_or_saved(quantile_panels({"": self}, title, panels=panels), path, ground)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         if not self:
             yield "Quantiles of no site: nothing was recorded"
             return
@@ -135,7 +135,7 @@ def charted(groups: Any) -> Any:
     """Return quantile curves as a picture for a cell."""
     from ..show.plots import as_image, quantile_panels
 
-    return as_image(quantile_panels(groups), 64)
+    return as_image(quantile_panels(groups), 80)
 
 
 def _some(q: Sequence[float]) -> list[int]:
@@ -192,10 +192,9 @@ def quantiles(
     columns = list(dict.fromkeys(["site", "phase", *columns]))
     table = run.table(OF[of])
     factors = _factors(run, table, per_sample)
-    weighed = _of_codes if OF[of] == "histogram" else _of_channel_norms if of == "channel_norm" else _of_tensors
+    read = _READERS.get(OF[of], _reader_of_tensors)(table, of)
     return Quantiles(
-        _summary(key, columns, of, fractions, *weighed(table, rows, factors[rows], of))
-        for key, rows in groups(run, table, columns)
+        _summary(key, columns, of, fractions, *read(rows, factors[rows])) for key, rows in groups(run, table, columns)
     )
 
 
@@ -284,51 +283,105 @@ def _lists(table: Any, columns: Iterable[str]) -> list[list[Any]]:
     return [table[column].to_pylist() for column in columns]
 
 
-def _of_tensors(
-    table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
-    """Return values, weights, and how many were not finite, of a group of which each tensor has one number."""
+# Reads the values, their weights, and how many were not finite, of some rows of a table, times a factor for each row.
+_Reader = Callable[[npt.NDArray[np.intp], npt.NDArray[np.float64]], tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]]
+
+
+def _reader_of_tensors(table: Any, of: str) -> _Reader:
+    """Read a table of which each tensor has one number."""
 
     def column(name: str) -> npt.NDArray[np.float64]:
-        return np.asarray(table[name].take(rows).to_numpy(), np.float64)
+        return np.asarray(table[name].to_numpy(), np.float64)
 
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if of == "zero_fraction":
-            values = column("zeros") / column("total")
+            numbers = column("zeros") / column("total")
         elif of == "rms":
-            values = np.sqrt(column("m2") / column("count") + np.square(column("mean"))) * factors
+            numbers = np.sqrt(column("m2") / column("count") + np.square(column("mean")))
         else:
-            values = column("norm") * factors
+            numbers = column("norm")
+
+    def read(
+        rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+        values = numbers[rows] if of == "zero_fraction" else numbers[rows] * factors
+        return _finite_of(values)
+
+    return read
+
+
+def _reader_of_channel_norms(table: Any, of: str) -> _Reader:
+    """Read a table of channel norms."""
+    norms = _Lists(table["values"])
+
+    def read(
+        rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+        return _finite_of(norms.of(rows).astype(np.float64) * np.repeat(factors, norms.lengths[rows]))
+
+    return read
+
+
+def _finite_of(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
     keep = np.isfinite(values)
     return values[keep], np.ones(int(keep.sum()), np.int64), int((~keep).sum())
 
 
-def _of_channel_norms(
-    table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
-    """Return values, weights, and how many were not finite, of a group of channel norms."""
-    taken = table["values"].take(rows)
-    lengths = taken.combine_chunks().value_lengths().to_numpy()
-    values = taken.combine_chunks().flatten().to_numpy().astype(np.float64) * np.repeat(factors, lengths)
-    keep = np.isfinite(values)
-    return values[keep], np.ones(int(keep.sum()), np.int64), int((~keep).sum())
+def _reader_of_codes(table: Any, of: str) -> _Reader:
+    """Read a table of histograms."""
+    codes, counts = _Lists(table["codes"]), _Lists(table["counts"])
+    exact = np.array([dtype == "bfloat16" for dtype in table["dtype"].to_pylist()])
+    values_of = {is_exact: code_values(is_exact) for is_exact in (False, True)}
+
+    def read(
+        rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
+        values, weights, nonfinite = [], [], 0
+        for is_exact, factor in sorted(set(zip(exact[rows].tolist(), factors.tolist(), strict=True))):
+            chosen = rows[(exact[rows] == is_exact) & (factors == factor)]
+            occurring, weight = _added(codes.of(chosen).astype(np.intp), counts.of(chosen))
+            keep = finite(occurring)
+            nonfinite += int(weight[~keep].sum())
+            numbers = values_of[is_exact][occurring[keep]] * factor
+            values.append(np.abs(numbers) if of == "magnitude" else numbers)
+            weights.append(weight[keep])
+        return np.concatenate(values), np.concatenate(weights), nonfinite
+
+    return read
 
 
-def _of_codes(
-    table: Any, rows: npt.NDArray[np.intp], factors: npt.NDArray[np.float64], of: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], int]:
-    """Return values, weights, and how many were not finite, of a group of histograms."""
-    exact = np.array([dtype == "bfloat16" for dtype in table["dtype"].take(rows).to_pylist()])
-    values, weights, nonfinite = [], [], 0
-    for is_exact, factor in sorted(set(zip(exact.tolist(), factors.tolist(), strict=True))):
-        group = table.select(["codes", "counts"]).take(rows[(exact == is_exact) & (factors == factor)])
-        codes, counts = (group[name].combine_chunks().flatten().to_numpy() for name in ("codes", "counts"))
-        dense = np.zeros(CODES, np.int64)
-        np.add.at(dense, codes.astype(np.intp), counts)
-        occurring = np.flatnonzero(dense)
-        nonfinite += int(dense[occurring[~finite(occurring)]].sum())
-        occurring = occurring[finite(occurring)]
-        group_values = code_values(is_exact)[occurring] * factor
-        values.append(np.abs(group_values) if of == "magnitude" else group_values)
-        weights.append(dense[occurring])
-    return np.concatenate(values), np.concatenate(weights), nonfinite
+def _added(
+    codes: npt.NDArray[np.intp], counts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+    """Add the counts of equal codes where that leaves fewer to sort; a single batch has too few for it to pay."""
+    if len(codes) < CODES:
+        return codes, counts
+    dense = np.zeros(CODES, np.int64)
+    np.add.at(dense, codes, counts)
+    occurring = np.flatnonzero(dense)
+    return occurring, dense[occurring]
+
+
+class _Lists:
+    """A column of lists of which rows are taken many times; Arrow's own `take` costs as much as a whole batch's read.
+
+    Attributes:
+        lengths: of each row's list.
+    """
+
+    def __init__(self, column: Any) -> None:
+        whole = column.combine_chunks()
+        self.lengths: npt.NDArray[np.int64] = whole.value_lengths().to_numpy().astype(np.int64)
+        self._flat = whole.flatten().to_numpy()
+        self._ends = np.cumsum(self.lengths)
+
+    def of(self, rows: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+        """Return the lists of some rows behind one another."""
+        ends = self._ends[rows]
+        starts = ends - self.lengths[rows]
+        if len(rows) == 1:
+            return np.asarray(self._flat[starts[0] : ends[0]])
+        return np.concatenate([self._flat[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+
+
+_READERS = {"histogram": _reader_of_codes, "channel_norm": _reader_of_channel_norms}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..display import Part, ShownItem, ShownTable, brief
+from ..display import Part, Rows, ShownItem, ShownTable, brief, counted
 from ..errors import InputError, did_you_mean, printable
 from .check import Check, check
 from .checksums import FOLDER, lost_commits, read_checksums
@@ -50,7 +50,7 @@ class Run(ShownItem):
             raise InputError(f"run is a {type(run).__name__}; pass a Run, the path of its folder, or a recording")
         return cls(folder)
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         state = "finished" if self.finished else "unfinished"
         tables = self.tables
         yield f"Run({str(self.folder)!r}, {state}, sites={len(self.sites)}, tables={tables})"
@@ -59,7 +59,7 @@ class Run(ShownItem):
             "model": ", ".join(f"{key} {brief(model[key])}" for key in ("reference", "class") if model.get(key)),
             "sites": brief(self.sites),
             "parameters": brief(self.parameters),
-            "tables": ", ".join(f"{name} ({len(self.parts(name))} files)" for name in tables[:12]),
+            "tables": ", ".join(f"{name} ({counted(len(self.parts(name)), 'file')})" for name in tables[:12]),
             "phase": self.manifest["phase"],
             "loss": self.manifest["loss_reduction"],
             "processes": str(self.manifest["world_size"]),
@@ -74,14 +74,14 @@ class Run(ShownItem):
         return bool(self.manifest["finished"])
 
     @property
-    def sites(self) -> list[str]:
+    def sites(self) -> Rows[str]:
         """The names of the modules among the sites, in order of execution."""
-        return list(self.manifest["sites"]["names"])
+        return Rows(self.manifest["sites"]["names"])
 
     @property
-    def parameters(self) -> list[str]:
+    def parameters(self) -> Rows[str]:
         """The names of the parameters among the sites, in the order in which the network defines them."""
-        return list(self.manifest.get("parameters", {}))
+        return Rows(self.manifest.get("parameters", {}))
 
     @property
     def tables(self) -> list[str]:

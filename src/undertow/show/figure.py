@@ -3,13 +3,16 @@
 import io
 
 from matplotlib.figure import Figure
+from PIL import Image
+
+from ..display import png
 
 
 class NotebookFigure(Figure):
     """A figure that needs no pyplot to be seen, and no window."""
 
     def _repr_png_(self) -> bytes:
-        return picture(self, 100)
+        return png(Image.open(io.BytesIO(picture(self, 80))))
 
 
 def picture(figure: Figure, dpi: int) -> bytes:

@@ -4,16 +4,30 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .labels import drawn
+import numpy as np
+
+from .labels import drawn, fitted, wrapped
+from .placing import Points, bent, middle, place, straight
 from .plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Edge = tuple[str, str]
+Place = tuple[float, float]  # in inches
+Places = dict[str, Place]  # of nodes
+Ways = dict[Edge, tuple[float, Points]]  # the bend and the points of edges
 CARRYING, OWN, FAINT, INK = "#D55E00", "#0072B2", "#B4B4BC", "#18181B"
 GREY = "#5A5A62"
 MAX_LABELLED_EDGES = 24  # with more highlighted edges, no partials are written beside them
+_LEGEND = "orange: what the gradient passes on its way back from E; blue: where the quantity itself comes in"
+_LEFT_OUT = f"; of more than {MAX_LABELLED_EDGES} edges no partials are written"
+_SMALL, _MATH = 8, 12  # points
+_PAD = 0.12  # of a label's size, around it
+_NARROWEST = 4.0  # inches
+_ATTEMPTS, _FOR_BEAUTY = 12, 4  # enlargements by a fifth to keep labels apart; of them, to keep them off other edges
+_RADIUS = 0.24  # inches, of a node with its frame
+_HIGHEST = 150  # inches
 _DECADES = 2  # if norms span more, line width follows their logarithm
 
 
@@ -41,26 +55,25 @@ def draw_network(
     Raises:
         FrameworkError: matplotlib is missing.
     """
-    positions = _layout(edges)
-    columns = 1 + max(x for x, _ in positions.values())
-    rows = 1 + max(abs(y) for _, y in positions.values()) * 2
-    figure, axis = _figure(title, 1.75 * columns + 0.4, min(1.05 * rows + 0.9, 40))
-    for edge in edges:
-        colour = OWN if edge in own_edges else CARRYING if edge in carrying else FAINT
-        _arrow(axis, positions[edge[0]], positions[edge[1]], colour, 1.2 if colour == FAINT else 2.4)
-        if colour != FAINT and len(carrying) + len(own_edges) <= MAX_LABELLED_EDGES and edge in partials:
-            _label_edge(axis, positions[edge[0]], positions[edge[1]], f"${partials[edge]}$", colour)
-    carrying_nodes = {node for edge in carrying for node in edge} | set(own_nodes)
-    for node, (x, y) in positions.items():
-        colour = OWN if node in own_nodes else CARRYING if node in carrying_nodes else INK
+    coloured = [edge for edge in edges if edge in own_edges or edge in carrying]
+    named = [edge for edge in coloured if edge in partials] if len(coloured) <= MAX_LABELLED_EDGES else []
+    written = {edge: f"${partials[edge]}$" for edge in named}
+    places, ways, middles = _arranged(_layout(edges), edges, written)
+    on_the_way = {node for edge in carrying for node in edge} | set(own_nodes)
+    legend = _LEGEND + (_LEFT_OUT if partials and not named else "") if on_the_way else ""
+    figure, axis = _canvas(places, ways, title, legend)
+    for node, (x, y) in places.items():
+        colour = OWN if node in own_nodes else CARRYING if node in on_the_way else INK
         box = "square,pad=0.45" if node[0] == "x" else "circle,pad=0.35"
         style = {"boxstyle": box, "facecolor": "white", "edgecolor": colour, "linewidth": 1.2 + 0.9 * (colour != INK)}
-        axis.text(x, y, f"${labels[node]}$", ha="center", va="center", fontsize=12, color=INK, bbox=style, zorder=3)
-    axis.set_xlim(-0.45, columns - 0.55)
-    axis.set_ylim(-rows / 2 - 0.15, rows / 2)
-    if carrying_nodes:
-        label = "orange: what the gradient passes on its way back from E; blue: where the quantity itself comes in"
-        axis.text(0, 0, label, transform=axis.transAxes, fontsize=8, color=GREY)
+        axis.text(x, y, f"${labels[node]}$", ha="center", va="center", fontsize=_MATH, color=INK, bbox=style, zorder=3)
+    around_labels = _with_holes(axis, middles, list(map(_size, written.values())))
+    for (a, b), (bend, _) in ways.items():
+        colour = OWN if (a, b) in own_edges else CARRYING if (a, b) in carrying else FAINT
+        _arrow(axis, places[a], places[b], bend, colour).set_clip_path(around_labels, axis.transData)
+    for (edge, label), at in zip(written.items(), middles, strict=True):
+        colour = OWN if edge in own_edges else CARRYING
+        axis.text(*at, label, ha="center", va="center", fontsize=_MATH, color=colour, zorder=2.5)
     return figure
 
 
@@ -130,23 +143,81 @@ def _spread(index: int, count: int) -> float:
     return (count - 1) / 2 - index
 
 
-def _arrow(axis: Any, start: tuple[int, float], end: tuple[int, float], colour: str, width: float) -> None:
+def _arranged(
+    layout: Mapping[str, tuple[int, float]], edges: Sequence[Edge], written: Mapping[Edge, str]
+) -> tuple[Places, Ways, list[Place]]:
+    """Return nodes, edges and the middles of labels, in inches: so far apart that no label covers another or a node.
+
+    If it does not take much more room, no label lies on another edge either.
+    """
+    rows = 1 + max(abs(height) for _, height in layout.values()) * 2
+    sizes = [_size(label) for label in written.values()]
+    best: tuple[Places, Ways, list[Place], float] | None = None
+    for attempt in range(_ATTEMPTS):
+        column_width, row_height = 1.75 * 1.2**attempt, min(1.05 * 1.2**attempt, _HIGHEST / rows)
+        places = {node: (column_width * x, row_height * y) for node, (x, y) in layout.items()}
+        nodes = np.array([[x - _RADIUS, y - _RADIUS, x + _RADIUS, y + _RADIUS] for x, y in places.values()])
+        ways = {}
+        for a, b in edges:
+            skips = layout[b][0] - layout[a][0] > 1
+            ways[a, b] = (bent if skips else straight)(places[a], places[b], nodes)
+        others = [points for edge, (_, points) in ways.items() if edge not in written]
+        placed = place([ways[edge][1] for edge in written], sizes, nodes, others)
+        if placed and (best is None or placed[1] < best[3]):
+            best = places, ways, *placed
+        if best and (best[3] == 0 or attempt >= _FOR_BEAUTY):
+            return best[:3]
+    return places, ways, [middle(ways[edge][1]) for edge in written]
+
+
+def _canvas(places: Places, ways: Ways, title: str, legend: str) -> "tuple[Figure, Any]":
+    """Return a figure and its axis in inches, with the title above and the legend below all that is drawn in it."""
+    corners = np.concatenate([np.array(list(places.values())), *(points for _, points in ways.values())])
+    (left, bottom), (right, top) = corners.min(0) - 0.45, corners.max(0) + 0.45
+    wider = max(_NARROWEST - (right - left), 0) / 2
+    left, right = left - wider, right + wider
+    legend = wrapped(legend, 72 * (right - left - 0.3), _SMALL)
+    bottom -= 0.2 + 0.16 * (1 + legend.count("\n"))
+    heading = 0.55 if title else 0.0
+    figure = new_figure(figsize=(right - left, top - bottom + heading))
+    axis = figure.add_axes((0, 0, 1, (top - bottom) / (top - bottom + heading)))
+    axis.set_axis_off()
+    axis.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+    size = 18 if "$" in title else 12
+    axis.set_title(title if "$" in title else fitted(title, 72 * (right - left - 0.3), size), fontsize=size)
+    axis.text(left + 0.15, bottom + 0.12, legend, fontsize=_SMALL, color=GREY, va="bottom")
+    return figure, axis
+
+
+def _with_holes(axis: Any, middles: Sequence[Place], sizes: Sequence[Place]) -> Any:
+    """Return the path around an axis less the boxes of labels: edges are interrupted there, on any ground."""
+    from matplotlib.path import Path
+
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    rings = [[(left, bottom), (right, bottom), (right, top), (left, top)]]
+    for (x, y), (width, height) in zip(middles, sizes, strict=True):
+        w, h = width / 2, height / 2
+        rings.append([(x - w, y - h), (x - w, y + h), (x + w, y + h), (x + w, y - h)])  # the other way round: a hole
+    return Path.make_compound_path(*(Path([*ring, ring[0]], closed=True) for ring in rings))
+
+
+def _size(label: str) -> Place:
+    """Return the width and height of a formula with some room around it, in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    width, height, _ = text_to_path.get_text_width_height_descent(label, FontProperties(size=_MATH), ismath=True)
+    return width / 72 + 2 * _PAD * _MATH / 72, height / 72 + 2 * _PAD * _MATH / 72
+
+
+def _arrow(axis: Any, start: Place, end: Place, bend: float, colour: str) -> Any:
     from matplotlib.patches import FancyArrowPatch
 
-    bend = 0.18 if end[0] - start[0] > 1 else 0.0
     arrow = FancyArrowPatch(
-        start, end, arrowstyle="-|>", mutation_scale=11, linewidth=width, color=colour, shrinkA=17, shrinkB=18,
-        connectionstyle=f"arc3,rad={bend}", zorder=1 + (colour != FAINT),
+        start, end, arrowstyle="-|>", mutation_scale=11, linewidth=1.2 if colour == FAINT else 2.4, color=colour,
+        shrinkA=17, shrinkB=18, connectionstyle=f"arc3,rad={bend}", zorder=1 + (colour != FAINT),
     )  # fmt: skip
-    axis.add_patch(arrow)
-
-
-def _label_edge(axis: Any, start: tuple[int, float], end: tuple[int, float], label: str, colour: str) -> None:
-    """Write in the middle of an edge, or below the middle if the edge bends."""
-    drop = 0.09 * math.dist(start, end) if end[0] - start[0] > 1 else 0.0
-    x, y = 0.55 * start[0] + 0.45 * end[0], 0.55 * start[1] + 0.45 * end[1] - drop
-    paper = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
-    axis.text(x, y, label, ha="center", va="center", fontsize=12, color=colour, bbox=paper, zorder=2.5)
+    return axis.add_patch(arrow)
 
 
 def _bend(span: int) -> float:
@@ -185,6 +256,7 @@ def _figure(title: str, width: float, height: float) -> "tuple[Figure, Any]":
     figure = new_figure(figsize=(width, height), layout="constrained")
     axis = figure.subplots()
     axis.set_axis_off()
+    axis.set(xticks=[], yticks=[])
     if title:
         axis.set_title(title, fontsize=18 if "$" in title else 12)
     return figure, axis

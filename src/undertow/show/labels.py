@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from ..errors import printable
 
@@ -13,8 +13,25 @@ def drawn(text: str) -> str:
     >>> drawn("$x$")
     '\\$x\\$'
     """
-    plain = printable(text).replace("$", r"\$")
+    plain = legible(text).replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain
+
+
+def legible(text: str) -> str:
+    r"""Return a text on one line, with escapes for letters that matplotlib's font lacks; `font.family` sets another.
+
+    >>> legible("a\n猫")
+    'a\\n\\u732b'
+    """
+    known = _letters()
+    shown = (c if ord(c) in known else c.encode("ascii", "backslashreplace").decode() for c in printable(text))
+    return "".join(shown)
+
+
+def _letters() -> Container[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return get_font(findfont(FontProperties())).get_charmap()
 
 
 def width_of(text: str, size: float) -> float:
@@ -32,7 +49,7 @@ def fitted(text: str, width: float, size: float) -> str:
     >>> fitted("layer1", 100, 8), fitted("features.denseblock4.denselayer16.conv2", 100, 8)
     ('layer1', 'features.d…yer16.conv2')
     """
-    text = printable(text)
+    text = legible(text)
     if width_of(text, size) <= width:
         return drawn(text)
     low, high = 1, len(text)  # so many letters fit, and so many do not
@@ -61,7 +78,7 @@ def told_apart(names: Sequence[str], width: float, size: float) -> list[str]:
 def wrapped(text: str, width: float, size: float, max_lines: int = 0) -> str:
     """Break a text into lines of at most `width` points; what is beyond `max_lines`, if any, becomes "…"."""
     lines = [""]
-    for word in printable(text).split():
+    for word in legible(text).split():
         longer = f"{lines[-1]} {word}".lstrip()
         if width_of(longer, size) <= width:
             lines[-1] = longer

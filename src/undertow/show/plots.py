@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class QuantileCurve(Protocol):
-    """The quantiles of one site, as `undertow.runs.QuantileCurve` holds them."""
+    """The quantiles of one site, as `undertow.runs.SiteQuantiles` holds them."""
 
     @property
     def label(self) -> str:

@@ -13,7 +13,8 @@ from ..attribution.explain import explain
 from ..errors import InputError, ModelError, TargetError
 from ..frameworks.base import Arrays, Inspector, Request
 from ..outputs import Path
-from ..rules import Rule, resolve
+from ..rules import resolve
+from ..tables import ActivationRule, Rule
 from . import class_, convergence, faithfulness, input, stability, weights
 from .null import Null
 from .result import Answer
@@ -156,7 +157,7 @@ class Evaluation:
         maps = self.compute_maps(noisy, [self.target] * len(noisy))
         return stability.answer(original, maps, stability.RADIUS, null, self.seed)
 
-    def ask_convergence(self, rule: str | Rule, estimator: Estimator) -> Answer:
+    def ask_convergence(self, rule: str | ActivationRule | Rule, estimator: Estimator) -> Answer:
         """Send random directions back; where a map ends at a layer, to that layer."""
         name, function = resolve(rule)
         choices = "graph", "relu-like", False, self.output

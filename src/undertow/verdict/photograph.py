@@ -83,10 +83,14 @@ def trust_photograph(
         PhotographError, ModelError, TargetError, RuleError, InputError: as `images.read` and `undertow.trust` say.
     """
     photograph = images.read(path)
-    x = classifier.prepare(photograph, device)
-    options |= {"names": classifier.classes, "output": classifier.output}
-    verdicts = {label(r, e): trust(classifier.module, x, rule=r, estimator=e, **options) for r, e in pairs}
+    verdicts = verdicts_of(classifier, classifier.prepare(photograph, device), pairs, **options)
     return JudgedPhotograph(path, classifier.preprocessing.view(photograph), verdicts)
+
+
+def verdicts_of(classifier: Classifier, x: Any, pairs: Sequence[tuple[str, str]], **options: Any) -> dict[str, Verdict]:
+    """Judge the maps of a batch of one; arguments as of `trust_photograph`."""
+    options |= {"names": classifier.classes, "output": classifier.output}
+    return {label(r, e): trust(classifier.module, x, rule=r, estimator=e, **options) for r, e in pairs}
 
 
 def map_file(label: str) -> str:

@@ -45,7 +45,7 @@ class Answer(ShownItem):
     definition: str
     source: str
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield f"Answer {self.level} ({self.value:.3g}): {_plain(self.sentence)}"
         rows = [("asked", self.definition), ("source", self.source)]
         rows += [(name, brief(number)) for name, number in self.numbers.items()]
@@ -115,7 +115,7 @@ class Verdict(Shown):
         """Return what `plot` draws as a Pillow picture; errors as of `plot`."""
         return as_image(self.plot(None, photograph))
 
-    def _parts(self) -> Iterator[Part]:
+    def _shown(self) -> Iterator[Part]:
         yield _plain(self.sentence)
         said = self.target_name in (str(self.target), f"class {self.target}")
         of = self.target_name if said else f"{self.target_name} ({self.target})"

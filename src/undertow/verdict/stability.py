@@ -12,11 +12,13 @@ from .result import NO, WEAK, YES, Answer
 
 Array = npt.NDArray[Any]
 DRAWS = 8
+ITSELF = 0.5  # of its length: a map that changes by less stays more itself than not
 RADIUS = 0.02  # of the image's range of values: five grey levels of 256
 SOURCE = "max-sensitivity, Yeh et al. 2019, arXiv 1901.09392"
 DEFINITION = (
     "Does the map stay under small noise? Max-sensitivity: the largest ||map of noisy image - map|| / ||map|| over "
-    "draws of uniform noise. 'yes': below the change between random maps that share half of their variance (about 1). "
+    "draws of uniform noise. 'yes': the map changes by less than half of its length, and by less than two random maps "
+    "differ that share half of their variance (about 1). "
     "'no': as large as between unrelated random maps (about 1.4)."
 )
 
@@ -57,7 +59,7 @@ def answer(original: Array, maps: Sequence[Array], radius: float, null: Null, se
     value = max(changes)
     # random maps have the map's own length, so that between two of them the change and the cosine are one number
     unrelated, half = (float(np.sqrt(2 - 2 * cosine)) for cosine in (null.cosine.unrelated, null.cosine.half))
-    level = YES if value <= half else NO if value >= unrelated else WEAK
+    level = YES if value < min(ITSELF, half) else NO if value >= unrelated else WEAK
     numbers = {
         "mean": float(np.mean(changes)),
         "interval": _interval(changes, seed),
@@ -79,5 +81,5 @@ def _sentence(level: str, value: float, radius: float, draws: int) -> str:
     change = f"it changes by up to {100 * value:.0f} % of its length in {draws} draws"
     noise = f"Under noise of {100 * radius:g} % of the image's range the map"
     if level == YES:
-        return f"{noise} stays more itself than not ({change})."
+        return f"{noise} stays mostly itself ({change})."
     return f"{noise} becomes another one ({change})." if level == NO else f"{noise} stays in part ({change})."

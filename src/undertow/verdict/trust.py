@@ -13,7 +13,8 @@ from ..attribution.explain import explain
 from ..errors import InputError, UndertowError
 from ..frameworks.base import capability, framework_of_input
 from ..outputs import Path
-from ..rules import Rule, resolve
+from ..rules import resolve
+from ..tables import ActivationRule, Rule
 from .evaluation import Cost, Evaluation, MapFunction, check_maps, check_target
 from .null import Null
 from .result import QUESTIONS, Answer, Verdict, verdict_sentence
@@ -38,7 +39,7 @@ class Trust:
         model: Any,
         x: Any,
         *,
-        rule: str | Rule = "guided",
+        rule: str | ActivationRule | Rule = "guided",
         estimator: str = "gradient",
         target: int | None = None,
         names: Sequence[str] | None = None,
@@ -176,7 +177,7 @@ class Trust:
         model: Any,
         x: Any,
         *,
-        rule: str | Rule = "guided",
+        rule: str | ActivationRule | Rule = "guided",
         estimator: str = "gradient",
         target: int | None = None,
         samples: int = SAMPLES,
@@ -195,7 +196,7 @@ class Trust:
         return evaluation.cost(plain=name == "gradient" and resolved.kind == "gradient")
 
 
-def own_map_function(rule: str | Rule, estimator: str, seed: int, output: Path | None) -> MapFunction:
+def own_map_function(rule: str | ActivationRule | Rule, estimator: str, seed: int, output: Path | None) -> MapFunction:
     """Return the function that computes the maps of a rule and an estimator."""
     options: dict[str, Any] = {"rule": rule, "estimator": estimator, "seed": seed, "output": output}
     return lambda model, x, target: explain(model, x, target=target, **options).numpy()

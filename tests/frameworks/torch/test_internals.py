@@ -273,3 +273,17 @@ def test_a_pickled_module_hook_loads_without_undertow():
     load = f"import pickle, sys; sys.modules['undertow'] = None; pickle.loads({pickled!r})(1, 2, 3)"
     run = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_a_dispatch_mode_runs_when_a_call_has_just_made_its_node():
+    numbers = []
+
+    class Recording(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            numbers.append((func.overloadpacket, internals.next_sequence_number() - 1))
+            return func(*args, **(kwargs or {}))
+
+    x, w = leaf(2, 3), torch.randn(4, 3)
+    with Recording():
+        y = torch.nn.functional.linear(x, w, torch.randn(4))
+    assert (torch.ops.aten.addmm, internals.sequence_number(y.grad_fn)) in numbers

@@ -69,7 +69,7 @@ def nodes_behind(root: Node) -> Iterator[tuple[Node, NodeKind]]:
     for node in all_nodes_behind(root):
         kind = _KIND_OF_TYPE.get(type(node), NodeKind.OPAQUE)
         if kind is NodeKind.OPAQUE:
-            kind = _classify(node)
+            kind = classify(node)
         if kind is not None:
             yield node, kind
 
@@ -99,7 +99,7 @@ def hidden_reason(node: Node) -> str:
     return next(reason for part, reason in HIDDEN.items() if part in name)
 
 
-def _classify(node: Node) -> NodeKind | None:
+def classify(node: Node) -> NodeKind | None:
     name = name_of(node)
     if function_class(node) is not None:  # a class made in Python, which `_KIND_OF_TYPE` must not keep alive
         return NodeKind.HIDDEN if any(part in name for part in HIDDEN) else NodeKind.OPAQUE

@@ -55,7 +55,7 @@ function choice(legend, name, words, chosen, then) {
 }
 
 function dropdown(label, words, chosen, then) {
-  const select = el("select", { onchange: () => then(select.value) });
+  const select = el("select", { "aria-label": label, onchange: () => then(select.value) });
   for (const [value, text] of words) select.append(el("option", { value, selected: value === chosen }, text));
   return el("label", { class: "label" }, label, select);
 }
@@ -79,8 +79,8 @@ function npy(values, shape) {
   return new Blob([start, padded, values], { type: "application/octet-stream" });
 }
 
+const whenIdle = window.requestIdleCallback?.bind(window) ?? ((then) => setTimeout(then, 50));
 const safeName = (text) => text.replace(/[^\p{L}\p{N}._-]+/gu, "_") || "unnamed";
-const themed = [];
 const dark = () => document.documentElement.dataset.theme === "dark";
 
 function table(headings, rows, caption) {

@@ -27,7 +27,7 @@ function show(only) {
     else main.append(section);
   }
   document.getElementById("sections").replaceChildren(...links.map(([id, heading]) => el("a", { href: `#${id}` }, heading)));
-  gradients.draw?.();
+  return gradients.draw?.();
 }
 
 function setTheme(name) {
@@ -39,8 +39,11 @@ const wanted = window.matchMedia("(prefers-color-scheme: dark)");
 setTheme(wanted.matches ? "dark" : "light");
 wanted.addEventListener("change", () => setTheme(wanted.matches ? "dark" : "light"));
 document.getElementById("theme").addEventListener("click", () => setTheme(dark() ? "light" : "dark"));
-show();
-document.documentElement.dataset.ready = "";
+// the milliseconds since the page was asked for, when all is there and when its charts are drawn
+const past = () => Math.round(performance.now());
+const drawn = show();
+document.documentElement.dataset.ready = past();
+Promise.resolve(drawn).then(() => { document.documentElement.dataset.drawn = past(); });
 
 /** Draw sections anew, and leave the reader where they were: the focus, and what was unfolded. */
 function renew(ids) {

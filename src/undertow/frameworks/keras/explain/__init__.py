@@ -38,6 +38,7 @@ def explain(request: Request) -> Explanation:
         InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
     """
     refuse_other_backends()
+    _ = request.activation_rule  # a table is refused before anything is traced
     if request.through == "hook":
         raise RuleError("through='hook' is PyTorch's: Keras layers have no backward hooks; use 'graph' or 'swap'")
     inputs = tensors(request.inputs, request.is_plain)

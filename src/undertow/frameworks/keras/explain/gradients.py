@@ -13,7 +13,8 @@ from typing import Any
 import tensorflow as tf
 
 from ....errors import RuleError
-from ....rules import Rule, relu
+from ....rules import relu
+from ....tables import ActivationRule
 from ...base import Request
 from ...results import RewiringStats
 from ..internals import called_graph, forget_colocation, gradient_function, recomputes, set_gradient_function
@@ -110,7 +111,7 @@ class Rewiring:
 
         def gradient(op: Any, g: Any, *others: Any) -> Any:
             self._count_once(op, self._count_rewired)
-            ruled = apply_rule(self.request.rule, g, lambda h: _local(activation, own, h, others))
+            ruled = apply_rule(self.request.activation_rule, g, lambda h: _local(activation, own, h, others))
             return _for_one_input(op, root_index, ruled)
 
         self._set_gradient(root, gradient)
@@ -208,7 +209,7 @@ def _local(activation: Activation, own: dict[Any, Any], h: Any, others: Sequence
     return gradients_at[activation.x.ref()]
 
 
-def apply_rule(rule: Rule, g: Any, local: Callable[[Any], Any]) -> Any:
+def apply_rule(rule: ActivationRule, g: Any, local: Callable[[Any], Any]) -> Any:
     """Return `rule(g, local)`.
 
     Raises:
@@ -221,7 +222,7 @@ def apply_rule(rule: Rule, g: Any, local: Callable[[Any], Any]) -> Any:
     return _checked_gradient(rule, "returned", rule(g, checked_local), g)
 
 
-def _checked_gradient(rule: Rule, did: str, new: Any, g: Any) -> Any:
+def _checked_gradient(rule: ActivationRule, did: str, new: Any, g: Any) -> Any:
     if isinstance(new, tf.Tensor) and new.shape == g.shape and new.dtype == g.dtype:
         return new
     description = f"{tuple(new.shape)} {new.dtype.name}" if isinstance(new, tf.Tensor) else f"a {type(new).__name__}"

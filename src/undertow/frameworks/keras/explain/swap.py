@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from ....errors import RuleError, one_line
-from ....rules import Rule
+from ....tables import ActivationRule
 from ...base import Request
 from ..internals import all_layers
 from .gradients import apply_rule
@@ -38,9 +38,9 @@ def swapped(request: Request) -> Any:
     for layer in all_layers(clone):
         if isinstance(layer, layers):
             # past Keras, which would track an ordinary attribute as state
-            object.__setattr__(layer, "call", ruled_activation(layer.call, request.rule))
+            object.__setattr__(layer, "call", ruled_activation(layer.call, request.activation_rule))
         elif vars(layer).get("activation") in functions:  # not the property of a recurrent layer, its cell's
-            layer.activation = ruled_activation(layer.activation, request.rule)
+            layer.activation = ruled_activation(layer.activation, request.activation_rule)
     return clone
 
 
@@ -59,7 +59,7 @@ def _clone(model: Any) -> Any:
     return clone
 
 
-def ruled_activation(activation: Callable[[Any], Any], rule: Rule) -> Callable[..., Any]:
+def ruled_activation(activation: Callable[[Any], Any], rule: ActivationRule) -> Callable[..., Any]:
     """Return an activation with the same values whose backward pass follows a rule."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]

@@ -1,7 +1,7 @@
 """Maps under a rule, which acts on the autograd graph of one call, in swapped modules, or in backward hooks."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from ....errors import InputError, RuleError
 from ....inputs import ModelArguments
 from ....outputs import Path
 from ....rules import RULES, gradient
+from ....tables import Rule
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
@@ -35,6 +36,8 @@ def explain(request: Request) -> Explanation:
     Raises:
         InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
     """
+    if request.through != "graph":
+        _ = request.activation_rule  # a table is refused before anything runs
     if not request.training:
         refuse_training(request.model)
     with unchanged(request.model, request.inputs, request.training) as start, ExitStack() as stack:
@@ -43,7 +46,8 @@ def explain(request: Request) -> Explanation:
         attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
         network = eager(request.model) if attachment is None else attachment.network
         request = with_function(request, network, stack)
-        output, path, head = run_to_scores(request, fed, network)
+        with nullcontext() if attachment is None else attachment.forward():
+            output, path, head = run_to_scores(request, fed, network)
         scores, ids, single = target_scores(output, request.target, request.batch, path)
         if scores.grad_fn is None:
             raise no_gradient(request, fed)
@@ -51,6 +55,8 @@ def explain(request: Request) -> Explanation:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
         acting = what_acts(request, scores.grad_fn, start)
         maps = _maps(scores, sources, fed, request)
+        if isinstance(request.rule, Rule) and _is_by_value(request.rule, request.is_inside):
+            maps = tuple(_times(m, source) for m, source in zip(maps, sources, strict=True))
         detached = scores.detach()
     if single:
         maps = tuple(None if m is None else m[:, 0] for m in maps)
@@ -67,15 +73,23 @@ def _maps(
     count = scores.shape[1]
     rows = []
     for k in range(count):
-        ones = torch.zeros_like(scores)
-        ones[:, k] = 1
         # a rule that calls `local` runs a node's backward a second time, for which the graph must not be freed
         keep = k + 1 < count or request.rule not in RULES.values()
-        gradients = _gradients(scores, wanted, ones, keep)
+        gradients = _gradients(scores, wanted, k, keep)
         _refuse_missing(gradients, request, fed)
         rows.append(gradients)
     stacked = iter([_stacked(maps) for maps in zip(*rows, strict=True)])
     return tuple(None if source is None else next(stacked) for source in sources)
+
+
+def _is_by_value(rule: Rule, is_inside: bool) -> bool:
+    """Whether what a table carries back is relevance by value, which the input turns into relevance."""
+    return rule.values == "input-times" or (rule.values == "relevance" and is_inside)
+
+
+def _times(maps: torch.Tensor | None, source: torch.Tensor | None) -> torch.Tensor | None:
+    """Multiply the maps of K targets, `(B, K, ...)`, by the input."""
+    return None if maps is None or source is None else maps * source.detach().unsqueeze(1)
 
 
 def _stacked(maps: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
@@ -87,11 +101,12 @@ def _stacked(maps: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
     return torch.stack(whole, 1) if len(whole) > 1 else whole[0].unsqueeze(1)
 
 
-def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], ones: torch.Tensor, keep: bool) -> tuple[Any, ...]:
-    """Return the gradient by each input; None for one that the scores do not depend on."""
+def _gradients(scores: torch.Tensor, wanted: list[torch.Tensor], k: int, keep: bool) -> tuple[Any, ...]:
+    """Return the gradient of the k-th scores by each input; None for one that they do not depend on."""
     try:
         with cudnn_errors_named():
-            return torch.autograd.grad(scores, wanted, ones, retain_graph=keep, allow_unused=True)
+            # of a sum, since to check a gradient that is passed in torch imports SymPy, which takes half a second
+            return torch.autograd.grad(scores[:, k].sum(), wanted, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         nodes = nodes_behind(scores.grad_fn) if scores.grad_fn is not None else ()
         hidden = [n for n, kind in nodes if kind is NodeKind.HIDDEN and name_of(n) != "CopySlices"]

@@ -1,22 +1,34 @@
-"""Attachment of a rule to the activations of one call; by default, to the nodes of its autograd graph."""
+"""Attachment of a rule to the operations of one call; by default, to the nodes of its autograd graph."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self, final
 
 import torch
 from torch.autograd.graph import Node
 
 from ....errors import RuleError
-from ....rules import Rule, guided, relu
+from ....lrp import EPSILON, stabilized
+from ....rules import guided, halve, identity, relu
+from ....tables import FIRST, ActivationRule, Rule
 from ...base import Request
 from ...results import RewiringStats
 from ..calls import eager, overwrites_a_view
-from ..internals import SharedPrehook, will_execute
-from ..nodes import SMOOTH, NodeKind, hidden_reason, name_of, nodes_behind
+from ..internals import SharedPrehook, sequence_number, will_execute
+from ..nodes import SMOOTH, NodeKind, all_nodes_behind, hidden_reason, name_of, nodes_behind
+from .notes import ForwardNotes
+from .operations import NodeOperation
+from .recognition import is_layer, listed, recognize
+from .relevance import first_layers
 
 relu.register(torch.Tensor, torch.relu)
+
+
+@stabilized.register
+def _(z: torch.Tensor, epsilon: float = EPSILON) -> torch.Tensor:
+    return torch.where(z < 0, z - epsilon, z + epsilon)
+
 
 WANTED = {"relu-like": frozenset((NodeKind.RELU,)), "all": frozenset((NodeKind.RELU, NodeKind.SMOOTH))}
 
@@ -27,9 +39,11 @@ class RuleAttachment(ABC):
     Attributes:
         network: what to call in place of the model.
         stats: counts of the activations that the rule met.
+        reads_every_node: it is given all nodes on the way, by `attach_operations`.
     """
 
     network: Callable[..., Any]
+    reads_every_node = False
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -41,6 +55,10 @@ class RuleAttachment(ABC):
     def __exit__(self, *_: object) -> None:
         return None
 
+    def forward(self) -> AbstractContextManager[Any]:
+        """Return what the forward pass runs in."""
+        return nullcontext()
+
     @abstractmethod
     def attach(self, node: Node, kind: NodeKind) -> bool:
         """Make the rule act on a node; return whether it does."""
@@ -48,17 +66,16 @@ class RuleAttachment(ABC):
     def refuse_missed(self) -> None:  # noqa: B027  an attachment that misses nothing has nothing to refuse
         """Raise RuleError for activations that the rule should have acted on and did not."""
 
+    def attach_operations(self, nodes: Collection[Any]) -> None:  # noqa: B027  most act on activations alone
+        """Attach the rule to operations of any kind among all nodes on the way."""
+
     def attach_all(self, nodes: Collection[tuple[Node, NodeKind]]) -> None:
         """Attach the rule to the nodes between the scores and the inputs.
 
         Raises:
             RuleError: a node that cannot be seen into, a missed activation, or nothing to rewire.
         """
-        for node, kind in nodes:
-            if kind is NodeKind.HIDDEN:
-                raise RuleError(
-                    f"rule {self.request.rule_name!r} cannot see into {name_of(node)}: {hidden_reason(node)}"
-                )
+        self.refuse_hidden(nodes)
         for node, kind in nodes:
             if kind is NodeKind.SWITCH:
                 self.stats.switches += 1
@@ -70,6 +87,14 @@ class RuleAttachment(ABC):
         self.refuse_missed()
         if not self.stats.rewired:
             raise RuleError(self._nothing_rewired())
+
+    def refuse_hidden(self, nodes: Collection[tuple[Node, NodeKind]]) -> None:
+        """Raise RuleError for a node that cannot be seen into."""
+        for node, kind in nodes:
+            if kind is NodeKind.HIDDEN:
+                raise RuleError(
+                    f"rule {self.request.rule_name!r} cannot see into {name_of(node)}: {hidden_reason(node)}"
+                )
 
     def _nothing_rewired(self) -> str:
         counts = {**self.stats.skipped, **self.stats.opaque}
@@ -93,6 +118,7 @@ def rewired_backward(root: Node, attachment: RuleAttachment) -> Iterator[None]:
     outlive the call, are not affected.
     """
     nodes = list(nodes_behind(root))
+    everything = [n for n in all_nodes_behind(root) if n.next_functions] if attachment.reads_every_node else []
     views = {node for node, kind in nodes if kind is NodeKind.HIDDEN and name_of(node) == "CopySlices"}
     if views and not _overwrites_a_view(attachment):
         nodes = [(node, kind) for node, kind in nodes if node not in views]
@@ -103,6 +129,7 @@ def rewired_backward(root: Node, attachment: RuleAttachment) -> Iterator[None]:
         if not attached:
             attached = True
             attachment.attach_all([(node, kind) for node, kind in nodes if will_execute(node)])
+            attachment.attach_operations([node for node in everything if will_execute(node)])
 
     handle = root.register_prehook(attach_once)
     try:
@@ -110,6 +137,7 @@ def rewired_backward(root: Node, attachment: RuleAttachment) -> Iterator[None]:
     finally:
         handle.remove()
         nodes.clear()
+        everything.clear()
 
 
 def _overwrites_a_view(attachment: RuleAttachment) -> bool:
@@ -121,38 +149,130 @@ def _positive_part(g: torch.Tensor | None) -> torch.Tensor | None:
     return None if g is None else torch.relu(g)
 
 
-# A rule local(f(g)) needs only f before the node's own backward, at half the cost of `RuleHooks`. The tests compare
+def _half(g: torch.Tensor | None) -> torch.Tensor | None:
+    return None if g is None else g / 2
+
+
+def _pass_relevance(g: torch.Tensor, local: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return g
+
+
+def _relevance_of(row: Any) -> Any:
+    """Return the row of a first layer that gives relevance, of one that gives relevance by value."""
+
+    def relevance(g: torch.Tensor, local: Callable[[torch.Tensor], Any], op: NodeOperation) -> Any:
+        return op.input * row(g, local, op)
+
+    return relevance
+
+
+# A row local(f(g)) needs only f before the node's own backward, at half the cost of `RuleHooks`. The tests compare
 # each with `RuleHooks`.
-_BEFORE_LOCAL: dict[Rule, Callable[[torch.Tensor | None], torch.Tensor | None]] = {guided: _positive_part}
+_BEFORE_LOCAL: dict[Any, Callable[[torch.Tensor | None], torch.Tensor | None]] = {guided: _positive_part, halve: _half}
 
 
 @final
 class ThroughGraph(RuleAttachment):
-    """Hooks the activations' graph nodes: those of modules, functions and methods, in place or not."""
+    """Hooks graph nodes: of activations, in place or not, of modules and functions; by a table, of all kinds."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self.network = eager(request.model)
+        self._table = request.rule if isinstance(request.rule, Rule) else None
+        self._notes = None if self._table is None else ForwardNotes(self._table.rows)
         self._handles: list[Any] = []
-        before = _BEFORE_LOCAL.get(request.rule)
-        self._shared = None if before is None else SharedPrehook(before)
+        self._shared: dict[Any, SharedPrehook] = {}
+        self.reads_every_node = self._table is not None
 
     def __exit__(self, *_: object) -> None:
-        if self._shared is not None:
-            self._shared.clear()
+        for shared in self._shared.values():
+            shared.clear()
         for handle in self._handles:  # a hook that refers to its node would keep both alive for ever
             handle.remove()
+        if self._notes is not None:
+            self._notes.clear()
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Note what a table's rows need and nodes do not save."""
+        return nullcontext() if self._notes is None else self._notes
 
     def attach(self, node: Any, kind: NodeKind) -> bool:
         """Hook the node where its kind is wanted."""
         if kind not in WANTED[self.request.activations]:
             return False
-        if self._shared is not None:
-            self._shared.attach(node)
+        rule: Any = self.request.rule
+        if rule in _BEFORE_LOCAL:
+            self._share(node, rule)
         else:
-            hooks = RuleHooks(node, self.request.rule)
-            self._handles += [node.register_prehook(hooks.before), node.register_hook(hooks.after)]
+            i = next(i for i, (behind, _) in enumerate(node.next_functions) if behind is not None)
+            self._hook(RuleHooks(node, (((node, i),),), rule))
         return True
+
+    def attach_all(self, nodes: Collection[tuple[Node, NodeKind]]) -> None:
+        """Attach a rule for activations; of a table, only refuse what cannot be seen into."""
+        if self._table is None:
+            super().attach_all(nodes)
+            return
+        self.refuse_hidden(nodes)
+        self.stats.switches = sum(kind is NodeKind.SWITCH for _, kind in nodes)
+
+    def attach_operations(self, nodes: Collection[Any]) -> None:
+        """Attach a table to the operations among all nodes on the way.
+
+        Raises:
+            RuleError: the table needs to know every operation, and one is none that is known; or there is none at all.
+        """
+        table = self._table
+        if table is None:
+            return
+        found = recognize(nodes, table.rows, self._notes, table.rows.get("relu") is identity)
+        self.stats.skipped, self.stats.opaque = dict(listed(found.unknown)), dict(listed(found.opaque))
+        if table.strict and (found.unknown or found.opaque):
+            names = ", ".join(f"{name} x{n}" for name, n in {**self.stats.skipped, **self.stats.opaque}.items())
+            raise RuleError(
+                f"rule {table.name!r} has no row for {names} on the way; rule='attnlrp' passes what it does not know"
+            )
+        first, passing = set[Any](), set[Any]()
+        if table.values == "relevance" and not self.request.is_inside:
+            first, passing = first_layers(nodes, found.operations)
+        for node in passing:
+            i = next(i for i, (behind, _) in enumerate(node.next_functions) if behind is not None)
+            self._hook(RuleHooks(node, (((node, i),),), _pass_relevance))
+        for operation in found.operations:
+            if operation.entry in passing:
+                continue
+            row = table.rows[operation.kind]
+            if is_layer(operation) and operation.layer in first:
+                row = table.rows.get(FIRST, _relevance_of(row))
+            self._attach_operation(operation, row)
+            self.stats.rewired += 1
+        if not self.stats.rewired:
+            raise RuleError(
+                f"rule {table.name!r} found no operation of its kinds ({', '.join(table.rows)}) between the input and "
+                "the scores; rule='gradient' needs none"
+            )
+
+    def _attach_operation(self, operation: NodeOperation, row: Any) -> None:
+        if row is identity and operation.is_proportional:
+            return
+        if row in _BEFORE_LOCAL:
+            self._share(operation.entry, row)
+            return
+
+        def rule(g: torch.Tensor, local: Callable[[torch.Tensor], Any]) -> Any:
+            with torch.no_grad():
+                return row(g, local, operation)
+
+        self._hook(RuleHooks(operation.entry, operation.operands, rule, operation.inner, self.request.rule_name))
+
+    def _share(self, node: Any, rule: Any) -> None:
+        shared = self._shared.get(rule)
+        if shared is None:
+            shared = self._shared[rule] = SharedPrehook(_BEFORE_LOCAL[rule])
+        shared.attach(node)
+
+    def _hook(self, hooks: "RuleHooks") -> None:
+        self._handles += hooks.register()
 
 
 class LocalRequested(BaseException):
@@ -163,72 +283,151 @@ class LocalRequested(BaseException):
 
 
 class RuleHooks:
-    """A rule at one node, as two hooks around the node's own backward.
+    """A rule at one operation, as hooks around the own backward of its node, or of its nodes.
 
     A node's saved tensors may be readable only once (checkpointing). So the rule runs before the node until it calls
     `local(h)`, the engine runs the node on that `h`, and then the rule runs again, where `local` returns the result.
+
+    Args:
+        entry: the node that the gradient reaches first.
+        operands: for each operand, the nodes and their inputs at which it leaves the operation; what arrives at
+            several is added up, and the rule's result leaves by the last of them to run.
+        inner: the operation's other nodes.
+        name: the rule's, for messages.
     """
 
-    def __init__(self, node: Any, rule: Rule) -> None:
-        self._node = node
+    def __init__(
+        self,
+        entry: Any,
+        operands: Sequence[Sequence[tuple[Any, int]]],
+        rule: Any,
+        inner: Collection[Any] = (),
+        name: str = "",
+    ) -> None:
+        self._entry = entry
         self._rule = rule
-        self._input = next(i for i, (behind, _) in enumerate(node.next_functions) if behind is not None)
+        self._operands = operands
+        self._nodes = sorted({entry, *inner}, key=sequence_number, reverse=True)
+        self._exits: dict[Any, list[tuple[int, int]]] = {}
+        for operand, exits in enumerate(operands):
+            for node, i in exits:
+                self._exits.setdefault(node, []).append((i, operand))
+        self._name = name or _name(rule)
         self._g: torch.Tensor | None = None
-        self._result: torch.Tensor | None = None
+        self._result: Any = None
+        self._own: list[torch.Tensor | None] = []
+        self._left = 0
+
+    def register(self) -> list[Any]:
+        """Put the hooks on the nodes; return their handles."""
+        handles = [self._entry.register_prehook(self.before)]
+        return handles + [node.register_hook(self._after(slots)) for node, slots in self._exits.items()]
 
     def before(self, grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Run the rule until it calls `local`, whose argument becomes the node's gradient."""
         g = self._g = grad_outputs[0]
         self._result = None
+        self._own, self._left = [None] * len(self._operands), len(self._exits)
         if g is None:
             return None
 
         def request(h: torch.Tensor) -> torch.Tensor:
-            raise LocalRequested(require_like(self._rule, "gave local", h, g))
+            raise LocalRequested(require_like(self._name, "gave local", h, g))
 
         try:
-            self._result = apply_rule(self._rule, g, request)
+            self._result = self._rule(g, request)
         except LocalRequested as requested:
             return (requested.h, *grad_outputs[1:])
         return None
 
-    def after(self, grad_inputs: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Run the rule again, where `local` returns what the node computed; return the rule's result."""
-        g, result, own = self._g, self._result, grad_inputs[self._input]
-        self._g = self._result = None
-        if g is None or own is None:
-            return None
+    def _after(self, slots: Sequence[tuple[int, int]]) -> Callable[[Any, Any], tuple[Any, ...] | None]:
+        """Return the hook behind one of the nodes by which operands leave, given its inputs and their operands."""
+
+        def after(grad_inputs: tuple[Any, ...], _: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._g is None:
+                return None
+            for i, operand in slots:
+                own = grad_inputs[i]
+                if own is not None:
+                    before = self._own[operand]
+                    self._own[operand] = own if before is None else before + own
+            self._left -= 1
+            results = [None] * len(self._operands) if self._left else self._results()
+            new = list(grad_inputs)
+            for i, operand in slots:
+                if new[i] is not None:
+                    result = results[operand]
+                    new[i] = torch.zeros_like(new[i]) if result is None else result
+                    results[operand] = None  # where an operand enters a node twice
+            return tuple(new)
+
+        return after
+
+    def _results(self) -> list[Any]:
+        """Run the rule again, where `local` returns what the nodes computed; return its result for each operand."""
+        g, result, own = self._g, self._result, self._own
+        self._g, self._result, self._own = None, None, []
+        if g is None or all(part is None for part in own):
+            return [None] * len(own)
         if result is None:
             computed = [own]  # for the first call of `local`, whose argument the node was run on
 
-            def local(h: torch.Tensor) -> torch.Tensor:
-                return computed.pop() if computed else self._local(h)
+            def local(h: torch.Tensor) -> Any:
+                parts = computed.pop() if computed else self._local(h)
+                return parts[0] if len(parts) == 1 else tuple(parts)
 
-            result = apply_rule(self._rule, g, local)
-        return (*grad_inputs[: self._input], result, *grad_inputs[self._input + 1 :])
-
-    def _local(self, h: torch.Tensor) -> torch.Tensor:
-        try:
-            gradients = self._node(h)
-        except RuntimeError as error:
-            name = getattr(self._rule, "__name__", type(self._rule).__name__)
+            result = self._rule(g, local)
+        given = [result] if len(own) == 1 or not isinstance(result, tuple | list) else result
+        if len(given) != len(own):
             raise RuleError(
-                f"rule {name!r} calls local more than once, and {name_of(self._node)} can be run once only "
-                "(checkpointed?); switch checkpointing off"
+                f"rule {self._name!r} returned {len(given)} gradient(s) for the {len(own)} operands of "
+                f"{name_of(self._entry)}; return one for each, as local does"
+            )
+        return [
+            None if like is None else require_like(self._name, "returned", new, like)
+            for new, like in zip(given, own, strict=True)
+        ]
+
+    def _local(self, h: torch.Tensor) -> list[torch.Tensor | None]:
+        """Run the operation's own backward once more."""
+        arriving = {self._entry: h}
+        parts: list[torch.Tensor | None] = [None] * len(self._operands)
+        try:
+            for node in self._nodes:
+                gradients = node(arriving.pop(node))
+                gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+                leaving = dict(self._exits.get(node, ()))
+                for i, gradient in enumerate(gradients):
+                    behind = node.next_functions[i][0]
+                    if gradient is None:
+                        continue
+                    if i in leaving:
+                        before = parts[leaving[i]]
+                        parts[leaving[i]] = gradient if before is None else before + gradient
+                    elif behind in self._nodes:
+                        arriving[behind] = arriving[behind] + gradient if behind in arriving else gradient
+        except RuntimeError as error:
+            raise RuleError(
+                f"rule {self._name!r} calls local more than once, and {name_of(self._entry)} can be run once "
+                "only (checkpointed?); switch checkpointing off"
             ) from error
-        return gradients[self._input] if isinstance(gradients, tuple) else gradients  # type: ignore[no-any-return]
+        return parts
 
 
-def apply_rule(rule: Rule, g: torch.Tensor, local: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _name(rule: Any) -> str:
+    return getattr(rule, "__name__", type(rule).__name__)
+
+
+def apply_rule(rule: ActivationRule, g: torch.Tensor, local: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Return `rule(g, local)`.
 
     Raises:
         RuleError: the rule gave no tensor of the shape and dtype of `g`.
     """
-    return require_like(rule, "returned", rule(g, local), g)
+    return require_like(_name(rule), "returned", rule(g, local), g)
 
 
-def require_like(rule: Rule, verb: str, new: Any, g: torch.Tensor) -> torch.Tensor:
+def require_like(rule: str, verb: str, new: Any, g: torch.Tensor) -> torch.Tensor:
     """Return what a rule computed from the gradient `g`; the verb says in a message what the rule did with it.
 
     Raises:
@@ -237,5 +436,4 @@ def require_like(rule: Rule, verb: str, new: Any, g: torch.Tensor) -> torch.Tens
     if isinstance(new, torch.Tensor) and new.shape == g.shape and new.dtype == g.dtype:
         return new
     given = f"{tuple(new.shape)} {new.dtype}" if isinstance(new, torch.Tensor) else f"a {type(new).__name__}"
-    name = getattr(rule, "__name__", type(rule).__name__)
-    raise RuleError(f"rule {name!r} {verb} {given} where the gradient is {tuple(g.shape)} {g.dtype}")
+    raise RuleError(f"rule {rule!r} {verb} {given} where the gradient is {tuple(g.shape)} {g.dtype}")

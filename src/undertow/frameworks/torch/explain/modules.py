@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from ....errors import RuleError, one_line
-from ....rules import Rule
+from ....tables import ActivationRule
 from ...base import Request
 from ..calls import uncompiled
 from ..internals import function_class, next_sequence_number, sequence_number
@@ -69,7 +69,7 @@ class ThroughSwap(_ThroughModules):
         swapped: dict[nn.Module, nn.Module] = {}  # a module with two names stays one module
         for name, module in list(self.copy.named_modules(remove_duplicate=False)):
             if isinstance(module, ACTIVATIONS[request.activations]):
-                new = swapped.setdefault(module, RuledActivation(module, request.rule))
+                new = swapped.setdefault(module, RuledActivation(module, request.activation_rule))
                 parent, _, leaf = name.rpartition(".")
                 if name:
                     setattr(self.copy.get_submodule(parent), leaf, new)
@@ -84,7 +84,7 @@ class ThroughSwap(_ThroughModules):
 class RuledActivation(nn.Module):
     """An activation module whose backward follows a rule."""
 
-    def __init__(self, activation: nn.Module, rule: Rule) -> None:
+    def __init__(self, activation: nn.Module, rule: ActivationRule) -> None:
         super().__init__()
         self.activation = activation
         self.rule = rule
@@ -103,7 +103,9 @@ class RuledFunction(torch.autograd.Function):
     """The activation forward; backward the rule, whose `local` is the activation's own backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ran: tuple[torch.Tensor, torch.Tensor], rule: Rule) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, ran: tuple[torch.Tensor, torch.Tensor], rule: ActivationRule
+    ) -> torch.Tensor:
         """Return the output of the activation, which ran on a separate graph: `ran` is its input and output there."""
         ctx.ran, ctx.rule = ran, rule
         return ran[1].detach()
@@ -157,14 +159,14 @@ class ThroughHooks(_ThroughModules):
             return None
         outer, inner = entered
         self._covered.add(activated.grad_fn)
-        return _hooked(outer, inner, activated, self.request.rule)
+        return _hooked(outer, inner, activated, self.request.activation_rule)
 
 
 def _is_one_step(activated: torch.Tensor, inner: torch.Tensor) -> bool:
     return activated.grad_fn is not None and activated.grad_fn.next_functions[0][0] is inner.grad_fn
 
 
-def _hooked(outer: torch.Tensor, inner: torch.Tensor, activated: torch.Tensor, rule: Rule) -> torch.Tensor:
+def _hooked(outer: torch.Tensor, inner: torch.Tensor, activated: torch.Tensor, rule: ActivationRule) -> torch.Tensor:
     """Apply the rule when the gradient reaches the output, and replace the gradient at the input by its result."""
     result: list[torch.Tensor] = []
     output = activated.clone()

@@ -4,7 +4,7 @@ import copy
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,8 @@ def layer_gradients(
         first = next(source for source in sources if source is not None)
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
         outputs = record_outputs(request.model, layers, stack)
-        output, path, head = run_to_scores(request, fed)
+        with nullcontext() if attachment is None else attachment.forward():
+            output, path, head = run_to_scores(request, fed)
         scores, ids, single = _columns(output, path, request, directions)
         if scores.grad_fn is None:
             raise no_gradient(request, fed)

@@ -1,0 +1,72 @@
+"""What a graph node stands for in a rule that is a table, by its name: elementwise, a sum, a view, and so on."""
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from ..internals import function_class
+from ..nodes import NodeKind, classify
+
+# Elementwise functions of one tensor; what they save of it.
+_SMOOTH = (
+    *("Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Sigmoid", "Tanh", "Hardsigmoid", "LogSigmoid"),
+    *("Hardshrink", "Softshrink", "Exp", "Expm1", "Log", "Log1P", "Sin", "Cos", "Erf", "Erfc", "Sqrt", "Rsqrt"),
+    *("Reciprocal", "Pow", "Atan", "Sinh", "Cosh", "Asinh", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "Threshold"),
+)
+SMOOTH = frozenset(_SMOOTH)
+PROPORTIONAL = frozenset(("Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Abs", "Neg"))
+"""f(x) / x is their derivative, so a rule that passes g·f(x)/x is the gradient."""
+COPIES = frozenset(("ToCopy", "Clone", "Alias", "Copy", "CopyBackwards", "Detach", "NativeDropout", "Contiguous"))
+VIEWS = frozenset(
+    (
+        *("View", "UnsafeView", "ReshapeAlias", "Reshape", "Transpose", "Permute", "T", "Expand", "Squeeze"),
+        *("Slice", "Select", "Split", "SplitWithSizes", "Unbind", "Cat", "Stack", "AsStrided", "Index", "IndexSelect"),
+        *("Gather", "Flip", "Roll", "ConstantPadNd", "ReflectionPad1D", "ReflectionPad2D", "ReplicationPad1D"),
+        *("ReplicationPad2D", "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle", "Embedding", "Repeat"),
+        *("Tril", "Triu", "Diagonal", "MaskedFill", "Movedim", "Chunk", "Swapaxes", "Take", "Where", "UnsafeSplit"),
+        *("Narrow", "ChannelShuffle", "Tile", "Moveaxis", "Flatten", "Unflatten", "Zeros", "IndexPut", "CopySlices"),
+        *("SqueezeMultiple", "Unsqueeze", "ExpandAs", "ViewAs", "Unsafe"),
+    )
+)
+SUMS = frozenset(
+    (
+        *("Add", "Sub", "Sum", "Mean", "Cumsum", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D"),
+        *("AdaptiveAvgPool3D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D"),
+        *("UpsampleBicubic2D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa", "UpsampleLinear1D", "MkldnnAvgPool2D"),
+    )
+)
+REDUCTIONS = frozenset(("Sum", "Mean", "Var", "Std", "VarMean", "StdMean", "LinalgVectorNorm", "Norm"))
+ELEMENTWISE = SMOOTH | PROPORTIONAL | COPIES | {"Add", "Sub", "Mul", "Div"}
+
+
+@lru_cache(maxsize=4096)
+def _stem(name: str) -> str:
+    return re.sub(r"Backward(AutogradNestedTensor)?\d*$", "", name.rpartition("::")[2])
+
+
+def stem(node: Any) -> str:
+    """Return a node's operation, as "Gelu" of GeluBackward0.
+
+    >>> import torch
+    >>> stem(torch.ones(1, requires_grad=True).exp().grad_fn)
+    'Exp'
+    """
+    return "" if function_class(node) is not None else _stem(node.name())
+
+
+def simple_kind(node: Any) -> str | None:
+    """Return a node's kind in `undertow.tables.KINDS`; None where the operands on the way decide, or it has none."""
+    name = stem(node)
+    if name.startswith("ScaledDotProduct"):
+        return "attention"
+    if name in ("Softmax", "SafeSoftmax", "LogSoftmax"):
+        return "softmax"
+    if name in ("NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm") or name.endswith("BatchNorm"):
+        return "norm"
+    if name in ("Prelu", "PreluKernel", "Relu", "LeakyRelu", "RreluWithNoise", "Abs"):
+        return "relu"
+    if name in SMOOTH:
+        return "relu" if classify(node) is NodeKind.RELU else "smooth"
+    if classify(node) is NodeKind.SWITCH:
+        return "pool"
+    return None

@@ -1,0 +1,87 @@
+"""What an operation was given and its graph node does not save: noted below autograd during the forward pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..internals import TorchDispatchMode, next_sequence_number, sequence_number, version
+
+aten = torch.ops.aten
+_Calls = dict[Any, tuple[str, tuple[int, ...]]]
+
+# By what is called: the name of the node, and where its operands stand among the arguments.
+_ELEMENTWISE: _Calls = {
+    **{getattr(aten, name): (f"{name.capitalize()}Backward0", (0,)) for name in ("tanh", "sigmoid", "exp")},
+    **{getattr(aten, name): (f"{name.capitalize()}Backward0", (0,)) for name in ("sqrt", "rsqrt", "reciprocal")},
+}
+_WEIGHTED: _Calls = {
+    aten.convolution: ("ConvolutionBackward0", (0, 1, 2)),
+    aten.addmm: ("AddmmBackward0", (0, 1, 2)),
+    aten.mm: ("MmBackward0", (0, 1)),
+    aten.bmm: ("BmmBackward0", (0, 1)),
+    aten.baddbmm: ("BaddbmmBackward0", (0, 1, 2)),
+    aten.mv: ("MvBackward0", (0, 1)),
+    aten.native_batch_norm: ("NativeBatchNormBackward0", (0, 1, 2)),
+    aten.cudnn_batch_norm: ("CudnnBatchNormBackward0", (0, 1, 2)),
+    aten.miopen_batch_norm: ("MiopenBatchNormBackward0", (0, 1, 2)),
+}
+_NEEDED_BY: dict[str, _Calls] = {"smooth": _ELEMENTWISE, "conv": _WEIGHTED, "linear": _WEIGHTED}
+
+
+@dataclass(frozen=True)
+class _Note:
+    node: str
+    operands: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+
+
+class ForwardNotes(TorchDispatchMode):
+    """Notes operands, by the number of the node that autograd has just made for the call.
+
+    Args:
+        kinds: those of a rule's rows.
+    """
+
+    def __init__(self, kinds: Mapping[str, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._noted = {call: how for kind, calls in _NEEDED_BY.items() if kind in kinds for call, how in calls.items()}
+        self._in_place = {getattr(aten, f"{c.__name__}_"): c for c in self._noted if hasattr(aten, f"{c.__name__}_")}
+        self._notes: dict[int, _Note] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        in_place = self._in_place.get(packet)
+        how = self._noted.get(packet if in_place is None else in_place)
+        if how is not None:
+            node, places = how
+            operands = tuple(args[i] if i < len(args) else None for i in places)
+            if in_place is not None:  # the call is about to overwrite it
+                operands = tuple(None if x is None else x.clone() for x in operands)
+            versions = tuple(0 if x is None else version(x) for x in operands)
+            # a later call without a node of its own has the same number
+            self._notes.setdefault(next_sequence_number() - 1, _Note(node, operands, versions))
+        return func(*args, **(kwargs or {}))
+
+    def has(self, node: Any) -> bool:
+        """Whether a node's operands were noted."""
+        note = self._notes.get(sequence_number(node))
+        return note is not None and note.node == type(node).__name__
+
+    def operand(self, node: Any, i: int) -> Tensor | None:
+        """Return an operand; None where none was given, was noted, or it was overwritten since."""
+        note = self._notes.get(sequence_number(node))
+        if note is None or note.node != type(node).__name__:
+            return None
+        x = note.operands[i]
+        return x if x is None or version(x) == note.versions[i] else None
+
+    def was_given(self, node: Any, i: int) -> bool:
+        """Whether a noted node had an operand there."""
+        return self.has(node) and self._notes[sequence_number(node)].operands[i] is not None
+
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self._notes.clear()

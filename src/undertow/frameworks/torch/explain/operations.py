@@ -1,0 +1,295 @@
+"""The operations of one call, for rules that are tables: which nodes each is made of, and what they saved."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ....errors import RuleError
+from ..internals import saved
+from ..nodes import name_of
+from .kinds import stem
+from .notes import ForwardNotes
+
+aten = torch.ops.aten
+Exit = tuple[Any, int]
+"""A node and one of its inputs."""
+
+GATES = ("Softmax", "SafeSoftmax", "Sigmoid", "Hardsigmoid")
+# What a node saved as its input, where it is not "self".
+_SAVED_OPERANDS = {
+    **dict.fromkeys(("Mul", "Div"), ("self", "other")),
+    **dict.fromkeys(("Bmm", "Mm"), ("self", "mat2")),
+    "Mv": ("self", "vec"),
+    "Addmm": ("", "mat1", "mat2"),
+    "Baddbmm": ("", "batch1", "batch2"),
+    "Convolution": ("input", "weight"),
+}
+_BIAS = {"Addmm": 0, "Baddbmm": 0, "Convolution": 2}
+
+# An activation's own forward, from its node and its input; of all else the node saved the result.
+_FORWARD: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
+    "Gelu": lambda n, x: F.gelu(x, approximate=saved(n, "approximate")),
+    "Silu": lambda _, x: F.silu(x),
+    "Mish": lambda _, x: F.mish(x),
+    "Elu": lambda n, x: aten.elu(x, saved(n, "alpha"), saved(n, "scale"), saved(n, "input_scale")),
+    "Celu": lambda n, x: F.celu(x, saved(n, "alpha")),
+    "Softplus": lambda n, x: F.softplus(x, saved(n, "beta"), saved(n, "threshold")),
+    "Hardswish": lambda _, x: F.hardswish(x),
+    "Hardsigmoid": lambda _, x: F.hardsigmoid(x),
+    "LogSigmoid": lambda _, x: F.logsigmoid(x),
+    "Hardtanh": lambda n, x: F.hardtanh(x, saved(n, "min_val"), saved(n, "max_val")),
+    "Hardshrink": lambda n, x: F.hardshrink(x, saved(n, "lambd")),
+    "Softshrink": lambda n, x: F.softshrink(x, saved(n, "lambd")),
+    "Pow": lambda n, x: x ** saved(n, "exponent"),
+    "Clamp": lambda n, x: x.clamp(saved(n, "min"), saved(n, "max")),
+    "ClampMin": lambda n, x: x.clamp(min=saved(n, "min")),
+    "ClampMax": lambda n, x: x.clamp(max=saved(n, "max")),
+    "Threshold": lambda n, x: torch.where(x > saved(n, "threshold"), x, 0),
+    "Sin": lambda _, x: x.sin(),
+    "Cos": lambda _, x: x.cos(),
+    "Erf": lambda _, x: x.erf(),
+    "Erfc": lambda _, x: x.erfc(),
+    "Log": lambda _, x: x.log(),
+    "Log1P": lambda _, x: x.log1p(),
+    "Atan": lambda _, x: x.atan(),
+    "Sinh": lambda _, x: x.sinh(),
+    "Cosh": lambda _, x: x.cosh(),
+    "Asinh": lambda _, x: x.asinh(),
+    "Relu": lambda n, _: saved(n, "result"),
+    "LeakyRelu": lambda n, x: F.leaky_relu(x, saved(n, "negative_slope")),
+}
+
+
+@final
+@dataclass(eq=False)
+class NodeOperation:
+    """One operation as nodes of the graph: `undertow.tables.Operation`.
+
+    Attributes:
+        kind: one of `undertow.tables.KINDS`.
+        entry: the last of its nodes, whose output is the operation's.
+        operands: for each operand, the nodes' inputs through which it enters; none for one off the way.
+        notes: of the forward pass.
+        gate: which of two factors something computed as a weight.
+        inner: its nodes beside the entry.
+        relu: the ReLU that alone reads a layer's output, whose own output then stands for it.
+        is_proportional: f(x) / x is the derivative itself, as of a ReLU.
+    """
+
+    kind: str
+    entry: Any
+    operands: tuple[tuple[Exit, ...], ...]
+    notes: ForwardNotes | None
+    gate: int | None = None
+    inner: frozenset[Any] = frozenset()
+    is_proportional: bool = False
+    relu: Any = None
+
+    @cached_property
+    def name(self) -> str:
+        """For messages."""
+        return name_of(self.entry)
+
+    @cached_property
+    def input(self) -> Tensor:
+        """The tensor that the operation was given."""
+        for node, i in self.operands[0]:
+            x = self._operand(node, i)
+            if x is not None:
+                return x
+        for node, i in self.operands[0]:
+            x = self._unscaled(node, i)
+            if x is not None:
+                return x
+        raise self._missing("input")
+
+    @property
+    def output(self) -> Tensor:
+        """What it returned."""
+        node, name = self.entry, stem(self.entry)
+        if self.kind in ("conv", "linear"):
+            return self._layer_output
+        if name in ("Mul", "Div"):
+            first, second = (self._operand(node, i) for i in (0, 1))
+            if first is None or second is None:
+                raise self._missing("output")
+            return first * second if name == "Mul" else first / second
+        if name in _FORWARD:
+            return _FORWARD[name](node, self.input)
+        result: Tensor = self._saved(node, "result")
+        return result
+
+    @cached_property
+    def layer(self) -> Any:
+        """The weighted node: the entry, or what the batch norm that is the entry reads."""
+        return self.operands[0][0][0]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The constant weights, a batch norm behind them folded in."""
+        weight = self._operand(self.layer, self.operands[0][0][1] + 1)
+        if weight is None:
+            raise self._missing("weight")
+        if stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "alpha") != 1:
+            weight = weight * saved(self.layer, "alpha")
+        if self._norm is None:
+            return weight
+        out = 1 if stem(self.layer) != "Convolution" or saved(self.layer, "transposed") else 0
+        return weight * self._norm[0].to(weight.dtype).view([-1 if i == out else 1 for i in range(weight.ndim)])
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """The bias, a batch norm behind the layer folded in."""
+        place = _BIAS.get(stem(self.layer))
+        bias = None if place is None else self._noted(self.layer, place)
+        if bias is not None and stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "beta") != 1:
+            bias = bias * saved(self.layer, "beta")
+        if self._norm is None:
+            return bias
+        scale, shift = self._norm
+        return (shift if bias is None else bias * scale + shift).to(self.weight.dtype)
+
+    @cached_property
+    def _norm(self) -> tuple[Tensor, Tensor] | None:
+        """The scale and shift of a batch norm behind the layer."""
+        node = self.entry
+        if node is self.layer:
+            return None
+        scale = (self._saved(node, "running_var") + saved(node, "eps")).rsqrt()
+        weight, bias = self._saved(node, "weight"), self._noted(node, 2)
+        scale = scale if weight is None else scale * weight
+        shift = -self._saved(node, "running_mean") * scale
+        return scale, shift if bias is None else shift + bias
+
+    @cached_property
+    def _layer_output(self) -> Tensor:
+        if self.relu is not None:
+            positive: Tensor = self._saved(self.relu, "result")
+            return positive
+        if self._norm is None:
+            return self.forward(self.input, self.weight, self.bias)
+        y = self._saved(self.entry, "input")  # what the layer returned
+        scale, shift = (_per_channel(values.to(y.dtype), y) for values in self._norm)
+        output: Tensor = y * scale + shift
+        return output
+
+    def _noted(self, node: Any, i: int) -> Tensor | None:
+        """Return an operand that only the forward pass told; None where the call had none."""
+        operand = None if self.notes is None else self.notes.operand(node, i)
+        if operand is None and (self.notes is None or not self.notes.has(node) or self.notes.was_given(node, i)):
+            raise self._missing("bias")
+        return operand
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply the layer to another input, with other weights."""
+        if stem(self.layer) == "Convolution":
+            return aten.convolution(x, weight, bias, *self._how)  # type: ignore[no-any-return]
+        return x @ weight if bias is None else x @ weight + bias
+
+    def backward(self, s: Tensor, weight: Tensor) -> Tensor:
+        """Apply the layer's transpose with other weights."""
+        if stem(self.layer) == "Convolution":
+            given = (s, self.input, weight, None, *self._how, [True, False, False])
+            return aten.convolution_backward(*given)[0]  # type: ignore[no-any-return]
+        return s.unsqueeze(-1) * weight if weight.ndim == 1 else s @ weight.mT
+
+    @cached_property
+    def _how(self) -> list[Any]:
+        names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+        return [saved(self.layer, name) for name in names]
+
+    def _operand(self, node: Any, i: int) -> Tensor | None:
+        name = stem(node)
+        names = _SAVED_OPERANDS.get(name, ("self",))
+        kept = self._saved(node, names[i]) if i < len(names) and hasattr(type(node), f"_saved_{names[i]}") else None
+        if isinstance(kept, Tensor):
+            return kept.detach()
+        return None if self.notes is None else self.notes.operand(node, i)
+
+    def _unscaled(self, node: Any, i: int) -> Tensor | None:
+        """Return what a node multiplied or divided by a constant, from what was saved of its result."""
+        if stem(node) not in ("Mul", "Div") or (stem(node) == "Div" and i):
+            return None
+        factor = self._saved(node, "other" if i == 0 else "self")
+        for reader in (self.entry, *self.inner):
+            for j, (behind, _) in enumerate(reader.next_functions):
+                scaled = self._operand(reader, j) if behind is node else None
+                if scaled is not None and factor is not None:
+                    x: Tensor = scaled / factor if stem(node) == "Mul" else scaled * factor
+                    return x
+        return None
+
+    def _saved(self, node: Any, name: str) -> Any:
+        try:
+            value = saved(node, name)
+        except RuntimeError as error:
+            raise RuleError(
+                f"{name_of(node)} lets what it saved be read once only (checkpointed?), and the rule reads it too; "
+                "switch checkpointing off"
+            ) from error
+        except AttributeError as error:
+            raise self._missing(name) from error
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def _missing(self, what: str) -> RuleError:
+        return RuleError(f"the {what} of {self.name} ({self.kind}) was kept by nothing, and the rule needs it")
+
+    def hold_spread(self, g: Tensor) -> Tensor:
+        """Return the gradient at a norm's input as if its spread were constant."""
+        hold = _HOLD_SPREAD.get(stem(self.entry))
+        if hold is None:
+            raise RuleError(f"the spread of {self.name} cannot be held constant: the norm is not known")
+        return hold(self, g)
+
+
+def _centred(g: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return g - g.mean(axes, keepdim=True)
+
+
+def _layer_norm(op: NodeOperation, g: Tensor) -> Tensor:
+    axes = tuple(range(-len(saved(op.entry, "normalized_shape")), 0))
+    weight, spread = op._saved(op.entry, "weight"), op._saved(op.entry, "result2")
+    scaled: Tensor = g if weight is None else g * weight
+    return _centred(scaled, axes).mul_(spread).to(g.dtype)
+
+
+def _rms_norm(op: NodeOperation, g: Tensor) -> Tensor:
+    weight, spread = op._saved(op.entry, "weight"), op._saved(op.entry, "result1")
+    held: Tensor = (g if weight is None else g * weight) * spread
+    return held.to(g.dtype)
+
+
+def _group_norm(op: NodeOperation, g: Tensor) -> Tensor:
+    weight, spread = op._saved(op.entry, "weight"), op._saved(op.entry, "result2")
+    scaled = g if weight is None else g * _per_channel(weight, g)
+    groups = scaled.reshape(*spread.shape, -1)
+    held: Tensor = _centred(groups, (-1,)) * spread.unsqueeze(-1)
+    return held.reshape(g.shape).to(g.dtype)
+
+
+def _batch_norm(op: NodeOperation, g: Tensor) -> Tensor:
+    """In eval mode it is a constant scale; of batch statistics, as in an instance norm, the spread is held."""
+    weight = op._saved(op.entry, "weight")
+    scaled = g if weight is None else g * _per_channel(weight, g)
+    if not saved(op.entry, "training"):
+        spread = (op._saved(op.entry, "running_var") + saved(op.entry, "eps")).rsqrt()
+        return (scaled * _per_channel(spread, g)).to(g.dtype)
+    axes = tuple(i for i in range(g.ndim) if i != 1)
+    return (_centred(scaled, axes) * _per_channel(op._saved(op.entry, "result2"), g)).to(g.dtype)
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.ndim - 2))
+
+
+_HOLD_SPREAD: Mapping[str, Callable[[NodeOperation, Tensor], Tensor]] = {
+    "NativeLayerNorm": _layer_norm,
+    "FusedRmsNorm": _rms_norm,
+    "NativeGroupNorm": _group_norm,
+    "NativeBatchNorm": _batch_norm,
+}
