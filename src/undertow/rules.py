@@ -15,7 +15,8 @@ Where the rules differ (x is the pre-activation):
 
 Transformers are explained by rules for more kinds of operations: AttnLRP and CP-LRP are tables (`undertow.tables`) of
 functions `(g, local, op) -> g`; their map is the gradient that so arises, times the input. Convolutional networks have
-LRP's composites, such as "lrp:epsilon-plus-flat", whose rows stand in `undertow.lrp`.
+LRP's composites, such as "lrp:epsilon-plus-flat", whose rows stand in `undertow.lrp`; DeepLIFT compares with a
+baseline.
 """
 
 from collections.abc import Sequence
@@ -140,6 +141,27 @@ CP_LRP = Rule(
 )
 
 
+def rescale(g: Any, local: Local, op: Operation) -> Any:
+    """Pass g·(f(x) - f(x₀)) / (x - x₀), x₀ the baseline's; the gradient where the two hardly differ."""
+    own, x, y = local(g), _halves(op.input), _halves(op.output)
+    way = x[0] - x[1]
+    is_short = (way * way) ** 0.5 < 1e-6
+    slope = (y[0] - y[1]) / (way + is_short) * ~is_short
+    return (_halves(g) * slope + _halves(own) * is_short).reshape(g.shape)
+
+
+def midway(g: Any, local: Local, op: Operation) -> Any:
+    """Pass a product with the mean of the other factor and its baseline, so that both differences add up."""
+    return tuple(
+        part if part is None else (_halves(g) * _halves(part).mean(0)).reshape(g.shape) for part in local(g * 0 + 1)
+    )
+
+
+def _halves(values: Any) -> Any:
+    """Return the input's part and the baseline's, stacked: `(2, B, ...)`."""
+    return values.reshape(2, len(values) // 2, *values.shape[1:])
+
+
 def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None = None, source: str = "") -> Rule:
     """Return a table of layer-wise relevance propagation, a rule for each kind of layer; see `undertow.lrp`.
 
@@ -165,12 +187,19 @@ def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None
     return Rule(rows, name=name, values="relevance", strict=True, source=source)
 
 
+DEEPLIFT = Rule(
+    {**dict.fromkeys(("relu", "smooth"), rescale), "product": midway},
+    name="deeplift",
+    values="difference",
+    source="Shrikumar et al. 2017, arXiv 1704.02685, the rescale rule",
+)
 _MONTAVON = "Montavon et al. 2019, doi 10.1007/978-3-030-28954-6_10"
 TABLES: dict[str, Rule] = {
     table.name: table
     for table in (
         ATTNLRP,
         CP_LRP,
+        DEEPLIFT,
         composite("lrp:epsilon", epsilon(), source="Bach et al. 2015, doi 10.1371/journal.pone.0130140"),
         composite("lrp:epsilon-plus-flat", alpha_beta(1, 0), flat, source=_MONTAVON),
         composite("lrp:epsilon-gamma-box", gamma(), box(), source=_MONTAVON),

@@ -107,7 +107,8 @@ class Rule:
             stands for `linear` and `conv` from whose input no other is reached, and only where `values="relevance"`.
         name: for messages and results.
         values: what the map is. "gradient": `g` at the input. "input-times": `g` times the input. "relevance": the
-            rows carry R / x, the first layers give R itself, and the map is R.
+            rows carry R / x, the first layers give R itself, and the map is R. "difference": the batch is the input
+            and, behind it, a baseline, the rows compare the two, and the map is `g` times input less baseline.
         strict: refuse operations that no row is known for, in place of listing them in `a.skipped`.
         source: the paper.
 
@@ -135,7 +136,7 @@ class Rule:
                 raise InputError(f"a rule has no row for {kind!r}{hint} (kinds: {', '.join(kinds)})")
         if not self.rows:
             raise InputError("a rule needs a row, as in ut.Rule({'product': lambda g, local, op: local(g / 2)})")
-        values = ("gradient", "input-times", "relevance")
+        values = ("gradient", "input-times", "relevance", "difference")
         if self.values not in values:
             hint = did_you_mean(str(self.values), values)
             raise InputError(f"unknown values={self.values!r}{hint} (known: {', '.join(values)})")
@@ -143,4 +144,4 @@ class Rule:
     @property
     def is_attribution(self) -> bool:
         """Whether its maps share out the score itself, so that they add up to it as far as no bias absorbs some."""
-        return self.values != "gradient"
+        return self.values in ("input-times", "relevance")

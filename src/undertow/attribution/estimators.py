@@ -143,6 +143,8 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
             f"{estimator.kind} would choose box {request.target.index} anew at each of its inputs; say where it is, as "
             "in ut.targets.box(near=(x0, y0, x1, y1))"
         )
+    if isinstance(request.rule, Rule) and request.rule.values == "difference":
+        return _from_baselines(framework, request, estimator)
     explanation = capability(framework, "explain").explain(request)
     if estimator.kind == "gradient":
         return explanation
@@ -193,9 +195,54 @@ def _integrated(
             replace(request, inputs=tensors, target=target, rule=gradient, rule_name="gradient")
         )
         difference = difference - arrays.to_numpy(at_start.scores).astype(np.float64) / len(estimator.baselines)
+    return totals, _left_out(totals, difference)
+
+
+def _from_baselines(framework: str, request: Request, estimator: Estimator) -> Explanation:
+    """Return the maps of a rule that compares the input with a baseline in one batch, averaged over the baselines.
+
+    Raises:
+        InputError: an estimator that does not fit, or samples of a batch that change one another's scores.
+    """
+    if estimator.kind != "gradient":
+        raise InputError(
+            f"rule {request.rule_name!r} has a baseline of its own; leave estimator={estimator.kind!r} out"
+        )
+    explainer, arrays = capability(framework, "explain"), capability(framework, "arrays")
+    plain = explainer.explain(replace(request, rule=gradient, rule_name="gradient"))
+    if _are_samples(request, plain):
+        raise InputError(f"rule {request.rule_name!r} needs batches, not lists of samples; stack them")
+    inputs = [arrays.to_numpy(x) for x in request.inputs]
+    gradients = [None if m is None else arrays.to_numpy(m).astype(np.float64) for m in plain.maps]
+    moving = [m if moves else None for m, moves in zip(gradients, moved(inputs, gradients), strict=True)]
+    scores = arrays.to_numpy(plain.scores).astype(np.float64)
+    totals: list[Any] = [None if m is None else 0.0 for m in gradients]
+    batch, difference = len(scores), np.zeros_like(scores)
+    for baseline in estimator.baselines:
+        starts = baseline_like(baseline, inputs, moving, plain.channels_last)
+        pairs = (np.concatenate([x, start]) for x, start in zip(inputs, starts, strict=True))
+        tensors = tuple(arrays.like(pair, x) for pair, x in zip(pairs, request.inputs, strict=True))
+        both = explainer.explain(replace(request, inputs=tensors, target=_kept_target(request, plain, 2)))
+        compared = arrays.to_numpy(both.scores).astype(np.float64)
+        if not (np.abs(compared[:batch] - scores) <= 1e-4 * max(np.abs(scores).max(), 1e-6)).all():
+            raise InputError(
+                f"rule {request.rule_name!r} puts a baseline into the batch, and there it changes the score"
+            )
+        difference += (scores - compared[batch:]) / len(estimator.baselines)
+        for i, (m, x, start) in enumerate(zip(both.maps, inputs, starts, strict=True)):
+            if m is not None:
+                way = x.astype(np.float64) - start
+                part = arrays.to_numpy(m)[:batch].astype(np.float64) * (way if scores.ndim == 1 else way[:, None])
+                totals[i] = totals[i] + part / len(estimator.baselines)
+    maps = (None if v is None else arrays.like(v, x) for v, x in zip(totals, request.inputs, strict=True))
+    return replace(plain, maps=tuple(maps), stats=both.stats, completeness=_left_out(totals, difference))
+
+
+def _left_out(totals: list[Any], difference: Array) -> Array:
+    """Return the part of the score's difference that maps do not account for."""
     explained = sum(total.reshape(*difference.shape, -1).sum(-1) for total in totals if total is not None)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return totals, np.where(difference == explained, 0.0, (difference - explained) / difference)
+        return np.where(difference == explained, 0.0, (difference - explained) / difference)
 
 
 def _kept_target(request: Request, first: Explanation, copies: int = 1) -> Any:

@@ -59,7 +59,8 @@ def explain(
             tuple, passed as `model(*x)`, a dict, passed as `model(**x)` (to Keras as its named inputs), or a list (as
             a tuple, or as it is to a model that takes one argument). Integer tensors, None and numbers get no map.
         rule: for activations "gradient", "deconvnet", "guided" or a function `(g, local) -> g` as in `undertow.rules`;
-            for operations of every kind "attnlrp", "cp-lrp" or a table `ut.Rule({...})`, see `undertow.tables`.
+            for operations of every kind "attnlrp", "cp-lrp", "lrp:epsilon-plus-flat" and other composites, "deeplift",
+            "excitation", or a table `ut.Rule({...})`, see `undertow.tables`.
         target: None (each sample's highest score), a class id, `(B,)` ids, `(B, K)` ids or nested lists for several
             classes a sample, one-hot labels, "top:K"; a class's name, where the model is a `Classifier` or has
             `config.id2label`; for dense scores a place after the batch axis, such as `(class, y, x)`, or one of
@@ -84,9 +85,9 @@ def explain(
         at: explain by a layer's output in place of `x`: its name, or several. `layer@1` is its second call. Of
             embeddings this gives token attributions for `x` of whole numbers alone.
 
-        baseline: where integrated gradients begin: "zero", "blur" (the image smoothed), a number, one for each channel,
-            an array or tensor like `x` or like one sample; a list of these is averaged over. `a.completeness` says
-            which part of the score's difference the map leaves out.
+        baseline: where integrated gradients begin, and what "deeplift" compares with: "zero", "blur" (the image
+            smoothed), a number, one for each channel, an array or tensor like `x` or like one sample; a list of these
+            is averaged over. `a.completeness` says which part of the score's difference the map leaves out.
         noise: SmoothGrad's standard deviation, as a fraction of each sample's range.
         inner_batch: how many samples an estimator puts through the network at once, at most.
 

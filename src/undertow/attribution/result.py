@@ -47,8 +47,9 @@ class Attribution(Shown):
         acting: dropouts and batch norms in training, with `training=True`, and other random operations that acted in
             the forward pass, by name: with any, the map depends on chance or on the rest of the batch.
         head: "before softmax" or the like where the score before the last operation was explained, else "as is".
-        completeness: of integrated gradients, in the shape of `scores`: the part of the score's difference to the
-            baseline that the map does not account for, (difference - sum of the map) / difference; else None.
+        completeness: of integrated gradients and "deeplift", in the shape of `scores`: the part of the score's
+            difference to the baseline that the map does not account for, (difference - sum of the map) / difference;
+            else None.
         at: the layers whose outputs the values are of; none: the input.
         names: of the explained classes, by id, where the model has them.
         token_ids: where the values are of token ids' embeddings, the ids, int64, `(B, T)`; else None.

@@ -351,3 +351,15 @@ def test_a_bias_that_was_overwritten_is_an_error_and_never_zero():
 
     with pytest.raises(ut.RuleError, match="bias of AddmmBackward0"):
         ut.explain(run, x, rule="lrp:epsilon", target=1)
+
+
+def test_a_verdict_asks_all_its_questions():
+    v = ut.trust(ready(Plain), drawn(1, 3, 10, 10), rule="lrp:epsilon-plus-flat", names=["a", "b", "c"])
+    assert v.unanswered == {}
+
+
+def test_a_target_may_weigh_the_scores():
+    net, x = ready(Plain), drawn(2, 3, 10, 10)
+    weights = torch.eye(3, dtype=torch.float64)[1]
+    a = ut.explain(net, x, rule="lrp:epsilon-plus-flat", target=lambda y: y @ weights)
+    assert distance(a.values, ut.explain(net, x, rule="lrp:epsilon-plus-flat", target=1).values) < 1e-4

@@ -317,3 +317,41 @@ def test_traced_and_exported_modules_are_the_same_to_it():
         traced = torch.jit.trace(model, x)
     for made in (traced, torch.export.export(model, (x,)).module()):
         assert distance(ut.explain(made, x, rule="attnlrp", target=1).values, wanted) < 1e-12
+
+
+class Gated(nn.Module):
+    """Activations of several kinds, each called once as a module, and a product of two of them."""
+
+    def __init__(self, gated=True):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Linear(64, 8), nn.Linear(64, 8)
+        self.act, self.smooth, self.sigmoid, self.head = nn.ReLU(), nn.ELU(), nn.Sigmoid(), nn.Linear(8, 3)
+        self.gated = gated
+
+    def forward(self, x):
+        h = self.act(self.a(x)).flatten(1)
+        h = self.smooth(self.b(h)) * (self.sigmoid(self.c(h)) if self.gated else 1)
+        return self.head(h)
+
+
+def test_deeplift_equals_captums_where_captum_can():
+    captum = pytest.importorskip("captum.attr")
+    net, x, baseline = built(lambda: Gated(gated=False)), drawn(2, 3, 6, 6), drawn(2, 3, 6, 6, seed=9)
+    with pytest.warns(UserWarning, match="hooks|required_grads"):
+        wanted = captum.DeepLift(net, eps=1e-6).attribute(x.clone().requires_grad_(), baseline, target=1)
+    a = ut.explain(net, x, rule="deeplift", baseline=baseline, target=1)
+    assert distance(a.values, wanted.detach()) < 1e-10
+
+
+@pytest.mark.parametrize("baseline", ["zero", 0.5, ["zero", 1.0]])
+def test_deeplift_accounts_for_the_whole_difference(baseline):
+    net, x = built(Gated), drawn(2, 3, 6, 6)
+    a = ut.explain(net, x, rule="deeplift", baseline=baseline, target=[[0, 1], [2, 0]])
+    assert torch.tensor(a.completeness).abs().max() < 1e-10
+    starts = {"zero": [0.0], 0.5: [0.5]}.get(baseline if isinstance(baseline, str | float) else "", [0.0, 1.0])
+    with torch.no_grad():
+        difference = net(x) - sum(net(torch.full_like(x, start)) for start in starts) / len(starts)
+    assert torch.allclose(a.values[0, 1].sum(), difference[0, 1], rtol=1e-10)
+    assert a.conservation is None
+    with pytest.raises(ut.InputError, match="leave estimator='smoothgrad' out"):
+        ut.explain(net, x, rule="deeplift", estimator="smoothgrad:2")

@@ -48,7 +48,7 @@ def explain(request: Request) -> Explanation:
         request = with_function(request, network, stack)
         with nullcontext() if attachment is None else attachment.forward():
             output, path, head = run_to_scores(request, fed, network)
-        scores, ids, single = target_scores(output, request.target, request.batch, path)
+            scores, ids, single = target_scores(output, request.target, request.batch, path)
         if scores.grad_fn is None:
             raise no_gradient(request, fed)
         if attachment is not None:

@@ -157,6 +157,11 @@ def _pass_relevance(g: torch.Tensor, local: Callable[[torch.Tensor], torch.Tenso
     return g
 
 
+def _read_kinds(table: Rule) -> set[str]:
+    """Return the kinds whose operands the rows read; f(x) / x of a ReLU is its derivative, for which x is not read."""
+    return {kind for kind, row in table.rows.items() if kind != "relu" or row is not identity}
+
+
 def _relevance_of(row: Any) -> Any:
     """Return the row of a first layer that gives relevance, of one that gives relevance by value."""
 
@@ -179,7 +184,7 @@ class ThroughGraph(RuleAttachment):
         super().__init__(request)
         self.network = eager(request.model)
         self._table = request.rule if isinstance(request.rule, Rule) else None
-        self._notes = None if self._table is None else ForwardNotes(self._table.rows)
+        self._notes = None if self._table is None else ForwardNotes(_read_kinds(self._table))
         self._handles: list[Any] = []
         self._shared: dict[Any, SharedPrehook] = {}
         self.reads_every_node = self._table is not None

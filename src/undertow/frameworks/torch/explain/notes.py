@@ -1,6 +1,6 @@
 """What an operation was given and its graph node does not save: noted below autograd during the forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,12 @@ _WEIGHTED: _Calls = {
     aten.cudnn_batch_norm: ("CudnnBatchNormBackward0", (0, 1, 2)),
     aten.miopen_batch_norm: ("MiopenBatchNormBackward0", (0, 1, 2)),
 }
-_NEEDED_BY: dict[str, _Calls] = {"smooth": _ELEMENTWISE, "conv": _WEIGHTED, "linear": _WEIGHTED}
+_NEEDED_BY: dict[str, _Calls] = {
+    "relu": {aten.relu: ("ReluBackward0", (0,))},
+    "smooth": _ELEMENTWISE,
+    "conv": _WEIGHTED,
+    "linear": _WEIGHTED,
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,10 @@ class ForwardNotes(TorchDispatchMode):
     """Notes operands, by the number of the node that autograd has just made for the call.
 
     Args:
-        kinds: those of a rule's rows.
+        kinds: those whose operands a rule's rows read.
     """
 
-    def __init__(self, kinds: Mapping[str, Any]) -> None:
+    def __init__(self, kinds: Collection[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._noted = {call: how for kind, calls in _NEEDED_BY.items() if kind in kinds for call, how in calls.items()}
         self._in_place = {getattr(aten, f"{c.__name__}_"): c for c in self._noted if hasattr(aten, f"{c.__name__}_")}

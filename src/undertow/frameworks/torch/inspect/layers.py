@@ -152,7 +152,7 @@ def layer_gradients(
         outputs = record_outputs(request.model, layers, stack)
         with nullcontext() if attachment is None else attachment.forward():
             output, path, head = run_to_scores(request, fed)
-        scores, ids, single = _columns(output, path, request, directions)
+            scores, ids, single = _columns(output, path, request, directions)
         if scores.grad_fn is None:
             raise no_gradient(request, fed)
         _refuse_compiled(request.model, [name for name in layers if name.partition("@")[0] not in outputs])
