@@ -1,5 +1,8 @@
 """AttnLRP and CP-LRP on models as they are, against twins that replace functions and walk no graph."""
 
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ import undertow as ut
 from frameworks.torch import real_models
 from frameworks.torch.real_models import built, drawn, of_class, timm, torchvision, transformers
 from frameworks.torch.relevance_twins import relevance
+from undertow.frameworks.torch.explain.notes import ForwardNotes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*left alone on the way:undertow.UndertowWarning")
 RULES = ("attnlrp", "cp-lrp")
@@ -308,6 +312,24 @@ def test_what_is_not_known_is_listed_and_passed():
     with pytest.warns(ut.UndertowWarning, match="CumprodBackward0"):
         a = ut.explain(net, drawn(2, 6), rule=ut.Rule({"linear": lambda g, local, op: local(g)}, name="linear"))
     assert a.skipped == {"CumprodBackward0": 1}
+
+
+def test_threads_do_not_meet():
+    model, x, *_ = MODELS["timm ViT"]()
+    wanted = [ut.explain(model, x, rule="attnlrp", target=k).values for k in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        maps = list(pool.map(lambda k: ut.explain(model, x, rule="attnlrp", target=k % 4).values, range(12)))
+    assert all(torch.equal(values, wanted[k % 4]) for k, values in enumerate(maps))
+
+
+def test_nothing_of_a_call_stays_behind():
+    model, x, *_ = MODELS["BERT"]()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ut.explain(model, x, rule="attnlrp", target=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    kept = [t for t in gc.get_objects() if type(t) is ForwardNotes and t._notes]
+    assert kept == []
 
 
 def test_traced_and_exported_modules_are_the_same_to_it():
