@@ -397,6 +397,13 @@ def test_plots_are_figures_that_show_themselves_and_can_be_written(run, tmp_path
         quantiles.plot(tmp_path / "a.bmp")
 
 
+def test_a_run_draws_its_quantiles(run, tmp_path):
+    figure = run.plot(tmp_path / "q.svg", [0.5, 0.9])
+    assert (tmp_path / "q.svg").stat().st_size > 1000
+    assert [axis.get_title() for axis in figure.axes] == ["50 % quantile", "90 % quantile"]
+    assert len(figure.axes[0].patches) == len(run.quantiles([0.5]))
+
+
 def test_a_verdict_is_a_picture(net, x):
     verdict = ut.trust(net, x[:1])
     assert verdict.image().width == 1350

@@ -1,5 +1,7 @@
 """Photographs for a classifier: the device that they go to, and the folder that holds the results of one."""
 
+import base64
+import io
 import platform
 import sys
 from collections.abc import Iterator
@@ -45,12 +47,34 @@ def provenance(path: Path, classifier: Classifier) -> dict[str, Any]:
 
 
 def write_image(image: Any, path: Path) -> Path:
-    """Write a Pillow image, or `(H, W, 3)` uint8, as PNG; whole or not at all."""
+    """Write a Pillow image, or `(H, W, 3)` uint8, as PNG, PDF or SVG by the path's ending; whole or not at all.
+
+    A PDF, and an SVG, holds the picture's pixels; a PDF has white below what is transparent.
+    """
     from PIL import Image
 
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with published(path) as aside:
-        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(aside, format="PNG")
+        if path.suffix == ".svg":
+            aside.write_text(_as_svg(picture), encoding="utf-8")
+        elif path.suffix == ".pdf":
+            over = picture.convert("RGBA")
+            Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB").save(aside, "PDF")
+        else:
+            picture.save(aside, format="PNG")
     return path
+
+
+def _as_svg(picture: Any) -> str:
+    """Return a picture's pixels as SVG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width, height = picture.size
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<image width="{width}" height="{height}" href="data:image/png;base64,{data}"/></svg>\n'
+    )
 
 
 def versions() -> dict[str, str | None]:

@@ -1,13 +1,17 @@
 """The command as a person meets it: what it prints, writes, refuses, and with which exit code."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -221,3 +225,31 @@ def test_models_lists_what_works_offline(capfd):
     code, _, err = call(capfd, "models", "vvgg61")
     assert code == 2
     assert "no model contains" in err
+
+
+@pytest.mark.parametrize("ending", ["svg", "pdf"])
+def test_a_panel_is_written_as_svg_and_pdf_too(tmp_path, ending):
+    cat = ut.images.demo_photographs()["chelsea"]
+    words = [
+        "explain",
+        str(cat),
+        "--model",
+        "demo",
+        "--rule",
+        "gradient",
+        "--ground",
+        "transparent",
+        "--figure",
+        ending,
+    ]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path)], standalone_mode=False)
+    panel = tmp_path / "chelsea" / f"panel.{ending}"
+    assert f"-> {panel}" in done.stdout
+    if ending == "pdf":
+        assert panel.read_bytes().startswith(b"%PDF")
+        return
+    image = ElementTree.parse(panel).getroot()[0]
+    data = base64.b64decode(image.get("href").removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(data)) as picture:
+        assert (str(picture.width), str(picture.height)) == (image.get("width"), image.get("height"))
+        assert picture.getextrema()[3][0] == 0

@@ -122,18 +122,19 @@ def _predictions(classifier: Classifier, scores: npt.NDArray[Any]) -> list[Predi
 
 
 def write(
-    explained: ExplainedPhotograph, classifier: Classifier, folder: Path, ground: str = "white"
+    explained: ExplainedPhotograph, classifier: Classifier, folder: Path, ground: str = "white", ending: str = "png"
 ) -> dict[str, Any]:
     """Write the panel, each map as pictures and as safetensors, and `result.json` last; return the latter's content.
 
     Args:
         ground: of the panel: "white", "dark" or "transparent".
+        ending: of the panel: "png", "pdf" or "svg".
 
     Files of the same names are replaced. A folder that has a `result.json` is complete.
     """
     with result_folder(folder, "result.json") as result:
-        files = ["panel.png", PHOTOGRAPH]
-        write_image(draw_panel(explained, classifier, ground), folder / "panel.png")
+        files = [f"panel.{ending}", PHOTOGRAPH]
+        write_image(draw_panel(explained, classifier, ground), folder / files[0])
         write_image(explained.view, folder / PHOTOGRAPH)
         for rule, attribution in explained.maps.items():
             files.append(attribution.save(folder / f"{readable(rule)}.safetensors").name)

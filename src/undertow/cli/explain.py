@@ -10,6 +10,7 @@ import click
 from .photographs import (
     ALL_RULES,
     RULES,
+    figure_option,
     for_each,
     ground_option,
     input_line,
@@ -102,6 +103,7 @@ Examples:
 @preprocess_option
 @output_option
 @report_option
+@figure_option
 @ground_option
 @click.option("--pictures", metavar="all|none|N", help="Of a sweep: for how many images. Default: none.")
 @sweep_options()
@@ -121,6 +123,7 @@ def explain(
     baselines: Sequence[str],
     page: Path | None,
     ground: str,
+    ending: str,
     pictures: str | None,
     **options: Any,
 ) -> int:
@@ -148,7 +151,9 @@ def explain(
         load = partial(load_classifier, reference, weights, preprocess, output)
         how |= {"device": device, "pictures": _pictures(pictures), "load": load, "judge": judge, "page": page}
         return _sweep(classifier, photographs, out, as_json, options, how)
-    return explain_all(classifier, paths, options, device, out, as_json, with_verdicts=judge, ground=ground, page=page)
+    return explain_all(
+        classifier, paths, options, device, out, as_json, with_verdicts=judge, page=page, ground=ground, ending=ending
+    )
 
 
 def _sweep(
@@ -235,6 +240,7 @@ def explain_all(
     with_verdicts: bool = False,
     page: Path | None = None,
     ground: str = "white",
+    ending: str = "png",
 ) -> int:
     """Explain and write every photograph, and print each result; return the exit code.
 
@@ -243,7 +249,7 @@ def explain_all(
         then: called with each photograph's maps.
         with_verdicts: also judge each map.
         page: where to write one HTML page of all of them.
-        ground: of the panels.
+        ground, ending: of the panels.
     """
     from rich.console import Console
 
@@ -258,11 +264,11 @@ def explain_all(
         with Console(stderr=True).status(shown(f"{path.name} ({positions[path]})")):
             explained = explain_photograph(classifier, path, **options, device=device)
             explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
-            result = write(explained, classifier, folder, ground)
+            result = write(explained, classifier, folder, ground, ending)
         done[path] = folder
         then(explained)
         if not as_json:
-            _print(explained, classifier, folder)
+            _print(explained, classifier, folder / f"panel.{ending}")
         return result
 
     code = for_each(photographs, out, work, verb="explained", as_json=as_json)
@@ -283,7 +289,7 @@ def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", d
     return replace(explained, verdicts={rule: verdict.to_dict() for rule, verdict in verdicts})
 
 
-def _print(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> None:
+def _print(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Path) -> None:
     from rich.console import Console
 
     heading = "score" if explained.predictions[0].probability is None else "probability"
@@ -295,11 +301,11 @@ def _print(explained: "ExplainedPhotograph", classifier: "Classifier", folder: P
         ("class", "name", heading), rows, title=explained.path.name, title_style="bold", right=("class", heading)
     )
     console = Console()
-    for line in _lines(explained, classifier, folder):
+    for line in _lines(explained, classifier, panel):
         print_line(console, line)
 
 
-def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: Path) -> Iterator[str]:
+def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Path) -> Iterator[str]:
     from ..frameworks.base import AS_IS
 
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
@@ -314,7 +320,7 @@ def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", folder: P
         yield f"  note: {note}"
     for rule, verdict in explained.verdicts.items():
         yield f"  {rule:<10}{verdict['sentence']}"
-    yield f"  -> {folder / 'panel.png'}"
+    yield f"  -> {panel}"
     yield ""
 
 

@@ -46,6 +46,14 @@ preprocess_option = click.option(
 output_option = click.option(
     "--output", metavar="PART", help="The part of the network's output that holds the scores, as in out, 1 or heads.1."
 )
+figure_option = click.option(
+    "--figure",
+    "ending",
+    type=click.Choice(("png", "svg", "pdf")),
+    default="png",
+    show_default=True,
+    help="How the panel, or each verdict's picture, is written.",
+)
 ground_option = click.option(
     "--ground",
     type=click.Choice(("white", "dark", "transparent")),

@@ -10,6 +10,7 @@ import click
 
 from .photographs import (
     ALL_RULES,
+    figure_option,
     for_each,
     ground_option,
     input_line,
@@ -61,14 +62,7 @@ Examples:
 @click.option("--seed", default=0, show_default=True, help="Of random maps, classes, weights and noise.")
 @click.option("--samples", default=19, show_default=True, help="Random maps that stand for chance.")
 @report_option
-@click.option(
-    "--figure",
-    "ending",
-    type=click.Choice(("png", "svg", "pdf")),
-    default="png",
-    show_default=True,
-    help="How each verdict's picture is written.",
-)
+@figure_option
 @ground_option
 @sweep_options()
 @output_options

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -17,6 +17,9 @@ from .format import COMMITTED, TABLES, arrow, damaged, read_tensor, schema, tens
 from .manifest import read_manifest
 from .parts import part_name, parts_of, read_part
 from .quantiles import Quantiles, quantiles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Run(ShownItem):
@@ -134,6 +137,27 @@ class Run(ShownItem):
     ) -> Quantiles:
         """Return each site's quantiles; `undertow.runs.quantiles` says how."""
         return quantiles(self, q, of=of, by=by, per_sample=per_sample)
+
+    def plot(
+        self,
+        path: str | Path | None = None,
+        q: Sequence[float] = (0.5, 0.7, 0.9),
+        *,
+        of: str | None = None,
+        panels: str | None = None,
+        ground: str = "white",
+    ) -> "Figure":
+        """Draw quantiles of each site, as `undertow quantiles --plot` does; `Quantiles.plot` says how.
+
+        Args:
+            path: also write it there, as PNG, SVG or PDF; replaced atomically.
+            q, of: as `undertow.runs.quantiles` has them.
+            panels, ground: as `Quantiles.plot` has them.
+
+        Raises:
+            InputError, FrameworkError: as `quantiles` and `Quantiles.plot`.
+        """
+        return quantiles(self, q, of=of).plot(path, self.folder.name, panels=panels, ground=ground)
 
     def tensors(self, **where: Any) -> Iterator[tuple[dict[str, Any], npt.NDArray[Any]]]:
         """Yield what was kept, with its row of the table `kept`; bfloat16 comes as float32.
