@@ -149,7 +149,13 @@ def explain(
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     if is_sweep:
         load = partial(load_classifier, reference, weights, preprocess, output)
-        how |= {"device": device, "pictures": _pictures(pictures), "load": load, "judge": judge, "page": page}
+        how |= {"device": device, "pictures": _pictures(pictures), "load": load, "judge": judge}
+        given = {"--report": page, "--ground": ground != "white", "--figure": ending != "png"}
+        if alone := ", ".join(name for name, value in given.items() if value):
+            raise click.UsageError(
+                f"{alone}: of photographs that are explained one by one, up to {AT_ONCE}; for a page of a sweep add "
+                f"--pictures N, and then: undertow report {out}"
+            )
         return _sweep(classifier, photographs, out, as_json, options, how)
     return explain_all(
         classifier, paths, options, device, out, as_json, with_verdicts=judge, page=page, ground=ground, ending=ending
@@ -170,10 +176,6 @@ def _sweep(
 
     if how.pop("judge"):
         raise InputError("--trust judges photographs one by one; for many: undertow trust ... --engine local")
-    if how.pop("page"):
-        raise InputError(
-            f"--report is no part of a sweep; add --pictures N, and then: undertow report {out / 'pictures'}"
-        )
     how |= {"rule": options.pop("rules"), "target": options.pop("target"), "options": options}
     return run_sweep(sweep.explain, classifier, all_of(photographs), out, as_json=as_json, **how)
 
