@@ -253,7 +253,7 @@ def test_an_unmodified_network_equals_the_sums_over_all_pairs(make, size, rule, 
     assert distance(a.values, wanted) < 1e-10
 
 
-@pytest.mark.parametrize("rule", ["lrp:epsilon", "lrp:epsilon-plus-flat", "lrp:epsilon-alpha2-beta1", "excitation"])
+@pytest.mark.parametrize("rule", RULES)
 def test_without_biases_the_relevance_is_the_score(rule):
     def make():
         layers = (
