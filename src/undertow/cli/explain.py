@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..rules import TABLES
 from .photographs import (
     ALL_RULES,
     RULES,
@@ -310,20 +311,26 @@ def _print(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Pa
 def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Path) -> Iterator[str]:
     from ..frameworks.base import AS_IS
 
+    width = _width(explained)
     names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
     head = next(iter(explained.maps.values())).head
     yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
     yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
-        what = "operations" if attribution.is_relevance else "activations"
-        yield f"  {rule:<10}{attribution.rewired:>4} {what} rewired   {explained.seconds[rule]:.2f} s"
+        what = "operations" if rule in TABLES else "activations"
+        yield f"  {rule:<{width}}{attribution.rewired:>4} {what} rewired   {explained.seconds[rule]:.2f} s"
     yield from _likeness_lines(explained)
     for note in explained.notes:
         yield f"  note: {note}"
     for rule, verdict in explained.verdicts.items():
-        yield f"  {rule:<10}{verdict['sentence']}"
+        yield f"  {rule:<{width}}{verdict['sentence']}"
     yield f"  -> {panel}"
     yield ""
+
+
+def _width(explained: "ExplainedPhotograph") -> int:
+    """Return the width of the column of rules."""
+    return max(10, *(len(rule) + 1 for rule in explained.maps))
 
 
 def _likeness_lines(explained: "ExplainedPhotograph") -> Iterator[str]:
@@ -339,4 +346,6 @@ def _likeness_lines(explained: "ExplainedPhotograph") -> Iterator[str]:
         rows = likeness(attribution)
         if rows is not None:
             pairs = combinations(range(len(ids)), 2)
-            yield f"  {rule:<10}" + "   ".join(f"{ids[i]}, {ids[j]}: {rows[i][j]:.2f}" for i, j in pairs)
+            yield f"  {rule:<{_width(explained)}}" + "   ".join(
+                f"{ids[i]}, {ids[j]}: {rows[i][j]:.2f}" for i, j in pairs
+            )

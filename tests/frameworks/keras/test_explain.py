@@ -594,3 +594,11 @@ def test_keras_on_jax_is_refused_in_one_line():
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     line = "keras runs on jax here, which is not supported; set KERAS_BACKEND=tensorflow (or torch) before keras is "
     assert [text.startswith(line) for text in ended.stdout.splitlines()] == [True, True]
+
+
+def test_a_rule_for_more_than_activations_is_refused(net, x):
+    for rule in ("attnlrp", "lrp:epsilon-plus-flat", ut.Rule({"product": lambda g, local, op: local(g / 2)})):
+        with pytest.raises(ut.RuleError, match="reaches, on PyTorch"):
+            ut.explain(net, x, rule=rule)
+    with pytest.raises(ut.RuleError, match="reaches, on PyTorch"):
+        ut.explain(net, x, rule="deeplift", baseline=1.0)

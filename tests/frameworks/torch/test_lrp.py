@@ -253,7 +253,7 @@ def test_an_unmodified_network_equals_the_sums_over_all_pairs(make, size, rule, 
     assert distance(a.values, wanted) < 1e-10
 
 
-@pytest.mark.parametrize("rule", ["lrp:epsilon", "lrp:epsilon-plus-flat", "lrp:epsilon-alpha2-beta1", "excitation"])
+@pytest.mark.parametrize("rule", RULES)
 def test_without_biases_the_relevance_is_the_score(rule):
     def make():
         layers = (
@@ -363,3 +363,24 @@ def test_a_target_may_weigh_the_scores():
     weights = torch.eye(3, dtype=torch.float64)[1]
     a = ut.explain(net, x, rule="lrp:epsilon-plus-flat", target=lambda y: y @ weights)
     assert distance(a.values, ut.explain(net, x, rule="lrp:epsilon-plus-flat", target=1).values) < 1e-4
+
+
+@pytest.mark.parametrize("rule", ["lrp:epsilon", "lrp:epsilon-plus-flat", "attnlrp", "deeplift"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda x: x.clamp(min=0),
+        lambda x: torch.maximum(x, torch.zeros_like(x)),
+        lambda x: torch.maximum(torch.zeros(1, dtype=x.dtype), x),
+        lambda x: nn.functional.threshold(x, 0.0, 0.0),
+        lambda x: nn.functional.hardtanh(x, 0.0, 1e9),
+        lambda x: nn.functional.leaky_relu(x, 0.0),
+        torch.relu_,
+    ],
+)
+def test_a_relu_is_a_relu_however_it_is_written(spelling, rule):
+    def explained(f):
+        first, last = built(lambda: nn.Linear(6, 8)), built(lambda: nn.Linear(8, 3))
+        return ut.explain(lambda x: last(f(first(x))), drawn(2, 6), rule=rule, target=1).values
+
+    assert distance(explained(spelling), explained(torch.relu)) < 1e-12

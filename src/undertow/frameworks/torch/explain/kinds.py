@@ -14,7 +14,7 @@ _SMOOTH = (
     *("Reciprocal", "Pow", "Atan", "Sinh", "Cosh", "Asinh", "Clamp", "ClampMin", "ClampMax", "Hardtanh", "Threshold"),
 )
 SMOOTH = frozenset(_SMOOTH)
-PROPORTIONAL = frozenset(("Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Abs", "Neg"))
+PROPORTIONAL = frozenset(("Relu", "Maximum", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Abs", "Neg"))
 """f(x) / x is their derivative, so a rule that passes g·f(x)/x is the gradient."""
 COPIES = frozenset(("ToCopy", "Clone", "Alias", "Copy", "CopyBackwards", "Detach", "NativeDropout", "Contiguous"))
 VIEWS = frozenset(
@@ -65,6 +65,8 @@ def simple_kind(node: Any) -> str | None:
         return "norm"
     if name in ("Prelu", "PreluKernel", "Relu", "LeakyRelu", "RreluWithNoise", "Abs"):
         return "relu"
+    if name == "Maximum":
+        return "relu" if classify(node) is NodeKind.RELU else None
     if name in SMOOTH:
         return "relu" if classify(node) is NodeKind.RELU else "smooth"
     if classify(node) is NodeKind.SWITCH:

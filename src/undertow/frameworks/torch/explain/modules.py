@@ -19,7 +19,8 @@ from ...base import Request
 from ..calls import uncompiled
 from ..internals import function_class, next_sequence_number, sequence_number
 from ..nodes import NodeKind, name_of
-from .graph import WANTED, RuleAttachment, apply_rule
+from .graph import WANTED, RuleAttachment
+from .rule_hooks import apply_rule
 
 _RELU_LIKE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Threshold)
 _SMOOTH = (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Softplus, nn.Hardswish)

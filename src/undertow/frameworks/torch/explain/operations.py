@@ -22,7 +22,7 @@ Exit = tuple[Any, int]
 GATES = ("Softmax", "SafeSoftmax", "Sigmoid", "Hardsigmoid")
 # What a node saved as its input, where it is not "self".
 _SAVED_OPERANDS = {
-    **dict.fromkeys(("Mul", "Div"), ("self", "other")),
+    **dict.fromkeys(("Mul", "Div", "Maximum"), ("self", "other")),
     **dict.fromkeys(("Bmm", "Mm"), ("self", "mat2")),
     "Mv": ("self", "vec"),
     "Addmm": ("", "mat1", "mat2"),
@@ -60,6 +60,7 @@ _FORWARD: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "Sinh": lambda _, x: x.sinh(),
     "Cosh": lambda _, x: x.cosh(),
     "Asinh": lambda _, x: x.asinh(),
+    "Maximum": lambda _, x: x.clamp(min=0),  # with a constant zero
     "Relu": lambda n, _: saved(n, "result"),
     "LeakyRelu": lambda n, x: F.leaky_relu(x, saved(n, "negative_slope")),
 }

@@ -122,7 +122,7 @@ def _layer_behind(node: Any, way: Way) -> Any:
 def _passes(node: Any, way: Way) -> bool:
     """Whether a node only hands on, adds or scales what it is given, so that its gradient is right under any rule."""
     name = stem(node)
-    if name in VIEWS or name in SUMS or name in COPIES or name in PROPORTIONAL or "Accumulate" in name:
+    if name in VIEWS or name in SUMS or name in COPIES or name in ("Neg", "Abs") or "Accumulate" in name:
         return True
     return name in (*_MATRIX_PRODUCTS, "Mul", "Div", "Convolution") and len(list(way.inputs(node))) == 1
 
