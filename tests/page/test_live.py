@@ -10,19 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 from torch import nn
 
 import undertow as ut
-
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @contextmanager
@@ -60,12 +50,11 @@ def status_of(address, **headers):
         return error.code
 
 
-def test_new_batches_and_findings_appear_without_a_reload_and_the_focus_stays(tmp_path):
+def test_new_batches_and_findings_appear_without_a_reload_and_the_focus_stays(tmp_path, browser):
     net, opened = recording_into(tmp_path / "run")
     with opened as recording:
         one_batch(net, recording)
-        with viewed(tmp_path / "run") as (_, address), sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        with viewed(tmp_path / "run") as (_, address):
             page = browser.new_page()
             faults: list[str] = []
             page.on("pageerror", lambda error: faults.append(str(error)))
@@ -85,6 +74,7 @@ def test_new_batches_and_findings_appear_without_a_reload_and_the_focus_stays(tm
             recording.__exit__(None, None, None)
             page.get_by_text("2 batches, finished").wait_for()
             assert faults == []
+            page.close()
 
 
 def test_without_the_token_and_under_another_name_nothing_is_served(tmp_path):
