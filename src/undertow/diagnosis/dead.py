@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .evidence import Evidence, OpChain, Step
-from .finding import Finding, called, listed, percent
+from .finding import Finding, called, first_of, listed, percent
 
 MIN_ELEMENTS = 100
 _WARNING_SHARE = 0.1
@@ -74,13 +74,14 @@ def _units(evidence: Evidence, units: list[tuple[OpChain, Step]]) -> Finding:
     share = _dead(step) / len(step.active)
     many = [unit for unit in units if _are_many(*unit)]
     varied = bool(many) and float(np.median([_switching(*unit) for unit in many])) >= _MIN_SWITCHING
-    others = {other.site: f"{_dead(its)} of {len(its.active)}" for other, its in units if other is not chain}
+    rest = sorted((u for u in units if u[0] is not chain), key=lambda u: -_dead(u[1]) / len(u[1].active))
+    others = {other.site: f"{_dead(its)} of {len(its.active)} at {called(other.site)}" for other, its in rest}
     sentence = (
         f"{_dead(step)} of {len(step.active)} channels of {called(chain.site)} ({percent(share)}) were inactive after "
         f"{step.op} on all {evidence.samples} watched samples: they pass no gradient and their weights do not learn"
     )
     if others:
-        sentence += f"; likewise {', '.join(f'{number} at {called(site)}' for site, number in others.items())}"
+        sentence += f"; likewise {first_of(list(others.values()))}"
     if many and not varied:
         sentence += "; most other channels never switch either, so these samples may be too alike to tell"
     return Finding(

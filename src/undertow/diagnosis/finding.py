@@ -1,6 +1,6 @@
 """A finding: one diagnosed fact with its cause, its evidence and its source."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -112,6 +112,15 @@ def listed(names: Iterable[str], max_names: int = 6) -> str:
     if len(labels) > max_names:
         return f"{', '.join(labels[:max_names])} and {len(labels) - max_names} more"
     return " and ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) > 1 else "".join(labels)
+
+
+def first_of(texts: Sequence[str], most: int = 6) -> str:
+    """Join texts for a sentence, the first ones alone where there are many.
+
+    >>> first_of(["1 of 4 at a", "2 of 4 at b"]), first_of(list("abcdefgh"), most=3)
+    ('1 of 4 at a, 2 of 4 at b', 'a, b, c and 5 more')
+    """
+    return ", ".join(texts) if len(texts) <= most else f"{', '.join(texts[:most])} and {len(texts) - most} more"
 
 
 def percent(share: float) -> str:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from .evidence import Evidence, OpChain, Step
-from .finding import Finding, called, listed, percent
+from .finding import Finding, called, first_of, listed, percent
 
 _MIN_SHARE = 0.6
 _SOURCE_POOLING = (
@@ -147,7 +147,7 @@ def _routed(at: dict[str, tuple[OpChain, Step, Step]]) -> Finding:
     if of["arrived_zero"]:
         sentence += f"; {percent(of['arrived_zero'])} was already zero"
     if others := [f"{called(site)} ({percent(figures[site]['zeros'])})" for site in figures if site != worst]:
-        sentence += f"; likewise at {', '.join(others)}"
+        sentence += f"; likewise at {first_of(others)}"
     return Finding(
         "pooling",
         "info",
@@ -191,7 +191,7 @@ def _spread(at: dict[str, tuple[OpChain, Step, Step]]) -> Finding:
         f"multiplied by {of['observed']:.3g} ({of['predicted']:.3g} predicted: outputs / inputs)"
     )
     if others := [f"{called(site)} ({figures[site]['observed']:.3g})" for site in figures if site != first]:
-        sentence += f"; likewise after {', '.join(others)}"
+        sentence += f"; likewise after {first_of(others)}"
     return Finding(
         "pooling",
         "info",
@@ -269,7 +269,7 @@ def _leaky(at: dict[str, tuple[OpChain, Step]]) -> Finding:
         f"of the incoming gradient's ({predicted:.3g} predicted)"
     )
     if others := [f"{called(site)} ({percent(negative[site])})" for site in at if site != worst]:
-        sentence += f"; likewise at {', '.join(others)}"
+        sentence += f"; likewise at {first_of(others)}"
     return Finding(
         "activation",
         "info",
