@@ -57,7 +57,7 @@ def _facts(a: Any) -> Iterator[str]:
     """Yield in words what else is to be known of the maps."""
     shapes = [f"{path} {shape_of(tensor)}".strip() for path, tensor in tensors_with_paths(a.values)]
     yield f"values {brief(shapes)}" if shapes else "no values"
-    yield f"{counted(a.rewired, 'activation call')} rewired"
+    yield f"{counted(a.rewired, 'call')} rewired"
     for name in ("skipped", "opaque", "acting"):
         if counts := getattr(a, name):
             yield f"{name}: {brief(counts)}"

@@ -189,7 +189,7 @@ function explained(card, state) {
 const nameOf = (target) => target.name || `class ${target.class}`;
 
 function headingOf(map, target) {
-  const how = [map.key, map.rewired ? `${map.rewired} activations rewired` : "", map.head === "as is" ? "" : `score ${map.head}`];
+  const how = [map.key, map.rewired ? `${map.rewired} calls rewired` : "", map.head === "as is" ? "" : `score ${map.head}`];
   return [el("b", {}, nameOf(target)), ` ${target.score === null ? "" : short(target.score)} `,
     el("span", { class: "note" }, how.filter(Boolean).join(", "))];
 }
