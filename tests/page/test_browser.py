@@ -415,10 +415,13 @@ def test_light_and_dark_as_the_system_says_or_as_one_chooses(made, opened):
         page.get_by_role("button", name="Light or dark").click()
         assert page.evaluate(theme) == other
         assert page.evaluate(ground) != before
-        page.emulate_media(color_scheme=other)
-        page.wait_for_function(f"{theme} === {other!r}")
-        page.emulate_media(color_scheme=scheme)
-        page.wait_for_function(f"{theme} === {scheme!r}")
+        for now in (other, scheme):
+            page.emulate_media(color_scheme=now)
+            page.wait_for_function(f"matchMedia('(prefers-color-scheme: {now})').matches")
+            page.evaluate(
+                "new Promise((then) => requestAnimationFrame(() => requestAnimationFrame(then)))"
+            )  # it is told
+            page.wait_for_function(f"{theme} === {now!r}")
 
 
 def test_sections_are_reached_by_their_links(made, opened):

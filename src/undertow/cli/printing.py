@@ -99,7 +99,7 @@ def print_table(
     numbers = [heading in right for heading in headings]
     console = Console()
     if title is not None:
-        print_line(console, title, title_style or "italic")
+        print_line(console, printable(title), title_style or "italic")
     for i, (columns, widths) in enumerate(_blocks(cells, numbers, console.width)):
         if i:
             console.print()
