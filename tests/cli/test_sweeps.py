@@ -116,7 +116,20 @@ def test_a_recording_has_a_status_too(capfd, tmp_path, net):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_sweep_that_the_same_command_finishes(tmp_path, net, number, code):
     crops(tmp_path / "in", 200)
-    words = ["explain", tmp_path / "in", "--model", net, "--batch-size", 1, "--shard-size", 5, "--rule", "guided"]
+    words = [
+        "explain",
+        tmp_path / "in",
+        "--model",
+        net,
+        "--batch-size",
+        1,
+        "--shard-size",
+        5,
+        "--rule",
+        "guided",
+        "--fast",
+        "off",
+    ]  # else what measures quicker at this moment decides the last bits
     command = [sys.executable, "-m", "undertow", *map(str, words), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
