@@ -190,3 +190,17 @@ def test_a_page_tells_the_command_that_made_it(run, tmp_path):
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.S)
     facts = next(one["facts"] for one in json.loads(data)["made"] if one["title"] == "this page")
     assert shlex.split(facts["command"]) == ["undertow", *words]
+
+
+def test_a_page_replaces_no_file_of_another_kind(tmp_path):
+    photograph = tmp_path / "cat.png"
+    photograph.write_bytes(b"mine")
+    with pytest.raises(ut.InputError, match=r"cat\.png must end in \.html"):
+        ut.report(ut.Text(["a"], [1.0]), path=photograph)
+    record = ["record", str(tmp_path), "--model", "demo", "--out", str(tmp_path / "run"), "--report"]
+    for words in (["report", str(tmp_path), "-o"], ["explain", str(photograph), "--model", "demo", "--report"], record):
+        done = CliRunner().invoke(app, [*words, str(photograph)])
+        assert isinstance(done.exception, ut.InputError)
+        assert "must end in .html" in str(done.exception)
+    assert photograph.read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]

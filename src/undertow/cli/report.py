@@ -16,11 +16,20 @@ MAX_BLOCKS, MAX_DEPTH = 80, 4  # a network is shown as deep as it stays readable
 
 WORDS = "undertow.words"  # in a context's meta: what the command was called with
 
+
+def _checked(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse what is no page before any work is done."""
+    from ..page import check_ending
+
+    return None if path is None else check_ending(path)
+
+
 report_option = click.option(
     "--report",
     "page",
     metavar="FILE.html",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=_checked,
     help="Also write one HTML page of it, which can be mailed.",
 )
 
@@ -32,7 +41,12 @@ report_option = click.option(
 )
 @click.argument("what", metavar="WHAT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("report.html"), show_default=True
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    callback=_checked,
 )
 @click.option("--title", default="undertow", show_default=True)
 def report(what: Sequence[Path], out: Path, title: str) -> int:

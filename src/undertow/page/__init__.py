@@ -27,7 +27,7 @@ def report(
         what: in any order and number: folders that `undertow explain` or `undertow trust` wrote (of one photograph, or
             the folder around several), folders of runs, a `Run`, an `Attribution` of images, a `Verdict`, a `Text` of
             tokens, a network as `ut.derive.from_model` returns it, or a pair of that and a `Trace`.
-        path: of the page; replaced.
+        path: of the page, ending in .html; replaced.
         title: at its top.
         command: what it was made by, to be told in the page, such as "undertow report runs/a".
 
@@ -41,8 +41,20 @@ def report(
     >>> " cat" in page.read_text(encoding="utf-8")
     True
     """
-    arrays = PackedArrays()
-    return write_page(Path(path), contents(what, arrays, title, command), arrays.texts)
+    path, arrays = check_ending(path), PackedArrays()
+    return write_page(path, contents(what, arrays, title, command), arrays.texts)
+
+
+def check_ending(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a page: a file of another kind, such as a photograph, is never replaced by one.
+
+    Raises:
+        InputError: it does not end in .html or .htm.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{printable(path)} must end in .html, as a page does")
+    return path
 
 
 def contents(what: Any, arrays: PackedArrays, title: str, command: str = "") -> dict[str, Any]:
@@ -90,7 +102,7 @@ def contents(what: Any, arrays: PackedArrays, title: str, command: str = "") -> 
 def _at(path: Path) -> tuple[list[dict[str, Any]], Run | None]:
     """Return the cards, or the run, of a folder."""
     if not path.exists():
-        raise InputError(f"{printable(path)} is not there")
+        raise InputError(f"{printable(path)} is not there; check the name")
     if (path / "manifest.json").is_file():
         return [], Run(path)
     if (path / "sweep.json").is_file() and not (path / "pictures").is_dir():
