@@ -21,6 +21,8 @@ PURPOSES = {
     "report": "report and view",
     "derive": "derive",
     "ray": "--engine ray",
+    "jax": "networks in JAX",
+    "text": "networks that read text",
 }
 """What each extra is for."""
 
