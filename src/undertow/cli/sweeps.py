@@ -22,6 +22,18 @@ AT_ONCE = 12
 """So many photographs at most are explained one by one, each into a folder of pictures."""
 _SHOWN = 10  # failures that are printed
 
+
+class _CountOrAuto(click.IntRange):
+    """A number of at least 1, or `auto`."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or the word. Raises BadParameter: it is neither."""
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 _count = partial(click.option, metavar="N", type=click.IntRange(1))
 _OPTIONS = {
     "engine": click.option(
@@ -29,7 +41,12 @@ _OPTIONS = {
         type=click.Choice(("local", "torchrun", "ray")),
         help="Sweep over the data set, resumably: in this process, in those of torchrun, or on Ray.",
     ),
-    "batch_size": _count("--batch-size", help="Of a sweep: images at once. Default: 8 on a CPU, 32 elsewhere."),
+    "batch_size": click.option(
+        "--batch-size",
+        metavar="N|auto",
+        type=_CountOrAuto(),
+        help="Of a sweep: images at once; auto: as fit into memory. Default: 8 on a CPU, 32 elsewhere.",
+    ),
     "workers": _count("--workers", help="Of a sweep: threads that read. Default: as many as processors, 2 to 8."),
     "shard_size": _count("--shard-size", help="Of a sweep: images that are published together. Default: 64."),
     "max_failures": click.option(

@@ -36,6 +36,7 @@ CAPABILITIES = {
     "inspect.redirect": "redirect",
     "inspect.blocks": "derive.from_model",
     "inspect.derivatives": "a check of derivatives by autograd",
+    "memory": "a look at a device's memory",
     "prepare": "prepare",
     "record": "record",
     "zoo": "loading models by name",
@@ -167,6 +168,16 @@ class Preparer(Protocol):
 
     def prepared(self, model: Any, steps: Sequence[str], example: Any) -> Any:
         """Return a frozen copy with some steps taken. Raises InputError: one cannot be."""
+
+
+class Memory(Protocol):
+    """The memory of a device; None where it is not known."""
+
+    def free(self, device: str) -> int | None:
+        """Return how many bytes can still be allocated."""
+
+    def peak(self, device: str) -> Callable[[], int] | None:
+        """Begin to measure; what is returned tells how many bytes more were allocated since, at most."""
 
 
 class Inspector(Protocol):
@@ -410,6 +421,8 @@ def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 def capability(framework: str, name: Literal["explain"]) -> Explainer: ...
 @overload
 def capability(framework: str, name: Literal["prepare"]) -> Preparer: ...
+@overload
+def capability(framework: str, name: Literal["memory"]) -> Memory: ...
 @overload
 def capability(framework: str, name: Literal["inspect.layers"]) -> Inspector: ...
 @overload

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .keras import zoo as keras_zoo
     from .torch import arrays as torch_arrays
     from .torch import explain as torch_explain
+    from .torch import memory as torch_memory
     from .torch import prepare as torch_prepare
     from .torch import record as torch_record
     from .torch import zoo as torch_zoo
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     ARRAYS: tuple[base.Arrays, ...] = (torch_arrays, keras_arrays)
     EXPLAINERS: tuple[base.Explainer, ...] = (torch_explain, keras_explain)
     PREPARERS: tuple[base.Preparer, ...] = (torch_prepare,)
+    MEMORIES: tuple[base.Memory, ...] = (torch_memory,)
     INSPECTORS: tuple[base.Inspector, ...] = (torch_layers,)
     TRACERS: tuple[base.Tracer, ...] = (torch_trace,)
     REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect,)

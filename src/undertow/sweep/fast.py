@@ -14,8 +14,8 @@ from ..errors import InputError, ModelError
 from ..frameworks.base import as_numpy, capability, framework_of_model
 from ..runs.format import damage_named
 from .folder import done_shards, read_json, write_json
-from .tasks import Bench, ExplainTask, Item
-from .work import Job, read_item
+from .tasks import Bench, ExplainTask
+from .work import Job, first_items
 
 FILE = "prepared.json"
 FEWEST = 200
@@ -31,14 +31,13 @@ def chosen_steps(job: Job) -> tuple[str, ...]:
         return ()
     with suppress(FileNotFoundError):
         return read_steps(job.folder)
-    few = len(job.shards) * -(-job.shards.size // job.batch_size) < FEWEST
-    if few or done_shards(job.folder):
+    if job.batches < FEWEST or done_shards(job.folder):
         return ()
     try:
         framework = capability(framework_of_model(job.classifier.module), "prepare")
     except ModelError:
         return ()
-    items = _example(job)
+    items = first_items(job, job.batch_size)
     if not items:
         return ()
     bench = Bench(job.classifier, job.device, job.folder)
@@ -72,7 +71,7 @@ def read_steps(folder: Path) -> tuple[str, ...]:
 
 def prepared_classifier(job: Job, classifier: Classifier) -> Classifier:
     """Return a classifier whose network is prepared by the steps of a job."""
-    items = _example(job)
+    items = first_items(job, job.batch_size)
     if not job.steps or not items:
         return classifier
     framework = capability(framework_of_model(classifier.module), "prepare")
@@ -80,15 +79,3 @@ def prepared_classifier(job: Job, classifier: Classifier) -> Classifier:
         raise InputError(f"{job.folder / FILE} names a step that there is not: {unknown.pop()!r}")
     example = Bench(classifier, job.device, job.folder).batch(items)
     return replace(classifier, module=framework.prepared(classifier.module, job.steps, example))
-
-
-def _example(job: Job) -> list[Item]:
-    """Return the items of the first shard that can be read, at most a batch of them."""
-    names, items = job.source.names, list[Item]()
-    for index in job.shards[0]:
-        item = read_item(job, index, names[index])
-        if isinstance(item, Item):
-            items.append(item)
-        if len(items) == job.batch_size:
-            break
-    return items

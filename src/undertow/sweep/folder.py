@@ -10,7 +10,7 @@ The folder may come from elsewhere: nothing is read through a link, by a path th
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,10 +148,15 @@ def read_index(folder: Path, part: Part, columns: Mapping[str, str]) -> Any:
     return read_part(part_folder(folder, part.shard) / INDEX, "index", columns, part.files.get(INDEX))
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, manifest: Mapping[str, Any], names: Sequence[str], chosen: Collection[str] = ()
+) -> dict[str, Any]:
     """Begin a sweep, or go on with the one that is there; returns its manifest.
 
     Several processes may do so at once: the first one counts.
+
+    Args:
+        chosen: the settings that whoever begins the sweep chooses for all.
 
     Raises:
         RunError: another sweep is there.
@@ -165,6 +170,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], names: Sequence[st
         write_json(folder / NAME, facts, new=True)
     except FileExistsError:
         before = read_manifest(folder)
+        facts["settings"] |= {name: before["settings"].get(name) for name in chosen}
         _refuse_other(folder, before, facts)
         return before
     return facts

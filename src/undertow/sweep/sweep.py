@@ -22,6 +22,7 @@ from ..signals import unwound_by_sigterm
 from ..tables import ActivationRule, Rule
 from .engines import ENGINES, Crew, engine_named, run
 from .fast import chosen_steps
+from .fitting import fitting_batch_size
 from .folder import NAME, NAMES, PARTS, done_shards, names_digest, read_manifest, write_manifest
 from .merge import merge_runs
 from .pictures import draw
@@ -139,7 +140,7 @@ def sweep(
     task: Task,
     *,
     engine: str = "local",
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     workers: int | None = None,
     shard_size: int | None = None,
     max_failures: int | None = None,
@@ -157,7 +158,10 @@ def sweep(
     Args:
         engine: "local", "torchrun" or "ray".
         batch_size: how many images go through the network at once. None: as it was begun, else 8 on a CPU
-            and 32 elsewhere.
+            and 32 elsewhere. "auto": as it was begun, else as many as fit into half of the free memory, of a GPU four
+            fifths, as batches of 1, 2, 4, ... show; more than 8 and 32 where images come sooner by it, and at most a
+            shard. The first process chooses, and the manifest says what. Where memory lacks all the same, batches are
+            halved from there on. Results do not depend on it but for rounding.
         workers: threads that read; None: as many as there are processors, from 2 to 8, and one for a data set.
         shard_size: how many items are done, published and, where the process is killed, lost together. None: as it
             was begun, else 64.
@@ -177,7 +181,9 @@ def sweep(
     folder = Path(out)
     at = source_of(source)
     names = at.names if limit is None else at.names[:limit]
-    for option, value in (("shard_size", shard_size), ("batch_size", batch_size), ("workers", workers)):
+    is_auto = batch_size == "auto"
+    given = None if isinstance(batch_size, str) and is_auto else batch_size
+    for option, value in (("shard_size", shard_size), ("batch_size", given), ("workers", workers)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise InputError(f"{option}={value!r} must be a whole number of at least 1")
     if fast not in ("auto", "off"):
@@ -188,7 +194,7 @@ def sweep(
     rank, _ = engine_file.rank()
     device = _device(classifier, device, engine)
     begun = read_manifest(folder) if (folder / NAME).exists() else {"settings": {}}
-    batch_size = batch_size or begun["settings"].get("batch_size") or (8 if device == "cpu" else 32)
+    size = given or begun["settings"].get("batch_size") or (8 if device == "cpu" else 32)
     shards = Shards(len(names), shard_size or begun.get("shard_size", SHARD_SIZE))
     one_reader = isinstance(at, DatasetItems)
     job = Job(
@@ -198,13 +204,16 @@ def sweep(
         classifier,
         device,
         shards,
-        batch_size=batch_size,
+        batch_size=int(size),
         workers=workers or (1 if one_reader else max(2, min(8, os.cpu_count() or 2))),
         max_failures=max(10, len(names) // 10) if max_failures is None else max_failures,
         draft=draft,
     )
     with _opened(folder, rank), unwound_by_sigterm():
-        write_manifest(folder, _manifest(job, names, fast), names)
+        if is_auto and not begun["settings"]:
+            job.batch_size = fitting_batch_size(job)
+        manifest = write_manifest(folder, _manifest(job, names, fast), names, ("batch_size",) if is_auto else ())
+        job.batch_size = manifest["settings"]["batch_size"]
         done = done_shards(folder)
         share = engine_file.share(shards)
         begin(shards.items(set(done) & set(share)), shards.items(share))

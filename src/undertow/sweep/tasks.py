@@ -43,6 +43,7 @@ class Bench:
     """Where a task works: the network, its device, and the folder of the sweep.
 
     Attributes:
+        batches: how many batches there are in the sweep.
         largest: how many items fit into memory at once, where that was found out.
         remarks: what was warned of, each once.
     """
@@ -50,6 +51,7 @@ class Bench:
     classifier: Classifier
     device: str
     folder: Path
+    batches: int = 1
     largest: int | None = None
     remarks: dict[str, type[Warning]] = field(default_factory=dict)
 
@@ -333,12 +335,19 @@ class RecordTask:
                     stack.enter_context(bench.remarking())
                     run_objective = stack.enter_context(recorder.objective(classifier.module, self.objective))
                     recording = stack.enter_context(self._recording(bench, folder / "run"))
-                labels = None if self.objective == "predicted" else [label_of(classifier, i.path) for i in items]
-                with recording.batch(samples=[item.name for item in items], batch=number):
-                    ids, scores = run_objective(bench.batch(items), labels)
-                    names = class_names(classifier, ids)
-                    recording.describe({"class": ids, "class_name": names, "score": scores})
-                return []
+                pieces = 0
+
+                def recorded(piece: Sequence[Item]) -> None:
+                    nonlocal pieces
+                    labels = None if self.objective == "predicted" else [label_of(classifier, i.path) for i in piece]
+                    # the second piece of a batch that memory did not suffice for has a number that no batch has
+                    with recording.batch([item.name for item in piece], batch=number + pieces * bench.batches):
+                        ids, scores = run_objective(bench.batch(piece), labels)
+                        named = class_names(classifier, ids)
+                        recording.describe({"class": ids, "class_name": named, "score": scores})
+                    pieces += 1
+
+                return in_pieces(bench, items, recorded)[1]
 
             yield add
 

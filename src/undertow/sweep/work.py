@@ -55,6 +55,11 @@ class Job:
     draft: bool = False
     steps: tuple[str, ...] = ()
 
+    @property
+    def batches(self) -> int:
+        """How many batches there are numbers for; the last shard may use fewer."""
+        return len(self.shards) * -(-self.shards.size // self.batch_size)
+
 
 @dataclass
 class Outcome:
@@ -89,7 +94,7 @@ def work(
         RunError: the disk refuses, or too many items failed; what was published remains.
         ModelError, RuleError, FrameworkError: of the network, whatever the item.
     """
-    bench = Bench(job.classifier, job.device, job.folder)
+    bench = Bench(job.classifier, job.device, job.folder, job.batches)
     outcome = Outcome(remarks=bench.remarks)
     with without_warnings(), _read_ahead(job, shards) as batches:
         for shard, of_shard in groupby(batches, key=lambda batch: batch[0]):
@@ -122,7 +127,7 @@ Batch = tuple[int, int, list[Item], list[Failure]]
 @contextmanager
 def _read_ahead(job: Job, shards: Sequence[int]) -> Iterator[Iterator[Batch]]:
     """Give the batches of some shards in order, while threads read those that follow."""
-    per_shard = -(-job.shards.size // job.batch_size)
+    per_shard = job.batches // len(job.shards)
     plan = (
         (shard, shard * per_shard + n, batch)
         for shard in shards
@@ -162,6 +167,18 @@ def read_item(job: Job, index: int, name: str) -> Item | Failure:
     except PhotographError as error:
         return Failure(index, storable(name), one_line(error))
     return Item(index, name, os.path.join(job.source.folder, name), array)
+
+
+def first_items(job: Job, count: int) -> list[Item]:
+    """Return the items of the first shard that can be read, at most so many."""
+    names, items = job.source.names, list[Item]()
+    for index in job.shards[0]:
+        item = read_item(job, index, names[index])
+        if isinstance(item, Item):
+            items.append(item)
+        if len(items) == count:
+            break
+    return items
 
 
 def _refuse_systematic(outcome: Outcome, expected: int) -> None:

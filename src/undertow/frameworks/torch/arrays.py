@@ -28,7 +28,11 @@ def channels_last() -> bool:
 
 def batch(arrays: Sequence[npt.NDArray[Any]], device: str) -> torch.Tensor:
     """Stack arrays of one shape into a batch on a device."""
-    return torch.stack([torch.from_numpy(array) for array in arrays]).to(device)
+    stacked = torch.stack([torch.from_numpy(array) for array in arrays])
+    if torch.device(device).type != "cuda":
+        return stacked.to(device)
+    # the copy goes on while the next batch is made ready; the pinned memory is kept until it has ended
+    return stacked.pin_memory().to(device, non_blocking=True)
 
 
 def device(name: str) -> str:
