@@ -1,27 +1,58 @@
-"""The documentation is tested: every code block runs, every command line parses, every public name is there."""
+"""The documentation is tested: every block of Python and shell runs, links lead somewhere, public names are there."""
 
 import re
 import shlex
-from pathlib import Path
+import shutil
 
 import click
 import duckdb
 import pytest
 
 import undertow as ut
+from documented import PAGES, ROOT, blocks_of, furnish, furnish_keras, is_run, lines_of, run_line, run_page
 from undertow.cli import app
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = sorted({line for page in PAGES for line in re.findall(r"^\s*(undertow .*)$", page.read_text(), re.M)})
+SHELL = sorted({line for page in PAGES for _, block in blocks_of(page, "sh") for line in lines_of(block)})
+WITH_THE_DEMO = ("undertow explain cat.jpg --model demo --target top:3", "undertow trace --model demo")
+SLOW = {"keras.md", "jax.md"}  # importing another framework takes longer than all the rest
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documented")
+    furnish(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(furnished, tmp_path, monkeypatch):
+    """A fresh copy of the folder in which all blocks of a page run."""
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    space: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
-        exec(compile(block, str(page), "exec"), space)
+    return tmp_path
+
+
+def marked(page):
+    return pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
+def test_every_block_of_a_page_runs(page, folder):
+    if any("keras" in line for _, block in blocks_of(page, "sh") for line in lines_of(block)):
+        furnish_keras(folder)
+    run_page(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", WITH_THE_DEMO)
+def test_lines_run_with_the_demo_network_itself(line, folder):
+    assert line in SHELL
+    run_line(line, stand_ins=False)
+
+
+def test_every_line_of_shell_is_run_somewhere():
+    assert [line for line in SHELL if is_run(line) and not line.startswith("undertow ")] == []
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -52,13 +83,10 @@ def test_the_version_is_the_packages():
     assert f'version = "{ut.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_the_readmes_query_reads_a_run(tmp_path):
-    page = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    space: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), space)
-    (query,) = re.findall(r"`(SELECT [^`]*)`", page)
-    found = duckdb.sql(query.replace("RUN", str(space["folder"]))).fetchall()
-    assert {site for site, _ in found} == {"1", "3"}
-    assert all(0 <= share <= 1 for _, share in found)
+def test_the_query_of_the_page_on_recording_reads_a_run(folder):
+    page = ROOT / "docs" / "record.md"
+    names = run_page(page)
+    (query,) = re.findall(r"`(SELECT [^`]*)`", page.read_text())
+    rows = duckdb.sql(query.replace("RUN", str(names["folder"]))).fetchall()
+    assert {site for site, _ in rows} == {"1", "3"}
+    assert all(0 <= share <= 1 for _, share in rows)
