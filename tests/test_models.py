@@ -166,10 +166,10 @@ def test_no_network_is_one_line_and_quick(offline: Path, capfd: pytest.CaptureFi
 
 
 def test_the_network_is_asked_with_a_limit() -> None:
-    assert "refused" in downloading._unreachable("http://127.0.0.1:9/weights.pth")
+    assert "refused" in downloading.unreachable("http://127.0.0.1:9/weights.pth")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
         started = time.monotonic()
-        text = downloading._unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth", seconds=0.5)
+        text = downloading.unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth", seconds=0.5)
         assert "no answer from 127.0.0.1" in text or "timed out" in text
         assert time.monotonic() - started < 60
 
@@ -183,7 +183,7 @@ def test_an_address_that_swallows_packets_is_given_up(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("urllib.request.urlopen", swallow)
     started = time.monotonic()
-    assert downloading._unreachable("http://example.org/x", seconds=0.2) == "no answer from example.org in 0.2 seconds"
+    assert downloading.unreachable("http://example.org/x", seconds=0.2) == "no answer from example.org in 0.2 seconds"
     assert time.monotonic() - started < 60
     over.set()
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from . import sweep as sweep
     from . import targets as targets
     from .attribution import Attribution as Attribution
-    from .attribution import explain as explain
+    from .attribution import ExplainedText as ExplainedText
+    from .attribution import explain_text as explain_text
     from .attribution import prepare as prepare
+    from .attribution.explain import explain as explain
     from .diagnosis import Finding as Finding
     from .diagnosis import diagnose as diagnose
     from .errors import FindingError as FindingError
@@ -47,13 +49,14 @@ if TYPE_CHECKING:
     from .sites import select as select
     from .sweep import Sweep as Sweep
     from .tables import Rule as Rule
+    from .text_model import TextModel as TextModel
     from .verdict import Verdict as Verdict
-    from .verdict import trust as trust
+    from .verdict.trust import trust as trust
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "attribution": "Attribution explain prepare",
+    "attribution": "Attribution ExplainedText explain explain_text prepare",
     "diagnosis": "Finding diagnose",
     "errors": "FindingError FrameworkError InputError ModelError PhotographError RuleError RunError TargetError "
     "UndertowError UndertowWarning",
@@ -64,6 +67,7 @@ _PUBLIC = {
     "sites": "Site select",
     "sweep": "Sweep",
     "tables": "Rule",
+    "text_model": "TextModel",
     "verdict": "Verdict trust",
 }
 """Where the public names are. They are imported when first asked for: all of them take longer than `--help` may."""

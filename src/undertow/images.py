@@ -7,6 +7,7 @@ NumPy and Pillow only. `read` accepts what a person has (rotated, transparent, g
 import ctypes
 import importlib.util
 import logging
+import math
 import os
 import sys
 import threading
@@ -121,6 +122,8 @@ class Preprocessing:
         mean, std: per channel R, G, B, in units of [0, 1].
         interpolation: "nearest", "bilinear", "bicubic", "lanczos", "box" or "hamming", as Pillow does them.
         order: "RGB" or "BGR", of the channels that the network is given; `mean` and `std` are of R, G, B all the same.
+        halves: where a crop begins that would begin at half a pixel: "even", as torchvision and timm round, or "down",
+            as transformers does.
 
     Raises:
         ModelError: a value that cannot be used.
@@ -137,6 +140,7 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bilinear"
     order: str = "RGB"
+    halves: str = "even"
 
     def __post_init__(self) -> None:
         sizes = (*_pair(self.resize), *_pair(self.crop))
@@ -149,6 +153,8 @@ class Preprocessing:
             raise ModelError(f"unknown interpolation '{self.interpolation}'; it is one of {names}")
         if self.order not in ("RGB", "BGR"):
             raise ModelError(f"unknown order '{self.order}' of channels; it is RGB or BGR")
+        if self.halves not in ("even", "down"):
+            raise ModelError(f"unknown halves '{self.halves}' of pixels; they go even or down")
 
     def view(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return a photograph as the network's input shows it: resized and cropped, uint8 (H, W, 3).
@@ -161,7 +167,7 @@ class Preprocessing:
         if size[0] * size[1] > MAX_PIXELS:
             raise PhotographError(f"a photograph of {image.width} x {image.height} pixels is too elongated; crop it")
         resized = image.resize(size, Image.Resampling[self.interpolation.upper()])
-        return np.asarray(_centre(resized, _pair(self.crop)))
+        return np.asarray(_centre(resized, _pair(self.crop), self.halves))
 
     def array(self, image: Image.Image) -> NDArray[np.float32]:
         """Return the network's input for one photograph: float32 (3, H, W), normalised. Raises as `view` does."""
@@ -176,10 +182,9 @@ class Preprocessing:
         >>> Preprocessing(**Preprocessing(resize=232).to_dict()) == Preprocessing(resize=232)
         True
         """
-        return {"resize": self.resize, "crop": self.crop, "mean": self.mean, "std": self.std} | {
-            "interpolation": self.interpolation,
-            "order": self.order,
-        }
+        facts: dict[str, Any] = {"resize": self.resize, "crop": self.crop, "mean": self.mean, "std": self.std}
+        facts |= {"interpolation": self.interpolation, "order": self.order}
+        return facts | ({} if self.halves == "even" else {"halves": self.halves})
 
     def draft(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height below which a photograph of this size must not be reduced: see `read`."""
@@ -287,15 +292,16 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _centre(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Crop the centre, (height, width); torchvision's rounding: padding to the left first, ties to even."""
+def _centre(image: Image.Image, size: tuple[int, int], halves: str) -> Image.Image:
+    """Crop the centre, (height, width); torchvision's padding: to the left first."""
     height, width = size
     left, top = (max(0, want - have) // 2 for want, have in zip((width, height), image.size, strict=True))
     if width > image.width or height > image.height:
         padded = Image.new("RGB", (max(width, image.width), max(height, image.height)))
         padded.paste(image, (left, top))
         image = padded
-    x, y = round((image.width - width) / 2), round((image.height - height) / 2)
+    rounded = round if halves == "even" else math.floor
+    x, y = rounded((image.width - width) / 2), rounded((image.height - height) / 2)
     return image.crop((x, y, x + width, y + height))
 
 

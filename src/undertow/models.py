@@ -6,6 +6,8 @@ A reference is one of
     torchvision:vgg16               with torchvision's default weights; @IMAGENET1K_V1 names others, @none is random
     timm:resnet18                   with timm's default weights; .a1_in1k names others, @none is random
     keras:DenseNet201               of keras.applications, with ImageNet weights; @none is random
+    hf:google/vit-base-patch16-224  of transformers, by a name on the hub, or from a folder that save_pretrained wrote,
+                                    with its preprocessing or tokenizer; @REVISION names another, @none is random
     path/to/model.keras             a model that Keras saved, .h5 of earlier versions too
     path/to/file.py:function        your own; the function returns a network, or a dict or `Classifier` around one
 
@@ -32,8 +34,8 @@ from .scales import FORMS as SCALE_FORMS
 from .scales import Scaling
 from .signals import Terminated, interrupts
 
-FORMS = "demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras or FILE.py:FUNCTION"
-SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "keras": "keras"}
+FORMS = "demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras or FILE.py:FUNCTION"
+SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "hf": "torch", "keras": "keras"}
 """The framework that loads each source, the part of a reference before the colon."""
 
 
@@ -56,6 +58,9 @@ def load(
             default as the network's own source says. Where nothing does, as in a Keras model without a layer that
             scales, from 0 to 1, with a warning.
         output: the part of the network's output that holds the scores, where it returns several.
+
+    Returns:
+        A `Classifier` of photographs; of a network that reads text a `TextModel`, for `undertow.explain_text`.
 
     Raises:
         ModelError: an unknown reference, or weights that cannot be had or do not fit.
@@ -93,7 +98,7 @@ def _load(reference: str, file: Path | None, scaling: Scaling | None, output: st
     source, _, rest = reference.partition(":")
     path, _, function = reference.rpartition(":")
     if source in SOURCES and (source != "demo" or not rest):
-        name, _, choice = rest.partition("@")
+        name, _, choice = (rest, "", "") if source == "hf" else rest.partition("@")
         return replace(_zoo(SOURCES[source]).load(source, name, choice, file), output=output)
     if reference.lower().endswith((".keras", ".h5", ".hdf5")) or Path(reference, "saved_model.pb").is_file():
         return _zoo("keras").load("file", reference, "", file, output)
@@ -109,7 +114,7 @@ def listing(word: str | None = None) -> list[Reference]:
         ModelError: no model contains the word.
     """
     rows = [row for row in _demo_rows() if not word or word.lower() in row.reference]
-    for source in ("torchvision", "timm", "keras"):
+    for source in ("torchvision", "timm", "hf", "keras"):
         try:
             if source == "keras" and not word:  # TensorFlow takes seconds to load
                 rows.append(Reference("keras:NAME", "keras", "", False, _why_keras()))

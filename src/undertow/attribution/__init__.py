@@ -4,3 +4,5 @@ from .explain import explain as explain
 from .preparing import Prepared as Prepared
 from .preparing import prepare as prepare
 from .result import Attribution as Attribution
+from .text import ExplainedText as ExplainedText
+from .text import explain_text as explain_text

@@ -81,7 +81,7 @@ def explain_photograph(
     predictions = _predictions(classifier, returned)
     targets = target if isinstance(target, str) else [list(target)]
     maps, seconds = {}, {}
-    with _collected() as remarks:
+    with collected() as remarks:
         for rule in rules:
             started = time.perf_counter()
             maps[rule] = explain(classifier.module, x, rule=rule, target=targets, **options)
@@ -100,7 +100,7 @@ def explain_photograph(
 
 
 @contextmanager
-def _collected() -> Iterator[list[str]]:
+def collected() -> Iterator[list[str]]:
     """Give a list that holds, once the context is left, what was warned of a result; other warnings are passed on."""
     remarks: list[str] = []
     with warnings.catch_warnings(record=True) as caught:

@@ -53,11 +53,25 @@ class Tokens(Shown):
         >>> print(Tokens([" a"], np.array([0.0])).terminal().replace(chr(27), "ESC"))
         ESC[48;2;255;255;255mESC[38;2;0;0;0m aESC[0m
         """
-        pieces = []
+        return "".join(
+            f"\x1b[48;2;{';'.join(map(str, ground))}m\x1b[38;2;0;0;0m{printable(token)}\x1b[0m"
+            for token, ground in self.grounds()
+        )
+
+    def grounds(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
+        """Yield each token with the colour of its ground, red, green and blue to 255."""
         for token, _, colour, strength in self._shaded():
-            background = ";".join(str(round(255 + (c - 255) * strength)) for c in colour)
-            pieces.append(f"\x1b[48;2;{background}m\x1b[38;2;0;0;0m{printable(token)}\x1b[0m")
-        return "".join(pieces)
+            red, green, blue = (round(255 + (c - 255) * strength) for c in colour)
+            yield token, (red, green, blue)
+
+    def strongest(self, count: int = 5) -> list[tuple[str, float]]:
+        """Return the tokens of the largest |values|, the largest first.
+
+        >>> Tokens([" not", " bad"], np.array([-0.5, 1.0])).strongest(1)
+        [(' bad', 1.0)]
+        """
+        order = np.argsort(-np.abs(self.values), kind="stable")[:count]
+        return [(self.tokens[i], float(self.values[i])) for i in order]
 
     def _shaded(self) -> Iterator[tuple[str, float, tuple[int, int, int], float]]:
         """Yield each token with its value, its colour and that colour's strength, in [0, 0.85]."""

@@ -19,13 +19,13 @@ from .photographs import (
     model_option,
     output_option,
     output_options,
-    photographs_argument,
     preprocess_option,
     weights_option,
 )
 from .printing import print_line, print_table, shown
 from .report import report_option, write_with_network
 from .sweeps import AT_ONCE, all_of, is_many, run_sweep, split_options, sweep_options
+from .texts import all_texts, explain_texts, load_text_model, refuse_beside_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,8 @@ Examples:
   undertow explain scan.png --model nets.py:load --through swap
   undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust --report cat.html
   undertow explain cat.jpg --model keras:ResNet50
+  undertow explain --text "The food was not bad at all." --model hf:FOLDER
+  undertow explain --text "The capital of France is" --model hf:gpt2 --class Paris
   undertow explain scan.png --model saved/net.keras --preprocess 0..255
   undertow explain imagenet/val --model torchvision:resnet50 --rule guided --out maps --engine local
   undertow explain 'shards/train-{000..099}.tar' --model demo --out maps --pictures 10 --max-failures 100
@@ -49,17 +51,24 @@ Examples:
 
 
 @click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
-@photographs_argument
-@model_option(help="demo, torchvision:NAME, timm:NAME, keras:NAME, FILE.keras, FILE.py:FUNCTION.")
+@click.argument("photographs", metavar="IMAGE...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--text", "texts", metavar="TEXT", multiple=True, help="In the place of IMAGE; may be repeated.")
+@click.option("--text-file", metavar="FILE", help="Texts in UTF-8, one a line; - reads them from standard input.")
+@model_option(help="demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras, FILE.py:FUNCTION.")
 @click.option(
-    "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; the first three if left out."
+    "--rule",
+    "rules",
+    multiple=True,
+    type=click.Choice(ALL_RULES),
+    help="May be repeated; the first three if left out, and attnlrp of a text.",
 )
 @click.option(
     "--target",
+    "--class",
     "targets",
     metavar="CLASS",
     multiple=True,
-    help="A number, a name, or top:K; may be repeated. Default: the predicted class.",
+    help="A number, a name, a token, or top:K; may be repeated. Default: what is predicted.",
 )
 @click.option(
     "--through",
@@ -111,6 +120,8 @@ Examples:
 @output_options
 def explain(
     photographs: Sequence[Path],
+    texts: Sequence[str],
+    text_file: str | None,
     reference: str,
     rules: Sequence[str],
     targets: Sequence[str],
@@ -128,7 +139,7 @@ def explain(
     pictures: str | None,
     **options: Any,
 ) -> int:
-    """Show which pixels of each IMAGE spoke for a class.
+    """Show which pixels of each IMAGE, or which words of each --text, spoke for a class or for the next word.
 
     IMAGE is a photograph, or a folder of them. Each gets a folder under --out: a panel, heatmaps and overlays as PNG,
     the raw values as safetensors, and result.json. A photograph that cannot be explained is named, the others are
@@ -138,9 +149,20 @@ def explain(
     maps go into a few large files, with an index; pictures on request. The same command goes on after an interruption,
     and `undertow status` says how far it is.
     """
+    how, options = split_options(options)
+    options["head"] = options["head"].replace("-", " ")
+    if texts or text_file:
+        given = {"IMAGE": photographs, "--trust": judge, "--preprocess": preprocess, "--pictures": pictures}
+        given |= {"--figure": ending != "png", "--ground": ground != "white", "--baseline": baselines}
+        given |= {f"--{name.replace('_', '-')}": value for name, value in how.items()}
+        refuse_beside_text(given)
+        options |= {"rules": tuple(dict.fromkeys(rules)), "target": targets}
+        model = load_text_model(reference, weights, output)
+        return explain_texts(model, all_texts(texts, text_file), options, device, out, as_json, page)
+    if not photographs:
+        raise click.UsageError("Missing argument 'IMAGE...', or --text.")
     from .. import images
 
-    how, options = split_options(options)
     many = any(map(is_many, photographs))
     paths = [] if many else images.find(photographs)
     is_sweep = many or bool(how) or pictures is not None or (len(paths) > AT_ONCE and not judge and page is None)

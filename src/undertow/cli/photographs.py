@@ -74,10 +74,14 @@ def load_classifier(
 ) -> "Classifier":
     """Load a classifier; that the scale of its pixels is a guess is told on stderr, whatever else is printed."""
     from .. import models
+    from ..errors import ModelError
+    from ..text_model import READS_TEXT, TextModel
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=models.GUESSED)
         classifier = models.load(reference, weights, preprocess, output)
+    if isinstance(classifier, TextModel):
+        raise ModelError(f"{printable(reference)}: {READS_TEXT}")
     if classifier.guessed:
         echo(f"note: {models.guess_of(classifier)}", err=True)
     return classifier

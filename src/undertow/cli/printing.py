@@ -71,6 +71,16 @@ def print_line(console: "Console", text: object, style: str = "") -> None:
                   emoji=False, style=style or None)  # fmt: skip
 
 
+def print_shaded(console: "Console", pieces: Iterable[tuple[str, tuple[int, int, int]]]) -> None:
+    """Print a text in pieces, each on a ground of its own (red, green, blue to 255) where the terminal has colours."""
+    from rich.text import Text
+
+    text = Text(no_wrap=False)
+    for piece, ground in pieces:
+        text.append(printable(piece), "black on #{:02x}{:02x}{:02x}".format(*ground))
+    console.print(text, highlight=False, markup=False, emoji=False)
+
+
 def print_table(
     headings: Sequence[object],
     rows: Iterable[Sequence[object]],

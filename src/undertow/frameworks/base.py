@@ -39,6 +39,7 @@ CAPABILITIES = {
     "memory": "a look at a device's memory",
     "prepare": "prepare",
     "record": "record",
+    "texts": "explain_text",
     "zoo": "loading models by name",
 }
 """Each capability's file or folder, and its name in messages."""
@@ -436,7 +437,7 @@ def capability(framework: str, name: Literal["inspect.derivatives"]) -> Differen
 @overload
 def capability(framework: str, name: Literal["record"]) -> Recorder: ...
 @overload
-def capability(framework: str, name: Literal["zoo"]) -> Any: ...
+def capability(framework: str, name: Literal["texts", "zoo"]) -> Any: ...
 def capability(framework: str, name: str) -> Any:
     """Import what a framework can do.
 

@@ -24,7 +24,7 @@ def downloaded(reference: str, url: str | None, build: Callable[[], Any]) -> Any
         ModelError: the hub does not answer within 10 seconds, or `build` fails.
     """
     remedy = f"give --weights FILE or use {reference.partition('@')[0].partition('.')[0]}@none"
-    if url and (reason := _unreachable(url)):
+    if url and (reason := unreachable(url)):
         raise ModelError(f"could not download the weights of {reference} ({reason}); {remedy}")
     try:
         return build()
@@ -32,7 +32,7 @@ def downloaded(reference: str, url: str | None, build: Callable[[], Any]) -> Any
         raise ModelError(f"could not get the weights of {reference} ({one_line(error)}); {remedy}") from error
 
 
-def _unreachable(url: str, seconds: float = 10) -> str:
+def unreachable(url: str, seconds: float = 10) -> str:
     """Return why an address does not answer, or "". An answer that refuses is left to the hub's own code."""
     outcome = [f"no answer from {urllib.parse.urlsplit(url).hostname} in {seconds:g} seconds"]
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..attribution import Attribution
+from ..attribution import Attribution, ExplainedText
 from ..derive.blocks import Blocks
 from ..errors import InputError, printable
 from ..files import to_json
@@ -15,6 +15,7 @@ from ..verdict import Verdict
 from . import explanations, flow, gradients
 from .packing import PackedArrays
 from .text import Text as Text
+from .text import folders_of_texts, texts_of_folder
 from .writing import write_page
 
 
@@ -25,8 +26,9 @@ def report(
 
     Args:
         what: in any order and number: folders that `undertow explain` or `undertow trust` wrote (of one photograph, or
-            the folder around several), folders of runs, a `Run`, an `Attribution` of images, a `Verdict`, a `Text` of
-            tokens, a network as `ut.derive.from_model` returns it, or a pair of that and a `Trace`.
+            the folder around several), folders of runs, a `Run`, an `Attribution` of images, a `Verdict`, an
+            `ExplainedText`, a `Text` of tokens, a network as `ut.derive.from_model` returns it, or a pair of that and a
+            `Trace`.
         path: of the page, ending in .html; replaced.
         title: at its top.
         command: what it was made by, to be told in the page, such as "undertow report runs/a".
@@ -65,9 +67,10 @@ def contents(what: Any, arrays: PackedArrays, title: str, command: str = "") -> 
     texts: list[dict[str, Any]] = []
     for one in what:
         if isinstance(one, str | os.PathLike):
-            found, run = _at(Path(one))
+            found, run, of_texts = _at(Path(one))
             cards += found
             runs += [run] if run else []
+            texts += of_texts
         elif isinstance(one, Run):
             runs.append(one)
         elif isinstance(one, Attribution):
@@ -76,6 +79,8 @@ def contents(what: Any, arrays: PackedArrays, title: str, command: str = "") -> 
             cards.append(explanations.card_of_verdict(one))
         elif isinstance(one, Text):
             texts.append(one.to_dict())
+        elif isinstance(one, ExplainedText):
+            texts += [Text(t.tokens, t.values, t.title).to_dict() for t in one.all_tokens()]
         elif isinstance(one, Blocks):
             networks.append(flow.of_blocks(one))
         elif isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], Blocks) and isinstance(one[1], Trace):
@@ -99,20 +104,21 @@ def contents(what: Any, arrays: PackedArrays, title: str, command: str = "") -> 
     }
 
 
-def _at(path: Path) -> tuple[list[dict[str, Any]], Run | None]:
-    """Return the cards, or the run, of a folder."""
+def _at(path: Path) -> tuple[list[dict[str, Any]], Run | None, list[dict[str, Any]]]:
+    """Return the cards of a folder, its run, and its texts."""
     if not path.exists():
         raise InputError(f"{printable(path)} is not there; check the name")
     if (path / "manifest.json").is_file():
-        return [], Run(path)
+        return [], Run(path), []
     if (path / "sweep.json").is_file() and not (path / "pictures").is_dir():
         raise InputError(
             f"{printable(path)} is a sweep without pictures; add --pictures N to its command, or read .map()"
         )
     folders = explanations.folders_of(path / "pictures" if (path / "sweep.json").is_file() else path)
-    if not folders:
+    of_texts = [text.to_dict() for folder in folders_of_texts(path) for text in texts_of_folder(folder)]
+    if not folders and not of_texts:
         raise InputError(f"{printable(path)} is neither a run nor what undertow explain or trust writes")
-    return [explanations.card_of_folder(folder) for folder in folders], None
+    return [explanations.card_of_folder(folder) for folder in folders], None, of_texts
 
 
 def _made_of(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,13 +1,19 @@
 """Tokens with their attributions, as plain data for a page."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..attribution.text import TEXT
+from ..errors import InputError, one_line, printable
+from ..files import read_bytes
 from ..frameworks.base import as_numpy
+
+MAX_JSON_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,3 +47,30 @@ class Text:
             raise InputError("the tokens' values hold NaN or infinity, which no shade can show")
         sums = array if array.ndim == 1 else array.sum(1)
         return {"title": str(self.title), "tokens": [str(token) for token in self.tokens], "values": sums.tolist()}
+
+
+def folders_of_texts(path: Path) -> list[Path]:
+    """Return the folders of explained texts: the path itself, or those in it; none if it is neither."""
+    if (path / TEXT).is_file():
+        return [path]
+    return sorted(folder for folder in path.iterdir() if (folder / TEXT).is_file()) if path.is_dir() else []
+
+
+def texts_of_folder(folder: Path) -> Iterator[Text]:
+    """Yield each map of an explained text.
+
+    Raises:
+        InputError: the file is not as `undertow explain` writes it.
+    """
+    path = folder / TEXT
+    try:
+        facts = json.loads(read_bytes(path, MAX_JSON_BYTES))
+        tokens = [str(token) for token in facts["tokens"]]
+        for rule in facts["rules"].values():
+            for title, values in zip(rule["titles"], rule["values"], strict=True):
+                yield Text(tokens, [float(value) for value in values], str(title))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise InputError(
+            f"{printable(path)} is not as undertow writes it ({type(error).__name__}: {one_line(error)[:120]}); "
+            "explain the text again"
+        ) from error

@@ -8,6 +8,7 @@ import torch
 
 from ....classifier import RANDOM, Reference
 from ....errors import FrameworkError
+from .hugging_face import rows_of_hub
 from .importing import import_timm, import_torchvision
 
 
@@ -21,11 +22,13 @@ def names() -> list[str]:
 
 
 def rows(source: str, word: str | None) -> list[Reference]:
-    """Return the rows of `undertow.models.listing` for "torchvision" or "timm".
+    """Return the rows of `undertow.models.listing` for "torchvision", "timm" or "hf".
 
     Raises:
         FrameworkError: the package is missing.
     """
+    if source == "hf":
+        return rows_of_hub(word)
     every = _torchvision_rows() if source == "torchvision" else _timm_rows(word)
     if word:
         return [row for row in every if word.lower() in row.reference.lower()]

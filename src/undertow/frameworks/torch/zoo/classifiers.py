@@ -1,4 +1,4 @@
-"""Classifiers of torchvision, of timm, of a package, or completed from what a user's function returned."""
+"""Classifiers of torchvision, timm, transformers or a package, or completed from what a user's function returned."""
 
 import math
 import re
@@ -20,14 +20,15 @@ from ....scales import Scaling
 from ...downloading import downloaded
 from ..weights import fit, read_state, weights_sha256
 from .catalogue import file_in_hub, file_in_hugging_face, reference_of
+from .hugging_face import load_from_hub
 from .importing import import_package, import_timm, import_torchvision
 
 
 def load(source: str, name: str, weights: str, file: Path | None, output: str | int | None = None) -> Classifier:
-    """Load the packaged classifier ("demo"), or one of torchvision or timm.
+    """Load the packaged classifier ("demo"), or one of torchvision, timm or transformers ("hf").
 
     Args:
-        name: as `torchvision.models.list_models` or `timm.list_models` has it.
+        name: as `torchvision.models.list_models` or `timm.list_models` has it, or as `load_from_hub`.
         weights: "" for the default ones, "none" for random ones, or the name of others.
         file: weights to use instead.
         output: of no use here: these give scores alone.
@@ -38,6 +39,8 @@ def load(source: str, name: str, weights: str, file: Path | None, output: str | 
     """
     if source == "demo":
         return _demo(file)
+    if source == "hf":
+        return load_from_hub(name, file)
     return (_from_torchvision if source == "torchvision" else _from_timm)(name, weights, file)
 
 
