@@ -45,6 +45,7 @@ STAND_INS = {
     "timm:": "small.py:load",
     "demo": "small.py:load",
     "keras:": "small.keras",
+    "hf:gpt2": "hf:writer",
     "saved/net.keras": "small.keras",
 }
 """The beginning of a reference to a network, and the file that stands for it."""
