@@ -210,6 +210,8 @@ class Recording(ShownItem):
         self._writer: Writer | None = None
         self._ending: EndedBatch | None = None
         self._open = False
+        self._named: list[str] | None = None
+        self._probe: BatchProbe | None = None
 
     def __enter__(self) -> Self:
         self._process = os.getpid()
@@ -302,12 +304,12 @@ class Recording(ShownItem):
         facts = (phases, self.scaler, watched, self.layouts, count)
         probe = self.recorder.new_probe(self._modules, self.measures, *facts)
         parameters = self._parameter_probe()
-        self._open, self._described = True, {}
+        self._open, self._described, self._named, self._probe = True, {}, names, probe
         try:
             with probe, parameters or nullcontext():
                 yield True
             self._refuse_other_process()
-            self._take(probe, parameters, names, epoch, number)
+            self._take(probe, parameters, self._named, epoch, number)
         except BaseException:
             self._seen.discard((epoch, number))
             self._ending = None
@@ -315,7 +317,7 @@ class Recording(ShownItem):
                 parameters.close()
             raise
         finally:
-            self._open = False
+            self._open, self._probe = False, None
         if not self.learning.optimizers:
             self._tell()
 
@@ -372,6 +374,21 @@ class Recording(ShownItem):
         if unknown := set(columns) - set(self.sample_columns):
             raise InputError(f"the column {unknown.pop()!r} was not announced in sample_columns")
         self._described |= {name: list(values) for name, values in columns.items()}
+
+    def name_samples(self, samples: Any) -> None:
+        """Name samples of the batch that is being recorded: those of the next pass, behind those of passes before it.
+
+        Args:
+            samples: as for `batch`.
+
+        Raises:
+            InputError: no batch is being recorded.
+        """
+        if self._probe is None:
+            raise InputError("no batch is being recorded; name its samples inside `with recording.batch():`")
+        names = as_names(samples)
+        self._probe.n_samples = len(names)
+        self._named = [*(self._named or ()), *names]
 
     def flush(self) -> None:
         """Publish all that was recorded so far; call it where a checkpoint of the training is saved."""

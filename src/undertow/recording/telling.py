@@ -12,7 +12,8 @@ from ..diagnosis import SEVERITIES, Finding
 from ..errors import FindingError, InputError
 
 OnFinding = str | Callable[[Finding], Any] | None
-_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+"""Of `logging`, by a finding's severity."""
 _LOG = logging.getLogger("undertow")
 
 
@@ -73,6 +74,6 @@ class Teller:
             elif self.on_finding == "raise" and SEVERITIES.index(finding.severity) > 0:
                 alarms.append(finding)
             else:
-                _LOG.log(_LEVELS[finding.severity], "%s: %s %s", finding.cause, finding.sentence, finding.remedy)
+                _LOG.log(LEVELS[finding.severity], "%s: %s %s", finding.cause, finding.sentence, finding.remedy)
         if alarms:
             raise FindingError("; ".join(f"{one.cause}: {one.sentence} {one.remedy}" for one in alarms), alarms)
