@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test check lint soak fashion-mnist chromium clean
+.PHONY: demo test check lint site soak fashion-mnist chromium clean
 
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
@@ -22,6 +22,10 @@ check: lint
 MINUTES ?= 45
 soak: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
+
+# The documentation, in site/: it opens from the disk. Its tests build it too.
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
