@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+from runpy import run_path
 
 import click
 import duckdb
@@ -71,6 +72,12 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_drawings_are_what_their_script_draws():
+    script = run_path(str(ROOT / "docs" / "drawings.py"))
+    kept = {path.stem: path.read_text() for path in (ROOT / "docs" / "concepts").glob("*.svg")}
+    assert kept == {name: draw().svg() for name, draw in script["DRAWINGS"].items()}, "run docs/drawings.py"
 
 
 def test_every_public_name_has_a_docstring():
