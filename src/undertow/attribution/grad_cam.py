@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 def grad_cam(framework: str, request: Request, layer: str, axes: str, guided: bool) -> Explanation:
     """Explain by the Grad-CAM of a layer, `(B, 1, H, W)`; guided: times the rule's map, of the input's shape.
 
+    Where images have their channels last, so have the maps: `(B, H, W, 1)`.
+
     Args:
         layer: its name; `layer@1` is its second call.
         axes: of its output, as in "bhwc"; empty: find them.
@@ -30,8 +32,7 @@ def grad_cam(framework: str, request: Request, layer: str, axes: str, guided: bo
     """
     plain = replace(request, rule=gradient, rule_name="gradient") if guided else request
     at_layer = capability(framework, "inspect.layers").layer_gradients(plain, [layer])
-    if at_layer.explanation.channels_last:
-        raise InputError("Grad-CAM is not there for Keras on torch yet; run the model with KERAS_BACKEND=tensorflow")
+    channels_last = at_layer.explanation.channels_last
     calls = [name for name in at_layer.values if layer in (name, name.partition("@")[0])]
     reached = {i for call in calls for i in at_layer.reached[call]}
     cams: list[Array | None] = [None] * len(request.inputs)
@@ -39,9 +40,12 @@ def grad_cam(framework: str, request: Request, layer: str, axes: str, guided: bo
     for i in sorted(reached):
         reaching = [call for call in calls if i in at_layer.reached[call]]
         try:
-            shape = _batch_shape(request, i, is_alone=len(reached) == 1)
+            shape = _batch_shape(request, i, is_alone=len(reached) == 1, channels_last=channels_last)
             cam = _cam_of_calls(at_layer, layer, reaching, shape, axes)
-            cams[i] = cam if request.inputs[i].ndim > 2 else cam.squeeze(-2)
+            channel = 1 if at_layer.explanation.scores.ndim == 1 else 2
+            cams[i] = np.moveaxis(cam, channel, -1) if channels_last else cam
+            if request.inputs[i].ndim == 2:
+                cams[i] = cam.squeeze(channel)
         except InputError as error:  # a column of numbers beside an image, say, over which nothing can be laid
             refused.append(error)
     if refused and all(cam is None for cam in cams):
@@ -60,16 +64,19 @@ def grad_cam(framework: str, request: Request, layer: str, axes: str, guided: bo
     return replace(explanation, maps=tuple(maps))
 
 
-def _batch_shape(request: Request, i: int, is_alone: bool) -> tuple[int, ...]:
+def _batch_shape(request: Request, i: int, is_alone: bool, channels_last: bool) -> tuple[int, ...]:
     """Return the shape of an input as `(B, C, ...)`, where it has places over which a layer can lie.
 
     Args:
         is_alone: no other input has a map; then `(B, L)` is a line without an axis of channels.
+        channels_last: inputs are `(B, ..., C)`.
 
     Raises:
         InputError: it is one of several images in a list, which have no batch axis, or has its channels last.
     """
     x = request.inputs[i]
+    if channels_last and x.ndim > 2:
+        return (x.shape[0], x.shape[-1], *x.shape[1:-1])
     args, kwargs = request.fill(range(len(request.inputs)))
     if x.ndim == 3 and i not in (*args, *kwargs.values()):
         raise InputError("Grad-CAM needs a batch axis, and x has images one by one; pass one tensor (B, C, H, W)")
@@ -93,7 +100,8 @@ def _cam_of_calls(
         raise InputError(f"layer {layer!r} runs {len(calls)} times on several sizes; name one call, as in {layer}@1")
     shape, channel_axis = at_layer.values[calls[0]].shape, at_layer.channel_axes[calls[0]]
     layout = find_layout(layer, shape, input_shape, channel_axis, axes)
-    _refuse_tokens(layer, shape, input_shape, layout, axes)
+    if not at_layer.explanation.channels_last:  # there tokens and lines are the same, (B, T, C)
+        _refuse_tokens(layer, shape, input_shape, layout, axes)
     values = [layout.channels_first(at_layer.values[call]) for call in calls]
     gradients = [layout.channels_first(at_layer.gradients[call], 2) for call in calls]
     if layout.extra and not any(g.any() for g in gradients) and any(at_layer.gradients[call].any() for call in calls):

@@ -184,6 +184,9 @@ class Memory(Protocol):
 class Inspector(Protocol):
     """A network's scores and layers."""
 
+    def channels_last(self, model: Any) -> bool:
+        """Whether a model takes images `(B, H, W, C)`."""
+
     def scores(self, model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
         """Return the model's scores, `(B, classes)`, before a softmax or sigmoid at its end."""
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .keras import explain as keras_explain
     from .keras import record as keras_record
     from .keras import zoo as keras_zoo
+    from .keras.inspect import layers as keras_layers
     from .torch import arrays as torch_arrays
     from .torch import explain as torch_explain
     from .torch import memory as torch_memory
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     EXPLAINERS: tuple[base.Explainer, ...] = (torch_explain, keras_explain)
     PREPARERS: tuple[base.Preparer, ...] = (torch_prepare,)
     MEMORIES: tuple[base.Memory, ...] = (torch_memory,)
-    INSPECTORS: tuple[base.Inspector, ...] = (torch_layers,)
+    INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers)
     TRACERS: tuple[base.Tracer, ...] = (torch_trace,)
     REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect,)
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)

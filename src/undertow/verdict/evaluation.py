@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..attribution.estimators import Estimator
 from ..attribution.explain import explain
 from ..errors import InputError, ModelError, TargetError
-from ..frameworks.base import Arrays, Inspector, Request
+from ..frameworks.base import Arrays, Inspector, Request, as_numpy
 from ..outputs import Path
 from ..rules import resolve
 from ..tables import ActivationRule, Rule
@@ -47,10 +47,11 @@ class Evaluation:
     """One image, its network and class: computes maps and scores for the questions, and counts the passes.
 
     Attributes:
-        x: the image as the framework's tensor, `(1, C, H, W)`; `image` is the same as NumPy, `(C, H, W)`.
+        x: the image as the framework's tensor, `(1, C, H, W)`, or `(1, H, W, C)` where the model takes those; `image`
+            is the same as NumPy, `(C, H, W)`.
         scores: of the image, `(classes,)`.
-        map_function: from a model, images `(n, C, H, W)` and their n class ids to maps `(n, C, H, W)` or `(n, H, W)`;
-            None where a map was given and nothing can compute another.
+        map_function: from a model, n images as it takes them and their class ids to maps, laid out as the images are or
+            `(n, H, W)`; None where a map was given and nothing can compute another.
         output: the part of the model's output that holds the scores, as `undertow.explain` takes it.
         passes_per_map: how often an image goes forward and backward for one map.
         advance: called with the number of passes done.
@@ -72,11 +73,17 @@ class Evaluation:
     passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
 
     def __post_init__(self) -> None:
-        self.image: npt.NDArray[np.float32] = self.arrays.to_numpy(self.x)[0].astype(np.float32)
+        self.channels_last = self.inspector.channels_last(self.model)
+        image = as_numpy(self.x)[0].astype(np.float32)
+        self.image: npt.NDArray[np.float32] = np.moveaxis(image, -1, 0) if self.channels_last else image
 
     def name(self, class_id: int) -> str:
         """Name a class."""
         return self.names[class_id] if self.names is not None else f"class {class_id}"
+
+    def _batch(self, images: Array) -> Any:
+        """Return images `(n, C, H, W)` as the model takes them."""
+        return self.arrays.like(np.moveaxis(images, 1, -1) if self.channels_last else images, self.x)
 
     def _scores(self, x: Any) -> Array:
         return self.inspector.scores(self.model, x, self.output)
@@ -100,8 +107,8 @@ class Evaluation:
         for start in range(0, len(images), MAX_BATCH):
             batch = images[start : start + MAX_BATCH]
             batch_ids = list(class_ids[start : start + MAX_BATCH])
-            values = compute(self.model if model is None else model, self.arrays.like(batch, self.x), batch_ids)
-            maps += list(check_maps(values, len(batch), self.image.shape[-2:]))
+            values = compute(self.model if model is None else model, self._batch(batch), batch_ids)
+            maps += list(check_maps(values, len(batch), self.image.shape[-2:], self.channels_last))
             self.count("backward", len(batch) * (1 if map_function else self.passes_per_map))
         return maps
 
@@ -110,7 +117,7 @@ class Evaluation:
         scores = []
         for start in range(0, len(images), MAX_BATCH):
             batch = images[start : start + MAX_BATCH]
-            scores.append(self._scores(self.arrays.like(batch, self.x))[:, self.target])
+            scores.append(self._scores(self._batch(batch))[:, self.target])
             self.count("forward", len(batch))
         return np.concatenate(scores).astype(np.float64)
 
@@ -193,19 +200,25 @@ class Evaluation:
         return Cost(forward, backward, forward * forward_seconds + backward * backward_seconds)
 
 
-def check_maps(values: Any, count: int, size: tuple[int, ...]) -> Array:
+def check_maps(values: Any, count: int, size: tuple[int, ...], channels_last: bool = False) -> Array:
     """Return maps as `(count, C, H, W)`, from an array or tensor with or without channels.
+
+    Args:
+        channels_last: those with channels are `(count, H, W, C)`.
 
     Raises:
         InputError: they are not of that many images, or of another size. ModelError: one is not finite.
     """
     array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     array = array[:, None] if array.ndim == 3 else array
-    if array.ndim != 4 or len(array) != count or array.shape[-2:] != tuple(size):
-        raise InputError(f"maps have shape {array.shape}; they must be ({count}, channels, {size[0]}, {size[1]})")
+    is_last = channels_last and np.ndim(values) == 4
+    first = np.moveaxis(array, -1, 1) if is_last else array
+    if array.ndim != 4 or len(array) != count or first.shape[-2:] != tuple(size):
+        wanted = (count, *size, "channels") if is_last else (count, "channels", *size)
+        raise InputError(f"maps have shape {array.shape}; they must be ({', '.join(map(str, wanted))})")
     if not np.isfinite(array).all():
         raise ModelError("a map holds NaN or infinity; check the model's weights")
-    return array
+    return first
 
 
 def check_target(target: Any, scores: Array) -> int:

@@ -56,7 +56,8 @@ class Trust:
         Args:
             model: as `ut.explain` takes it, in eval mode; scores `(B, classes)`. The weights of a plain function are
                 out of reach, so that question stays unanswered.
-            x: one image, `(1, C, H, W)`. For a batch: `[ut.trust(model, image[None]) for image in x]`.
+            x: one image, `(1, C, H, W)`, or `(1, H, W, C)` to Keras. For a batch: `[ut.trust(model, image[None]) for
+                image in x]`.
             rule, estimator: as `ut.explain` takes them.
             target: a class id; None is the predicted one.
             names: of the classes, for the sentences.
@@ -128,7 +129,8 @@ class Trust:
         Args:
             model: a callable from images `(B, C, H, W)` to scores `(B, classes)`.
             x: the image, `(1, C, H, W)`.
-            values: its map: `(H, W)`, `(C, H, W)`, `(1, H, W)` or `(1, C, H, W)`, an array or a tensor.
+            values: its map: `(H, W)`, `(C, H, W)`, `(1, H, W)` or `(1, C, H, W)`, an array or a tensor; channels last
+                where the model has them so.
             explainer: the tool's function `(model, images, class ids) -> maps`, for the questions that need other maps
                 (class, weights, stability); without it those stay unanswered. Convergence always does: it is about
                 a rule of this library.
@@ -156,7 +158,7 @@ class Trust:
         )
         array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
         maps = array[None] if array.ndim == 2 or array.shape[0] != 1 else array
-        original = check_maps(maps, 1, evaluation.image.shape[-2:])[0]
+        original = check_maps(maps, 1, evaluation.image.shape[-2:], evaluation.channels_last)[0]
         questions: dict[str, Callable[[], Answer]] = {
             "input": lambda: evaluation.ask_input(original),
             "faithfulness": lambda: evaluation.ask_faithfulness(original),

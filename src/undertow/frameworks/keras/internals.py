@@ -4,6 +4,7 @@
 one away fails there.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -35,6 +36,21 @@ def copy_logits(source: Any, target: Any) -> None:
 def logits_behind(scores: Any) -> Any:
     """Return the scores before an eager softmax or sigmoid of Keras, which keeps them with its output."""
     return getattr(scores, "_keras_logits", scores)
+
+
+def call_with(function: Any, tensors: Sequence[Any], values: Mapping[int, Any]) -> Any:
+    """Call a concrete function with other variables in the places of some; in public its captures change for all calls.
+
+    Args:
+        values: by the id of a variable's handle, the handle of the variable to read in its place.
+    """
+    captures = [values.get(id(capture), capture) for capture in function.captured_inputs]
+    return function._call_flat(list(tensors), captures)
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """Return the weights that a layer holds itself, not those of the layers within; in public both come in one list."""
+    return list(layer._trainable_variables) + list(layer._non_trainable_variables)
 
 
 def gradient_function(op: Any) -> Any:

@@ -28,6 +28,7 @@ from ..calls import (
     scores_of,
     tensors,
 )
+from ..weights import on_network
 from .tracing import traced_graph
 
 
@@ -43,16 +44,21 @@ def explain(request: Request) -> Explanation:
         raise RuleError("through='hook' is PyTorch's: Keras layers have no backward hooks; use 'graph' or 'swap'")
     inputs = tensors(request.inputs, request.is_plain)
     ids, single = _class_ids(request.target, len(inputs[0]) if inputs[0].shape.rank else 1)
+    request, values = on_network(request)
     with own_pass():
         graph = traced_graph(request, inputs, 0 if ids is None else ids.shape[1])
-    if ids is not None and graph.classes is not None:
-        refuse_missing(ids, graph.classes)
+    passed = graph.passed
+    if ids is not None and passed.classes is not None:
+        refuse_missing(ids, passed.classes)
     with own_pass(), restored(graph.written):
-        scores, explained_ids, *maps = graph.run(*inputs, *(() if ids is None else (tf.constant(ids),)))
+        scores, explained_ids, *maps = graph.run(
+            request, [*inputs, *([] if ids is None else [tf.constant(ids)])], values
+        )
     refuse_non_finite(scores)
-    targets = explained_ids if graph.classes is not None else None
-    explanation = _explanation(request, inputs, maps, targets, scores, single if graph.is_general else graph.single)
-    return replace(explanation, stats=deepcopy(graph.stats), head=graph.head, acting=dict(graph.acting))
+    targets = explained_ids if passed.classes is not None else None
+    single = single if passed.chosen.is_general else passed.chosen.single
+    explanation = _explanation(request, inputs, maps, targets, scores, single)
+    return replace(explanation, stats=deepcopy(graph.stats(request)), head=passed.head, acting=dict(passed.acting))
 
 
 def _class_ids(target: Any, batch: int) -> tuple[npt.NDArray[np.int64] | None, bool]:

@@ -42,12 +42,14 @@ class Rewiring:
     """A rule on the activations of one graph, and the counts of what it met between the scores and the inputs.
 
     Args:
-        request: for its rule and its choice of activations.
+        request: for its choice of activations, and its names in messages.
+        rule: that acts: the request's own, or one that serves several.
         mark: a part of the names of operations whose activation follows the rule already (`swap.MARK`).
     """
 
-    def __init__(self, request: Request, mark: str | None = None) -> None:
+    def __init__(self, request: Request, rule: ActivationRule, mark: str | None = None) -> None:
         self.request = request
+        self.rule = rule
         self.stats = RewiringStats()
         self.missed: list[str] = []
         self._mark = mark
@@ -70,13 +72,12 @@ class Rewiring:
             self._attach_to(activation)
 
     def finish(self) -> None:
-        """Check the counts of a finished backward pass; remove the gradient functions, which refer to rule and model.
+        """Check the counts of a finished backward pass, and detach.
 
         Raises:
             RuleError: an activation was missed, or there was nothing to rewire.
         """
-        for op in self._changed_ops:
-            set_gradient_function(op, None)
+        self.detach()
         if self.missed:
             listed = ", ".join(self.missed[:5]) + (", ..." if len(self.missed) > 5 else "")
             raise RuleError(
@@ -85,6 +86,11 @@ class Rewiring:
             )
         if not self.stats.rewired:
             raise RuleError(self._nothing_rewired())
+
+    def detach(self) -> None:
+        """Remove the gradient functions, which refer to rule and model."""
+        for op in self._changed_ops:
+            set_gradient_function(op, None)
 
     def _attach_to(self, activation: Activation) -> None:
         root, own = activation.root, {op: gradient_function(op) for op in activation.ops}
@@ -111,7 +117,7 @@ class Rewiring:
 
         def gradient(op: Any, g: Any, *others: Any) -> Any:
             self._count_once(op, self._count_rewired)
-            ruled = apply_rule(self.request.activation_rule, g, lambda h: _local(activation, own, h, others))
+            ruled = apply_rule(self.rule, g, lambda h: _local(activation, own, h, others))
             return _for_one_input(op, root_index, ruled)
 
         self._set_gradient(root, gradient)

@@ -4,8 +4,8 @@ an identity whose backward pass reads the gradient.
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -22,15 +22,15 @@ from ...results import Observation, TensorKey
 from ..calls import output_of
 from ..internals import copy_logits
 from ..layers import named_modules
-
-OutputHook = Callable[[str, Any, Any], Any]
+from ..watching import map_tensors, wrapped
 
 
 def visits(model: Any, example: Any) -> dict[str, list[Any]]:
     """Run the network on an example; return the output shapes of each layer that was called, in order."""
     visited: dict[str, list[Any]] = {}
 
-    def after(name: str, layer: Any, output: Any) -> Any:
+    def around(name: str, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
         shapes: list[Any] = []
 
         def add_shape(_: str, tensor: Any) -> Any:
@@ -42,7 +42,7 @@ def visits(model: Any, example: Any) -> dict[str, list[Any]]:
         return output
 
     inputs = example if isinstance(example, tuple) else (example,)
-    with wrapped({named.name: named.module for named in named_modules(model)}, after):
+    with wrapped({named.name: named.module for named in named_modules(model)}, around):
         output_of(model, [tf.convert_to_tensor(x) for x in inputs])
     return visited
 
@@ -50,45 +50,6 @@ def visits(model: Any, example: Any) -> dict[str, list[Any]]:
 def world() -> tuple[int, int]:
     """Return this process's rank and the number of processes."""
     return 0, 1
-
-
-@contextmanager
-def wrapped(layers: Mapping[str, Any], after: OutputHook) -> Iterator[None]:
-    """Inside, let each layer's calls return `after(name, layer, output)` instead of their output."""
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(_set_call, layer, vars(layer).get("call"))
-            _set_call(layer, partial(_call_then, name, layer, layer.call, after))
-        yield
-
-
-def _call_then(name: str, layer: Any, call: Callable[..., Any], after: OutputHook, /, *args: Any, **kwargs: Any) -> Any:
-    return after(name, layer, call(*args, **kwargs))
-
-
-def _set_call(layer: Any, call: Any) -> None:
-    """Set a layer's own `call`, or remove it with None. Keras would track an ordinary attribute as state."""
-    if call is None:
-        vars(layer).pop("call", None)
-    else:
-        vars(layer)["call"] = call
-
-
-def map_tensors(output: Any, key: str, replace: Callable[[str, Any], Any]) -> Any:
-    """Return an output with each float tensor replaced by `replace(key, tensor)`; keys are as `TensorKey.output`."""
-    if isinstance(output, tf.Tensor):
-        return replace(key, output) if output.dtype.is_floating else output
-    if isinstance(output, Mapping):
-        kind: Any = type(output)
-        return kind((name, map_tensors(value, _nested_key(key, name), replace)) for name, value in output.items())
-    if isinstance(output, tuple | list):
-        items = [map_tensors(value, _nested_key(key, i), replace) for i, value in enumerate(output)]
-        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-    return output
-
-
-def _nested_key(key: str, name: Any) -> str:
-    return f"{key}.{name}" if key else str(name)
 
 
 def layouts(model: Any, given: Mapping[str, str]) -> None:
@@ -177,7 +138,8 @@ class LayerProbe:
         """Return what was observed, here and by others, which is on the host already."""
         return HostObservations([*self.observations, *others])
 
-    def _read_output(self, name: str, layer: Any, output: Any) -> Any:
+    def _read_output(self, name: str, layer: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         if threading.get_ident() != self._thread or in_own_pass():
             return output
         call = self._calls[name]

@@ -40,6 +40,11 @@ from ..state import unchanged
 from ..targets import target_scores, with_function
 
 
+def channels_last(model: Any) -> bool:
+    """Whether a model takes images `(B, H, W, C)`: a Keras model on torch does, unless Keras is set otherwise."""
+    return has_channels_last(model)
+
+
 def scores(model: Callable[..., Any], x: torch.Tensor, output: Path | None = None) -> npt.NDArray[Any]:
     """Return the model's scores, `(B, classes)`, before a softmax or sigmoid at its end.
 

@@ -1,0 +1,111 @@
+"""Layers' outputs in one pass that is being traced: what they are, and where they have their channels."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ...errors import InputError, did_you_mean
+from ...structures import tensors_with_paths
+from .layers import named_modules
+from .watching import wrapped
+
+
+def layer_named(model: Any, layer: str) -> Any:
+    """Return a layer by its dotted name, `@` and a call's number aside.
+
+    Raises:
+        InputError: there is none of that name, or the model is no Keras layer.
+    """
+    if not isinstance(model, keras.Layer):
+        raise InputError(f"model is a {type(model).__name__}; layers are those of a keras.Model")
+    name = layer.partition("@")[0]
+    layers = {own: named.module for named in named_modules(model) for own in named.names}
+    if name not in layers:
+        top = ", ".join(own for own in layers if "." not in own)
+        raise InputError(f"no layer {name!r}{did_you_mean(name, layers) or f'; at the top there are {top}'}")
+    return layers[name]
+
+
+@contextmanager
+def recorded_outputs(model: Any, names: Sequence[str], outputs: dict[str, Any]) -> Iterator[None]:
+    """Inside, fill a dict with the named layers' outputs in this thread; `layer@1` is that of a second call.
+
+    All calls of a layer are recorded, whichever a name asks for. Of an output of several tensors the first of floating
+    point is recorded.
+
+    Raises:
+        InputError: as `layer_named`; or a layer runs in a graph other than the one that is being traced.
+    """
+    calls: Counter[str] = Counter()
+    thread, graph = threading.get_ident(), tf.compat.v1.get_default_graph()
+    hidden: list[str] = []
+
+    def around(name: str, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        first = next((t for _, t in tensors_with_paths(output) if is_float(t)), None)
+        if threading.get_ident() != thread or first is None:
+            return output
+        if first.graph is not graph:
+            hidden.append(name)
+            return output
+        number, calls[name] = calls[name], calls[name] + 1
+        outputs[f"{name}@{number}" if number else name] = first
+        return output
+
+    layers = {name: layer_named(model, name) for name in dict.fromkeys(name.partition("@")[0] for name in names)}
+    with wrapped(layers, around):
+        yield
+    if hidden:
+        raise _out_of_sight(hidden[0])
+
+
+def refuse_unseen(model: Any, names: Iterable[str], captures: Sequence[Any]) -> None:
+    """Refuse layers that did not run and whose weights a graph reads all the same.
+
+    Args:
+        captures: what the graph reads from outside.
+
+    Raises:
+        InputError: naming the first such layer, which a `tf.function` runs that was traced before.
+    """
+    read = {id(capture) for capture in captures}
+    for name in names:
+        if any(id(variable.handle) in read for variable in layer_named(model, name).weights):
+            raise _out_of_sight(name)
+
+
+def _out_of_sight(name: str) -> InputError:
+    return InputError(
+        f"layer {name!r} runs in a tf.function or a loop of its own, out of sight; name a layer around it"
+    )
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value is a TensorFlow tensor of floating point."""
+    return isinstance(value, tf.Tensor) and bool(value.dtype.is_floating)
+
+
+def reached(tensor: Any, sources: Sequence[Any]) -> frozenset[int]:
+    """Return which of the inputs a tensor depends on by a gradient."""
+    wanted = {source.op: i for i, source in enumerate(sources) if source.dtype.is_floating}
+    remaining, seen = [tensor.op], set()
+    while remaining:
+        op = remaining.pop()
+        if op not in seen and op.type != "StopGradient":
+            seen.add(op)
+            remaining += [x.op for x in op.inputs]
+    return frozenset(i for op, i in wanted.items() if op in seen)
+
+
+def channel_axis(model: Any, name: str) -> int:
+    """Return where a layer's output has its channels, 1 or -1: as it says itself, else as Keras is set."""
+    layer = layer_named(model, name)
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return 1 if layer.axis == 1 else -1
+    first = getattr(layer, "data_format", None) or keras.config.image_data_format()
+    return 1 if first == "channels_first" else -1
