@@ -37,7 +37,7 @@ def import_torchvision() -> Any:
         if spec is None or spec.origin is None:
             raise FrameworkError('torchvision is missing; run: pip install "undertow[vision]"')
         if "torchvision" not in sys.modules:
-            _declare_operators(Path(spec.origin).parent)
+            declare_operators(Path(spec.origin).parent)
         try:
             with warnings.catch_warnings(action="ignore"):
                 return importlib.import_module("torchvision")
@@ -45,7 +45,8 @@ def import_torchvision() -> Any:
             raise FrameworkError(_misfit(error)) from error
 
 
-def _declare_operators(package: Path) -> None:
+def declare_operators(package: Path) -> None:
+    """Let torchvision, whose folder is given, be imported beside a CPU-only torch, by whatever imports it."""
     for library in sorted(package.glob("_C*")):  # torchvision's own name for its compiled operators
         with suppress(OSError, RuntimeError):
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call, unused-ignore]
