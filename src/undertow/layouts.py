@@ -140,3 +140,21 @@ def _tokens(count: int, plane: tuple[int, ...], channel_axis: int) -> Layout | N
         return None
     extra, grid = min(fitting)
     return Layout(channel_axis, grid, extra)
+
+
+def upsampled(planes: Array, size: tuple[int, ...]) -> Array:
+    """Resize the last axes by linear interpolation along each, an element's value being at its centre.
+
+    >>> upsampled(np.array([[0.0, 1.0]]), (1, 4)).tolist()
+    [[0.0, 0.25, 0.75, 1.0]]
+    """
+    for axis, new in enumerate(size, -len(size)):
+        planes = np.moveaxis(np.moveaxis(planes, axis, -1) @ _weights(planes.shape[axis], new).T, -1, axis)
+    return planes
+
+
+def _weights(old: int, new: int) -> Array:
+    """Return the weight of each old pixel in each new one, `(new, old)`."""
+    positions = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    weights: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)))
+    return weights

@@ -17,6 +17,9 @@ Transformers are explained by rules for more kinds of operations: AttnLRP and CP
 functions `(g, local, op) -> g`; their map is the gradient that so arises, times the input. Convolutional networks have
 LRP's composites, such as "lrp:epsilon-plus-flat", whose rows stand in `undertow.lrp`; DeepLIFT compares with a
 baseline.
+
+Attention layers have maps of their own, which are no gradients: "attention-rollout" multiplies their weights, layer by
+layer, "attention-gradient" weighs them by the score's gradient.
 """
 
 from collections.abc import Sequence
@@ -24,7 +27,7 @@ from typing import Any
 
 from .errors import InputError, did_you_mean
 from .lrp import alpha_beta, box, epsilon, excitation, flat, gamma
-from .tables import ActivationRule, Local, Operation, Row, Rule
+from .tables import ActivationRule, AttentionRule, Local, Operation, Row, Rule
 from .tables import relu as relu
 
 
@@ -216,8 +219,17 @@ TABLES: dict[str, Rule] = {
 }
 
 
-def resolve(rule: str | ActivationRule | Rule) -> tuple[str, ActivationRule | Rule]:
-    """Return a rule's name, and its function or its table, from any of them.
+ATTENTION: dict[str, AttentionRule] = {
+    rule.name: rule
+    for rule in (
+        AttentionRule("attention-rollout", False, "Abnar and Zuidema 2020, arXiv 2005.00928"),
+        AttentionRule("attention-gradient", True, "Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6"),
+    )
+}
+
+
+def resolve(rule: str | ActivationRule | Rule | AttentionRule) -> tuple[str, ActivationRule | Rule | AttentionRule]:
+    """Return a rule's name, and its function, its table or its map of attention, from any of them.
 
     Raises:
         InputError: no rule has that name, or the argument is neither a name, a function nor a table.
@@ -225,11 +237,11 @@ def resolve(rule: str | ActivationRule | Rule) -> tuple[str, ActivationRule | Ru
     >>> resolve("guided")[0], resolve("attnlrp")[1].source
     ('guided', 'Achtibat et al. 2024, arXiv 2402.05602')
     """
-    if isinstance(rule, Rule):
+    if isinstance(rule, Rule | AttentionRule):
         return rule.name, rule
     if callable(rule):
         return getattr(rule, "__name__", type(rule).__name__), rule
-    known = RULES | TABLES
+    known = RULES | TABLES | ATTENTION
     if isinstance(rule, str) and rule in known:
         return rule, known[rule]
     hint = did_you_mean(str(rule), known)

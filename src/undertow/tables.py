@@ -94,6 +94,21 @@ class Operation(Protocol):
         """Return the gradient at the input of `norm` as if its standard deviation or root mean square were constant."""
 
 
+@dataclass(frozen=True)
+class AttentionRule:
+    """A map of what attention layers attend to, in the place of a gradient: one number a token, or a patch.
+
+    Attributes:
+        name: for messages and results.
+        by_gradient: weights count with the score's gradient by them; else alone, whatever the class.
+        source: the paper.
+    """
+
+    name: str
+    by_gradient: bool
+    source: str = field(default="", repr=False)
+
+
 Row = Callable[[Any, Local, Operation], Any]
 """`(g, local, op) -> g`: a gradient at an operation's output to the one at its operand, or to a tuple of them."""
 

@@ -29,7 +29,7 @@ from ..frameworks.base import Arrays, Request, as_numpy, capability
 from ..frameworks.results import Explanation
 from ..rules import gradient
 from ..structures import is_tensor
-from ..tables import Rule
+from ..tables import AttentionRule, Rule
 from ..targets import Box, Token
 from .grad_cam import grad_cam
 from .points import baseline_like, moved, noisy, on_the_line
@@ -126,6 +126,11 @@ def estimate(framework: str, request: Request, estimator: Estimator, seed: int) 
     Source: SmoothGrad, Smilkov et al. 2017, arXiv 1706.03825; integrated gradients, Sundararajan et al. 2017,
         arXiv 1703.01365; Grad-CAM and guided Grad-CAM, Selvaraju et al. 2016, arXiv 1610.02391.
     """
+    if isinstance(request.rule, AttentionRule) and estimator.kind not in ("gradient", "smoothgrad"):
+        raise InputError(
+            f"{estimator.kind} is of gradients, and the map of {request.rule_name!r} is none; take "
+            "estimator='gradient', which is that map, or 'smoothgrad'"
+        )
     if estimator.kind in LAYERED:
         guided = estimator.kind == "guided-grad-cam"
         return grad_cam(framework, request, estimator.layer, estimator.axes, guided)

@@ -15,7 +15,7 @@ from ..inputs import arguments_of
 from ..outputs import Path, with_inputs
 from ..rules import resolve
 from ..structures import tensors_with_paths
-from ..tables import ActivationRule, Rule
+from ..tables import ActivationRule, AttentionRule, Rule
 from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
 from .result import Attribution
@@ -32,7 +32,7 @@ def explain(
     model: Any,
     x: Any,
     *,
-    rule: str | ActivationRule | Rule = "guided",
+    rule: str | ActivationRule | Rule | AttentionRule = "guided",
     target: Any = None,
     through: str = "graph",
     activations: str = "relu-like",
@@ -60,7 +60,8 @@ def explain(
             a tuple, or as it is to a model that takes one argument). Integer tensors, None and numbers get no map.
         rule: for activations "gradient", "deconvnet", "guided" or a function `(g, local) -> g` as in `undertow.rules`;
             for operations of every kind "attnlrp", "cp-lrp", "lrp:epsilon-plus-flat" and other composites, "deeplift",
-            "excitation", or a table `ut.Rule({...})`, see `undertow.tables`.
+            "excitation", or a table `ut.Rule({...})`, see `undertow.tables`; of attention layers "attention-rollout"
+            and "attention-gradient", whose maps have one channel.
         target: None (each sample's highest score), a class id, `(B,)` ids, `(B, K)` ids or nested lists for several
             classes a sample, one-hot labels, "top:K"; a class's name, where the model is a `Classifier` or has
             `config.id2label`; for dense scores a place after the batch axis, such as `(class, y, x)`, or one of

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..frameworks.base import Request, capability
 from ..frameworks.results import Explanation, LayerGradients
-from ..layouts import Layout, find_layout
+from ..layouts import Layout, find_layout, upsampled
 from ..rules import gradient
 
 Array = npt.NDArray[Any]
@@ -145,21 +145,3 @@ def weighted_channels(values: Array, gradients: Array) -> Array:
     weights = gradients.astype(np.float64).mean(tuple(range(3, gradients.ndim)), keepdims=True)
     summed: Array = (weights * values[:, None]).sum(2)
     return summed
-
-
-def upsampled(planes: Array, size: tuple[int, ...]) -> Array:
-    """Resize the last axes by linear interpolation along each, an element's value being at its centre.
-
-    >>> upsampled(np.array([[0.0, 1.0]]), (1, 4)).tolist()
-    [[0.0, 0.25, 0.75, 1.0]]
-    """
-    for axis, new in enumerate(size, -len(size)):
-        planes = np.moveaxis(np.moveaxis(planes, axis, -1) @ _weights(planes.shape[axis], new).T, -1, axis)
-    return planes
-
-
-def _weights(old: int, new: int) -> Array:
-    """Return the weight of each old pixel in each new one, `(new, old)`."""
-    positions = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    weights: Array = np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(old)))
-    return weights

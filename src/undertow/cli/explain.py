@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..rules import TABLES
+from ..rules import ATTENTION, TABLES
 from .photographs import (
     ALL_RULES,
     RULES,
@@ -339,8 +339,9 @@ def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Pa
     yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
     yield f"  {input_line(classifier)}"
     for rule, attribution in explained.maps.items():
-        what = "operations" if rule in TABLES else "activations"
-        yield f"  {rule:<{width}}{attribution.rewired:>4} {what} rewired   {explained.seconds[rule]:.2f} s"
+        what = "operations rewired" if rule in TABLES else "activations rewired"
+        what = "attention layers read" if rule in ATTENTION else what
+        yield f"  {rule:<{width}}{attribution.rewired:>4} {what}   {explained.seconds[rule]:.2f} s"
     yield from _likeness_lines(explained)
     for note in explained.notes:
         yield f"  note: {note}"

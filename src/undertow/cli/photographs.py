@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import printable
-from ..rules import TABLES
+from ..rules import ATTENTION, TABLES
 from ..signals import Terminated, interrupts
 from .errors import debugging, error_line
 from .printing import echo, nobody_reads, print_json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..classifier import Classifier
 
 RULES = ("gradient", "deconvnet", "guided")
-ALL_RULES = (*RULES, *TABLES)
+ALL_RULES = (*RULES, *TABLES, *ATTENTION)
 
 photographs_argument = click.argument(
     "photographs", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path)

@@ -20,7 +20,7 @@ from ..inputs import ModelArguments
 from ..measures import Measure
 from ..outputs import Path
 from ..structures import is_tensor
-from ..tables import ActivationRule, Rule
+from ..tables import ActivationRule, AttentionRule, Rule
 from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
 
 FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow", "tf_keras")}
@@ -73,7 +73,7 @@ class Request:
 
     model: Callable[..., Any]
     inputs: tuple[Any, ...]
-    rule: ActivationRule | Rule
+    rule: ActivationRule | Rule | AttentionRule
     rule_name: str
     target: Any
     through: str
@@ -113,9 +113,9 @@ class Request:
         Raises:
             RuleError: the rule is a table of more.
         """
-        if isinstance(self.rule, Rule):
+        if isinstance(self.rule, Rule | AttentionRule):
             raise RuleError(
-                f"rule {self.rule_name!r} acts on more than activations, which through='graph' alone reaches, on "
+                f"rule {self.rule_name!r} is of more than activations, which through='graph' alone reaches, on "
                 "PyTorch; here the rule is gradient, deconvnet, guided or a function (g, local) -> g"
             )
         return self.rule

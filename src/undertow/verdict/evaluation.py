@@ -14,7 +14,7 @@ from ..errors import InputError, ModelError, TargetError
 from ..frameworks.base import Arrays, Inspector, Request, as_numpy
 from ..outputs import Path
 from ..rules import resolve
-from ..tables import ActivationRule, Rule
+from ..tables import ActivationRule, AttentionRule, Rule
 from . import class_, convergence, faithfulness, input, stability, weights
 from .null import Null
 from .result import Answer
@@ -167,6 +167,8 @@ class Evaluation:
     def ask_convergence(self, rule: str | ActivationRule | Rule, estimator: Estimator) -> Answer:
         """Send random directions back; where a map ends at a layer, to that layer."""
         name, function = resolve(rule)
+        if isinstance(function, AttentionRule):
+            raise InputError(f"rule {name!r} sends nothing back")
         choices = "graph", "relu-like", False, self.output
         request = Request(self.model, (self.x,), function, name, None, *choices)
         layers = self.inspector.layers(self.model, self.x)

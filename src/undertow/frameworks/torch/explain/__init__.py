@@ -12,7 +12,7 @@ from ....errors import InputError, RuleError
 from ....inputs import ModelArguments
 from ....outputs import Path
 from ....rules import RULES, gradient
-from ....tables import Rule
+from ....tables import AttentionRule, Rule
 from ...base import Request
 from ...results import Explanation, RewiringStats
 from ..arrays import to_numpy
@@ -23,6 +23,7 @@ from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
 from ..state import unchanged
 from ..targets import target_scores, with_function
 from .acting import what_acts
+from .attention import AttentionReader
 from .cuts import cudnn_errors_named, nan_gradient, no_gradient, without_gradient
 from .graph import RuleAttachment, ThroughGraph, rewired_backward
 from .modules import ThroughHooks, ThroughSwap
@@ -43,7 +44,8 @@ def explain(request: Request) -> Explanation:
     with unchanged(request.model, request.inputs, request.training) as start, ExitStack() as stack:
         sources, fed = leaves_and_copies(request.inputs, request.is_plain)
         plain = request.rule is gradient
-        attachment = None if plain else stack.enter_context(THROUGH[request.through](request))
+        kind = AttentionReader if isinstance(request.rule, AttentionRule) else THROUGH[request.through]
+        attachment = None if plain else stack.enter_context(kind(request))
         network = eager(request.model) if attachment is None else attachment.network
         request = with_function(request, network, stack)
         with nullcontext() if attachment is None else attachment.forward():
@@ -54,7 +56,7 @@ def explain(request: Request) -> Explanation:
         if attachment is not None:
             stack.enter_context(rewired_backward(scores.grad_fn, attachment))
         acting = what_acts(request, scores.grad_fn, start)
-        maps = _maps(scores, sources, fed, request)
+        maps = _maps(scores, sources, fed, request, attachment)
         if isinstance(request.rule, Rule) and _is_by_value(request.rule, request.is_inside):
             maps = tuple(_times(m, source) for m, source in zip(maps, sources, strict=True))
         detached = scores.detach()
@@ -66,18 +68,24 @@ def explain(request: Request) -> Explanation:
 
 
 def _maps(
-    scores: torch.Tensor, sources: list[torch.Tensor | None], fed: list[torch.Tensor], request: Request
+    scores: torch.Tensor,
+    sources: list[torch.Tensor | None],
+    fed: list[torch.Tensor],
+    request: Request,
+    attachment: RuleAttachment | None,
 ) -> tuple[Any, ...]:
     """Return, for each input, a map for each target: `(B, K, ...)`."""
     wanted = [source for source in sources if source is not None]
     count = scores.shape[1]
     rows = []
+    if isinstance(attachment, AttentionReader):
+        attachment.samples = len(scores)
     for k in range(count):
         # a rule that calls `local` runs a node's backward a second time, for which the graph must not be freed
         keep = k + 1 < count or request.rule not in RULES.values()
         gradients = _gradients(scores, wanted, k, keep)
         _refuse_missing(gradients, request, fed)
-        rows.append(gradients)
+        rows.append(attachment.maps(wanted) if isinstance(attachment, AttentionReader) else gradients)
     stacked = iter([_stacked(maps) for maps in zip(*rows, strict=True)])
     return tuple(None if source is None else next(stacked) for source in sources)
 

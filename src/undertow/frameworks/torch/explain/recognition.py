@@ -14,7 +14,7 @@ from .operations import GATES, NodeOperation
 Edge = tuple[Any, int]
 """A node and the number of its output: a tensor."""
 
-_MATRIX_PRODUCTS = {"Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Mv": (0, 1), "Dot": (0, 1)}
+MATRIX_PRODUCTS = {"Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Mv": (0, 1), "Dot": (0, 1)}
 _INVERSES = ("Rsqrt", "Reciprocal")
 _ACTIVATIONS = ("Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Relu", "Tanh")
 _LONGEST = 64  # steps of one activation written out
@@ -124,7 +124,7 @@ def _passes(node: Any, way: Way) -> bool:
     name = stem(node)
     if name in VIEWS or name in SUMS or name in COPIES or name in ("Neg", "Abs") or "Accumulate" in name:
         return True
-    return name in (*_MATRIX_PRODUCTS, "Mul", "Div", "Convolution") and len(list(way.inputs(node))) == 1
+    return name in (*MATRIX_PRODUCTS, "Mul", "Div", "Convolution") and len(list(way.inputs(node))) == 1
 
 
 def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOperation | None, set[Any]]:
@@ -140,7 +140,7 @@ def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOpe
         is_proportional = name in PROPORTIONAL or name in ("Prelu", "PreluKernel")
         operation = NodeOperation(kind, node, (((node, inputs[0][0]),),), notes, is_proportional=is_proportional)
         return operation, set()
-    if name in _MATRIX_PRODUCTS:
+    if name in MATRIX_PRODUCTS:
         return _matrix_product(node, inputs, way, notes), set()
     if name == "Convolution" and inputs:
         if [i for i, _ in inputs] == [0]:
@@ -161,7 +161,7 @@ def _is_linear_power(node: Any) -> bool:
 def _matrix_product(
     node: Any, inputs: list[tuple[int, Edge]], way: Way, notes: ForwardNotes | None
 ) -> NodeOperation | None:
-    places = _MATRIX_PRODUCTS[stem(node)]
+    places = MATRIX_PRODUCTS[stem(node)]
     given = dict(inputs)
     if not given.keys() <= set(places):
         return None  # a sum with a product, both of them on the way
