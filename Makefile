@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test check lint site soak fashion-mnist chromium clean
+.PHONY: demo test check lint site course soak fashion-mnist chromium clean
 
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
@@ -26,6 +26,10 @@ soak: $(VENV)/.dev
 # The documentation, in site/: it opens from the disk. Its tests build it too.
 site: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The course as notebooks, beside the text that they are made of.
+course: $(VENV)/.dev
+	$(BIN)/jupytext --to ipynb --set-kernel python3 docs/course/[1-9]-*.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ def marked(page):
     return pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [], id=str(page.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES if page.parent.name != "course"])
 def test_every_block_of_a_page_runs(page, folder):
     if any("keras" in line for _, block in blocks_of(page, "sh") for line in lines_of(block)):
         furnish_keras(folder)
