@@ -82,6 +82,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     What a link leads to that is no page becomes its text.
     """
     if page.file.src_uri.startswith("api/"):
+        markdown = markdown.replace("::: undertow\n", "\n".join(rows_of_names()) + "\n")
         return NAME.sub(lambda match: "\n\n".join(docstrings_of(match[1])), markdown)
     source = _source_of(page.file.src_uri)
     if "title" not in page.meta and (heading := re.search(r"^# ([^:\n]+):", markdown, re.M)):
@@ -134,6 +135,22 @@ def _names_without_a_page(files: Files) -> list[str]:
     return [name for name in undertow.__all__ if name not in shown]
 
 
+def rows_of_names() -> Iterator[str]:
+    """Yield a table of all public names, each with the first sentence of its docstring."""
+    yield "| name | |\n|---|---|"
+    for name in undertow.__all__:
+        thing = getattr(undertow, name)
+        kind = _defined(thing)
+        path = thing.__name__ if isinstance(thing, ModuleType) else f"{kind.__module__}.{kind.__qualname__}"
+        first = (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+        yield f"| [`ut.{name}`][{path}] | {first} |"
+
+
+def _defined(thing: Any) -> Any:
+    """Return the function or class to show for a public name: for an object that is called, its class."""
+    return thing if isinstance(thing, type) or inspect.isfunction(thing) else type(thing)
+
+
 def docstrings_of(name: str, level: int = 2) -> Iterator[str]:
     """Yield what mkdocstrings is to show of a public name: where it is defined, for several share a file's name.
 
@@ -141,13 +158,13 @@ def docstrings_of(name: str, level: int = 2) -> Iterator[str]:
     """
     thing = attrgetter(name)(undertow)
     if isinstance(thing, ModuleType):
-        yield f"{'#' * level} ut.{name}\n\n{inspect.getdoc(thing)}"
+        yield f"{'#' * level} ut.{name} {{#{thing.__name__}}}\n\n{inspect.getdoc(thing)}"
         for part, member in vars(thing).items():
             is_its_own = getattr(member, "__module__", "").startswith(thing.__name__)
             if is_its_own and not part.startswith("_") and (inspect.isclass(member) or inspect.isfunction(member)):
                 yield from docstrings_of(f"{name}.{part}", level + 1)
         return
-    kind = thing if isinstance(thing, type) or inspect.isfunction(thing) else type(thing)
+    kind = _defined(thing)
     options = {"heading": f"ut.{name}", "toc_label": name.rpartition(".")[2], "heading_level": level}
     if kind is not thing:  # a callable object, such as ut.trust
         options["members"] = [part for part in vars(kind) if part == "__call__" or not part.startswith("_")]

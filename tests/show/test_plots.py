@@ -1,6 +1,7 @@
 """Charts: what is drawn is what was given, zero is zero, and the axis says what it is."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from PIL import Image
 
 import undertow as ut
 from geometry import faults
+from undertow.errors import FrameworkError
 from undertow.runs import SiteQuantiles
-from undertow.show import plots
+from undertow.show import labels, plots
 
 Q = (0.05, 0.5, 0.95)
 
@@ -208,3 +210,10 @@ def test_groups_have_colours_that_anyone_can_tell_apart():
     lightness = np.sort(rgb @ [0.2126, 0.7152, 0.0722])
     assert len(set(plots.COLOURS)) == len(plots.COLOURS)
     assert np.ptp(lightness) > 0.5
+
+
+def test_without_matplotlib_any_drawing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (plots.new_figure, lambda: labels.fitted("conv1", 100, 8), lambda: labels.legible("conv1")):
+        with pytest.raises(FrameworkError, match=r'run: pip install "undertow\[plot\]"'):
+            draw()

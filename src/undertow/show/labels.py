@@ -3,8 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Container, Sequence
+from typing import Any, cast
 
-from ..errors import printable
+from ..errors import FrameworkError, printable
 
 
 def drawn(text: str) -> str:
@@ -29,17 +30,29 @@ def legible(text: str) -> str:
 
 
 def _letters() -> Container[int]:
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    fonts = font_manager()
+    return cast("Container[int]", fonts.get_font(fonts.findfont(fonts.FontProperties())).get_charmap())
 
-    return get_font(findfont(FontProperties())).get_charmap()
+
+def font_manager() -> Any:
+    """Import the part of matplotlib that all drawing needs first.
+
+    Raises:
+        FrameworkError: it is not installed.
+    """
+    try:
+        from matplotlib import font_manager
+    except ImportError as error:
+        raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
+    return font_manager
 
 
 def width_of(text: str, size: float) -> float:
     """Return the width in points of a line of text in matplotlib's font, `size` points high."""
-    from matplotlib.font_manager import FontProperties
+    fonts = font_manager()
     from matplotlib.textpath import text_to_path
 
-    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, fonts.FontProperties(size=size), ismath=False)
     return float(width)
 
 

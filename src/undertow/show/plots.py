@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..errors import FrameworkError, InputError, did_you_mean
+from ..errors import InputError, did_you_mean
 from ..files import published
 from .ground import on_ground
-from .labels import digits, drawn, fitted, told_apart, width_of
+from .labels import digits, drawn, fitted, font_manager, told_apart, width_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,12 +193,11 @@ def new_figure(**options: Any) -> "Figure":
     Raises:
         FrameworkError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    font_manager()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        from .figure import NotebookFigure
-    except ImportError as error:
-        raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
+    from .figure import NotebookFigure
+
     figure = NotebookFigure(**options)
     FigureCanvasAgg(figure)  # else figure.canvas.draw() lays nothing out
     return figure
