@@ -1,17 +1,17 @@
 """The verb: check the arguments, let the framework compute the map, return an Attribution."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..classifier import Classifier, find_class
-from ..errors import InputError, TargetError, UndertowWarning, did_you_mean
-from ..frameworks.base import AS_IS, BEFORE, Request, as_numpy, capability, framework_of_input
+from ..errors import InputError, ModelError, TargetError, UndertowWarning, did_you_mean
+from ..frameworks.base import AS_IS, BEFORE, Request, RulesExplainer, as_numpy, capability, framework_of_input
 from ..frameworks.results import Explanation
-from ..inputs import arguments_of
+from ..inputs import ModelArguments, arguments_of
 from ..outputs import Path, with_inputs
 from ..rules import resolve
 from ..structures import tensors_with_paths
@@ -111,7 +111,50 @@ def explain(
     >>> a.values, a.scores, a.rewired
     (tensor([[1., 0.]]), tensor([1.]), 1)
     """
-    name, function = resolve(rule)
+    (attribution,) = _explain(
+        *(model, x, (rule,), target, through, activations, training, estimator, seed, output),
+        *(head, axes, at, baseline, noise, inner_batch),
+    )
+    return attribution
+
+
+def explain_rules(
+    model: Any, x: Any, rules: Sequence[str | ActivationRule | Rule | AttentionRule], **options: Any
+) -> Iterator[Attribution]:
+    """Explain under several rules, in order, as `explain` does with the same options.
+
+    One forward pass serves all where they act on its graph: rules for activations, and the estimator "gradient".
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1)).eval()
+    >>> [a.rule for a in explain_rules(net, torch.ones(1, 2), ["gradient", "guided"], target=0)]
+    ['gradient', 'guided']
+    """
+    settings = {**(explain.__kwdefaults__ or {}), **options}
+    del settings["rule"]
+    return _explain(model, x, rules, **settings)
+
+
+def _explain(
+    model: Any,
+    x: Any,
+    rules: Sequence[str | ActivationRule | Rule | AttentionRule],
+    target: Any,
+    through: str,
+    activations: str,
+    training: bool,
+    estimator: str,
+    seed: int,
+    output: Path | None,
+    head: str,
+    axes: str | None,
+    at: str | Sequence[str] | None,
+    baseline: Any,
+    noise: float,
+    inner_batch: int,
+) -> Iterator[Attribution]:
+    """Yield an attribution for each rule."""
+    named = [resolve(rule) for rule in rules]
     resolved = replace(
         resolve_estimator(estimator if axes is None else f"{estimator}:{axes}"),
         baselines=tuple(baseline) if isinstance(baseline, list) else (baseline,),
@@ -129,45 +172,78 @@ def explain(
     names = _names(model) if names is None else names
     target = ids_of_names(target, names)
     arguments = arguments_of(x, model)
-    request = Request(
-        *(model, arguments.tensors, function, name, with_inputs(target, x), through, activations, training),
-        output=output,
-        head=head,
-        fill=arguments.fill,
-        structure=arguments.structure,
-        is_plain=arguments.is_plain,
-        is_list=type(x) is list and len(arguments.args) == 1,
-    )
+    requests = [
+        Request(
+            *(model, arguments.tensors, function, name, with_inputs(target, x), through, activations, training),
+            output=output,
+            head=head,
+            fill=arguments.fill,
+            structure=arguments.structure,
+            is_plain=arguments.is_plain,
+            is_list=type(x) is list and len(arguments.args) == 1,
+        )
+        for name, function in named
+    ]
     framework = framework_of_input(arguments.tensors[0], model)
-    with unbatched_named(framework, request):
+    with unbatched_named(framework, requests[0]):
+        for request, (values, explanation) in zip(
+            requests, _results(framework, requests, arguments, resolved, seed, at), strict=True
+        ):
+            _warn_if_saturated(explanation, head)
+            _warn_if_left_alone(
+                explanation, request.rule_name, "all" if isinstance(request.rule, Rule) else activations
+            )
+            yield Attribution(
+                values=values,
+                targets=explanation.targets,
+                scores=explanation.scores,
+                rule=request.rule_name,
+                estimator=resolved.name,
+                through=through,
+                activations=activations,
+                rewired=explanation.stats.rewired,
+                switches=explanation.stats.switches,
+                skipped=explanation.stats.skipped,
+                opaque=explanation.stats.opaque,
+                channels_last=explanation.channels_last,
+                acting=explanation.acting,
+                head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
+                completeness=explanation.completeness,
+                at=(at,) if isinstance(at, str) else tuple(at or ()),
+                names=_names_of(explanation.targets, names),
+                token_ids=_token_ids(arguments.tensors, values, explanation.scores) if at else None,
+                is_relevance=isinstance(request.rule, Rule) and request.rule.is_attribution,
+            )
+
+
+def _results(
+    framework: str,
+    requests: Sequence[Request],
+    arguments: ModelArguments,
+    estimator: Estimator,
+    seed: int,
+    at: str | Sequence[str] | None,
+) -> Iterator[tuple[Any, Explanation]]:
+    """Yield the values and the explanation of each request; they differ in their rule alone."""
+    if at is None and estimator.kind == "gradient" and len(requests) > 1 and (shared := _sharing(framework, requests)):
+        for explanation in shared.explain_rules(requests):
+            yield arguments.in_structure(explanation.maps), explanation
+        return
+    for request in requests:
         if at is None:
-            explanation = estimate(framework, request, resolved, seed)
-            values = arguments.in_structure(explanation.maps)
+            explanation = estimate(framework, request, estimator, seed)
+            yield arguments.in_structure(explanation.maps), explanation
         else:
-            values, explanation = _explain_at(framework, request, resolved, seed, at)
-    _warn_if_saturated(explanation, head)
-    _warn_if_left_alone(explanation, name, "all" if isinstance(function, Rule) else activations)
-    return Attribution(
-        values=values,
-        targets=explanation.targets,
-        scores=explanation.scores,
-        rule=name,
-        estimator=resolved.name,
-        through=through,
-        activations=activations,
-        rewired=explanation.stats.rewired,
-        switches=explanation.stats.switches,
-        skipped=explanation.stats.skipped,
-        opaque=explanation.stats.opaque,
-        channels_last=explanation.channels_last,
-        acting=explanation.acting,
-        head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
-        completeness=explanation.completeness,
-        at=(at,) if isinstance(at, str) else tuple(at or ()),
-        names=_names_of(explanation.targets, names),
-        token_ids=_token_ids(arguments.tensors, values, explanation.scores) if at else None,
-        is_relevance=isinstance(function, Rule) and function.is_attribution,
-    )
+            yield _explain_at(framework, request, estimator, seed, at)
+
+
+def _sharing(framework: str, requests: Sequence[Request]) -> RulesExplainer | None:
+    """Return what explains all in one forward pass; None where the framework, or one of the rules, does not."""
+    try:
+        explainer = capability(framework, "explain.rules")
+    except ModelError:
+        return None
+    return explainer if explainer.can_share(requests) else None
 
 
 def _explain_at(
@@ -254,7 +330,7 @@ def _warn_if_saturated(explanation: Explanation, head: str) -> None:
         if explanation.head
         else "if it is a probability, explain what it is computed from, by output= or a target function"
     )
-    warnings.warn(f"{what} and the map vanishes; {remedy}", UndertowWarning, stacklevel=3)
+    warnings.warn(f"{what} and the map vanishes; {remedy}", UndertowWarning, stacklevel=4)
 
 
 def _warn_if_left_alone(explanation: Explanation, rule: str, activations: str) -> None:
@@ -264,7 +340,7 @@ def _warn_if_left_alone(explanation: Explanation, rule: str, activations: str) -
     if listed:
         message = f"{rule}: left alone on the way, as the gradient passes them: {listed}"
         remedy = "" if activations == "all" else "; activations='all' takes the smooth ones among them"
-        warnings.warn(message + remedy, UndertowWarning, stacklevel=3)
+        warnings.warn(message + remedy, UndertowWarning, stacklevel=4)
 
 
 def _largest(explanation: Explanation) -> Any:

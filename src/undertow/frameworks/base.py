@@ -7,7 +7,7 @@ A framework is a folder here and a row of `FRAMEWORKS`; what it can do are the f
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, overload
@@ -31,6 +31,7 @@ TITLES = {"torch": "PyTorch", "keras": "Keras"}
 CAPABILITIES = {
     "arrays": "conversion to NumPy",
     "explain": "explain",
+    "explain.rules": "one forward pass for several rules",
     "inspect.layers": "a look at layers, which verdicts and Grad-CAM need,",
     "inspect.trace": "trace",
     "inspect.redirect": "redirect",
@@ -159,6 +160,16 @@ class Explainer(Protocol):
 
     def at_layer(self, request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
         """Return, for each call of a layer, its output as arguments, and the request to explain by them."""
+
+
+class RulesExplainer(Protocol):
+    """Several rules in one forward pass."""
+
+    def can_share(self, requests: Sequence[Request]) -> bool:
+        """Whether one forward pass serves requests that differ in their rule alone."""
+
+    def explain_rules(self, requests: Sequence[Request]) -> Iterator[Explanation]:
+        """Explain requests that `can_share`, in order."""
 
 
 class Preparer(Protocol):
@@ -423,6 +434,8 @@ class Recorder(Protocol):
 def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 @overload
 def capability(framework: str, name: Literal["explain"]) -> Explainer: ...
+@overload
+def capability(framework: str, name: Literal["explain.rules"]) -> RulesExplainer: ...
 @overload
 def capability(framework: str, name: Literal["prepare"]) -> Preparer: ...
 @overload

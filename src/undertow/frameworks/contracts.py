@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .torch import prepare as torch_prepare
     from .torch import record as torch_record
     from .torch import zoo as torch_zoo
+    from .torch.explain import rules as torch_rules
     from .torch.inspect import blocks as torch_blocks
     from .torch.inspect import derivatives as torch_derivatives
     from .torch.inspect import layers as torch_layers
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     ARRAYS: tuple[base.Arrays, ...] = (torch_arrays, keras_arrays)
     EXPLAINERS: tuple[base.Explainer, ...] = (torch_explain, keras_explain)
+    RULES_EXPLAINERS: tuple[base.RulesExplainer, ...] = (torch_rules,)
     PREPARERS: tuple[base.Preparer, ...] = (torch_prepare,)
     MEMORIES: tuple[base.Memory, ...] = (torch_memory,)
     INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers)

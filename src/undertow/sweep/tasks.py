@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..attribution import explain
+from ..attribution.explain import explain_rules
 from ..attribution.result import Attribution
 from ..classifier import Classifier
 from ..errors import FrameworkError, InputError, RuleError, RunError, UndertowError, one_line
@@ -149,10 +149,10 @@ class ExplainTask:
         classifier = bench.classifier
         target: Any = self.target if isinstance(self.target, str) else [list(self.target)] * len(items)
         with bench.remarking():
-            return {
-                name: explain(classifier.module, x, rule=rule, target=target, output=classifier.output, **self.options)
-                for name, rule in zip(self.rule_names, self.rules, strict=True)
-            }
+            maps = explain_rules(
+                classifier.module, x, self.rules, target=target, output=classifier.output, **self.options
+            )
+            return dict(zip(self.rule_names, maps, strict=True))
 
 
 def in_pieces(
