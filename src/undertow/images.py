@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import math
 import os
+import stat
 import sys
 import threading
 import warnings
@@ -324,11 +325,15 @@ def _within(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 yield Path(parent, name)
 
 
 def _refuse_non_file(path: Path, name: str) -> None:
+    with suppress(OSError, ValueError):
+        facts = os.stat(path)
+        if stat.S_ISREG(facts.st_mode) and facts.st_size:
+            return
     if path.is_dir():
         raise PhotographError(f"{name} is a folder, not a photograph; name the files in it")
     if not os.path.lexists(path):

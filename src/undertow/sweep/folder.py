@@ -139,7 +139,8 @@ def read_facts(folder: Path, shard: int) -> Part:
 def write_table(path: Path, rows: Mapping[str, Sequence[Any]], columns: Mapping[str, str]) -> None:
     """Write a table, the same bytes for the same rows."""
     pa = arrow()
-    table = pa.table({name: pa.array(rows[name], schema(columns).field(name).type) for name in columns})
+    types = schema(columns)
+    table = pa.table({name: pa.array(rows[name], types.field(name).type) for name in columns})
     pa.parquet.write_table(table, path, compression="lz4", write_statistics=True)
 
 

@@ -239,10 +239,9 @@ def _at(paths: list[str]) -> Source:
         if path.lower().endswith(".txt"):
             return _file_list(Path(path))
         if Path(path).is_dir():
-            listed = images.find([path])
-            return PhotographFiles(
-                "folder", path, [os.path.relpath(photograph, path) for photograph in listed], Path(path)
-            )
+            within = 0 if Path(path) == Path() else len(os.path.join(Path(path), ""))
+            names = [os.fspath(photograph)[within:] for photograph in images.find([path])]
+            return PhotographFiles("folder", path, names, Path(path))
     if all(path.lower().endswith((".tar", ".tar.gz", ".tgz")) for path in paths):
         return _tar(paths)
     return PhotographFiles("files", " ".join(paths), list(map(str, images.find(paths))))

@@ -4,8 +4,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from .shards import Shards
 from .sources import Source
 from .tasks import Bench, Item, Task
 
+_AT_ONCE = (
+    16  # items that a thread reads in one go, at most: to hand over each by itself takes as long as a small image
+)
 _SYSTEMATIC = 8  # if nothing could be computed of so many images, the network is to blame
 Advance = Callable[[int, int], object]
 """Called with how many items were done, and how many of these failed."""
@@ -96,10 +100,11 @@ def work(
     """
     bench = Bench(job.classifier, job.device, job.folder, job.batches)
     outcome = Outcome(remarks=bench.remarks)
-    with without_warnings(), _read_ahead(job, shards) as batches:
+    with without_warnings(), _read_ahead(job, shards) as batches, _publishing(job.folder) as publish:
         for shard, of_shard in groupby(batches, key=lambda batch: batch[0]):
             started, failed = time.monotonic(), list[Failure]()
-            with disk_named(job.folder), new_part(job.folder, shard) as aside:
+            with disk_named(job.folder), ExitStack() as part:
+                aside = part.enter_context(new_part(job.folder, shard))
                 with job.task.writing(bench, aside) as add:
                     for _, number, items, unread in of_shard:
                         undone = add(number, items)
@@ -113,11 +118,37 @@ def work(
                         advance(len(items) + len(unread), len(failures))
                         _refuse_too_many(job, before + len(outcome.failed), outcome.failed)
                 done = len(job.shards[shard]) - len(failed)
-                write_facts(aside, shard, done, failed, time.monotonic() - started, time.time())
+                facts = (aside, shard, done, failed, time.monotonic() - started, time.time())
+                publish(partial(write_facts, *facts), part.pop_all())
     if bench.largest is not None:
         remark = f"memory did not suffice for {job.batch_size} images at once; {bench.largest} were taken"
         outcome.remarks[remark] = UndertowWarning
     return outcome
+
+
+@contextmanager
+def _publishing(folder: Path) -> Iterator[Callable[[Callable[[], object], ExitStack], None]]:
+    """Give what publishes a part on another thread, while the next one is computed; one waits at most.
+
+    Raises:
+        RunError: the disk refuses; said when the next part is published, or at the end.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="undertow-publisher") as pool:
+        last: list[Future[None]] = []
+
+        def finish(write: Callable[[], object], part: ExitStack) -> None:
+            with disk_named(folder), part:
+                write()
+
+        def publish(write: Callable[[], object], part: ExitStack) -> None:
+            submitted = pool.submit(finish, write, part)
+            if last:
+                last.pop().result()
+            last.append(submitted)
+
+        yield publish
+        for future in last:
+            future.result()
 
 
 Batch = tuple[int, int, list[Item], list[Failure]]
@@ -134,19 +165,20 @@ def _read_ahead(job: Job, shards: Sequence[int]) -> Iterator[Iterator[Batch]]:
         for n, batch in enumerate(job.shards.batches(shard, job.batch_size))
     )
     ahead = 1 + -(-2 * job.workers // job.batch_size)
-    names = job.source.names
+    at_once = max(1, min(_AT_ONCE, job.batch_size // job.workers))
     with ThreadPoolExecutor(job.workers, thread_name_prefix="undertow-reader") as pool:
 
-        def begin(step: tuple[int, int, range]) -> tuple[int, int, list[Future[Item | Failure]]]:
+        def begin(step: tuple[int, int, range]) -> tuple[int, int, list[Future[list[Item | Failure]]]]:
             shard, number, indices = step
-            return shard, number, [pool.submit(read_item, job, index, names[index]) for index in indices]
+            starts = range(0, len(indices), at_once)
+            return shard, number, [pool.submit(_read_items, job, indices[n : n + at_once]) for n in starts]
 
         def batches() -> Iterator[Batch]:
             reading = [begin(step) for _, step in zip(range(ahead), plan, strict=False)]
             while reading:
                 shard, number, futures = reading.pop(0)
                 reading += [begin(step) for _, step in zip(range(1), plan, strict=False)]
-                results = [future.result() for future in futures]
+                results = [result for future in futures for result in future.result()]
                 items = [result for result in results if isinstance(result, Item)]
                 yield shard, number, items, [result for result in results if isinstance(result, Failure)]
 
@@ -154,6 +186,11 @@ def _read_ahead(job: Job, shards: Sequence[int]) -> Iterator[Iterator[Batch]]:
             yield batches()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_items(job: Job, indices: Sequence[int]) -> list[Item | Failure]:
+    names = job.source.names
+    return [read_item(job, index, names[index]) for index in indices]
 
 
 def read_item(job: Job, index: int, name: str) -> Item | Failure:
