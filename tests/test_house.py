@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
-FRAMEWORKS = {"torch", "torchvision", "timm", "keras", "tensorflow", "jax", "lightning"}
+FRAMEWORKS = {"torch", "torchvision", "timm", "keras", "tensorflow", "jax", "flax", "equinox", "lightning"}
 FACES = {f"undertow.{name}": {name} for name in ("lightning", "keras", "transformers")}
 """The files that stand in other libraries' training loops: each imports its library, and no other file imports them."""
 
@@ -50,7 +50,7 @@ def test_no_files_import_each_other():
 def test_only_the_folders_of_frameworks_and_the_faces_import_frameworks():
     for name in MODULES:
         assert not imported(name) & set(FACES), name
-        allowed = FACES.get(name) or set(re.findall(r"undertow\.frameworks\.(torch|keras)", name))
+        allowed = FACES.get(name) or set(re.findall(r"undertow\.frameworks\.(torch|keras|jax)", name))
         allowed |= {"torchvision", "timm"} if "torch" in allowed else {"tensorflow"} if "keras" in allowed else set()
         assert imported(name) & FRAMEWORKS <= allowed, name
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..classifier import Classifier, find_class
 from ..errors import InputError, ModelError, TargetError, UndertowWarning, did_you_mean
-from ..frameworks.base import AS_IS, BEFORE, Request, RulesExplainer, as_numpy, capability, framework_of_input
+from ..frameworks.base import AS_IS, BEFORE, Request, RulesExplainer, as_numpy, bound, capability, framework_of_input
 from ..frameworks.results import Explanation
 from ..inputs import ModelArguments, arguments_of
 from ..outputs import Path, with_inputs
@@ -167,6 +167,7 @@ def _explain(
     names: Any = None
     if isinstance(model, Classifier):
         names, model, output = model, model.module, model.output if output is None else output
+    model = bound(model)
     if not callable(model):
         raise InputError(f"model is a {type(model).__name__}, which cannot be called; pass a module or a function")
     names = _names(model) if names is None else names

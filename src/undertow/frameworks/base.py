@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, overload
 
 import numpy as np
@@ -23,10 +23,15 @@ from ..structures import is_tensor
 from ..tables import ActivationRule, AttentionRule, Rule
 from .results import BlockGraph, Explanation, LayerGradients, Observation, Pass
 
-FRAMEWORKS = {"torch": ("torch",), "keras": ("keras", "tensorflow", "tf_keras")}
-"""The packages that a framework's models and tensors come from. A Keras model on torch is a `torch.nn.Module`."""
+FRAMEWORKS = {
+    "torch": ("torch",),
+    "keras": ("keras", "tensorflow", "tf_keras"),
+    "jax": ("jax", "jaxlib", "flax", "equinox"),
+}
+"""The packages that a framework's models and tensors come from. A Keras model on torch is a `torch.nn.Module`, one on
+JAX goes to the side of JAX."""
 
-TITLES = {"torch": "PyTorch", "keras": "Keras"}
+TITLES = {"torch": "PyTorch", "keras": "Keras", "jax": "JAX"}
 
 CAPABILITIES = {
     "arrays": "conversion to NumPy",
@@ -70,6 +75,7 @@ class Request:
         is_plain: the inputs are batches, whose first axes are as long.
         noun: what the inputs are, in messages; empty: "input 0" and so on.
         is_list: the inputs are those of a list that the model takes whole.
+        memory: what a framework keeps for further requests of the same call of the user's.
     """
 
     model: Callable[..., Any]
@@ -88,6 +94,7 @@ class Request:
     is_plain: bool = True
     noun: str = ""
     is_list: bool = False
+    memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def bind(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """Return a model as a function of the tensors alone."""
@@ -482,12 +489,34 @@ def framework_of(value: Any) -> str | None:
     >>> framework_of(np.zeros(1)) is None
     True
     """
-    packages = _packages_of(value)
-    return next((name for name, roots in FRAMEWORKS.items() if packages.intersection(roots)), None)
+    roots = roots_of(value)
+    if "keras" in roots and "torch" not in roots and keras_backend() == "jax":
+        return "jax"
+    return next((name for name, packages in FRAMEWORKS.items() if roots.intersection(packages)), None)
 
 
-def _packages_of(value: Any) -> set[str]:
-    return {cls.__module__.partition(".")[0] for cls in type(value).__mro__}
+def roots_of(value: Any) -> set[str]:
+    """Return the packages that an object's class and its bases come from; of one of ours the framework it stands for.
+
+    >>> roots_of(np.zeros(1)) == {"numpy", "builtins"}
+    True
+    """
+    modules = [cls.__module__ for cls in type(value).__mro__]
+    ours = [module.removeprefix(f"{__package__}.").partition(".")[0] for module in modules]
+    return {*(module.partition(".")[0] for module in modules), *ours}
+
+
+def keras_backend() -> str:
+    """Return what Keras runs on here, "tensorflow", "torch" or "jax"; "" where it was not imported."""
+    keras = sys.modules.get("keras")
+    return "" if keras is None else str(keras.backend.backend())
+
+
+def bound(model: Any) -> Any:
+    """Return a model as what can be called: a pair of a Flax linen module and its variables is put together."""
+    if type(model) is tuple and len(model) == 2 and hasattr(model[0], "bind") and framework_of(model[0]) == "jax":
+        return model[0].bind(model[1])
+    return model
 
 
 def framework_of_input(x: Any, model: Any = None) -> str:
@@ -498,10 +527,10 @@ def framework_of_input(x: Any, model: Any = None) -> str:
         FrameworkError: Keras runs on JAX, say.
     """
     framework, of_model = framework_of(x), framework_of(model)
-    if of_model == "keras" and "keras" in _packages_of(model):
-        refuse_backend(sys.modules["keras"].backend.backend())
-    if framework is None and of_model == "keras" and isinstance(x, np.ndarray):
-        return "keras"
+    if of_model == "keras" and "keras" in roots_of(model):
+        refuse_backend(keras_backend())
+    if framework is None and of_model in ("keras", "jax") and isinstance(x, np.ndarray):
+        return of_model
     if framework is None or of_model not in (None, framework):
         raise InputError(
             f"x is {_title_of(x, framework)}, {_REMEDIES[of_model](_AS_NUMPY.get(framework, _numpy_of(x)))}"
@@ -524,22 +553,29 @@ def refuse_backend(name: str) -> None:
         )
 
 
-_AS_NUMPY: dict[str | None, str] = {"torch": "x.numpy(force=True)", "keras": "x.numpy()"}
+_AS_NUMPY: dict[str | None, str] = {
+    "torch": "x.numpy(force=True)",
+    "keras": "x.numpy()",
+    "jax": "numpy.array(x)",
+}
 _TITLES_OF_TENSORS = {
     "torch": "a PyTorch tensor",
     "keras": "a TensorFlow tensor",
     "numpy": "a NumPy array",
     "jax": "a JAX array",
-    "jaxlib": "a JAX array",
     "mlx": "an MLX array",
     "cupy": "a CuPy array",
 }
 _REMEDIES: dict[str | None, Callable[[str], str]] = {
-    None: lambda array: f"not a torch tensor or a tuple of them; use torch.from_numpy({array})",
+    None: lambda array: (
+        f"not a torch tensor or a tuple of them; use torch.from_numpy({array}), or jax.numpy.asarray({array}) where "
+        "the model is of JAX"
+    ),
     "torch": lambda array: (
         f"and the model takes a torch tensor; use torch.from_numpy({array}), axes in the model's order"
     ),
     "keras": lambda array: f"and the model is of Keras on TensorFlow; use {array}, axes in the model's order",
+    "jax": lambda array: f"and the model is of JAX; use jax.numpy.asarray({array}), axes in the model's order",
 }
 
 

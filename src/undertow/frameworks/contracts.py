@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..classifier import Zoo
     from . import base
+    from .jax import arrays as jax_arrays
+    from .jax import explain as jax_explain
+    from .jax.inspect import layers as jax_layers
     from .keras import arrays as keras_arrays
     from .keras import explain as keras_explain
     from .keras import record as keras_record
@@ -26,12 +29,12 @@ if TYPE_CHECKING:
     from .torch.inspect import redirect as torch_redirect
     from .torch.inspect import trace as torch_trace
 
-    ARRAYS: tuple[base.Arrays, ...] = (torch_arrays, keras_arrays)
-    EXPLAINERS: tuple[base.Explainer, ...] = (torch_explain, keras_explain)
+    ARRAYS: tuple[base.Arrays, ...] = (torch_arrays, keras_arrays, jax_arrays)
+    EXPLAINERS: tuple[base.Explainer, ...] = (torch_explain, keras_explain, jax_explain)
     RULES_EXPLAINERS: tuple[base.RulesExplainer, ...] = (torch_rules,)
     PREPARERS: tuple[base.Preparer, ...] = (torch_prepare,)
     MEMORIES: tuple[base.Memory, ...] = (torch_memory,)
-    INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers)
+    INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers, jax_layers)
     TRACERS: tuple[base.Tracer, ...] = (torch_trace,)
     REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect,)
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..attribution import estimators
 from ..attribution.explain import explain
 from ..errors import InputError, UndertowError
-from ..frameworks.base import capability, framework_of_input
+from ..frameworks.base import bound, capability, framework_of_input
 from ..outputs import Path
 from ..rules import resolve
 from ..tables import ActivationRule, Rule
@@ -210,6 +210,7 @@ def _evaluation(model: Any, x: Any, *, target: Any, samples: int, output: Path |
     Args:
         settings: further attributes of `Evaluation`.
     """
+    model = bound(model)
     framework = framework_of_input(x, model)
     inspector = capability(framework, "inspect.layers")
     shape = tuple(x.shape)

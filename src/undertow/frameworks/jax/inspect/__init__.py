@@ -1,0 +1,1 @@
+"""A look into networks in JAX: their scores and their layers."""
