@@ -42,10 +42,11 @@ def explain(request: Request) -> Explanation:
         _refuse_unreached(request, call)
         batch = request.batch if request.batch is not None else call.output.aval.shape[0]
         ids, single = given_ids(request.target, batch)
-        program = compiled_program(request, call, 0 if ids is None else ids.shape[1])
+        arguments = call.constants, network.weights, inputs, _int32(ids)
+        program = compiled_program(request, call, arguments)
         if ids is not None and program.classes is not None:
             refuse_missing(ids, program.classes)
-        scores, explained, maps = program.run(call.constants, network.weights, inputs, _int32(ids))
+        scores, explained, maps = program.run(*arguments)
         _refuse_non_finite(scores)
         if any(bool(jnp.isnan(m).any()) for m in maps):
             raise nan_gradient(request, call, (*call.constants, *network.weights, *inputs))

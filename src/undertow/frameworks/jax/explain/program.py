@@ -154,29 +154,30 @@ def trace(request: Request, network: JaxNetwork, inputs: Sequence[Any], calls: f
     return TracedCall(graph, tuple(closed.consts), own, output, before, head)
 
 
-def compiled_program(request: Request, call: TracedCall, k: int) -> CompiledProgram:
+def compiled_program(request: Request, call: TracedCall, arguments: tuple[Any, ...]) -> CompiledProgram:
     """Return the program of a request, compiled when it first runs.
 
     Args:
-        k: the number of class ids for each sample; 0 where the target is anything else.
+        arguments: of its `run`.
 
     Raises:
         ModelError, RuleError, TargetError: as `undertow.explain` says.
     """
+    k = 0 if arguments[-1] is None else arguments[-1].shape[1]
     special = isinstance(request.target, Target) or (k == 0 and not isinstance(request.target, str | None))
     key = (request.rule, request.activations, request.head, request.training, k or repr(request.target))
     if special:  # its repr may leave out what it holds
-        return _program(request, call, k)
+        return _program(request, call, arguments)
     with _lock:
         program = call.programs.get(key)
     if program is None:
-        program = _program(request, call, k)
+        program = _program(request, call, arguments)
         with _lock:
             call.programs[key] = program
     return program
 
 
-def _program(request: Request, call: TracedCall, k: int) -> CompiledProgram:
+def _program(request: Request, call: TracedCall, arguments: tuple[Any, ...]) -> CompiledProgram:
     scores = call.scores(request.head)
     graph = call.graph
     way, reached = call.way(request.head), call.reached(request.head)
@@ -185,6 +186,7 @@ def _program(request: Request, call: TracedCall, k: int) -> CompiledProgram:
     rewiring = JaxprRewiring(request)
     runner = _plain(graph, scores) if request.rule is gradient else rewiring.runner(graph, call.inputs, [scores])
     facts: dict[str, Any] = {}
+    target, batch = request.target, request.batch  # a kept program must not keep the model, which the request has
 
     def explain(constants: Any, weights: Any, inputs: Any, ids: Any) -> tuple[Any, ...]:
         def chosen(*moved: Any) -> tuple[Any, Any]:
@@ -192,9 +194,9 @@ def _program(request: Request, call: TracedCall, k: int) -> CompiledProgram:
             for i, x in zip(reached, moved, strict=True):
                 filled[i] = x
             (output,) = runner(*constants, *weights, *filled)
-            if is_function(request.target):
+            if is_function(target):
                 return output, None
-            picked = chosen_scores(output, request.target, ids, request.batch)
+            picked = chosen_scores(output, target, ids, batch)
             facts["single"] = picked.single
             facts["classes"] = None if picked.ids is None else output.shape[1]
             return picked.scores, picked.ids
@@ -202,12 +204,10 @@ def _program(request: Request, call: TracedCall, k: int) -> CompiledProgram:
         values, pull, chosen_ids = jax.vjp(chosen, *(inputs[i] for i in reached), has_aux=True)
         return values, chosen_ids, _maps(pull, values)
 
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in graph.arguments]
-    n, m = len(call.constants), len(graph.arguments) - len(call.inputs)
-    example = None if not k else jax.ShapeDtypeStruct((scores.aval.shape[0], k), jnp.int32)
-    jax.eval_shape(explain, shapes[:n], shapes[n:m], shapes[m:], example)  # for the facts, and errors before a compile
+    run = jax.jit(explain)
+    run.trace(*arguments)  # for the facts, and for errors before anything is compiled; `run` has it in its cache
     single = facts.get("single", True)
-    return CompiledProgram(jax.jit(explain), reached, single, facts.get("classes"), rewiring.stats, acting)
+    return CompiledProgram(run, reached, single, facts.get("classes"), rewiring.stats, acting)
 
 
 def _plain(graph: JaxprGraph, scores: JaxprValue) -> Runner:

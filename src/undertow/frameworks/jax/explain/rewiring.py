@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, jaxprs_in_params
 
 from ....errors import RuleError
 from ....rules import relu
@@ -192,11 +192,24 @@ class JaxprRewiring:
             known = known[:n_consts] + [None] * (len(known) - n_consts)
             times *= params["length"]
         bodies = params[key] if isinstance(params[key], tuple) else (params[key],)
-        rebuilt = tuple(self._rebuilt_body(node, body, live, known, times) for body in bodies)
-        params[key] = rebuilt if isinstance(params[key], tuple) else rebuilt[0]
-        return lambda environment: bind(node.eqn, [environment[v] for v in node.inputs], params, node.scope)
+        rebuilt, constants = _sharing_constants([self._rebuilt_body(body, live, known, times) for body in bodies])
+        jaxprs = tuple(
+            new if isinstance(old, ClosedJaxpr) else new.jaxpr for new, old in zip(rebuilt, bodies, strict=True)
+        )
+        params[key] = jaxprs if isinstance(params[key], tuple) else jaxprs[0]
+        if node.name == "scan":
+            params["num_consts"] += len(constants)
+            if "linear" in params:  # of earlier versions
+                params["linear"] = (False,) * len(constants) + tuple(params["linear"])
 
-    def _rebuilt_body(self, node: JaxprNode, body: Any, live: list[bool], known: list[Any], times: int) -> Any:
+        def run(environment: Environment) -> list[Any]:
+            values = [environment[value] for value in node.inputs]
+            at = 1 if node.name == "cond" else 0
+            return bind(node.eqn, [*values[:at], *constants, *values[at:]], params, node.scope)
+
+        return run
+
+    def _rebuilt_body(self, body: Any, live: list[bool], known: list[Any], times: int) -> ClosedJaxpr:
         whole = closed(body)
         constants = [
             None if number is None else np.full((), number, aval.dtype)
@@ -206,11 +219,7 @@ class JaxprRewiring:
         own = graph.arguments[len(whole.consts) :]
         way = route(graph.nodes, [v for v, is_live in zip(own, live, strict=True) if is_live], graph.outputs)
         run = self._runner(graph, way, graph.outputs, times)
-        arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in whole.in_avals]
-        traced = jax.make_jaxpr(lambda *values: run(*whole.consts, *values))(*arguments)
-        if len(traced.consts) > len(whole.consts):
-            raise self._refusal(node, "the rule captures an array; make it a number, or a function of g")
-        return traced if body is whole else traced.jaxpr
+        return jax.make_jaxpr(lambda *values: run(*whole.consts, *values))(*_shapes(whole.in_avals))
 
     def _nothing_rewired(self) -> str:
         left_alone = {**self.stats.skipped, **self.stats.opaque}
@@ -222,6 +231,28 @@ class JaxprRewiring:
             f"rule {self.request.rule_name!r} found no activation to rewire between the input and the scores "
             f"(met: {listed}); {'; '.join(remedies)}"
         )
+
+
+def _sharing_constants(bodies: Sequence[ClosedJaxpr]) -> tuple[list[ClosedJaxpr], list[Any]]:
+    """Return bodies that take their constants as further arguments, before their own, and all of these constants."""
+    constants = [constant for body in bodies for constant in body.consts]
+    if not constants:
+        return list(bodies), []
+    shared, start = [], 0
+    for body in bodies:
+        own = slice(start, start + len(body.consts))
+
+        def run(*values: Any, body: ClosedJaxpr = body, own: slice = own) -> list[Any]:
+            return list(jax.core.eval_jaxpr(body.jaxpr, values[own], *values[len(constants) :]))
+
+        shapes = [*_shapes([jax.typeof(c) for c in constants]), *_shapes(body.in_avals)]
+        shared.append(jax.make_jaxpr(run)(*shapes))
+        start = own.stop
+    return shared, constants
+
+
+def _shapes(avals: Sequence[Any]) -> list[Any]:
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
 
 
 def _named(node: JaxprNode) -> str:
