@@ -44,10 +44,13 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_the_remedy(monkeypat
 @pytest.mark.parametrize(
     ("there", "backend", "said"),
     [
-        ((), "tensorflow", ["neither PyTorch nor Keras is here"]),
+        ((), "tensorflow", ["neither PyTorch, Keras nor JAX is here"]),
         (("torch",), "jax", []),
         (("keras", "tensorflow"), "tensorflow", []),
-        (("keras", "tensorflow"), "jax", ["Keras is to run on jax"]),
+        (("keras", "tensorflow"), "jax", ["Keras is here without JAX"]),
+        (("keras", "jax"), "jax", []),
+        (("jax",), "tensorflow", []),
+        (("keras", "tensorflow"), "openvino", ["Keras is to run on openvino"]),
         (("torch", "keras"), "tensorflow", ["Keras is here without TensorFlow"]),
     ],
 )
@@ -68,7 +71,7 @@ def test_the_command_prints_it_and_its_exit_code_tells(monkeypatch):
     assert found["offline"] >= 1
     table = CliRunner().invoke(app, ["doctor"], standalone_mode=False).stdout
     assert all(name in table for name in environment.PURPOSES)
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_BACKEND", "openvino")
     done = CliRunner().invoke(app, ["doctor"], standalone_mode=False)
     assert done.return_value == 2
-    assert "does not fit: Keras is to run on jax" in done.stdout
+    assert "does not fit: Keras is to run on openvino" in done.stdout

@@ -21,7 +21,7 @@ PURPOSES = {
     "report": "report and view",
     "derive": "derive",
     "ray": "--engine ray",
-    "jax": "networks in JAX",
+    "jax": "networks in JAX, of Flax or Equinox too",
     "text": "networks that read text",
 }
 """What each extra is for."""
@@ -79,12 +79,13 @@ def _is_met(name: str, wanted: Any) -> bool:
 
 def environment() -> dict[str, Any]:
     """Return versions, the machine, what each extra lacks, the fastest device, and what does not fit, as plain data."""
+    there = [name for name in ("torch", "jax") if find_spec(name)]
     return {
         "versions": versions(),
         "machine": {
             "system": platform.platform(),
             "processors": os.cpu_count(),
-            "device": capability("torch", "arrays").device("auto") if find_spec("torch") else None,
+            "device": next((capability(name, "arrays").device("auto") for name in there), None),
         },
         "extras": [{**asdict(extra), "remedy": extra.remedy} for extra in extras()],
         "misfits": list(misfits()),
@@ -93,11 +94,12 @@ def environment() -> dict[str, Any]:
 
 def misfits() -> Iterator[str]:
     """Yield what is installed and will not work as it is, each with the remedy."""
-    torch, keras, tensorflow = (find_spec(name) for name in ("torch", "keras", "tensorflow"))
-    if not torch and not keras:
-        yield 'neither PyTorch nor Keras is here, so no model can be read; run: pip install "undertow[torch]"'
+    torch, keras, jax = (find_spec(name) for name in ("torch", "keras", "jax"))
+    if not torch and not keras and not jax:
+        yield 'neither PyTorch, Keras nor JAX is here, so no model can be read; run: pip install "undertow[torch]"'
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if keras and backend != "tensorflow":
+    title, extra = {"tensorflow": ("TensorFlow", "keras"), "jax": ("JAX", "jax")}.get(backend, ("", ""))
+    if keras and not title:
         yield f"Keras is to run on {backend}, where nothing is explained or recorded yet; set KERAS_BACKEND=tensorflow"
-    elif keras and not tensorflow:
-        yield 'Keras is here without TensorFlow, which its models run on; run: pip install "undertow[keras]"'
+    elif keras and not find_spec(backend):
+        yield f'Keras is here without {title}, which its models run on; run: pip install "undertow[{extra}]"'

@@ -103,11 +103,11 @@ def test_keras_on_another_backend_is_refused_before_anything_is_imported(monkeyp
             return x
 
     Layer.__module__ = "keras.src.models.sequential"
-    keras = types.SimpleNamespace(backend=types.SimpleNamespace(backend=lambda: "jax"))
+    keras = types.SimpleNamespace(backend=types.SimpleNamespace(backend=lambda: "openvino"))
     monkeypatch.setitem(sys.modules, "keras", keras)
     for x in (np.ones((1, 4), np.float32), torch.ones(1, 4)):
         with pytest.raises(
-            ut.FrameworkError, match="keras runs on jax here, which is not supported; set KERAS_BACKEND="
+            ut.FrameworkError, match="keras runs on openvino here, where this is not supported; set KERAS_BACKEND="
         ):
             ut.explain(Layer(), x)
 

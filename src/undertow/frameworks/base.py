@@ -202,8 +202,8 @@ class Memory(Protocol):
 class Inspector(Protocol):
     """A network's scores and layers."""
 
-    def channels_last(self, model: Any) -> bool:
-        """Whether a model takes images `(B, H, W, C)`."""
+    def channels_last(self, model: Any, x: Any) -> bool:
+        """Whether a model takes images `(B, H, W, C)`, and `x` is such."""
 
     def scores(self, model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:
         """Return the model's scores, `(B, classes)`, before a softmax or sigmoid at its end."""
@@ -539,18 +539,17 @@ def framework_of_input(x: Any, model: Any = None) -> str:
 
 
 def refuse_backend(name: str) -> None:
-    """Refuse a Keras that does not run on TensorFlow.
+    """Refuse a Keras that does not run on TensorFlow, where that is needed.
 
     Raises:
-        FrameworkError: it runs on JAX, say, or on torch, whose tensors go to the side of PyTorch.
+        FrameworkError: it runs on JAX or on torch, whose models and tensors go to their side, or on anything else.
     """
     if name == "torch":
         raise FrameworkError("keras runs on torch here: pass x as a torch tensor, as in torch.from_numpy(x)")
     if name != "tensorflow":
-        raise FrameworkError(
-            f"keras runs on {name} here, which is not supported; set KERAS_BACKEND=tensorflow (or torch) before keras "
-            "is imported"
-        )
+        remedy = "set KERAS_BACKEND=tensorflow before keras is imported"
+        there = "; ut.explain and ut.trust take the model itself" if name == "jax" else ""
+        raise FrameworkError(f"keras runs on {name} here, where this is not supported; {remedy}{there}")
 
 
 _AS_NUMPY: dict[str | None, str] = {

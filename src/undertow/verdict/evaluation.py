@@ -73,7 +73,7 @@ class Evaluation:
     passes: dict[str, int] = field(default_factory=lambda: {"forward": 1, "backward": 0})
 
     def __post_init__(self) -> None:
-        self.channels_last = self.inspector.channels_last(self.model)
+        self.channels_last = self.inspector.channels_last(self.model, self.x)
         image = as_numpy(self.x)[0].astype(np.float32)
         self.image: npt.NDArray[np.float32] = np.moveaxis(image, -1, 0) if self.channels_last else image
 

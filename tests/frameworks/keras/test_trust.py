@@ -319,4 +319,4 @@ def test_threads_do_not_meet(net, x):
 
 
 def test_the_framework_has_a_look_at_layers():
-    assert capability("keras", "inspect.layers").channels_last(None)
+    assert capability("keras", "inspect.layers").channels_last(None, None)

@@ -21,7 +21,7 @@ from ...base import BEFORE, Request
 from ...own_passes import own_pass
 from ...results import LayerGradients
 from ..arrays import to_numpy
-from ..explain import arrays, calls_of, explain, forward_scores
+from ..explain import arrays, calls_of, explain, forward_scores, has_channels_last
 from ..explain.program import trace
 from ..explain.rewiring import NothingRewired
 from ..graph import CALLS, REMATERIALISED
@@ -29,9 +29,9 @@ from ..models import JaxNetwork, network_of
 from ..targets import Directions
 
 
-def channels_last(model: Any) -> bool:
-    """Whether a model takes images `(B, H, W, C)`: Flax and Keras do, and plain functions are taken to."""
-    return network_of(model).channels_last is not False
+def channels_last(model: Any, x: Any) -> bool:
+    """Whether a model takes images `(B, H, W, C)`: as its library does, or as the sizes of `x` say; else it does."""
+    return has_channels_last(network_of(model), x)
 
 
 def scores(model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:

@@ -31,7 +31,7 @@ from ..weights import Reinitialized, on_network
 from ..weights import reinitialized as reinitialized
 
 
-def channels_last(model: Any) -> bool:
+def channels_last(model: Any, x: Any) -> bool:
     """Whether a model takes images `(B, H, W, C)`, as in Keras unless it is set otherwise."""
     return config_channels_last()
 

@@ -40,7 +40,7 @@ from ..state import unchanged
 from ..targets import target_scores, with_function
 
 
-def channels_last(model: Any) -> bool:
+def channels_last(model: Any, x: Any) -> bool:
     """Whether a model takes images `(B, H, W, C)`: a Keras model on torch does, unless Keras is set otherwise."""
     return has_channels_last(model)
 

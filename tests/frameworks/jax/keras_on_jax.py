@@ -1,0 +1,89 @@
+"""Keras on JAX, in a process of its own, since a process has one backend: `python keras_on_jax.py`.
+
+Each model is compared with its layers' formulas written in JAX, activations swapped by hand.
+"""
+
+import os
+import sys
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import twins
+
+import undertow as ut
+from undertow.frameworks.base import framework_of
+
+X = np.random.default_rng(3).normal(size=(2, 12, 12, 3)).astype(np.float32)
+
+
+def convolved(x, layer):
+    kernel, bias = (variable.value for variable in layer.weights)
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+
+
+def close(values, wanted):
+    assert np.abs(np.asarray(values) - np.asarray(wanted)).max() <= 1e-5 * np.abs(np.asarray(wanted)).max()
+
+
+def functional():
+    x = keras.Input((12, 12, 3))
+    h = keras.layers.Conv2D(6, 3, padding="same", name="conv")(x)
+    h = keras.layers.Dropout(0.5)(keras.layers.BatchNormalization(name="norm")(h))
+    h = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(h))
+    return keras.Model(x, keras.layers.Dense(4, activation="softmax", name="dense")(h))
+
+
+model = functional()
+assert framework_of(model) == "jax"
+model.get_layer("norm").set_weights([np.linspace(0.5, 1, 6), np.linspace(-1, 1, 6), np.ones(6) / 3, np.ones(6) * 2])
+
+
+def by_hand(activation, x):
+    scale, shift, mean, variance = (variable.value for variable in model.get_layer("norm").weights)
+    h = (convolved(x, model.get_layer("conv")) - mean) / jnp.sqrt(variance + 1e-3) * scale + shift
+    kernel, bias = (variable.value for variable in model.get_layer("dense").weights)
+    return activation(h).mean((1, 2)) @ kernel + bias
+
+
+for rule in twins.RULES:
+    a = ut.explain(model, X, rule=rule, target=1)
+    close(a.values, jax.grad(lambda x, r=rule: by_hand(twins.swap(jax.nn.relu, twins.above, r), x)[:, 1].sum())(X))
+    assert (a.head, a.channels_last, a.rewired) == ("before softmax", True, int(rule != "gradient"))
+    assert isinstance(a.values, np.ndarray)
+assert isinstance(ut.explain(model, jnp.asarray(X), target=1).values, jax.Array)
+
+first = ut.explain(model, X, target=1).values
+dense = model.get_layer("dense")
+dense.set_weights([-weight for weight in dense.get_weights()])
+assert not np.allclose(ut.explain(model, X, target=1).values, first)
+assert ut.explain(model, X, target=1, training=True).acting == {"random numbers": 1, "batch norm in training": 1}
+cam = ut.explain(model, X, estimator="grad-cam:norm", target=1)
+assert cam.values.shape == (2, 12, 12, 1)
+verdict = ut.trust(model, np.tile(X[:1], (1, 2, 2, 1)), rule="gradient", target=1)
+assert set(verdict.answers) == {"class", "weights", "input", "faithfulness", "stability", "convergence"}
+
+for options in ({}, {"negative_slope": 0.1}, {"max_value": 2.0}, {"max_value": 6.0}, {"threshold": 0.4},
+                {"negative_slope": 0.1, "max_value": 2.0, "threshold": 0.4}):  # fmt: skip
+    x = keras.Input((5,))
+    net = keras.Model(x, keras.layers.Dense(3)(keras.layers.ReLU(**options)(keras.layers.Dense(7)(x))))
+    a = ut.explain(net, X[:, 0, :5, 0], target=1)
+    assert (a.rewired, a.skipped) == (1, {}), options
+x = keras.Input((5,))
+net = keras.Model(x, keras.layers.Dense(3)(keras.layers.PReLU(alpha_initializer="uniform")(keras.layers.Dense(7)(x))))
+assert ut.explain(net, X[:, 0, :5, 0], target=1).rewired == 1
+
+left, right = keras.Input((5,), name="left"), keras.Input((5,), name="right")
+both = keras.Model([left, right], keras.layers.Dense(3)(keras.layers.Concatenate()([left, right])))
+a = ut.explain(both, (X[:, 0, :5, 0], X[:, 1, :5, 0]), target=1, rule="gradient")
+close(a.values[1], np.broadcast_to(both.layers[-1].get_weights()[0][5:, 1], (2, 5)))
+named = ut.explain(both, {"left": X[:, 0, :5, 0], "right": X[:, 1, :5, 0]}, target=1, rule="gradient")
+close(named.values["right"], a.values[1])
+
+with pytest.raises(ut.FrameworkError, match="keras runs on jax here, where this is not supported; set KERAS_BACKEND="):
+    ut.load("keras:MobileNetV2@none")
+assert "torch" not in sys.modules
