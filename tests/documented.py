@@ -32,6 +32,7 @@ NOT_RUN = {
     "python studies/": "tests/studies",
     "torchrun ": "tests/sweep/test_engines.py",
     "undertow view": "tests/page/test_serving.py: it serves until Ctrl-C",
+    "undertow export runs/a --to wandb": "tests/trackers/test_export.py: it needs an account, or WANDB_MODE=offline",
     "undertow demo": "tests/cli/test_commands.py",
     "undertow derive model --model torchvision": "tests/derive/test_cli.py",
 }

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .sweep import Sweep as Sweep
     from .tables import Rule as Rule
     from .text_model import TextModel as TextModel
+    from .trackers.export import export as export
     from .verdict import Verdict as Verdict
     from .verdict.trust import trust as trust
 
@@ -68,6 +69,7 @@ _PUBLIC = {
     "sweep": "Sweep",
     "tables": "Rule",
     "text_model": "TextModel",
+    "trackers.export": "export",
     "verdict": "Verdict trust",
 }
 """Where the public names are. They are imported when first asked for: all of them take longer than `--help` may."""

@@ -31,7 +31,7 @@ class GradientRecorder(keras.callbacks.Callback):  # type: ignore[misc]
         samples: names by a function of the data of a batch, `(x, y, sample_weight)` as `fit` makes it, or a position.
         on_finding: as `undertow.record` has it.
         options: of `undertow.record`: sites, measures, phase, schedule, loss_reduction, objective, reference, source,
-            group.
+            group, to.
 
     Raises:
         InputError: an option that there is not. What cannot be recorded is said when the training begins:

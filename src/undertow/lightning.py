@@ -37,7 +37,7 @@ class GradientRecorder(Callback):
             logger "undertow" of `logging`. Or as `undertow.record` has it, "log", "raise", a function, or None, which
             looks for none.
         options: of `undertow.record`: sites, measures, phase, schedule, loss_reduction, axes, objective, reference,
-            source, diagnose, every, group.
+            source, diagnose, every, group, to.
 
     Raises:
         InputError: an option that there is not. What cannot be recorded is said when the training begins.

@@ -1,6 +1,7 @@
 """Recording in Lightning's Trainer: the rows of a loop by hand, whatever the Trainer does around the steps."""
 
 import csv
+import inspect
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from training.loops import (  # noqa: E402
     sgd,
 )
 from undertow.lightning import GradientRecorder  # noqa: E402
+from undertow.recording.training import RecordOptions  # noqa: E402
 
 
 class Named(Dataset):
@@ -224,6 +226,14 @@ def test_what_cannot_be_recorded_is_said_before_the_first_step(tmp_path):
         trainer(tmp_path, recorder(tmp_path / "run", sites="convolution")).fit(Lit(), loader(x, y))
     with pytest.raises(ut.InputError, match="samples='path' is not in the batch, one with x, y, name"):
         trainer(tmp_path, recorder(tmp_path / "named", samples="path")).fit(Lit(), loader(x, y))
+
+
+def test_options_are_those_of_record_and_a_tracker_may_be_one(tmp_path):
+    assert set(RecordOptions.__annotations__) < set(inspect.signature(ut.record).parameters)
+    x, y = noise(8)
+    trainer(tmp_path, recorder(tmp_path / "run", to=f"tensorboard:{tmp_path / 'tb'}")).fit(Lit(), loader(x, y))
+    assert ut.export(tmp_path / "run", "tensorboard", tmp_path / "tb").portions == 0
+    assert list((tmp_path / "tb").glob("*tfevents*"))
 
 
 def test_a_schedule_that_wants_nothing_is_a_warning_at_the_end(tmp_path):

@@ -17,6 +17,7 @@ from .diagnose import diagnose
 from .doctor import doctor
 from .errors import error_line
 from .explain import explain
+from .export import export
 from .models import models
 from .printing import echo, echo_click_error, echo_error, nobody_reads, print_anywhere
 from .quantiles import compare, quantiles
@@ -63,6 +64,7 @@ def app() -> None:
     undertow diagnose runs/a                           why gradients are zero, small or broken
     undertow report runs/a cats/                       one HTML page of it, to look at or to mail
     undertow view runs/a                               the same page, live, while a run is written
+    undertow export runs/a --to tensorboard            also wandb, mlflow, csv, npz; maps too
     undertow trace --model demo                        what goes in and out of each layer, checked by formulas
     undertow derive chain "x1>n1 n1>n2" --wrt n1       the chain rule on paper, checked by numbers
     undertow doctor                                    what is installed here, and what works
@@ -83,6 +85,7 @@ COMMANDS = (
     diagnose,
     report,
     view,
+    export,
     trace,
     derive,
     doctor,

@@ -27,6 +27,9 @@ class Bar(Protocol):
 class _Lines:
     """Prints a line every ten seconds."""
 
+    def __init__(self, noun: str, unit: str) -> None:
+        self.noun, self.unit = noun, unit
+
     def begin(self, done: int, count: int) -> None:
         self.started = self.said = time.monotonic()
         self.done = self.failed = 0
@@ -40,14 +43,14 @@ class _Lines:
             self.said, speed = now, self.done / (now - self.started)
             left = clock((self.count - self.done) / speed)
             failures = f", {self.failed} failed" if self.failed else ""
-            echo(f"{self.done} of {self.count} photographs, {speed:.1f} images/s, {left} left{failures}", err=True)
+            echo(f"{self.done} of {self.count} {self.noun}, {speed:.1f} {self.unit}/s, {left} left{failures}", err=True)
 
 
 class _Terminal:
     """Moves a bar."""
 
-    def __init__(self, progress: "Progress") -> None:
-        self.progress, self.failed = progress, 0
+    def __init__(self, progress: "Progress", unit: str) -> None:
+        self.progress, self.unit, self.failed = progress, unit, 0
         self.bar = progress.add_task("", total=None, speed="")
 
     def begin(self, done: int, count: int) -> None:
@@ -58,7 +61,7 @@ class _Terminal:
         self.failed += failed
         speed = self.progress.tasks[0].speed
         failures = f", {self.failed} failed" if self.failed else ""
-        self.progress.update(self.bar, speed=f"{speed:.1f} images/s{failures}" if speed else "")
+        self.progress.update(self.bar, speed=f"{speed:.1f} {self.unit}/s{failures}" if speed else "")
 
 
 class _Silent:
@@ -72,17 +75,17 @@ class _Silent:
 
 
 @contextmanager
-def progress(silent: bool = False) -> Iterator[Bar]:
+def progress(silent: bool = False, noun: str = "photographs", unit: str = "images") -> Iterator[Bar]:
     """Give a bar, which is taken away again."""
     if silent or not sys.stderr.isatty():
-        yield _Silent() if silent else _Lines()
+        yield _Silent() if silent else _Lines(noun, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        yield _Terminal(shown)
+        yield _Terminal(shown, unit)
 
 
 def clock(seconds: float) -> str:

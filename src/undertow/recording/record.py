@@ -23,6 +23,7 @@ from ..runs.manifest import read_manifest, write_manifest
 from ..runs.parts import batch_counts, batches_of, parts_of
 from ..signals import unwound_by_sigterm
 from ..sites import Predicate, Selection, Site, recorder_of, selection
+from ..trackers.live import LiveExport
 from .axes import SiteAxes, given_axes
 from .lock import locked, refuse_links, refuse_strangers
 from .naming import give_names, n_samples
@@ -57,6 +58,7 @@ def record(
     on_finding: OnFinding = None,
     every: int = 100,
     group: int = 256,
+    to: str | None = None,
 ) -> "Recording":
     """Record what passes through sites of a network, batch by batch, into a folder that outlives a crash.
 
@@ -102,6 +104,8 @@ def record(
         every: after how many batches to look for findings; the first time after the first batch.
         group: how many batches are published together at most; what ten seconds brought is published
             anyway with the batch that follows. A killed process loses what is not yet published.
+        to: an experiment tracker that what is published goes to at once: "tensorboard", "wandb" or "mlflow", with its
+            folder, project or address behind a colon, as in "tensorboard:logs/a"; `undertow.export` says what goes.
 
     Raises:
         InputError: an argument that cannot be used, or sites that select nothing.
@@ -160,6 +164,7 @@ def record(
         layouts,
         Teller(on_finding, every),
         in_particular,
+        None if to is None or rank else LiveExport(Path(folder), to),
     )
     return Recording(Path(folder), model, recorder, chosen, resolved, *facts)
 
@@ -191,10 +196,11 @@ class Recording(ShownItem):
     layouts: Any
     teller: Teller
     given_axes: Mapping[str, str]
+    export: LiveExport | None
     sample_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.batches = self.skipped = 0
+        self.batches = self.skipped = self._exported = 0
         self.done: frozenset[tuple[int, int]] = frozenset()
         self._published: frozenset[int] = frozenset()
         self._counted: dict[int, int] = {}
@@ -248,6 +254,9 @@ class Recording(ShownItem):
         if error is None:
             with _disk_named(self.folder):
                 self._finish()
+        if self.export is not None:
+            self.export.update(last=error is None)
+            self.export.close()
 
     def _shown(self) -> Iterator[Part]:
         state = "closed" if self._writer is None else "a batch is being recorded" if self._open else "open"
@@ -282,6 +291,9 @@ class Recording(ShownItem):
             FindingError: `on_finding` is "raise", and something is wrong; the batch is recorded.
         """
         writer = self._entered()
+        if self.export is not None and writer.committed > self._exported:
+            self._exported = writer.committed
+            self.export.update()
         if self._ending is not None:  # an optimizer's steps may have followed it
             self._end_batch()
             self._tell()

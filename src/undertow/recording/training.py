@@ -37,6 +37,7 @@ class RecordOptions(TypedDict, total=False):
     diagnose: bool | int
     every: int
     group: int
+    to: str | None
 
 
 class TrainingRecorder:

@@ -91,8 +91,17 @@ class Run(ShownItem):
         """The names of the tables that hold something."""
         return sorted(name for name in self._columns if self.parts(name))
 
-    def table(self, name: str) -> Any:
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """The groups of batches that were published together: the process's rank, and a number, in that order."""
+        return list(self._committed)
+
+    def table(self, name: str, groups: Sequence[tuple[int, int]] | None = None) -> Any:
         """Return a table as a `pyarrow.Table`; one that nothing was written to yet has no rows.
+
+        Args:
+            name: of the table.
+            groups: those of `groups` to read; None reads all.
 
         Raises:
             InputError: the run records no such table.
@@ -106,7 +115,7 @@ class Run(ShownItem):
         columns = self._columns[name]
         tables = [
             read_part(self.folder / name / f"{part_name(*key)}.parquet", name, columns, self._sha256(key, name))
-            for key in self._committed
+            for key in (self._committed if groups is None else groups)
             if self._holds(key, name)
         ]
         return pa.concat_tables(tables) if tables else schema(columns).empty_table()

@@ -1,0 +1,1 @@
+"""To experiment trackers: histograms, scalars, findings and maps, sent once each, afterwards or while it trains."""
