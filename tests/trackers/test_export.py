@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -170,6 +171,7 @@ def test_every_takes_some_batches(run, tmp_path):
 
 def records_of(path):
     """Read a .wandb file: blocks of 32 KiB behind a header of 7 bytes, as LevelDB's log has them."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = path.read_bytes(), 7, b""
@@ -182,7 +184,10 @@ def records_of(path):
         at += 7 + length
         if kind in (1, 4):  # full, last
             record = Record()
-            record.ParseFromString(whole)
+            try:
+                record.ParseFromString(whole)
+            except DecodeError:  # half written
+                return
             yield record
             whole = b""
 
@@ -192,6 +197,9 @@ def test_wandb_offline_holds_what_was_sent(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     ut.export(run, "wandb", tmp_path / "w")
     [path] = (tmp_path / "w").glob("wandb/offline-run-*/*.wandb")
+    until = time.monotonic() + 120  # its service may still be writing
+    while not any(one.HasField("exit") for one in records_of(path)) and time.monotonic() < until:
+        time.sleep(0.1)
     found, histograms, texts = {}, {}, set()
     for record_ in records_of(path):
         items = {}
