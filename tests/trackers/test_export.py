@@ -369,7 +369,13 @@ def test_a_recording_goes_to_tensorboard_while_it_is_written(tmp_path, run):
     assert {step for _, step in found} == {0, 1, 2}
     whole = record(tmp_path / "b", to=f"tensorboard:{tmp_path / 'whole'}")
     assert_scalars(scalars_of(accumulator(tmp_path / "whole")), whole)
-    assert "findings/pooling/text_summary" in accumulator(tmp_path / "whole").Tags()["tensors"]
+    events = accumulator(tmp_path / "whole")
+    assert "findings/pooling/text_summary" in events.Tags()["tensors"]
+    assert [event.step for event in events.Histograms("histogram/backward/0")] == [
+        1,
+        3,
+        5,
+    ]  # of the last batch of a part
 
 
 def test_a_tracker_that_fails_ends_no_training(tmp_path):

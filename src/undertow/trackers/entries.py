@@ -67,7 +67,7 @@ class CodeCounts:
     @property
     def values(self) -> npt.NDArray[np.float64]:
         """What stands for the values in each cell; exact where they were bfloat16."""
-        return code_values(self.exact)[self.codes.astype(np.int64)]
+        return _VALUES[self.exact][self.codes.astype(np.int64)]
 
     def quantiles(self, q: Iterable[float]) -> list[float]:
         """Return quantiles of the magnitude, as `undertow.runs.quantiles` has them."""
@@ -119,6 +119,9 @@ def added(
     np.add.at(summed, where, counts)
     keep = finite(occurring)
     return CodeCounts(tag, step, occurring[keep].astype(np.uint16), summed[keep], exact), int(summed[~keep].sum())
+
+
+_VALUES = {exact: code_values(exact) for exact in (False, True)}
 
 
 def _cells(codes: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:

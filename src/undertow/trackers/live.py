@@ -12,25 +12,25 @@ from .sending import PROJECT, TRACKERS, Sending
 class LiveExport:
     """Follows a run that this process records.
 
-    A tracker that fails is no reason to end a training: that is a warning, and `undertow export` sends the rest later.
+    Of each part go all scalars, and the histograms of its last batch: all of them could take longer than the training.
+    A tracker that fails ends no training: that is a warning, and `undertow export` sends the rest later.
 
     Args:
         run: its folder.
         to: "tensorboard", or with a folder behind a colon, "tensorboard:logs"; likewise "wandb" with a project, and
             "mlflow" with a folder or an address.
-        every: every so many batches.
 
     Raises:
         InputError: no such tracker, or one that is written whole at the end.
     """
 
-    def __init__(self, run: Path, to: str, every: int = 1) -> None:
+    def __init__(self, run: Path, to: str) -> None:
         name, _, where = to.partition(":")
         if name not in TRACKERS[:3]:
             raise InputError(
                 f"to={to!r} is not understood; write one of {', '.join(TRACKERS[:3])}; csv and npz: ut.export"
             )
-        self._run, self._to, self._every = run, name, every
+        self._run, self._to = run, name
         self._out = None if name == "wandb" or not where else where
         self._project = where if name == "wandb" and where else PROJECT
         self._sending: Sending | None = None
@@ -44,7 +44,7 @@ class LiveExport:
             run = Run(self._run)
             if self._sending is None:
                 self._sending = Sending(self._run, identity_of(run), self._to, self._out, self._project)
-            self._sending.send(portions_of_run(run, self._every, with_findings=last))
+            self._sending.send(portions_of_run(run, every=1, with_findings=last, sparse=True))
             if last:
                 self._sending.close()
         except Exception as error:  # a tracker's own, a network's, a disk's

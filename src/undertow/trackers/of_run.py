@@ -13,7 +13,7 @@ from ..diagnosis import Finding, diagnose
 from ..runs import Run
 from ..runs.format import KEYS
 from ..runs.quantiles import groups
-from .entries import Entry, Note, Portion, Scalar, added
+from .entries import CodeCounts, Entry, Note, Portion, Scalar, added
 
 QUANTILES = (0.5, 0.9, 0.99)
 _BY = [*KEYS, "site", "phase"]
@@ -42,16 +42,17 @@ class Steps:
         return self._starts[epoch] + batch
 
 
-def portions_of_run(run: Run, every: int, with_findings: bool) -> Iterator[Portion]:
+def portions_of_run(run: Run, every: int, with_findings: bool, sparse: bool = False) -> Iterator[Portion]:
     """Yield what there is to send of a run: each part that counts, then each finding.
 
     Args:
         every: of batches, by their numbers within the epoch.
         with_findings: look for them, which reads the whole run.
+        sparse: send histograms of the last batch of each part alone; they are what takes time.
     """
     steps = Steps(run)
     for group in run.groups:
-        yield Portion("part-{}-{}".format(*group), partial(_of_group, run, group, steps, every))
+        yield Portion("part-{}-{}".format(*group), partial(_of_group, run, group, steps, every, sparse))
     for finding in diagnose(run) if with_findings else ():
         note = note_of(finding, steps.last)
         yield Portion(f"finding-{hashlib.sha256(note.text.encode()).hexdigest()[:16]}", partial(iter, [note]))
@@ -63,7 +64,7 @@ def note_of(finding: Finding, step: int) -> Note:
     return Note(f"findings/{finding.cause}", step, text)
 
 
-def _of_group(run: Run, group: Group, steps: Steps, every: int) -> Iterator[Entry]:
+def _of_group(run: Run, group: Group, steps: Steps, every: int, sparse: bool) -> Iterator[Entry]:
     """Yield the entries of a part, batch by batch."""
     entries: list[Entry] = []
     held = set(run.tables)
@@ -80,7 +81,9 @@ def _of_group(run: Run, group: Group, steps: Steps, every: int) -> Iterator[Entr
     if "steps" in held:
         rows = run.table("steps", [group]).to_pylist()
         entries += (e for row in rows if row["batch"] % every == 0 for e in _of_step(row, steps))
-    yield from sorted(entries, key=lambda entry: entry.step)
+    last = max((entry.step for entry in entries), default=0)
+    kept = (entry for entry in entries if not (sparse and isinstance(entry, CodeCounts) and entry.step < last))
+    yield from sorted(kept, key=lambda entry: entry.step)
 
 
 def _of_norms(rows: Any, name: str, step: int) -> Iterator[Entry]:
