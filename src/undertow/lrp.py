@@ -55,10 +55,10 @@ def alpha_beta(alpha: float, beta: float) -> Row:
     def row(g: Any, local: Local, op: Operation) -> Any:
         relevance, w, b = g * op.output, op.weight, op.bias
         w_up, b_up = relu(w), None if b is None else relu(b)
-        shared = _share(relevance, op, w_up, lambda: w - w_up, b_up)
+        shared = share(relevance, op, w_up, lambda: w - w_up, b_up)
         if not beta:
             return shared
-        return alpha * shared - beta * _share(relevance, op, w - w_up, lambda: w_up, None if b is None else b - b_up)
+        return alpha * shared - beta * share(relevance, op, w - w_up, lambda: w_up, None if b is None else b - b_up)
 
     return row
 
@@ -71,10 +71,10 @@ def gamma(by: float = 0.25) -> Row:
         w_more, b_more = w + by * relu(w), None if b is None else b + by * relu(b)
         below = relevance * (y < 0)
         if not bool(below.any()):
-            return _share(relevance, op, w_more, lambda: w + by * (w - relu(w)), b_more)
+            return share(relevance, op, w_more, lambda: w + by * (w - relu(w)), b_more)
         w_less, b_less = w + by * (w - relu(w)), None if b is None else b + by * (b - relu(b))
-        above = _share(relevance * (y > 0), op, w_more, lambda: w_less, b_more)
-        return above + _share(below, op, w_less, lambda: w_more, b_less)
+        above = share(relevance * (y > 0), op, w_more, lambda: w_less, b_more)
+        return above + share(below, op, w_less, lambda: w_more, b_less)
 
     return row
 
@@ -118,12 +118,14 @@ def _extreme(x: Any, name: str) -> Any:
     return x.min(axes, keepdims=True) if isinstance(x, np.ndarray) else getattr(x, name)(axes, keepdim=True)
 
 
-def _share(relevance: Any, op: Operation, w: Any, w_of_negative: Callable[[], Any], bias: Any) -> Any:
-    """Share R out over x⁺·w + x⁻·w_of_negative + bias; return R / x at the input."""
+def share(
+    relevance: Any, op: Operation, w: Any, w_of_negative: Callable[[], Any], bias: Any, epsilon: float = EPSILON
+) -> Any:
+    """Share R out over x⁺·w + x⁻·w_of_negative + bias, epsilon·sign added; return R / x at the input."""
     x = op.input
     is_negative = x < 0
     if not bool(is_negative.any()):
-        return op.backward(relevance / stabilized(op.forward(x, w, bias)), w)
+        return op.backward(relevance / stabilized(op.forward(x, w, bias), epsilon), w)
     x_up, other = relu(x), w_of_negative()
-    s = relevance / stabilized(op.forward(x_up, w, bias) + op.forward(x - x_up, other))
+    s = relevance / stabilized(op.forward(x_up, w, bias) + op.forward(x - x_up, other), epsilon)
     return op.backward(s, w) * ~is_negative + op.backward(s, other) * is_negative

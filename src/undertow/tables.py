@@ -77,6 +77,10 @@ class Operation(Protocol):
         """The constant weights of `linear`, `(in, out)`, or of `conv`, a batch norm behind it folded in."""
 
     @property
+    def own_weight(self) -> Any:
+        """The constant weights as the layer itself holds them: a view of its parameter."""
+
+    @property
     def bias(self) -> Any:
         """The bias of `linear` and `conv`, `(out,)`, a batch norm behind it folded in; None where there is none."""
 

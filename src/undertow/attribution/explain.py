@@ -191,9 +191,7 @@ def _explain(
             requests, _results(framework, requests, arguments, resolved, seed, at), strict=True
         ):
             _warn_if_saturated(explanation, head)
-            _warn_if_left_alone(
-                explanation, request.rule_name, "all" if isinstance(request.rule, Rule) else activations
-            )
+            warn_if_left_alone(explanation, request.rule_name, "all" if isinstance(request.rule, Rule) else activations)
             yield Attribution(
                 values=values,
                 targets=explanation.targets,
@@ -334,7 +332,7 @@ def _warn_if_saturated(explanation: Explanation, head: str) -> None:
     warnings.warn(f"{what} and the map vanishes; {remedy}", UndertowWarning, stacklevel=4)
 
 
-def _warn_if_left_alone(explanation: Explanation, rule: str, activations: str) -> None:
+def warn_if_left_alone(explanation: Explanation, rule: str, activations: str) -> None:
     """Warn of what may be an activation and does not follow the rule."""
     left_alone = {**explanation.stats.skipped, **explanation.stats.opaque}
     listed = ", ".join(f"{name} x{n}" for name, n in sorted(left_alone.items()) if not name.startswith(BOUNDS))

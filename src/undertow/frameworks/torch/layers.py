@@ -77,6 +77,11 @@ def record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[s
 
 
 def channel_axis(model: Any, name: str, ndim: int) -> int | None:
+    """Return where a layer's modules have their channels, by its name; see `channel_axis_of`."""
+    return channel_axis_of(submodule(model, name), ndim)
+
+
+def channel_axis_of(layer: nn.Module, ndim: int) -> int | None:
     """Return where a layer's modules have their channels, 1 or -1, if all that tell agree.
 
     Args:
@@ -85,7 +90,7 @@ def channel_axis(model: Any, name: str, ndim: int) -> int | None:
     """
     tell = {
         1 if isinstance(module, CHANNELS_FIRST) else -1
-        for module in submodule(model, name).modules()
+        for module in layer.modules()
         if (isinstance(module, CHANNELS_FIRST) and _own_ndim(module) in (None, ndim))
         or type(module) in CHANNELS_LAST  # subclasses of LayerNorm permute
     }

@@ -8,7 +8,7 @@ from torch.autograd.graph import Node
 
 from ....errors import ModelError
 from ...base import Request
-from ..calls import eager, leaves_and_copies, module_of, modules_in_training, uncompiled
+from ..calls import eager, module_of, modules_in_training, uncompiled
 from ..internals import TorchDispatchMode
 from ..nodes import all_nodes_behind, uses_batch_statistics
 from ..state import RngAndBuffers
@@ -50,7 +50,7 @@ def _in_eval(request: Request) -> bool:
 
 
 def _random_operations(request: Request, start: RngAndBuffers) -> dict[str, int]:
-    _, fed = leaves_and_copies(request.inputs, request.is_plain)
+    fed = [x.clone().detach() for x in request.inputs]
     with start.restored(), _RandomOperations() as mode:
         request.bind(eager(request.model))(*fed)
     return dict(mode.counts)

@@ -131,11 +131,17 @@ class NodeOperation:
         return self.operands[0][0][0]
 
     @cached_property
-    def weight(self) -> Tensor:
-        """The constant weights, a batch norm behind them folded in."""
+    def own_weight(self) -> Tensor:
+        """The constant weights as the layer holds them."""
         weight = self._operand(self.layer, self.operands[0][0][1] + 1)
         if weight is None:
             raise self._missing("weight")
+        return weight
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The constant weights, a batch norm behind them folded in."""
+        weight = self.own_weight
         if stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "alpha") != 1:
             weight = weight * saved(self.layer, "alpha")
         if self._norm is None:
