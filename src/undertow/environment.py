@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from .frameworks.base import capability
+from .installing import install_command
 from .photographs import versions
 
 PURPOSES = {
@@ -44,7 +45,7 @@ class Extra:
     @property
     def remedy(self) -> str:
         """What to type; empty where nothing is missing."""
-        return f'pip install "undertow[{self.name}]"' if self.missing else ""
+        return install_command(self.name) if self.missing else ""
 
 
 def extras() -> list[Extra]:
@@ -96,10 +97,10 @@ def misfits() -> Iterator[str]:
     """Yield what is installed and will not work as it is, each with the remedy."""
     torch, keras, jax = (find_spec(name) for name in ("torch", "keras", "jax"))
     if not torch and not keras and not jax:
-        yield 'neither PyTorch, Keras nor JAX is here, so no model can be read; run: pip install "undertow[torch]"'
+        yield f"neither PyTorch, Keras nor JAX is here, so no model can be read; run: {install_command('torch')}"
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     title, extra = {"tensorflow": ("TensorFlow", "keras"), "jax": ("JAX", "jax")}.get(backend, ("", ""))
     if keras and not title:
         yield f"Keras is to run on {backend}, where nothing is explained or recorded yet; set KERAS_BACKEND=tensorflow"
     elif keras and not find_spec(backend):
-        yield f'Keras is here without {title}, which its models run on; run: pip install "undertow[{extra}]"'
+        yield f"Keras is here without {title}, which its models run on; run: {install_command(extra)}"

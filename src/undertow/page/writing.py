@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import FrameworkError
 from ..files import published
+from ..installing import install_command
 
 SCRIPTS = ("common.js", "explanations.js", "gradients.js", "flow.js", "text.js", "start.js")
-MISSING = 'a page needs jinja2 and vl-convert-python; run: pip install "undertow[report]"'
 
 
 def write_page(path: Path, data: Mapping[str, Any], arrays: Sequence[str]) -> Path:
@@ -37,7 +37,7 @@ def page(data: Mapping[str, Any], arrays: Sequence[str], connect: str = "'none'"
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise FrameworkError(MISSING) from error
+        raise _missing() from error
     charts = charts_script() if data["gradients"]["runs"] else ""
     script = "\n".join(_asset(name) for name in SCRIPTS)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -51,6 +51,10 @@ def page(data: Mapping[str, Any], arrays: Sequence[str], connect: str = "'none'"
         arrays=arrays,
         policy=_policy([charts, script] if charts else [script], connect),
     )
+
+
+def _missing() -> FrameworkError:
+    return FrameworkError(f"a page needs jinja2 and vl-convert-python; run: {install_command('report')}")
 
 
 def as_json(data: Any) -> str:
@@ -86,7 +90,7 @@ def charts_script() -> str:
     try:
         from vl_convert import javascript_bundle
     except ImportError as error:
-        raise FrameworkError(MISSING) from error
+        raise _missing() from error
     return str(javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
 
 

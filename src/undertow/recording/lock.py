@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FrameworkError, RunError, one_line, printable
+from ..installing import install_command
 
 
 def _filelock() -> Any:
     try:
         import filelock
     except ImportError as error:
-        raise FrameworkError('filelock, which guards runs, is missing; run: pip install "undertow[record]"') from error
+        raise FrameworkError(f"filelock, which guards runs, is missing; run: {install_command('record')}") from error
     return filelock
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from ..errors import FrameworkError, RunError, UndertowError, one_line, printable
 from ..files import published, read_bytes
+from ..installing import install_command
 from ..measures import MEASURES, Measure
 
 FORMAT = 2
@@ -126,7 +127,7 @@ def arrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise FrameworkError(
-            'pyarrow, which reads and writes runs, is missing; run: pip install "undertow[record]"'
+            f"pyarrow, which reads and writes runs, is missing; run: {install_command('record')}"
         ) from error
     return pyarrow
 

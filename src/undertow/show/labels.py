@@ -6,6 +6,7 @@ from collections.abc import Container, Sequence
 from typing import Any, cast
 
 from ..errors import FrameworkError, printable
+from ..installing import install_command
 
 
 def drawn(text: str) -> str:
@@ -43,7 +44,7 @@ def font_manager() -> Any:
     try:
         from matplotlib import font_manager
     except ImportError as error:
-        raise FrameworkError('drawing needs matplotlib; run: pip install "undertow[plot]"') from error
+        raise FrameworkError(f"drawing needs matplotlib; run: {install_command('plot')}") from error
     return font_manager
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...classifier import Classifier
 from ...errors import FrameworkError, RunError, UndertowError, one_line, printable
+from ...installing import install_command
 from ...photographs import on_device
 from ...signals import handlers_kept
 from ..fast import prepared_classifier
@@ -118,7 +119,7 @@ def _cluster(crew: Crew) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise FrameworkError('ray is missing; run: pip install "undertow[ray]"') from error
+        raise FrameworkError(f"ray is missing; run: {install_command('ray')}") from error
     address = crew.options.get("address")
     if ray.is_initialized():
         yield ray

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ....errors import FrameworkError, one_line
+from ....installing import install_command
 
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -35,7 +36,7 @@ def import_torchvision() -> Any:
     with _importing:
         spec = importlib.util.find_spec("torchvision")
         if spec is None or spec.origin is None:
-            raise FrameworkError('torchvision is missing; run: pip install "undertow[vision]"')
+            raise FrameworkError(f"torchvision is missing; run: {install_command('vision')}")
         if "torchvision" not in sys.modules:
             declare_operators(Path(spec.origin).parent)
         try:
@@ -93,4 +94,4 @@ def import_package(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         reason = "is missing" if getattr(error, "name", None) == name else f"cannot be imported ({one_line(error)})"
-        raise FrameworkError(f'{name} {reason}; run: pip install "undertow[{extra}]"') from error
+        raise FrameworkError(f"{name} {reason}; run: {install_command(extra)}") from error

@@ -1,0 +1,93 @@
+"""What a release promises: versions that are tried, a typed package, remedies that work, archives with all in them."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+import undertow
+from undertow.environment import PURPOSES
+from undertow.installing import command_for
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def script(name):
+    """Import a script of the folder .ci."""
+    spec = util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_floor_is_a_version_and_every_extra_is_tried():
+    assert len(script("floors").floors()) > 10
+    extras = {extra for extra in PROJECT["optional-dependencies"] if extra not in ("dev", "bench")}
+    assert set(script("release").PROBES) - {""} == extras
+    assert set(PURPOSES) == extras
+
+
+def test_the_version_stands_in_three_places():
+    assert PROJECT["version"] == undertow.__version__
+    assert f"version: {undertow.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_classifiers_name_the_pythons_that_are_tried():
+    named = {c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)}
+    assert named == set(script("release").TRIED)
+    assert PROJECT["requires-python"] == f">={min(named, key=lambda v: int(v[2:]))}"
+
+
+def test_one_function_says_how_an_extra_is_installed():
+    for path in (ROOT / "src").rglob("*.py"):
+        if path.name != "installing.py":
+            written = re.findall(r"install .?\"undertow\[(?!name\])", path.read_text())
+            assert not written, f"{path}: take installing.install_command"
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({}, 'pip install "undertow[plot]"'),
+        (
+            {"url": "file:///home/x/un%20dertow", "dir_info": {"editable": True}},
+            'pip install -e "/home/x/un dertow[plot]"',
+        ),
+        ({"url": "file:///home/x/undertow", "dir_info": {}}, 'pip install "/home/x/undertow[plot]"'),
+        ({"url": "file:///here", "dir_info": {"editable": True}}, 'pip install -e ".[plot]"'),
+        (
+            {"url": "file:///w/undertow.whl", "archive_info": {}},
+            'pip install "undertow[plot] @ file:///w/undertow.whl"',
+        ),
+        ("damaged", 'pip install "undertow[plot]"'),
+    ],
+)
+def test_the_command_fits_the_way_of_installation(origin, command):
+    assert command_for("plot", origin, Path("/here")) == command
+
+
+@pytest.mark.slow
+def test_a_consumer_passes_mypy_strict(tmp_path):
+    """Under the package's own typing alone: in a folder without this project's settings."""
+    consumer = tmp_path / "consumer.py"
+    consumer.write_text((ROOT / "tests" / "consumer" / "consumer.py").read_text())
+    words = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    done = subprocess.run([*words, str(consumer)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wrong = consumer.read_text().replace("a.rewired", "a.rewird")
+    consumer.write_text(wrong)
+    done = subprocess.run([*words, str(consumer)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 'has no attribute "rewird"' in done.stdout
