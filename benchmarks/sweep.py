@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import statistics
@@ -201,6 +202,67 @@ def memory(place: Path, images: int) -> list[str]:
     return [f"Peak memory: {a:.0f} MB with {few:,} images, {b:.0f} MB with {many:,}: {b / a - 1:+.1%}."]
 
 
+def faults(place: Path, images: int) -> list[str]:
+    """1 % of the images damaged and one gone, two sweeps into one folder, a folder that is read-only, a full disk."""
+    source = place / "faulty"
+    make_fashion(source, images)
+    paths = sorted(source.glob("*/*.png"))
+    damaged = random.Random(0).sample(paths, images // 100)
+    for n, path in enumerate(damaged):
+        content = path.read_bytes()
+        path.write_bytes((b"", content[:40], b"no photograph", content[:100] + bytes(100))[n % 4])
+    (source / "list.txt").write_text("\n".join(str(path.relative_to(source)) for path in paths))
+    gone = next(path for path in reversed(paths) if path not in damaged)
+    gone.unlink()
+    lines = []
+
+    def said(what: str, out: str, **how: object) -> None:
+        words = command("explain", "faulty/list.txt", out, *FASHION_NET, *EXPLAIN)
+        done = subprocess.run(words, cwd=place, env=ENVIRONMENT, text=True, capture_output=True, **how)
+        line = next((line for line in reversed(done.stderr.splitlines()) if "error: " in line), "")
+        sweep = ut.Sweep(place / out)
+        is_whole = "all parts whole" if sweep.check().whole else "DAMAGED"
+        lines.append(f"- {what}: exit code {done.returncode}, `{line[:160]}`; {is_whole}")
+        print(lines[-1], flush=True)
+
+    first = subprocess.Popen(
+        command("explain", "faulty/list.txt", "faults", *FASHION_NET, *EXPLAIN),
+        cwd=place,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not _parts(place / "faults"):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    said("a second sweep into a folder that is written", "faults")
+    first.send_signal(signal.SIGCONT)
+    first.wait()
+    sweep = ut.Sweep(place / "faults")
+    named = {failure.name for failure in sweep.failed}
+    assert {str(path.relative_to(source)) for path in (*damaged, gone)} == named
+    assert sweep.status().done == images - len(damaged) - 1
+    lines.append(
+        f"- {len(damaged)} of {images:,} images damaged and one gone: these failed, with names and reasons, no other"
+    )
+    said("the same again", "faults")
+    for part in list((place / "faults" / "parts").iterdir())[:3]:
+        shutil.rmtree(part)
+    said("a disk that takes no file of over 100 kB", "faults", preexec_fn=lambda: _limited(100_000))
+    if os.getuid():  # root may write anywhere
+        (place / "faults" / "parts").chmod(0o500)
+        said("a folder that is read-only", "faults")
+        (place / "faults" / "parts").chmod(0o700)
+    said("and gone on with", "faults")
+    assert ut.Sweep(place / "faults").status().finished
+    return lines
+
+
+def _limited(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 BARE = """
 import sys, time, torch, undertow as ut
 reference, preprocess, source, count, batch = sys.argv[1:]
@@ -245,7 +307,7 @@ def speed(place: Path, images: int, crops: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["engines", "kills", "memory", "speed"])
+    parser.add_argument("what", nargs="*", default=["engines", "kills", "memory", "faults", "speed"])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--crops", type=int, default=2_000)
     parser.add_argument("--kills", type=int, default=50)
@@ -262,6 +324,7 @@ def main() -> None:
         "engines": lambda: engines(place, arguments.images, arguments.crops),
         "kills": lambda: kills(place, arguments.kills, min(3000, arguments.images)),
         "memory": lambda: memory(place, arguments.images),
+        "faults": lambda: faults(place, min(2000, arguments.images)),
         "speed": lambda: speed(place, min(6000, arguments.images), min(400, arguments.crops)),
     }
     machine = f"torch {torch.__version__}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f} beforehand"

@@ -19,14 +19,19 @@ NETWORKS = {"resnet18": 17, "vgg11": 10, "mobilenet_v2": 35}
 HEAVY = ("aten::convolution", "aten::convolution_backward", "aten::max_pool2d_with_indices", "aten::addmm", "aten::mm")
 
 
-def counted(call) -> tuple[Counter, int]:
-    """Return how often each operator ran, and how many bytes were allocated."""
+def counted(call) -> tuple[Counter, list[int]]:
+    """Return how often each operator ran, and the bytes of each allocation."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
-    events = [event for event in prof.events() if event.name.startswith("aten::")]
-    names = Counter(event.name for event in events)
-    return names, sum(max(0, event.self_cpu_memory_usage) for event in events)
+    names = Counter(event.name for event in prof.events() if event.name.startswith("aten::"))
+    return names, [nbytes for nbytes in memory_records(prof) if nbytes > 0]
+
+
+def memory_records(prof) -> list[int]:
+    """Return the bytes that were taken (and given back, below zero), in order."""
+    records = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(records, key=lambda event: event.start_ns())]
 
 
 @pytest.fixture(params=NETWORKS)
@@ -43,8 +48,8 @@ def plain(network, x):
 
 def test_a_guided_pass_runs_one_small_operator_more_for_each_activation(case):
     network, x, relus = case
-    by_hand, bytes_by_hand = counted(lambda: plain(network, x))
-    guided, bytes_guided = counted(lambda: ut.explain(network, x, rule="guided", target=3))
+    by_hand, taken_by_hand = counted(lambda: plain(network, x))
+    guided, taken = counted(lambda: ut.explain(network, x, rule="guided", target=3))
     for name in HEAVY:
         assert guided[name] == by_hand[name], name
     # besides the rule's ReLU: a few operators that choose the target and look for NaN, none of them for each layer
@@ -52,15 +57,16 @@ def test_a_guided_pass_runs_one_small_operator_more_for_each_activation(case):
     assert extra["aten::relu"] == relus
     assert sum(extra.values()) <= 2 * relus + 90, extra
     assert sum(extra[name] for name in ("aten::copy_", "aten::clone", "aten::contiguous")) <= 12, extra
-    assert bytes_guided <= 1.35 * bytes_by_hand
+    # an allocation for each rule's ReLU, of the gradient's size, and small ones for the rest
+    assert len(taken) - len(taken_by_hand) <= relus + 25
+    assert sum(taken) <= 1.2 * sum(taken_by_hand)
 
 
 def peak(call) -> int:
     """Return how many bytes of tensors there were at most."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         call()
-    records = [event for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(records, key=lambda event: event.start_ns())))
+    return max(accumulate(memory_records(prof)))
 
 
 @pytest.fixture(scope="module")

@@ -144,9 +144,11 @@ for part in (net[0], net[2], net):
     fully_shard(part, mesh=mesh)
 optimizer = torch.optim.SGD(net.parameters(), 0.1)
 with ut.record(folder, net, sites="linear, params", measures=["norm", "keep"], optimizer=optimizer) as recording:
-    with recording.batch(samples=["a", "b", "c"]):
+    with recording.batch(samples=[f"{rank}{i}.jpg" for i in range(3)]):
         net(x[rank]).square().mean().backward()
     optimizer.step()
+outputs = []
+plain[2].register_forward_hook(lambda _, inputs, output: (output.retain_grad(), outputs.append(output))[0])
 plain(x.flatten(0, 1)).square().mean().backward()
 dist.barrier()
 run = ut.Run(folder)
@@ -156,7 +158,12 @@ for name, p in plain.named_parameters():
     torch.testing.assert_close(kept, part, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(torch.from_numpy(run.tensor(site=name, phase="update", rank=rank)), -0.1 * part)
 assert run.manifest["model"]["weights_sha256"] is None
-assert run.tensor(site="2", rank=rank).shape == (3, 2)
+own = outputs[0].grad.view(world, 3, 2)[rank] * world  # a mean over fewer samples, as `per_sample` knows
+torch.testing.assert_close(torch.from_numpy(run.tensor(site="2", rank=rank)), own)
+assert run.finished and run.manifest["world_size"] == world
+assert sorted((r["rank"], r["name"]) for r in run.table("samples").to_pylist()) == [
+    (r, f"{r}{i}.jpg") for r in range(world) for i in range(3)]
+assert {(r["rank"], r["size"]) for r in run.table("batches").to_pylist()} == {(r, 3) for r in range(world)}
 dist.destroy_process_group()
 """
 

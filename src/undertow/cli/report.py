@@ -19,9 +19,11 @@ WORDS = "undertow.words"  # in a context's meta: what the command was called wit
 
 def _checked(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
     """Refuse what is no page before any work is done."""
-    from ..page import check_ending
+    if path is None:
+        return None
+    from ..page import check_ending  # it brings in all that a page can show
 
-    return None if path is None else check_ending(path)
+    return check_ending(path)
 
 
 report_option = click.option(
