@@ -74,10 +74,10 @@ def find_layout(
     plane = tuple(input_shape[2:])
     if not plane or len(shape) not in (3, len(plane) + 2):
         raise InputError(
-            f"Grad-CAM needs a layer of channels on a plane, (B, C, H, W), or tokens (B, T, C); {described}"
+            f"a map over the input needs a layer of channels on a plane, (B, C, H, W), or tokens (B, T, C); {described}"
         )
     if shape[0] != input_shape[0]:
-        raise InputError(f"Grad-CAM needs a layer with a place for each sample; {described}")
+        raise InputError(f"a map over the input needs a layer with a place for each sample; {described}")
     told = _told(axes, len(shape)) if axes else channel_axis
     fits = {axis: layout for axis in (1, -1) if (layout := _layout(shape, plane, axis)) is not None}
     if len({layout.is_exact for layout in fits.values()}) == 2:
@@ -96,6 +96,24 @@ def find_layout(
             "that has a place for each patch of the input"
         )
     raise InputError(f"{described}: which of its axes are channels cannot be told; pass axes={example}")
+
+
+def gridded(layout: Layout, shape: Sequence[int], grid: tuple[int, ...]) -> Layout:
+    """Return a layout with another grid, which its tokens have behind all others.
+
+    Args:
+        shape: of the layer's output.
+
+    Raises:
+        InputError: there are fewer tokens.
+
+    >>> gridded(Layout(-1, (14, 14)), (1, 30, 8), (4, 7)).extra
+    2
+    """
+    count = math.prod(shape[2:] if layout.channel_axis == 1 else shape[1:-1])
+    if math.prod(grid) > count or len(grid) != 2 or min(grid) < 1:
+        raise InputError(f"grid={grid} has no place among {count} tokens; give (rows, columns) of at most so many")
+    return Layout(layout.channel_axis, tuple(grid), count - math.prod(grid))
 
 
 def _told(axes: str, count: int) -> int:
@@ -150,6 +168,17 @@ def upsampled(planes: Array, size: tuple[int, ...]) -> Array:
     """
     for axis, new in enumerate(size, -len(size)):
         planes = np.moveaxis(np.moveaxis(planes, axis, -1) @ _weights(planes.shape[axis], new).T, -1, axis)
+    return planes
+
+
+def filled(planes: Array, size: tuple[int, ...]) -> Array:
+    """Resize the last axes so that each element fills its rectangle.
+
+    >>> filled(np.array([[0.0, 1.0]]), (1, 4)).tolist()
+    [[0.0, 0.0, 1.0, 1.0]]
+    """
+    for axis, new in enumerate(size, -len(size)):
+        planes = np.take(planes, np.arange(new) * planes.shape[axis] // new, axis)
     return planes
 
 

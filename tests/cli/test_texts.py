@@ -92,3 +92,41 @@ def test_what_is_cut_is_noted(models, tmp_path, capfd):
     assert code == 0
     assert "note: the text has 42 tokens" in out
     assert err == ""
+
+
+def test_photographs_by_attention_and_at_patches(models, tmp_path, capfd):
+    from undertow import Attribution
+    from undertow.images import demo_photographs
+
+    words = ["explain", demo_photographs()["chelsea"], "--model", models["vit"], "--device", "cpu"]
+    code, out, err = call(capfd, *words, "--rule", "attention-rollout", "--rule", "attnlrp", "--class", "tiger cat",
+                          "--out", tmp_path / "a", "--report", tmp_path / "a.html")  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "2 attention layers read" in out
+    assert Attribution.load(tmp_path / "a" / "chelsea" / "attention-rollout.safetensors").map(0, 0).shape == (1, 32, 32)
+    code, out, err = call(capfd, *words, "--rule", "attnlrp", "--at", "vit.embeddings", "--out", tmp_path / "b",
+                          "--report", tmp_path / "b.html")  # fmt: skip
+    assert (code, err) == (0, "")
+    a = Attribution.load(tmp_path / "b" / "chelsea" / "attnlrp.safetensors")
+    assert a.values.shape == (1, 1, 17, 16)
+    assert a.map(0, 0).shape == (1, 32, 32)
+    assert (tmp_path / "b" / "chelsea" / "attnlrp-overlay.png").is_file()
+    for more, line in (
+        (["--at", "vit.embedding"], "did you mean vit.embeddings"),
+        (["--at", "classifier"], "a map over the input needs a layer"),
+        (["--at", "vit.embeddings", "--trust"], "--trust judges maps of pixels"),
+        (["--at", "vit.embeddings", "--limit", "1"], "--at: of photographs"),
+    ):
+        code, _, err = call(capfd, *words, "--rule", "gradient", *more, "--out", tmp_path / "c")
+        assert code == 2
+        assert line in err
+
+
+def test_a_sweep_by_attention(models, tmp_path, capfd):
+    from undertow import Sweep
+    from undertow.images import demo_photographs
+
+    words = ["explain", demo_photographs()["chelsea"], "--model", models["vit"], "--rule", "attention-rollout"]
+    code, _, _ = call(capfd, *words, "--out", tmp_path / "sweep", "--engine", "local", "--device", "cpu")
+    assert code == 0
+    assert Sweep(tmp_path / "sweep").map(0).shape[-2:] == (32, 32)

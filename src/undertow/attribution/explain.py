@@ -12,9 +12,10 @@ from ..errors import InputError, ModelError, TargetError, UndertowWarning, did_y
 from ..frameworks.base import AS_IS, BEFORE, Request, RulesExplainer, as_numpy, bound, capability, framework_of_input
 from ..frameworks.results import Explanation
 from ..inputs import ModelArguments, arguments_of
+from ..layouts import Layout, find_layout
 from ..outputs import Path, with_inputs
 from ..rules import resolve
-from ..structures import tensors_with_paths
+from ..structures import is_tensor, tensors_with_paths
 from ..tables import ActivationRule, AttentionRule, Rule
 from .estimators import LAYERED, Estimator, estimate
 from .estimators import resolve as resolve_estimator
@@ -82,10 +83,10 @@ def explain(
         head: where the model ends in a softmax, log-softmax or sigmoid, a class target means the score before it
             ("before"), or what the model returns ("as is"); `a.head` says which was explained.
         axes: of Grad-CAM's layer, a letter for each, as in "bhwc", where they are not found: "grad-cam:LAYER:bhwc". Of
-            three axes, "bcl" says that `x` is lines `(B, C, L)` too.
+            three axes, "bcl" says that `x` is lines `(B, C, L)` too. With `at`, of that layer, for `a.map` over images.
         at: explain by a layer's output in place of `x`: its name, or several. `layer@1` is its second call. Of
-            embeddings this gives token attributions for `x` of whole numbers alone.
-
+            embeddings this gives token attributions for `x` of whole numbers alone; of images' patches, values that
+            `a.map`, `a.image` and `a.overlay` lay over the image.
         baseline: where integrated gradients begin, and what "deeplift" compares with: "zero", "blur" (the image
             smoothed), a number, one for each channel, an array or tensor like `x` or like one sample; a list of these
             is averaged over. `a.completeness` says which part of the score's difference the map leaves out.
@@ -156,7 +157,7 @@ def _explain(
     """Yield an attribution for each rule."""
     named = [resolve(rule) for rule in rules]
     resolved = replace(
-        resolve_estimator(estimator if axes is None else f"{estimator}:{axes}"),
+        resolve_estimator(estimator if axes is None or at is not None else f"{estimator}:{axes}"),
         baselines=tuple(baseline) if isinstance(baseline, list) else (baseline,),
         noise=noise,
         inner_batch=inner_batch,
@@ -190,6 +191,7 @@ def _explain(
         for request, (values, explanation) in zip(
             requests, _results(framework, requests, arguments, resolved, seed, at), strict=True
         ):
+            plane = () if at is None else _plane(arguments.tensors, explanation)
             _warn_if_saturated(explanation, head)
             warn_if_left_alone(explanation, request.rule_name, "all" if isinstance(request.rule, Rule) else activations)
             yield Attribution(
@@ -209,6 +211,8 @@ def _explain(
                 head=f"{BEFORE} {explanation.head}" if explanation.head and head == BEFORE else AS_IS,
                 completeness=explanation.completeness,
                 at=(at,) if isinstance(at, str) else tuple(at or ()),
+                plane=plane,
+                layout=_layout(values, explanation, plane, at, axes) if plane else None,
                 names=_names_of(explanation.targets, names),
                 token_ids=_token_ids(arguments.tensors, values, explanation.scores) if at else None,
                 is_relevance=isinstance(request.rule, Rule) and request.rule.is_attribution,
@@ -254,7 +258,7 @@ def _explain_at(
     values, explanations = {}, []
     for layer in dict.fromkeys([at] if isinstance(at, str) else at):
         for call, (arguments, inside) in enumerate(capability(framework, "explain").at_layer(request, layer)):
-            explanation = estimate(framework, inside, estimator, seed)
+            explanation = replace(estimate(framework, inside, estimator, seed), channel_axis=inside.channel_axis)
             values[f"{layer}@{call}" if call else layer] = arguments.in_structure(explanation.maps)
             explanations.append(explanation)
     if not explanations:
@@ -264,6 +268,36 @@ def _explain_at(
         first if isinstance(at, str) and len(values) == 1 else values,
         max(explanations, key=lambda e: e.stats.rewired),
     )
+
+
+def _plane(inputs: Sequence[Any], explanation: Explanation) -> tuple[int, ...]:
+    """Return the height and width of the images among the inputs; nothing where none or several are images."""
+    images = [tuple(x.shape) for x in inputs if x.ndim == 4]
+    if len(images) != 1:
+        return ()
+    return images[0][1:3] if explanation.channels_last else images[0][2:]
+
+
+def _layout(
+    values: Any, explanation: Explanation, plane: tuple[int, ...], layer: Any, axes: str | None
+) -> Layout | None:
+    """Return how a layer's values lie over images; None where that cannot be told.
+
+    Args:
+        axes: of the layer's output, as it was told.
+
+    Raises:
+        InputError: it was told, and does not fit.
+    """
+    if not is_tensor(values):
+        return None
+    shape = (values.shape[0], *values.shape[explanation.scores.ndim :])
+    try:
+        return find_layout(str(layer), shape, (shape[0], 1, *plane), explanation.channel_axis, axes or "")
+    except InputError:
+        if axes:
+            raise
+        return None
 
 
 def _token_ids(inputs: Sequence[Any], values: Any, scores: Any) -> Any:

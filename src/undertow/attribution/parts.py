@@ -100,6 +100,9 @@ def _maps(a: Any, sample: Sample) -> Iterator[tuple[str, npt.NDArray[Any]]]:
 def _images(a: Any) -> Iterator[tuple[str, heatmap.Map]]:
     """Yield the planes `(C, H, W)` of the maps that are images, in order, each with its caption."""
     for sample in _samples(a):
+        if a.layout is not None:  # of a layer, laid over the image
+            yield f"{sample[0]}: {label(a, sample)}", a.map(*sample)
+            continue
         for path, values in _maps(a, sample):
             for what, plane in tiles.planes(values, a.channels_last):
                 yield ", ".join(filter(None, (f"{sample[0]}: {label(a, sample)}", path, what))), plane

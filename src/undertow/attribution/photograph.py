@@ -181,8 +181,9 @@ def _sentences(explained: ExplainedPhotograph) -> list[str]:
 
 def _heading(attribution: Attribution) -> str:
     how = "" if attribution.estimator == "gradient" else f" {attribution.estimator}"
+    at = f" at {attribution.at[0]}" if attribution.at else ""
     rewired = f" ({attribution.rewired} rewired)" if attribution.rewired else ""
-    return f"{attribution.rule}{how}{rewired}"
+    return f"{attribution.rule}{how}{at}{rewired}"
 
 
 def mean_correlation(maps: Sequence[npt.NDArray[Any]]) -> float:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ..display import Part, Shown, png
 from ..errors import InputError, printable
 from ..files import published
 from ..frameworks.base import AS_IS, as_numpy
+from ..layouts import Layout, filled, find_layout, gridded
 from ..show import draw, heatmap
 from ..similarity import correlation, spearman
 from ..structures import map_tensors, tensors_with_paths
@@ -51,6 +52,8 @@ class Attribution(Shown):
             difference to the baseline that the map does not account for, (difference - sum of the map) / difference;
             else None.
         at: the layers whose outputs the values are of; none: the input.
+        plane: height and width of the images, where the values are of a layer's output; else nothing.
+        layout: how that output lies over the images; None where that cannot be told.
         names: of the explained classes, by id, where the model has them.
         token_ids: where the values are of token ids' embeddings, the ids, int64, `(B, T)`; else None.
         is_relevance: the map shares out the score itself, as of "attnlrp"; its unit is the score's.
@@ -75,6 +78,8 @@ class Attribution(Shown):
     names: dict[int, str] = field(default_factory=dict)
     is_relevance: bool = False
     token_ids: Any = None
+    plane: tuple[int, ...] = ()
+    layout: Layout | None = None
 
     def tokens(self, tokenizer: Any, sample: int = 0, target: int = 0, ids: Any = None) -> Tokens:
         """Return the tokens of one text, shaded by their attribution in a notebook and by `.terminal()`.
@@ -95,10 +100,7 @@ class Attribution(Shown):
         if given is None:
             raise InputError("no token ids were explained; pass ids=, or explain ids with at= their embeddings")
         rows, several = as_numpy(given), self.scores.ndim == 2
-        if not 0 <= sample < len(rows):
-            raise InputError(f"there is no sample {sample} in a batch of {len(rows)}")
-        if not 0 <= target < (self.scores.shape[1] if several else 1):
-            raise InputError(f"there is no target {target} among {self.scores.shape[1] if several else 1}")
+        self._refuse_missing(sample, target, len(rows))
         for _, tensor in tensors_with_paths(self.values):
             values = as_numpy(tensor)[sample][target] if several else as_numpy(tensor)[sample]
             if values.ndim in (1, 2) and len(values) == rows.shape[1]:
@@ -173,7 +175,9 @@ class Attribution(Shown):
             raise InputError(f"values of shape {array.shape} have no channels to put last")
         return np.ascontiguousarray(np.moveaxis(array, axis, -1))
 
-    def image(self, sample: int = 0, target: int = 0, style: str = "magnitude") -> "Image":
+    def image(
+        self, sample: int = 0, target: int = 0, style: str = "magnitude", grid: tuple[int, int] | None = None
+    ) -> "Image":
         """Draw the map of one sample, and of one of its K targets, as a picture of the input's height and width.
 
         Args:
@@ -182,42 +186,84 @@ class Attribution(Shown):
             style: "magnitude" (largest |value| over the channels, clipped at its 99th percentile), "signed" (their sum,
                 from blue through white at zero to red, clipped likewise) or "colour" (a tenth of a standard deviation
                 about mid-grey, clipped; 1 or 3 channels).
+            grid: as `map` has it.
 
         Raises:
             InputError: the values are not those of images `(B, C, H, W)`, or there is no such sample, target or style.
         """
-        return heatmap.draw(self.map(sample, target), style)
+        return heatmap.draw(self.map(sample, target, grid), style)
 
-    def overlay(self, photograph: "Photograph | npt.NDArray[np.uint8]", sample: int = 0, target: int = 0) -> "Image":
+    def overlay(
+        self,
+        photograph: "Photograph | npt.NDArray[np.uint8]",
+        sample: int = 0,
+        target: int = 0,
+        grid: tuple[int, int] | None = None,
+    ) -> "Image":
         """Draw the magnitude of one map over its photograph, greyed.
 
         Args:
             photograph: a path, a Pillow image or uint8 `(H, W, 3)`, of the map's height and width: the part that the
                 network saw, as `classifier.preprocessing.view(image)` gives it.
-            sample, target: as `image` has them.
+            sample, target, grid: as `image` has them.
 
         Raises:
             InputError: as `image`, or a photograph of another size.
             PhotographError: the photograph cannot be read.
         """
-        return draw(self.map(sample, target), photograph=photograph)
+        return draw(self.map(sample, target, grid), photograph=photograph)
 
-    def map(self, sample: int = 0, target: int = 0) -> npt.NDArray[Any]:
+    def map(self, sample: int = 0, target: int = 0, grid: tuple[int, int] | None = None) -> npt.NDArray[Any]:
         """Return the map of one sample, and of one of its K targets, as `(C, H, W)`, wherever the model has C.
 
+        Of a layer's output, such as a vision transformer's patches, `(1, H, W)` over the image: each position fills its
+        rectangle with the sum over its features, where the map is in units of the score (as of "attnlrp" or
+        "input-times"), else with their ℓ2 norm. Tokens without a place, such as a class token, are left out.
+
+        Args:
+            grid: rows and columns of a layer's patches, which come behind all other tokens, where it cannot be told.
+
         Raises:
-            InputError: the values are not those of images, or there is no such sample or target.
+            InputError: the values are not those of images, or there is no such sample or target; how a layer's tokens
+                lie over the image cannot be told.
         """
+        if self.plane:
+            return self._over_image(sample, target, grid)
+        if grid is not None:
+            raise InputError("grid= is of the patches of a layer, as explained with at=; leave it out")
         array = self.numpy()
         several = self.scores.ndim == 2
         if not isinstance(array, np.ndarray) or array.ndim != (5 if several else 4):
             raise InputError("only maps of one batch of images (B, C, H, W) can be drawn; take .numpy() for the rest")
-        if not 0 <= sample < len(array):
-            raise InputError(f"there is no sample {sample} in a batch of {len(array)}")
-        if not 0 <= target < (array.shape[1] if several else 1):
-            raise InputError(f"there is no target {target} among {array.shape[1] if several else 1}")
+        self._refuse_missing(sample, target, len(array))
         values = array[sample, target] if several else array[sample]
         return np.moveaxis(values, -1, 0) if self.channels_last else values
+
+    def _over_image(self, sample: int, target: int, grid: tuple[int, int] | None) -> npt.NDArray[Any]:
+        """Return a layer's values of one sample laid over its image, `(1, H, W)`."""
+        array, several = self.numpy(), self.scores.ndim == 2
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"values are of several layers or calls ({', '.join(self.at)}); explain one to draw it")
+        self._refuse_missing(sample, target, len(array))
+        values = array[sample, target] if several else array[sample]
+        shape, layout = (1, *values.shape), self.layout
+        if layout is None and grid is None:
+            find_layout(self.at[0], shape, (1, 1, *self.plane))  # says why
+            raise InputError(f"layer {self.at[0]!r} gives {shape}: how that lies over the image cannot be told")
+        if grid is not None:
+            layout = gridded(layout or Layout(-1, ()), shape, grid)
+        assert layout is not None
+        planes = layout.channels_first(values.astype(np.float64)[None])[0]
+        is_share = self.is_relevance or self.completeness is not None or self.estimator == "input-times"
+        plane = planes.sum(0) if is_share else np.sqrt(np.square(planes).sum(0))
+        return filled(plane[None], self.plane).astype(np.float32)
+
+    def _refuse_missing(self, sample: int, target: int, batch: int) -> None:
+        count = self.scores.shape[1] if self.scores.ndim == 2 else 1
+        if not 0 <= sample < batch:
+            raise InputError(f"there is no sample {sample} in a batch of {batch}")
+        if not 0 <= target < count:
+            raise InputError(f"there is no target {target} among {count}")
 
     def likeness(self, of: str = "values") -> npt.NDArray[np.float64]:
         """Return how alike the maps of a sample's K targets are, `(B, K, K)`: does the map change with the class?
@@ -263,7 +309,8 @@ class Attribution(Shown):
         arrays = {name: as_numpy(t) for name, t in tensors.items() if t is not None}
         names = {str(class_id): name for class_id, name in self.names.items()}
         facts = {**self.to_dict(), "channels_last": self.channels_last, "names": names}
-        facts["is_relevance"] = self.is_relevance
+        facts |= {"is_relevance": self.is_relevance, "plane": self.plane}
+        facts["layout"] = None if self.layout is None else asdict(self.layout)
         with published(path) as aside:
             aside.write_bytes(save(arrays, {"undertow": json.dumps(facts)}))
         return path
@@ -289,6 +336,9 @@ class Attribution(Shown):
             values = {name.removeprefix("values."): a for name, a in arrays.items() if name.startswith("values")}
             known = {field.name for field in fields(cls)} - {"values", "targets", "scores", "completeness", "token_ids"}
             facts["at"] = tuple(facts.get("at", ()))  # JSON has no tuples, and keys are text
+            facts["plane"] = tuple(facts.get("plane", ()))
+            layout = facts.get("layout")
+            facts["layout"] = None if layout is None else Layout(**{**layout, "grid": tuple(layout["grid"])})
             facts["names"] = {int(class_id): str(name) for class_id, name in facts.get("names", {}).items()}
             return cls(
                 values=values.get("values", values),

@@ -43,6 +43,7 @@ Examples:
   undertow explain cat.jpg --model keras:ResNet50
   undertow explain --text "The food was not bad at all." --model hf:FOLDER
   undertow explain --text "The capital of France is" --model hf:gpt2 --class Paris
+  undertow explain cat.jpg --model timm:vit_base_patch16_224 --rule attnlrp --at patch_embed
   undertow explain scan.png --model saved/net.keras --preprocess 0..255
   undertow explain imagenet/val --model torchvision:resnet50 --rule guided --out maps --engine local
   undertow explain 'shards/train-{000..099}.tar' --model demo --out maps --pictures 10 --max-failures 100
@@ -108,6 +109,11 @@ Examples:
 )
 @click.option("--noise", default=0.1, show_default=True, help="Of smoothgrad, as a part of the input's range.")
 @click.option("--inner-batch", default=8, show_default=True, help="Images in one pass of an estimator, at most.")
+@click.option(
+    "--at",
+    metavar="LAYER",
+    help="Explain by a layer's output, such as a transformer's patches, laid over the image; LAYER:bhwc says its axes.",
+)
 @click.option("--trust", "judge", is_flag=True, help="Ask of each map whether it deserves belief; takes longer.")
 @weights_option(help="A .safetensors file, or a state dict saved by torch.save; for Keras a .weights.h5 file.")
 @preprocess_option
@@ -137,6 +143,7 @@ def explain(
     ground: str,
     ending: str,
     pictures: str | None,
+    at: str | None,
     **options: Any,
 ) -> int:
     """Show which pixels of each IMAGE, or which words of each --text, spoke for a class or for the next word.
@@ -151,6 +158,11 @@ def explain(
     """
     how, options = split_options(options)
     options["head"] = options["head"].replace("-", " ")
+    if at is not None and judge:
+        raise click.UsageError("--trust judges maps of pixels; leave --at out")
+    if at is not None:
+        layer, _, axes = at.partition(":")
+        options |= {"at": layer} | ({"axes": axes} if axes else {})
     if texts or text_file:
         given = {"IMAGE": photographs, "--trust": judge, "--preprocess": preprocess, "--pictures": pictures}
         given |= {"--figure": ending != "png", "--ground": ground != "white", "--baseline": baselines}
@@ -173,7 +185,7 @@ def explain(
     if is_sweep:
         load = partial(load_classifier, reference, weights, preprocess, output)
         how |= {"device": device, "pictures": _pictures(pictures), "load": load, "judge": judge}
-        given = {"--report": page, "--ground": ground != "white", "--figure": ending != "png"}
+        given = {"--at": at, "--report": page, "--ground": ground != "white", "--figure": ending != "png"}
         if alone := ", ".join(name for name, value in given.items() if value):
             raise click.UsageError(
                 f"{alone}: of photographs that are explained one by one, up to {AT_ONCE}; for a page of a sweep add "

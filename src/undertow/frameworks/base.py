@@ -77,6 +77,7 @@ class Request:
         noun: what the inputs are, in messages; empty: "input 0" and so on.
         is_list: the inputs are those of a list that the model takes whole.
         memory: what a framework keeps for further requests of the same call of the user's.
+        channel_axis: of inputs that are a layer's output, 1 or -1 where its modules tell.
     """
 
     model: Callable[..., Any]
@@ -96,6 +97,7 @@ class Request:
     noun: str = ""
     is_list: bool = False
     memory: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    channel_axis: int | None = None
 
     def bind(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """Return a model as a function of the tensors alone."""

@@ -43,6 +43,7 @@ class Explanation(ShownFields):
         acting: random operations and batch norms in training that acted in the forward pass, by name.
         head: the softmax or sigmoid that the model ends in, by name; "" where it does not, or the target is a function.
         completeness: of integrated gradients, see `Attribution.completeness`.
+        channel_axis: at a layer's output, 1 or -1 where the layer's modules tell.
     """
 
     maps: tuple[Any, ...]
@@ -53,6 +54,7 @@ class Explanation(ShownFields):
     acting: dict[str, int] = field(default_factory=dict)
     head: str = ""
     completeness: Any = None
+    channel_axis: int | None = None
 
 
 @dataclass(frozen=True, repr=False)

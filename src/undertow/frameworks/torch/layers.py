@@ -97,6 +97,19 @@ def channel_axis_of(layer: nn.Module, ndim: int) -> int | None:
     return tell.pop() if len(tell) == 1 else None
 
 
+def channel_axis_by_sizes(model: Any, name: str, shape: Sequence[int]) -> int | None:
+    """Return where a layer's output has its channels: where its modules tell, or by how many channels they make.
+
+    Args:
+        shape: of the output. A patch embedding's convolution of planes makes as many channels as its tokens have.
+    """
+    if (told := channel_axis(model, name, len(shape))) is not None or len(shape) < 3 or shape[1] == shape[-1]:
+        return told
+    counts = {m.out_channels for m in submodule(model, name).modules() if isinstance(m, CONVOLUTION)}
+    fitting = [axis for axis in (1, -1) if shape[axis] in counts]
+    return fitting[0] if len(fitting) == 1 else None
+
+
 def _own_ndim(module: nn.Module) -> int | None:
     """Return how many axes a convolution's or norm's output has; None where it may have any."""
     if isinstance(module, CONVOLUTION):

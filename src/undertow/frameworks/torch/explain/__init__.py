@@ -16,7 +16,7 @@ from ...base import Request
 from ...results import Explanation
 from ..arrays import to_numpy
 from ..calls import class_scores, refuse_training
-from ..layers import call_number, from_layer, layer_outputs
+from ..layers import call_number, channel_axis_by_sizes, from_layer, layer_outputs
 from ..state import unchanged
 from .attention import AttentionReader
 from .graph import RuleAttachment, ThroughGraph
@@ -60,6 +60,7 @@ def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request
             structure=f"{layer}@{call}",
             is_plain=False,
             noun=f"the output of layer {layer!r}",
+            channel_axis=channel_axis_by_sizes(request.model, layer, arguments.tensors[0].shape),
         )
         calls.append((arguments, inside))
     return calls
