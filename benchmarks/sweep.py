@@ -305,9 +305,42 @@ def speed(place: Path, images: int, crops: int) -> list[str]:
     return lines
 
 
+PROCESSOR = """
+import sys, tempfile, time, torch, undertow as ut
+classifier, count = ut.load("nets.py:load"), int(sys.argv[1])
+data = ut.images.Folder("fashion", classifier)
+batches = [torch.stack([torch.from_numpy(data[i][0]) for i in range(n, n + 32)]) for n in (0, 32)]
+def bare():
+    for n in range(count // 32):
+        ut.explain(classifier.module, batches[n % 2], rule="guided")
+def sweep():
+    how = {"rule": "guided", "fast": "off", "batch_size": 32, "device": "cpu", "limit": count}
+    ut.sweep.explain("fashion", classifier, tempfile.mkdtemp(dir="."), **how)
+sweep()
+for _ in range(4):
+    for call in (bare, sweep):
+        thread, process = time.thread_time(), time.process_time()
+        call()
+        print(time.thread_time() - thread, time.process_time() - process)
+"""
+
+
+def processor(place: Path, images: int) -> list[str]:
+    """Processor time of the computing thread, of a bare loop and of a sweep, which a busy machine disturbs less."""
+    done = subprocess.run([sys.executable, "-c", PROCESSOR, str(images)], cwd=place, env=ENVIRONMENT, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    rows = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    bare, sweep = rows[::2], rows[1::2]
+    ratio = statistics.median(b[0] / s[0] for b, s in zip(bare, sweep, strict=True))
+    thread, whole = (statistics.median(values) for values in zip(*sweep, strict=True))
+    line = f"{images:,}: {thread:.2f} s of the computing thread, a bare loop {ratio:.2f} of it; of all {whole:.2f} s"
+    print(line, flush=True)
+    return [line]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["engines", "kills", "memory", "faults", "speed"])
+    parser.add_argument("what", nargs="*", default=["engines", "kills", "memory", "faults", "processor", "speed"])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--crops", type=int, default=2_000)
     parser.add_argument("--kills", type=int, default=50)
@@ -324,6 +357,7 @@ def main() -> None:
         "engines": lambda: engines(place, arguments.images, arguments.crops),
         "kills": lambda: kills(place, arguments.kills, min(3000, arguments.images)),
         "memory": lambda: memory(place, arguments.images),
+        "processor": lambda: processor(place, min(3200, arguments.images)),
         "faults": lambda: faults(place, min(2000, arguments.images)),
         "speed": lambda: speed(place, min(6000, arguments.images), min(400, arguments.crops)),
     }
