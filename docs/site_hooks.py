@@ -156,6 +156,9 @@ def docstrings_of(name: str, level: int = 2) -> Iterator[str]:
 
     Of a module these are the functions and classes that it defines, or, if it is a folder, that it gives out.
     """
+    if name.partition(".")[0] not in undertow.__all__:
+        yield f"::: undertow.{name}"  # as it is: importing it would import a framework
+        return
     thing = attrgetter(name)(undertow)
     if isinstance(thing, ModuleType):
         yield f"{'#' * level} ut.{name} {{#{thing.__name__}}}\n\n{inspect.getdoc(thing)}"

@@ -33,6 +33,7 @@ NOT_RUN = {
     "torchrun ": "tests/sweep/test_engines.py",
     "undertow view": "tests/page/test_serving.py: it serves until Ctrl-C",
     "undertow export runs/a --to wandb": "tests/trackers/test_export.py: it needs an account, or WANDB_MODE=offline",
+    "undertow models": "tests/cli/test_commands.py: it imports every framework",
     "undertow demo": "tests/cli/test_commands.py",
     "undertow derive model --model torchvision": "tests/derive/test_cli.py",
 }

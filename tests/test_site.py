@@ -18,7 +18,7 @@ BROWSER = ["--no-sandbox", "--disable-gpu"]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=quiet, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,6 +57,12 @@ def test_every_page_is_in_the_navigation(site):
 def test_every_public_name_is_in_the_api(site):
     headings = "\n".join(path.read_text() for path in (site / "api").glob("*.html"))
     assert [name for name in ut.__all__ if not re.search(rf">\s*ut\.{name}\s*<", headings)] == []
+
+
+def test_examples_of_docstrings_are_blocks_of_code(site):
+    page = (site / "api" / "explain.html").read_text()
+    assert "&gt;&gt;&gt;" in page
+    assert "<blockquote>" not in page
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ class Network(DifferentiableGraph):
 
         Args:
             wrt: n4, w[2,5] (from n2 to n5), b[3], v[1,1] (the vector of weights from x1 to n1) or x2; a vector's
-                component as v[1,1][d] or x2[3], counted from 1.
+                component as `v[1,1][d]` or `x2[3]`, counted from 1.
             substitute: replace partials by g', the weights and the slope of the quadratic error.
 
         Raises:
