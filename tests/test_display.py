@@ -235,7 +235,7 @@ def test_a_run_that_is_damaged_says_so(net, x):
 
 
 def test_without_matplotlib_tables_remain(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "undertow.show.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     for thing in (run.quantiles([0.5]), ut.compare([run, run])):
         reader = check_shown(thing)
         assert "needs matplotlib" in reader.text

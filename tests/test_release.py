@@ -11,6 +11,8 @@ import pytest
 
 import undertow
 from undertow.environment import PURPOSES
+from undertow.errors import FrameworkError
+from undertow.frameworks.base import capability
 from undertow.installing import command_for
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,14 @@ def test_the_command_fits_the_way_of_installation(origin, command):
     assert command_for("plot", origin, Path("/here")) == command
 
 
+def test_what_keras_brings_is_missed_by_name(monkeypatch):
+    """As in an environment without Keras, where `undertow models` broke off at `import h5py`."""
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    monkeypatch.delitem(sys.modules, "undertow.frameworks.keras.zoo", raising=False)
+    with pytest.raises(FrameworkError, match="h5py is not installed; run: pip install"):
+        capability("keras", "zoo")
+
+
 @pytest.mark.slow
 def test_a_consumer_passes_mypy_strict(tmp_path):
     """Under the package's own typing alone: in a folder without this project's settings."""
@@ -91,3 +101,18 @@ def test_a_consumer_passes_mypy_strict(tmp_path):
     consumer.write_text(wrong)
     done = subprocess.run([*words, str(consumer)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert 'has no attribute "rewird"' in done.stdout
+
+
+def test_each_cell_of_the_features_names_a_test_that_exists():
+    page = (ROOT / "docs" / "features.md").read_text()
+    shown = dict(re.findall(r"^(\d+)\. `(tests/\S+::\w+)`$", page, re.M))
+    rows = [row.split("|")[1:-1] for row in re.findall(r"^\|.*\|$", page, re.M)]
+    cells = [row[1].strip() for row in rows if not row[0].startswith("-") and row[0].strip()]
+    assert len(cells) > 30
+    for cell in cells:
+        number = re.fullmatch(r"yes \[(\d+)\]", cell)
+        assert number or cell in ("no", "part", "six questions"), cell
+        assert number is None or number[1] in shown, cell
+    for place in shown.values():
+        path, name = place.split("::")
+        assert f"def {name}(" in (ROOT / path).read_text(), place

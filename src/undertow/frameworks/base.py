@@ -32,6 +32,9 @@ FRAMEWORKS = {
 """The packages that a framework's models and tensors come from. A Keras model on torch is a `torch.nn.Module`, one on
 JAX goes to the side of JAX."""
 
+BROUGHT = {"keras": ("h5py",)}
+"""What comes with a framework, and its files import too."""
+
 TITLES = {"torch": "PyTorch", "keras": "Keras", "jax": "JAX"}
 
 CAPABILITIES = {
@@ -481,7 +484,7 @@ def capability(framework: str, name: str) -> Any:
         missing = error.name or ""
         if missing.startswith(f"{__package__}.{framework}"):
             raise ModelError(f"{CAPABILITIES[name]} is not there for {TITLES[framework]} yet") from error
-        if missing not in FRAMEWORKS[framework]:
+        if missing not in (*FRAMEWORKS[framework], *BROUGHT.get(framework, ())):
             raise
         raise FrameworkError(f"{missing} is not installed; run: {install_command(framework)}") from error
 
