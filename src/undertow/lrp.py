@@ -113,8 +113,8 @@ def box(low: Any = None, high: Any = None) -> Row:
 
 
 def _extreme(x: Any, name: str) -> Any:
-    """Return each sample's and channel's lowest or highest value, `(B, C, 1, 1)`; of `(B, features)` each sample's."""
-    axes = tuple(range(2, x.ndim)) or (1,)
+    """Return each sample's and channel's lowest or highest value, `(B, C, 1, 1)`; each sample's of features."""
+    axes = tuple(range(2, x.ndim)) or (x.ndim - 1,)
     return x.min(axes, keepdims=True) if isinstance(x, np.ndarray) else getattr(x, name)(axes, keepdim=True)
 
 

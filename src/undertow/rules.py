@@ -25,7 +25,7 @@ layer, "attention-gradient" weighs them by the score's gradient.
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import InputError, did_you_mean
+from .errors import InputError, RuleError, did_you_mean
 from .lrp import alpha_beta, box, epsilon, excitation, flat, gamma
 from .tables import ActivationRule, AttentionRule, Local, Operation, Row, Rule
 from .tables import relu as relu
@@ -148,23 +148,68 @@ CP_LRP = Rule(
 
 def rescale(g: Any, local: Local, op: Operation) -> Any:
     """Pass g·(f(x) - f(x₀)) / (x - x₀), x₀ the baseline's; the gradient where the two hardly differ."""
-    own, x, y = local(g), _halves(op.input), _halves(op.output)
+    arriving = _of_the_input(g)
+    own, x, y = _halves(local(g)), _halves(op.input), _halves(op.output)
     way = x[0] - x[1]
-    is_short = (way * way) ** 0.5 < 1e-6
+    is_short = (way * way) ** 0.5 < _SHORT
     slope = (y[0] - y[1]) / (way + is_short) * ~is_short
-    return (_halves(g) * slope + _halves(own) * is_short).reshape(g.shape)
+    return _beside_nothing(arriving * slope + own[0] * is_short, op.input)
 
 
 def midway(g: Any, local: Local, op: Operation) -> Any:
     """Pass a product with the mean of the other factor and its baseline, so that both differences add up."""
-    return tuple(
-        part if part is None else (_halves(g) * _halves(part).mean(0)).reshape(g.shape) for part in local(g * 0 + 1)
-    )
+    arriving = _halves(g) * 0 + _of_the_input(g)  # at both ends
+    parts = local(arriving.reshape(g.shape))
+    return tuple(part if part is None else _beside_nothing(_halves(part).mean(0), part) for part in parts)
+
+
+def follow_maxima(g: Any, local: Local, op: Operation) -> Any:
+    """Give what a maximum rises by, from the baseline's up to the input's, to the places that held the two.
+
+    So do Captum and SHAP: the rise up to the larger of the two goes to the input's place, what is left to the
+    baseline's; the gradient where the input and the baseline hardly differ.
+    """
+    arriving = _of_the_input(g)
+    x, y = _halves(op.input), _halves(op.output)
+    higher = y[1] + relu(y[0] - y[1])
+    own = _halves(local(g))[0]
+    ends = _halves(g) * 0
+    ends[0], ends[1] = arriving * (higher - y[1]), arriving * (y[0] - higher)
+    shares = _halves(local(ends.reshape(g.shape))).sum(0)
+    way = x[0] - x[1]
+    is_short = (way * way) ** 0.5 < _SHORT
+    return _beside_nothing(shares / (way + is_short) * ~is_short + own * is_short, op.input)
+
+
+_SHORT = 1e-6
 
 
 def _halves(values: Any) -> Any:
     """Return the input's part and the baseline's, stacked: `(2, B, ...)`."""
+    if len(values) % 2:
+        raise RuleError(_NOT_FIRST)
     return values.reshape(2, len(values) // 2, *values.shape[1:])
+
+
+def _of_the_input(g: Any) -> Any:
+    """Return the gradient of the input's part; none arrives at the baseline's, as it is not what is explained."""
+    own, baseline = _halves(g)
+    if bool((baseline != 0).any()):
+        raise RuleError(_NOT_FIRST)
+    return own
+
+
+def _beside_nothing(values: Any, like: Any) -> Any:
+    """Return the gradient of the input's part with that of the baseline's, zero."""
+    whole = _halves(like * 0)
+    whole[0] = values
+    return whole.reshape(like.shape)
+
+
+_NOT_FIRST = (
+    "a rule that compares with a baseline needs samples along the first axis of every operation, and in this model "
+    "some operation has others there, such as time; batch_first=True is the remedy, or estimator='integrated'"
+)
 
 
 def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None = None, source: str = "") -> Rule:
@@ -184,7 +229,7 @@ def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None
         "linear": epsilon() if linear is None else linear,
         **dict.fromkeys(("relu", "smooth"), identity),
         **dict.fromkeys(("product", "matmul"), hold_gate),
-        "attention": share_attention,
+        "attention": values_alone,
         "norm": hold_spread,
         "spread": hold_statistic,
     }
@@ -193,7 +238,7 @@ def composite(name: str, conv: Row, first: Row | None = None, linear: Row | None
 
 
 DEEPLIFT = Rule(
-    {**dict.fromkeys(("relu", "smooth"), rescale), "product": midway},
+    {**dict.fromkeys(("relu", "smooth"), rescale), "product": midway, "pool": follow_maxima},
     name="deeplift",
     values="difference",
     source="Shrikumar et al. 2017, arXiv 1704.02685, the rescale rule",

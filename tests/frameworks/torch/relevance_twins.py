@@ -13,11 +13,16 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.clip import modeling_clip
+from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.phi3 import modeling_phi3
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.t5 import modeling_t5
 
 
@@ -54,7 +59,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return nn.functional.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = ("gelu", "silu", "mish", "elu", "tanh", "sigmoid", "hardswish", "hardsigmoid", "relu6", "hardtanh")
+ACTIVATIONS = ("gelu", "silu", "mish", "elu", "tanh", "hardswish", "relu6", "hardtanh", "softplus", "exp")
+GATES = ("sigmoid", "sigmoid_", "hardsigmoid")
 PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
 MATRIX_PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum")
 
@@ -65,10 +71,16 @@ class Twin(TorchFunctionMode):
     def __init__(self, cp: bool) -> None:
         super().__init__()
         self.cp = cp
-        self.weights: list[Tensor] = []  # what a softmax, a sigmoid or an activation gave
+        self.gates: list[Tensor] = []  # what a sigmoid gave
+        self.activations: list[Tensor] = []
 
-    def is_weight(self, x: Tensor) -> bool:
-        return any(x is weight for weight in self.weights)
+    def weight_among(self, factors: tuple[Tensor, Tensor]) -> int | None:
+        """Which of two factors weighs the other: what a sigmoid gave, else what an activation gave."""
+        for weights in (self.gates, self.activations):
+            are = [any(x is weight for weight in weights) for x in factors]
+            if sum(are) == 1:
+                return are.index(True)
+        return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -76,9 +88,9 @@ class Twin(TorchFunctionMode):
         x = args[0] if args else kwargs.get("input")
         if not (isinstance(x, Tensor) and torch.is_grad_enabled()):
             return func(*args, **kwargs)
-        if name in ACTIVATIONS and x.requires_grad:
+        if name in (*ACTIVATIONS, *GATES) and x.requires_grad:
             result = _Identity.apply(x, func(x.detach().clone(), *args[1:], **kwargs))
-            self.weights.append(result)
+            (self.gates if name in GATES else self.activations).append(result)
             return result
         if name == "softmax" and self.cp:
             return func(*args, **kwargs).detach()
@@ -90,13 +102,18 @@ class Twin(TorchFunctionMode):
             return self.layer_norm(*args, **kwargs)
         if name == "group_norm":
             return self.group_norm(*args, **kwargs)
+        if name == "normalize":
+            return self.normalize(*args, **kwargs)
+        if name == "rms_norm":
+            return rms_norm(x, kwargs.get("eps", args[3] if len(args) > 3 else None)) * args[2]
         return func(*args, **kwargs)
 
     def product(self, func: Any, a: Tensor, b: Tensor) -> Tensor:
         if not (a.requires_grad and b.requires_grad):
             return func(a, b)
-        if self.cp and self.is_weight(a) != self.is_weight(b):
-            return func(a.detach(), b) if self.is_weight(a) else func(a, b.detach())
+        weight = self.weight_among((a, b)) if self.cp else None
+        if weight is not None:
+            return func(a.detach(), b) if weight == 0 else func(a, b.detach())
         return func(half(a), half(b))
 
     def attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -117,6 +134,10 @@ class Twin(TorchFunctionMode):
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
 
+    def normalize(self, x, p=2.0, dim=1, eps=1e-12, out=None):
+        assert p == 2
+        return x / x.pow(2).sum(dim, keepdim=True).sqrt().clamp(min=eps).detach()
+
     def group_norm(self, x, groups, weight=None, bias=None, eps=1e-5):
         y = layer_norm(x.reshape(len(x), groups, -1), (-1,), eps).reshape(x.shape)
         channels = (1, -1, *[1] * (x.ndim - 2))
@@ -130,6 +151,16 @@ def _identity_of(f: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tenso
 
 def _rms(self: Any, x: Tensor) -> Tensor:
     return self.weight * rms_norm(x.to(torch.float32), self.variance_epsilon).to(x.dtype)
+
+
+def _gemma_rms(self: Any, x: Tensor) -> Tensor:
+    return (rms_norm(x.float(), self.eps) * (1.0 + self.weight.float())).type_as(x)
+
+
+def _response_norm(self: Any, x: Tensor) -> Tensor:
+    size = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
+    share = size / (size.mean(dim=self.channel_dim, keepdim=True) + self.eps).detach()
+    return x + self.bias.view(self.wb_shape) + self.weight.view(self.wb_shape) * (x * share)  # the mode halves it
 
 
 def _t5_rms(self: Any, x: Tensor) -> Tensor:
@@ -155,7 +186,12 @@ def written_out_replaced() -> Iterator[None]:
             (activations.QuickGELUActivation, _identity_of(lambda x: x * torch.sigmoid(1.702 * x))),
             (nn.MultiheadAttention, _attention),
             (modeling_llama.LlamaRMSNorm, _rms),
+            (modeling_mistral.MistralRMSNorm, _rms),
+            (modeling_phi3.Phi3RMSNorm, _rms),
             (modeling_qwen2.Qwen2RMSNorm, _rms),
+            (modeling_qwen3.Qwen3RMSNorm, _rms),
+            (modeling_gemma.GemmaRMSNorm, _gemma_rms),
+            (GlobalResponseNorm, _response_norm),
             (modeling_t5.T5LayerNorm, _t5_rms),
         ):
             stack.enter_context(patch.object(cls, "forward", forward))

@@ -384,3 +384,20 @@ def test_a_relu_is_a_relu_however_it_is_written(spelling, rule):
         return ut.explain(lambda x: last(f(first(x))), drawn(2, 6), rule=rule, target=1).values
 
     assert distance(explained(spelling), explained(torch.relu)) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", *RULES])
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_in_bfloat16_it_is_nearly_the_same_map(how, rule):
+    net, x = ready(Plain).float(), drawn(2, 3, 10, 10).float()
+    wanted = ut.explain(net, x, rule=rule, target=1).values
+    if how == "bfloat16":
+        net, x = net.bfloat16(), x.bfloat16()
+
+    def run(v):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return net(v)
+
+    a = ut.explain(run, x, rule=rule, target=1)
+    assert a.values.dtype == x.dtype
+    assert distance(a.values.float(), wanted) < 0.1

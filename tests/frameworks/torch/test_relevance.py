@@ -17,12 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*left alone on the way:undertow
 RULES = ("attnlrp", "cp-lrp")
 
 
-def vision(make):
-    return lambda: (built(make), drawn(2, 3, 32, 32), of_class(1), 1)
+def vision(make, size=32):
+    return lambda: (built(make), drawn(2, 3, size, size), of_class(1), 1)
 
 
-def from_timm(name, **sizes):
-    return vision(lambda: timm.create_model(name, pretrained=False, num_classes=5, **sizes))
+def from_timm(name, size=32, **sizes):
+    return vision(lambda: timm.create_model(name, pretrained=False, num_classes=5, **sizes), size)
 
 
 def language(make, **others):
@@ -54,18 +54,32 @@ def clip():
     return names["model"], x, lambda output: output.logits_per_image[:, 1], lambda output: output.logits_per_image[:, 1]
 
 
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+
+
+def from_transformers(name, task, **more):
+    config = getattr(transformers, f"{name}Config")(**sizes(), **SPECIAL, intermediate_size=32, **more)
+    return getattr(transformers, f"{name}For{task}")(config)
+
+
+def causal(name, **more):
+    """A causal language model of transformers, by the stem of its classes."""
+    return language(lambda: from_transformers(name, "CausalLM", num_key_value_heads=1, **more))
+
+
+def classifier(name, **more):
+    """A text classifier of transformers, from embeddings."""
+
+    def build():
+        model = built(lambda: from_transformers(name, "SequenceClassification", num_labels=3, **more))
+        names = real_models.with_tokens(model)
+        return model, {"inputs_embeds": names["embeddings"], "attention_mask": names["mask"]}, of_class(1), 1
+
+    return build
+
+
 def sizes(**more):
     return {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | more
-
-
-def llama():
-    config = transformers.LlamaConfig(**sizes(), intermediate_size=32, num_key_value_heads=1)
-    return transformers.LlamaForCausalLM(config)
-
-
-def qwen():
-    config = transformers.Qwen2Config(**sizes(), intermediate_size=32, num_key_value_heads=1)
-    return transformers.Qwen2ForCausalLM(config)
 
 
 def gpt2(**more):
@@ -90,10 +104,24 @@ MODELS = {
     "BERT": bert,
     "GPT-2": language(gpt2),
     "GPT-2, eager": language(lambda: gpt2(attn_implementation="eager")),
-    "Llama": language(llama),
-    "Qwen": language(qwen),
+    "Llama": causal("Llama"),
+    "Mistral": causal("Mistral", head_dim=8, sliding_window=3),
+    "Gemma": causal("Gemma", head_dim=8),
+    "Qwen2": causal("Qwen2"),
+    "Qwen3": causal("Qwen3", head_dim=8),
+    "Phi3": causal("Phi3"),
+    "DeBERTa": classifier("DebertaV2", relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "ModernBERT": classifier("ModernBert"),
     "T5": t5,
     "CLIP": clip,
+    "timm Swin V2": from_timm(
+        "swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "timm ConvNeXt V2": from_timm("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
+    "timm EVA-02": from_timm("eva02_tiny_patch14_224", img_size=28, embed_dim=16, depth=2, num_heads=2, size=28),
+    "timm CaiT": from_timm("cait_xxs24_224", **VIT),
+    "timm XCiT": from_timm("xcit_nano_12_p16_224", img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2),
+    "timm MobileNetV3": from_timm("mobilenetv3_small_050"),
 }
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self, final
+from typing import Any, Self, cast, final
 
 import torch
 from torch.autograd.graph import Node
@@ -17,6 +17,8 @@ from ...results import RewiringStats
 from ..calls import eager, overwrites_a_view
 from ..internals import SharedPrehook, will_execute
 from ..nodes import SMOOTH, NodeKind, all_nodes_behind, hidden_reason, name_of, nodes_behind
+from .expansion import write_out
+from .kinds import stem
 from .notes import ForwardNotes
 from .operations import NodeOperation
 from .recognition import is_layer, listed, recognize
@@ -172,6 +174,8 @@ def _relevance_of(row: Any) -> Any:
     return relevance
 
 
+_RECURRENT = {"MkldnnRnnLayer": "torch.backends.mkldnn", "CudnnRnn": "torch.backends.cudnn"}
+
 # A row local(f(g)) needs only f before the node's own backward, at half the cost of `RuleHooks`. The tests compare
 # each with `RuleHooks`.
 _BEFORE_LOCAL: dict[Any, Callable[[torch.Tensor | None], torch.Tensor | None]] = {guided: _positive_part, halve: _half}
@@ -233,6 +237,12 @@ class ThroughGraph(RuleAttachment):
             return
         found = recognize(nodes, table.rows, self._notes, table.rows.get("relu") is identity)
         self.stats.skipped, self.stats.opaque = dict(listed(found.unknown)), dict(listed(found.opaque))
+        for node in found.unknown:
+            if stem(node) in _RECURRENT:
+                raise RuleError(
+                    f"rule {table.name!r} cannot see into {name_of(node)}: a recurrent layer holds its gates inside "
+                    f"one node; run it under {_RECURRENT[stem(node)]}.flags(enabled=False)"
+                )
         if table.strict and (found.unknown or found.opaque):
             names = ", ".join(f"{name} x{n}" for name, n in {**self.stats.skipped, **self.stats.opaque}.items())
             raise RuleError(
@@ -244,6 +254,9 @@ class ThroughGraph(RuleAttachment):
         for node in passing:
             i = next(i for i, (behind, _) in enumerate(node.next_functions) if behind is not None)
             self._hook(RuleHooks(node, (((node, i),),), _pass_relevance))
+        for operation in found.fused:
+            self._hook(RuleHooks(operation.entry, operation.operands, self._apart(operation), name=table.name))
+        self.stats.rewired += len(found.fused)
         for operation in found.operations:
             if operation.entry in passing:
                 continue
@@ -253,9 +266,10 @@ class ThroughGraph(RuleAttachment):
             self._attach_operation(operation, row)
             self.stats.rewired += 1
         if not self.stats.rewired:
+            met = ", ".join(f"{name} x{n}" for name, n in {**self.stats.skipped, **self.stats.opaque}.items())
             raise RuleError(
                 f"rule {table.name!r} found no operation of its kinds ({', '.join(table.rows)}) between the input and "
-                "the scores; rule='gradient' needs none"
+                f"the scores{f' (met: {met})' if met else ''}; rule='gradient' needs none"
             )
 
     def _attach_operation(self, operation: NodeOperation, row: Any) -> None:
@@ -266,10 +280,31 @@ class ThroughGraph(RuleAttachment):
             return
 
         def rule(g: torch.Tensor, local: Callable[[torch.Tensor], Any]) -> Any:
+            operation.shape = g.shape
             with torch.no_grad():
+                if operation.is_turned:
+                    return row(g.mT, lambda h: local(h.mT).mT, operation).mT
                 return row(g, local, operation)
 
         self._hook(RuleHooks(operation.entry, operation.operands, rule, operation.inner, self.request.rule_name))
+
+    def _apart(self, operation: NodeOperation) -> Callable[..., Any]:
+        """Return the rule of a node of several operations: the table's, on a small graph of those."""
+        table = cast(Rule, self._table)
+
+        def rule(g: torch.Tensor, local: Callable[[torch.Tensor], Any]) -> Any:
+            own = local(g)
+            parts = dict(enumerate(own if isinstance(own, tuple) else (own,)))
+            with ForwardNotes(_read_kinds(table)) as notes:
+                factors, sources, y = write_out(operation.entry, [i for i, part in parts.items() if part is not None])
+            known = {node: operation.weights[i] for i, node in sources.items()}
+            nodes = [node for node in all_nodes_behind(cast(Node, y.grad_fn)) if node.next_functions]
+            for part in recognize(nodes, table.rows, notes, known=known).operations:
+                self._attach_operation(part, table.rows[part.kind])
+            parts |= zip(factors, torch.autograd.grad(y, list(factors.values()), g), strict=True)
+            return parts[0] if len(parts) == 1 else tuple(parts.values())
+
+        return rule
 
     def _share(self, node: Any, rule: Any) -> None:
         shared = self._shared.get(rule)

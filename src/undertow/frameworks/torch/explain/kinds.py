@@ -25,18 +25,28 @@ VIEWS = frozenset(
         *("ReplicationPad2D", "Unfold", "Im2Col", "Col2Im", "PixelShuffle", "PixelUnshuffle", "Embedding", "Repeat"),
         *("Tril", "Triu", "Diagonal", "MaskedFill", "Movedim", "Chunk", "Swapaxes", "Take", "Where", "UnsafeSplit"),
         *("Narrow", "ChannelShuffle", "Tile", "Moveaxis", "Flatten", "Unflatten", "Zeros", "IndexPut", "CopySlices"),
-        *("SqueezeMultiple", "Unsqueeze", "ExpandAs", "ViewAs", "Unsafe"),
+        *("SqueezeMultiple", "Unsqueeze", "ExpandAs", "ViewAs", "Unsafe", "Scatter", "MaskedScatter", "MaskedSelect"),
+        *("IndexFill", "SliceScatter", "SelectScatter", "DiagonalScatter", "ReflectionPad3D", "ReplicationPad3D"),
+        *("ViewAsReal", "ViewAsComplex", "Real", "Imag", "Rot90"),
     )
 )
+PICKS = frozenset(("Max", "Min", "Amax", "Amin", "Sort", "Topk", "Kthvalue", "Median", "Cummax", "Cummin"))
+"""What hands on some of its elements, by their values: the gradient is right, and zero for all others."""
 SUMS = frozenset(
     (
-        *("Add", "Sub", "Sum", "Mean", "Cumsum", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D"),
+        *("Add", "Sub", "Rsub", "Sum", "Mean", "Cumsum", "AvgPool1D", "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D"),
         *("AdaptiveAvgPool3D", "UpsampleNearest1D", "UpsampleNearest2D", "UpsampleNearest3D", "UpsampleBilinear2D"),
         *("UpsampleBicubic2D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa", "UpsampleLinear1D", "MkldnnAvgPool2D"),
+        *("UpsampleTrilinear3D", "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D"),
+        *("IndexAdd", "ScatterAdd", "FftR2C", "FftC2R", "FftC2C", "Trace"),
+        *("LinalgVectorNorm", "Norm", "Std"),  # in proportion to their input, as sums are
     )
 )
-REDUCTIONS = frozenset(("Sum", "Mean", "Var", "Std", "VarMean", "StdMean", "LinalgVectorNorm", "Norm"))
-ELEMENTWISE = SMOOTH | PROPORTIONAL | COPIES | {"Add", "Sub", "Mul", "Div"}
+REDUCTIONS = frozenset(
+    ("Sum", "Mean", "Var", "Std", "VarMean", "StdMean", "LinalgVectorNorm", "Norm", "AvgPool2D", "AvgPool3D")
+)
+AFFINE = frozenset(("Add", "Sub", "Rsub", "Mul", "Div", "Neg"))
+ELEMENTWISE = SMOOTH | PROPORTIONAL | COPIES | AFFINE
 
 
 @lru_cache(maxsize=4096)

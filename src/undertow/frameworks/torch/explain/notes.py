@@ -12,24 +12,25 @@ from ..internals import TorchDispatchMode, next_sequence_number, sequence_number
 aten = torch.ops.aten
 _Calls = dict[Any, tuple[str, tuple[int, ...]]]
 
-# By what is called: the name of the node, and where its operands stand among the arguments.
+# By what is called: the name of the node less its number, and where its operands stand among the arguments.
 _ELEMENTWISE: _Calls = {
-    **{getattr(aten, name): (f"{name.capitalize()}Backward0", (0,)) for name in ("tanh", "sigmoid", "exp")},
-    **{getattr(aten, name): (f"{name.capitalize()}Backward0", (0,)) for name in ("sqrt", "rsqrt", "reciprocal")},
+    **{getattr(aten, name): (f"{name.capitalize()}Backward", (0,)) for name in ("tanh", "sigmoid", "exp")},
+    **{getattr(aten, name): (f"{name.capitalize()}Backward", (0,)) for name in ("sqrt", "rsqrt", "reciprocal")},
 }
 _WEIGHTED: _Calls = {
-    aten.convolution: ("ConvolutionBackward0", (0, 1, 2)),
-    aten.addmm: ("AddmmBackward0", (0, 1, 2)),
-    aten.mm: ("MmBackward0", (0, 1)),
-    aten.bmm: ("BmmBackward0", (0, 1)),
-    aten.baddbmm: ("BaddbmmBackward0", (0, 1, 2)),
-    aten.mv: ("MvBackward0", (0, 1)),
-    aten.native_batch_norm: ("NativeBatchNormBackward0", (0, 1, 2)),
-    aten.cudnn_batch_norm: ("CudnnBatchNormBackward0", (0, 1, 2)),
-    aten.miopen_batch_norm: ("MiopenBatchNormBackward0", (0, 1, 2)),
+    aten.convolution: ("ConvolutionBackward", (0, 1, 2)),
+    aten.addmm: ("AddmmBackward", (0, 1, 2)),
+    aten.mm: ("MmBackward", (0, 1)),
+    aten.bmm: ("BmmBackward", (0, 1)),
+    aten.baddbmm: ("BaddbmmBackward", (0, 1, 2)),
+    aten.mv: ("MvBackward", (0, 1)),
+    aten.native_batch_norm: ("NativeBatchNormBackward", (0, 1, 2)),
+    aten.cudnn_batch_norm: ("CudnnBatchNormBackward", (0, 1, 2)),
+    aten.miopen_batch_norm: ("MiopenBatchNormBackward", (0, 1, 2)),
 }
+_ALWAYS: _Calls = {aten.threshold: ("ThresholdBackward", (0, 2))}  # rare, and its value is told nowhere else
 _NEEDED_BY: dict[str, _Calls] = {
-    "relu": {aten.relu: ("ReluBackward0", (0,))},
+    "relu": {aten.relu: ("ReluBackward", (0,))},
     "smooth": _ELEMENTWISE,
     "conv": _WEIGHTED,
     "linear": _WEIGHTED,
@@ -39,7 +40,7 @@ _NEEDED_BY: dict[str, _Calls] = {
 @dataclass(frozen=True)
 class _Note:
     node: str
-    operands: tuple[Tensor | None, ...]
+    operands: tuple[Any, ...]
     versions: tuple[int, ...]
 
 
@@ -52,7 +53,8 @@ class ForwardNotes(TorchDispatchMode):
 
     def __init__(self, kinds: Collection[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._noted = {call: how for kind, calls in _NEEDED_BY.items() if kind in kinds for call, how in calls.items()}
+        wanted = [_ALWAYS, *(calls for kind, calls in _NEEDED_BY.items() if kind in kinds)]
+        self._noted = {call: how for calls in wanted for call, how in calls.items()}
         self._in_place = {getattr(aten, f"{c.__name__}_"): c for c in self._noted if hasattr(aten, f"{c.__name__}_")}
         self._notes: dict[int, _Note] = {}
 
@@ -64,8 +66,8 @@ class ForwardNotes(TorchDispatchMode):
             node, places = how
             operands = tuple(args[i] if i < len(args) else None for i in places)
             if in_place is not None:  # the call is about to overwrite it
-                operands = tuple(None if x is None else x.clone() for x in operands)
-            versions = tuple(0 if x is None else version(x) for x in operands)
+                operands = tuple(x.clone() if isinstance(x, Tensor) else x for x in operands)
+            versions = tuple(version(x) if isinstance(x, Tensor) else 0 for x in operands)
             # a later call without a node of its own has the same number
             self._notes.setdefault(next_sequence_number() - 1, _Note(node, operands, versions))
         return func(*args, **(kwargs or {}))
@@ -73,15 +75,15 @@ class ForwardNotes(TorchDispatchMode):
     def has(self, node: Any) -> bool:
         """Whether a node's operands were noted."""
         note = self._notes.get(sequence_number(node))
-        return note is not None and note.node == type(node).__name__
+        return note is not None and note.node == _name(node)
 
-    def operand(self, node: Any, i: int) -> Tensor | None:
-        """Return an operand; None where none was given, was noted, or it was overwritten since."""
+    def operand(self, node: Any, i: int) -> Any:
+        """Return an operand, a tensor or a number; None where none was given or noted, or it was overwritten since."""
         note = self._notes.get(sequence_number(node))
-        if note is None or note.node != type(node).__name__:
+        if note is None or note.node != _name(node):
             return None
         x = note.operands[i]
-        return x if x is None or version(x) == note.versions[i] else None
+        return x if not isinstance(x, Tensor) or version(x) == note.versions[i] else None
 
     def was_given(self, node: Any, i: int) -> bool:
         """Whether a noted node had an operand there."""
@@ -90,3 +92,7 @@ class ForwardNotes(TorchDispatchMode):
     def clear(self) -> None:
         """Let go of all tensors."""
         self._notes.clear()
+
+
+def _name(node: Any) -> str:
+    return type(node).__name__.rstrip("0123456789")  # an in-place call's node may have another number

@@ -1,6 +1,6 @@
 """The operations of one call, for rules that are tables: which nodes each is made of, and what they saved."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -24,12 +24,14 @@ GATES = ("Softmax", "SafeSoftmax", "Sigmoid", "Hardsigmoid")
 _SAVED_OPERANDS = {
     **dict.fromkeys(("Mul", "Div", "Maximum"), ("self", "other")),
     **dict.fromkeys(("Bmm", "Mm"), ("self", "mat2")),
+    "Pow": ("self", "exponent"),
     "Mv": ("self", "vec"),
     "Addmm": ("", "mat1", "mat2"),
     "Baddbmm": ("", "batch1", "batch2"),
     "Convolution": ("input", "weight"),
 }
 _BIAS = {"Addmm": 0, "Baddbmm": 0, "Convolution": 2}
+_ADDED_TO = ("Addmm", "Baddbmm")  # matrix products whose first operand is the bias
 
 # An activation's own forward, from its node and its input; of all else the node saved the result.
 _FORWARD: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
@@ -45,11 +47,15 @@ _FORWARD: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "Hardtanh": lambda n, x: F.hardtanh(x, saved(n, "min_val"), saved(n, "max_val")),
     "Hardshrink": lambda n, x: F.hardshrink(x, saved(n, "lambd")),
     "Softshrink": lambda n, x: F.softshrink(x, saved(n, "lambd")),
-    "Pow": lambda n, x: x ** saved(n, "exponent"),
+    "Pow": lambda n, _: saved(n, "self") ** saved(n, "exponent"),
+    "Abs": lambda _, x: x.abs(),
+    "PreluKernel": lambda n, x: torch.where(x > 0, x, x * saved(n, "weight")),
+    "RreluWithNoise": lambda n, x: (
+        x * saved(n, "noise") if saved(n, "training") else F.leaky_relu(x, (saved(n, "lower") + saved(n, "upper")) / 2)
+    ),
     "Clamp": lambda n, x: x.clamp(saved(n, "min"), saved(n, "max")),
     "ClampMin": lambda n, x: x.clamp(min=saved(n, "min")),
     "ClampMax": lambda n, x: x.clamp(max=saved(n, "max")),
-    "Threshold": lambda n, x: torch.where(x > saved(n, "threshold"), x, 0),
     "Sin": lambda _, x: x.sin(),
     "Cos": lambda _, x: x.cos(),
     "Erf": lambda _, x: x.erf(),
@@ -80,6 +86,8 @@ class NodeOperation:
         inner: its nodes beside the entry.
         relu: the ReLU that alone reads a layer's output, whose own output then stands for it.
         is_proportional: f(x) / x is the derivative itself, as of a ReLU.
+        shape: of its output, once a gradient has arrived there.
+        weights: of a fused node, for each operand what makes it a weight: see `recognition.WEIGHTS`.
     """
 
     kind: str
@@ -90,6 +98,14 @@ class NodeOperation:
     inner: frozenset[Any] = frozenset()
     is_proportional: bool = False
     relu: Any = None
+    shape: torch.Size | None = None
+    weights: tuple[Collection[str], ...] = ()
+
+    @cached_property
+    def is_turned(self) -> bool:
+        """Whether it is W @ x of matrices, which rows are shown as xᵀ @ Wᵀ."""
+        node, place = self.operands[0][0] if self.operands and self.operands[0] else (self.entry, 0)
+        return self.kind == "linear" and stem(node) != "Mv" and place == (2 if stem(node) in _ADDED_TO else 1)
 
     @cached_property
     def name(self) -> str:
@@ -102,7 +118,7 @@ class NodeOperation:
         for node, i in self.operands[0]:
             x = self._operand(node, i)
             if x is not None:
-                return x
+                return x.mT if self.is_turned else x
         for node, i in self.operands[0]:
             x = self._unscaled(node, i)
             if x is not None:
@@ -120,6 +136,12 @@ class NodeOperation:
             if first is None or second is None:
                 raise self._missing("output")
             return first * second if name == "Mul" else first / second
+        if name == "Threshold":
+            return torch.where(self.input > saved(node, "threshold"), self.input, self._noted(node, 1, "value"))
+        if self.kind == "pool":
+            places = self._saved(node, "result1")
+            axes = -3 if "3D" in name else -2
+            return self.input.flatten(axes).gather(-1, places.flatten(axes)).view_as(places)
         if name in _FORWARD:
             return _FORWARD[name](node, self.input)
         result: Tensor = self._saved(node, "result")
@@ -132,30 +154,40 @@ class NodeOperation:
 
     @cached_property
     def own_weight(self) -> Tensor:
-        """The constant weights as the layer holds them."""
-        weight = self._operand(self.layer, self.operands[0][0][1] + 1)
+        """The constant weights as the layer holds them; of `W @ x`, turned."""
+        node, place = self.operands[0][0]
+        is_second = self.is_turned or (stem(node) in ("Mv", "Dot") and place == 1)
+        weight = self._operand(node, place - 1 if is_second else place + 1)
         if weight is None:
             raise self._missing("weight")
-        return weight
+        return weight.mT if is_second and weight.ndim > 1 else weight
 
     @cached_property
     def weight(self) -> Tensor:
         """The constant weights, a batch norm behind them folded in."""
         weight = self.own_weight
-        if stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "alpha") != 1:
+        if stem(self.layer) in _ADDED_TO and saved(self.layer, "alpha") != 1:
             weight = weight * saved(self.layer, "alpha")
         if self._norm is None:
             return weight
-        out = 1 if stem(self.layer) != "Convolution" or saved(self.layer, "transposed") else 0
-        return weight * self._norm[0].to(weight.dtype).view([-1 if i == out else 1 for i in range(weight.ndim)])
+        scale = self._norm[0].to(weight.dtype)
+        if stem(self.layer) != "Convolution":
+            return weight * scale
+        if not saved(self.layer, "transposed"):
+            return weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+        groups = saved(self.layer, "groups")  # the weights of each group's inputs, for its own outputs
+        scale = scale.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+        return weight * scale.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
 
     @cached_property
     def bias(self) -> Tensor | None:
         """The bias, a batch norm behind the layer folded in."""
         place = _BIAS.get(stem(self.layer))
         bias = None if place is None else self._noted(self.layer, place)
-        if bias is not None and stem(self.layer) in ("Addmm", "Baddbmm") and saved(self.layer, "beta") != 1:
+        if bias is not None and stem(self.layer) in _ADDED_TO and saved(self.layer, "beta") != 1:
             bias = bias * saved(self.layer, "beta")
+        if bias is not None and self.is_turned:
+            bias = torch.atleast_2d(bias).mT
         if self._norm is None:
             return bias
         scale, shift = self._norm
@@ -167,7 +199,7 @@ class NodeOperation:
         node = self.entry
         if node is self.layer:
             return None
-        scale = (self._saved(node, "running_var") + saved(node, "eps")).rsqrt()
+        scale = (self._saved(node, "running_var") + _eps(node)).rsqrt()
         weight, bias = self._saved(node, "weight"), self._noted(node, 2)
         scale = scale if weight is None else scale * weight
         shift = -self._saved(node, "running_mean") * scale
@@ -177,7 +209,8 @@ class NodeOperation:
     def _layer_output(self) -> Tensor:
         if self.relu is not None:
             positive: Tensor = self._saved(self.relu, "result")
-            return positive
+            positive = positive if self.shape is None else positive.reshape(self.shape)
+            return positive.mT if self.is_turned else positive
         if self._norm is None:
             return self.forward(self.input, self.weight, self.bias)
         y = self._saved(self.entry, "input")  # what the layer returned
@@ -185,11 +218,11 @@ class NodeOperation:
         output: Tensor = y * scale + shift
         return output
 
-    def _noted(self, node: Any, i: int) -> Tensor | None:
+    def _noted(self, node: Any, i: int, what: str = "bias") -> Any:
         """Return an operand that only the forward pass told; None where the call had none."""
         operand = None if self.notes is None else self.notes.operand(node, i)
         if operand is None and (self.notes is None or not self.notes.has(node) or self.notes.was_given(node, i)):
-            raise self._missing("bias")
+            raise self._missing(what)
         return operand
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -213,6 +246,8 @@ class NodeOperation:
     def _operand(self, node: Any, i: int) -> Tensor | None:
         name = stem(node)
         names = _SAVED_OPERANDS.get(name, ("self",))
+        if name == "Pow" and len(node.next_functions) == 1 and isinstance(saved(node, "exponent"), Tensor):
+            names = ("exponent",)  # of a number
         kept = self._saved(node, names[i]) if i < len(names) and hasattr(type(node), f"_saved_{names[i]}") else None
         if isinstance(kept, Tensor):
             return kept.detach()
@@ -284,10 +319,14 @@ def _batch_norm(op: NodeOperation, g: Tensor) -> Tensor:
     weight = op._saved(op.entry, "weight")
     scaled = g if weight is None else g * _per_channel(weight, g)
     if not saved(op.entry, "training"):
-        spread = (op._saved(op.entry, "running_var") + saved(op.entry, "eps")).rsqrt()
+        spread = (op._saved(op.entry, "running_var") + _eps(op.entry)).rsqrt()
         return (scaled * _per_channel(spread, g)).to(g.dtype)
     axes = tuple(i for i in range(g.ndim) if i != 1)
     return (_centred(scaled, axes) * _per_channel(op._saved(op.entry, "result2"), g)).to(g.dtype)
+
+
+def _eps(batch_norm: Any) -> float:
+    return float(saved(batch_norm, "eps" if hasattr(batch_norm, "_saved_eps") else "epsilon"))  # cuDNN's is "epsilon"
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -298,5 +337,5 @@ _HOLD_SPREAD: Mapping[str, Callable[[NodeOperation, Tensor], Tensor]] = {
     "NativeLayerNorm": _layer_norm,
     "FusedRmsNorm": _rms_norm,
     "NativeGroupNorm": _group_norm,
-    "NativeBatchNorm": _batch_norm,
+    **dict.fromkeys(("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"), _batch_norm),
 }

@@ -107,13 +107,15 @@ def _maps(forward: ForwardGraph, request: Request, attachment: RuleAttachment | 
     """
     scores, wanted = forward.scores, [source for source in forward.sources if source is not None]
     count = scores.shape[1]
+    compares = isinstance(request.rule, Rule) and request.rule.values == "difference"
+    explained = scores[: len(scores) // 2] if compares else scores  # the baseline's own scores are not
     whole: list[torch.Tensor | None] = [None] * len(wanted)
     if isinstance(attachment, AttentionReader):
         attachment.samples = len(scores)
     for k in range(count):
         # a rule that calls `local` runs a node's backward a second time, for which the graph must not be freed
         keep_graph = keep or k + 1 < count or request.rule not in RULES.values()
-        gradients = _gradients(scores, wanted, k, keep_graph)
+        gradients = _gradients(explained, wanted, k, keep_graph)
         _refuse_missing(gradients, request, forward.fed)
         maps = attachment.maps(wanted) if isinstance(attachment, AttentionReader) else gradients
         for i, g in enumerate(maps):

@@ -1,13 +1,15 @@
 """Which operations the nodes of one call are: one node each, or several where an operation is written out."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..internals import function_class, saved, sequence_number
 from ..nodes import name_of
-from .kinds import COPIES, ELEMENTWISE, PROPORTIONAL, REDUCTIONS, SUMS, VIEWS, simple_kind, stem
+from .expansion import can_be_expanded
+from .kinds import AFFINE, COPIES, ELEMENTWISE, PICKS, PROPORTIONAL, REDUCTIONS, SUMS, VIEWS, simple_kind, stem
 from .notes import ForwardNotes
 from .operations import GATES, NodeOperation
 
@@ -16,7 +18,10 @@ Edge = tuple[Any, int]
 
 MATRIX_PRODUCTS = {"Mm": (0, 1), "Bmm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Mv": (0, 1), "Dot": (0, 1)}
 _INVERSES = ("Rsqrt", "Reciprocal")
-_ACTIVATIONS = ("Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Relu", "Tanh")
+_SOFTMAX = ("Softmax", "SafeSoftmax")
+_ACTIVATIONS = (
+    *("Gelu", "Silu", "Mish", "Elu", "Celu", "Softplus", "Hardswish", "Relu", "LeakyRelu", "Hardtanh", "Tanh"),
+)
 _LONGEST = 64  # steps of one activation written out
 
 
@@ -26,11 +31,13 @@ class Recognized:
 
     Attributes:
         operations: those whose kind is asked for.
+        fused: nodes of several operations, which `EXPANSIONS` takes apart.
         unknown: nodes that pass their gradient for want of a better rule.
         opaque: a user's own autograd functions.
     """
 
     operations: list[NodeOperation] = field(default_factory=list)
+    fused: list[NodeOperation] = field(default_factory=list)
     unknown: list[Any] = field(default_factory=list)
     opaque: list[Any] = field(default_factory=list)
 
@@ -38,8 +45,9 @@ class Recognized:
 class Way:
     """The nodes between the scores and the inputs, which the backward pass that runs now will run."""
 
-    def __init__(self, nodes: Collection[Any]) -> None:
+    def __init__(self, nodes: Collection[Any], weights: Mapping[Any, Collection[str]] | None = None) -> None:
         self.nodes = set(nodes)
+        self.weights = weights or {}
         self.readers: Counter[Edge] = Counter(edge for node in nodes for _, edge in self.inputs(node))
 
     def inputs(self, node: Any) -> Iterator[tuple[int, Edge]]:
@@ -47,6 +55,17 @@ class Way:
         for i, edge in enumerate(node.next_functions):
             if edge[0] in self.nodes:
                 yield i, edge
+
+    @cached_property
+    def of_softmax(self) -> set[Any]:
+        """The nodes that the input reaches through softmaxes alone."""
+        found = set[Any]()
+        for node in sorted(self.nodes, key=sequence_number):
+            behind = [edge[0] for _, edge in self.inputs(node)]
+            is_weight = stem(node) in _SOFTMAX or "softmax" in self.weights.get(node, ())
+            if is_weight or (behind and all(n in found for n in behind)):
+                found.add(node)
+        return found
 
     def through(self, edge: Edge, passing: Collection[str]) -> Edge:
         """Follow an edge through nodes of certain operations with one input on the way."""
@@ -59,7 +78,11 @@ class Way:
 
 
 def recognize(
-    nodes: Collection[Any], kinds: Collection[str], notes: ForwardNotes | None, closes: bool = False
+    nodes: Collection[Any],
+    kinds: Collection[str],
+    notes: ForwardNotes | None,
+    closes: bool = False,
+    known: Mapping[Any, Collection[str]] | None = None,
 ) -> Recognized:
     """Return the operations among nodes on the way, scores first.
 
@@ -67,8 +90,9 @@ def recognize(
         nodes: those that the backward pass will run.
         kinds: those that the rule has rows for.
         closes: no gradient passes a ReLU's zeros under the rule, so that its output says all of its input that counts.
+        known: of nodes that stand for the inputs, by which of `WEIGHTS` they were given.
     """
-    way, found, claimed = Way(nodes), Recognized(), set[Any]()
+    way, found, claimed = Way(nodes, known), Recognized(), set[Any]()
     folds = not {"conv", "linear"}.isdisjoint(kinds)
     alone = _relus(nodes, way) if closes else {}
     for node in sorted(nodes, key=sequence_number, reverse=True):
@@ -85,7 +109,17 @@ def recognize(
                 found.operations.append(operation)
         elif function_class(node) is not None:
             found.opaque.append(node)
-        elif not _passes(node, way):
+        elif _passes(node, way, kinds):
+            continue
+        elif can_be_expanded(node):
+            given = dict(way.inputs(node))
+            places = range(len(node.next_functions))
+            operands = tuple(((node, i),) if i in given else () for i in places)
+            weights = (
+                [name for name, is_one in WEIGHTS.items() if i in given and is_one(given[i], way)] for i in places
+            )
+            found.fused.append(NodeOperation("fused", node, operands, notes, weights=tuple(weights)))
+        else:
             found.unknown.append(node)
     return found
 
@@ -115,16 +149,25 @@ def _layer_behind(node: Any, way: Way) -> Any:
         return None
     if [i for i, _ in way.inputs(layer)] != [1 if stem(layer) == "Addmm" else 0]:
         return None
-    is_grouped = stem(layer) == "Convolution" and saved(layer, "transposed") and saved(layer, "groups") > 1
-    return None if is_grouped else layer
+    return layer
 
 
-def _passes(node: Any, way: Way) -> bool:
+def _passes(node: Any, way: Way, kinds: Collection[str]) -> bool:
     """Whether a node only hands on, adds or scales what it is given, so that its gradient is right under any rule."""
-    name = stem(node)
-    if name in VIEWS or name in SUMS or name in COPIES or name in ("Neg", "Abs") or "Accumulate" in name:
+    name, places = stem(node), [i for i, _ in way.inputs(node)]
+    if name in VIEWS or name in SUMS or name in COPIES or name in PICKS or name in ("Neg", "Abs"):
         return True
-    return name in (*MATRIX_PRODUCTS, "Mul", "Div", "Convolution") and len(list(way.inputs(node))) == 1
+    if name in ("Maximum", "Minimum"):
+        return len(places) == 2
+    if name in ("GridSampler2D", "GridSampler3D", "GroupedMm"):
+        return places == [0] and (name != "GroupedMm" or "linear" not in kinds)
+    if name == "Lerp":  # a sum, where the share of each is constant
+        return 2 not in places or places == [2]
+    if name in ("Addcmul", "Addcdiv"):  # of a scale that is constant, say
+        return not {1, 2} <= set(places) and (name == "Addcmul" or 2 not in places)
+    if name in ("Addmm", "Baddbmm", "Addmv", "Addbmm") and len(places) > 1:  # what is added is on the way too
+        return not {1, 2} <= set(places) and "linear" not in kinds
+    return "Accumulate" in name or (name in (*MATRIX_PRODUCTS, "Mul", "Div", "Convolution") and len(places) == 1)
 
 
 def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOperation | None, set[Any]]:
@@ -143,10 +186,13 @@ def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOpe
     if name in MATRIX_PRODUCTS:
         return _matrix_product(node, inputs, way, notes), set()
     if name == "Convolution" and inputs:
-        if [i for i, _ in inputs] == [0]:
+        on_the_way = [i for i, _ in inputs]
+        if on_the_way == [0]:
             return NodeOperation("conv", node, (((node, 0),),), notes), set()
-        operands = tuple(((node, i),) if i in dict(inputs) else () for i in (0, 1))
-        return NodeOperation("matmul", node, operands, notes), set()
+        pair = (((node, 0),), ((node, 1),))
+        return (NodeOperation("matmul", node, pair, notes) if on_the_way == [0, 1] else None), set()
+    if name == "Div" and [i for i, _ in inputs] == [1]:  # a constant by x
+        return NodeOperation("smooth", node, (((node, 1),),), notes), set()
     if name in ("Mul", "Div") and len(inputs) == 2:
         return _written_out(node, way, notes)
     if name in ("Add", "Sub") and len(inputs) == 2:
@@ -155,7 +201,8 @@ def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOpe
 
 
 def _is_linear_power(node: Any) -> bool:
-    return getattr(node, "_saved_exponent", None) == 1
+    exponent = saved(node, "exponent")
+    return isinstance(exponent, int | float) and exponent == 1
 
 
 def _matrix_product(
@@ -168,26 +215,45 @@ def _matrix_product(
     if len(given) == 2:
         operands = tuple(((node, i),) for i in places)
         return NodeOperation("matmul", node, operands, notes, gate=_gate([given[i] for i in places], way))
-    return NodeOperation("linear", node, (((node, inputs[0][0]),),), notes) if places[0] in given else None
+    place = inputs[0][0]
+    return NodeOperation("linear", node, (((node, place),),), notes) if place in places else None
 
 
 def _gate(factors: list[Edge], way: Way) -> int | None:
     """Return which of two factors is a weight: what a softmax or sigmoid gave, else what an activation gave."""
-    for names in (GATES, _ACTIVATIONS):
-        are = [_comes_from(edge, names, way) for edge in factors]
+    for is_weight in WEIGHTS.values():
+        are = [is_weight(edge, way) for edge in factors]
         if are.count(True) == 1:
             return are.index(True)
     return None
 
 
-def _comes_from(edge: Edge, names: Collection[str], way: Way) -> bool:
-    edge = way.through(edge, VIEWS | COPIES)
-    name = stem(edge[0])
-    if "Softmax" in names and name == "Div":
-        return _is_softmax(edge[0], way)
-    if "Silu" in names and name == "Mul":
-        return len(list(way.inputs(edge[0]))) == 2 and _activation_nodes(edge[0], way) is not None
-    return name in names
+def _only_softmax(edge: Edge, way: Way) -> bool:
+    """Whether a factor is a function of softmaxes alone, as attention weights that heads mix."""
+    return edge[0] in way.of_softmax
+
+
+def _from_gate(edge: Edge, way: Way) -> bool:
+    node = way.through(edge, VIEWS | COPIES | AFFINE)[0]
+    name, behind = stem(node), [edge for _, edge in way.inputs(node)]
+    if name in ("Hardtanh", "Clamp") and len(behind) == 1:  # relu6(x + 3) / 6
+        return stem(behind[0][0]) == "Add" and len(list(way.inputs(behind[0][0]))) == 1
+    return name in GATES or "gate" in way.weights.get(node, ()) or (name == "Div" and _is_softmax(node, way))
+
+
+def _from_activation(edge: Edge, way: Way) -> bool:
+    node = way.through(edge, VIEWS | COPIES | AFFINE)[0]
+    if stem(node) == "Mul":
+        return len(list(way.inputs(node))) == 2 and _activation_nodes(node, way) is not None
+    return stem(node) in _ACTIVATIONS or "activation" in way.weights.get(node, ())
+
+
+WEIGHTS: Mapping[str, Callable[[Edge, Way], bool]] = {
+    "softmax": _only_softmax,
+    "gate": _from_gate,
+    "activation": _from_activation,
+}
+"""What makes a factor the weight of another: the first of these that is true of one of the two alone."""
 
 
 def _written_out(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOperation | None, set[Any]]:
@@ -202,13 +268,15 @@ def _written_out(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeO
         if _is_softmax(node, way):
             numerator = way.through(first, VIEWS | COPIES)[0]
             inner = {numerator, *_between(second, numerator, way), *_between(first, numerator, way)}
+            if _own(inner, node, way) != inner:
+                return None, set()
             return NodeOperation("softmax", node, (((numerator, 0),),), notes, inner=frozenset(inner)), inner
         inner = _statistic_nodes(second, way)
-        return (NodeOperation("spread", node, pair, notes) if inner else None), inner
+        return (NodeOperation("spread", node, pair, notes) if inner else None), _own(inner, node, way)
     for signal, statistic in ((0, second), (1, first)):
         inner = _statistic_nodes(statistic, way, inverse=True)
         if inner:
-            return NodeOperation("spread", node, (pair[signal], pair[1 - signal]), notes), inner
+            return NodeOperation("spread", node, (pair[signal], pair[1 - signal]), notes), _own(inner, node, way)
     return NodeOperation("product", node, pair, notes, gate=_gate([first, second], way)), set()
 
 
@@ -222,10 +290,11 @@ def _activation_nodes(node: Any, way: Way) -> tuple[list[tuple[Any, int]], set[A
         if len(frontier) == 1:
             break
         latest = max((edge[0] for edge in frontier), key=sequence_number)
-        if stem(latest) not in ELEMENTWISE:
+        behind = {edge for _, edge in way.inputs(latest)}
+        if stem(latest) not in ELEMENTWISE or not behind:  # one without is an input itself
             return None
         inner.add(latest)
-        frontier = {edge for edge in frontier if edge[0] is not latest} | {edge for _, edge in way.inputs(latest)}
+        frontier = {edge for edge in frontier if edge[0] is not latest} | behind
     if len(frontier) != 1:
         return None
     (origin,) = frontier
@@ -235,9 +304,23 @@ def _activation_nodes(node: Any, way: Way) -> tuple[list[tuple[Any, int]], set[A
     return None if shared else (exits, inner - {node})
 
 
+def _own(inner: set[Any], node: Any, way: Way) -> set[Any]:
+    """Return those of some nodes that only each other and one more node read: what else is read counts for itself."""
+    kept = set(inner)
+    while True:
+        reads = Counter(edge for n in (node, *kept) for _, edge in way.inputs(n))
+        shared = {n for n in kept if way.readers[(n, 0)] != reads[(n, 0)]}
+        if not shared:
+            return kept
+        kept -= shared
+
+
 def _is_softmax(node: Any, way: Way) -> bool:
     """Whether a quotient is exp(x) by its own sum."""
-    (_, top), (_, bottom) = way.inputs(node)
+    edges = [edge for _, edge in way.inputs(node)]
+    if len(edges) != 2:
+        return False
+    top, bottom = edges
     top, bottom = way.through(top, VIEWS | COPIES), way.through(bottom, VIEWS | COPIES)
     if stem(top[0]) != "Exp" or stem(bottom[0]) != "Sum":
         return False
