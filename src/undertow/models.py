@@ -10,6 +10,7 @@ A reference is one of
                                     with its preprocessing or tokenizer; @REVISION names another, @none is random
     path/to/model.keras             a model that Keras saved, .h5 of earlier versions too
     path/to/file.py:function        your own; the function returns a network, or a dict or `Classifier` around one
+    jax:path/to/file.py:function    the same, of JAX, where the network is a plain function
 
 No framework is imported until `load` or `listing` needs one.
 """
@@ -28,14 +29,14 @@ from typing import Any
 
 from .classifier import Classifier, Reference, Zoo
 from .errors import FrameworkError, ModelError, UndertowError, did_you_mean, printable, text_of
-from .frameworks.base import capability, framework_of_model
+from .frameworks.base import bound, capability, framework_of_model
 from .frameworks.starting import quietly
 from .installing import install_command
 from .scales import FORMS as SCALE_FORMS
 from .scales import Scaling
 from .signals import Terminated, interrupts
 
-FORMS = "demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras or FILE.py:FUNCTION"
+FORMS = "demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras, [jax:]FILE.py:FUNCTION"
 SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "hf": "torch", "keras": "keras"}
 """The framework that loads each source, the part of a reference before the colon."""
 
@@ -104,7 +105,9 @@ def _load(reference: str, file: Path | None, scaling: Scaling | None, output: st
     if reference.lower().endswith((".keras", ".h5", ".hdf5")) or Path(reference, "saved_model.pb").is_file():
         return _zoo("keras").load("file", reference, "", file, output)
     if path.endswith(".py"):
-        return _from_file(reference, Path(path).expanduser(), function, file, scaling, output)
+        framework = "jax" if source == "jax" else None
+        file_of_code = Path(path.removeprefix("jax:") if framework else path).expanduser()
+        return _from_file(reference, file_of_code, function, file, scaling, output, framework)
     raise ModelError(f"unknown model '{printable(reference)}'; a reference is {FORMS}{_similar(reference)}")
 
 
@@ -167,15 +170,22 @@ def _from_file(
     weights: Path | None,
     scaling: Scaling | None,
     output: str | int | None,
+    framework: str | None = None,
 ) -> Classifier:
-    """Run the function and complete what it returns: class names, preprocessing, eval mode, weights."""
+    """Run the function and complete what it returns: class names, preprocessing, eval mode, weights.
+
+    Args:
+        framework: that the network belongs to; None: as its class says.
+    """
     if not path.is_file():
         raise ModelError(f"no file {printable(path)}; a reference is {FORMS}")
     with _seeded(), _neighbours_importable(path), interrupts() as interrupted:
         try:
             network = _function(path, function)()
             module = network.get("module") if isinstance(network, dict) else getattr(network, "module", network)
-            return _zoo(framework_of_model(module)).from_object(reference, network, weights, scaling, output)
+            return _zoo(framework or framework_of_model(bound(module))).from_object(
+                reference, network, weights, scaling, output
+            )
         except (UndertowError, Terminated):
             raise
         except BaseException as error:  # its own code may end the program, or what should be one

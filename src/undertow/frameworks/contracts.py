@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from . import base
     from .jax import arrays as jax_arrays
     from .jax import explain as jax_explain
+    from .jax import zoo as jax_zoo
     from .jax.inspect import layers as jax_layers
     from .keras import arrays as keras_arrays
     from .keras import explain as keras_explain
@@ -40,4 +41,4 @@ if TYPE_CHECKING:
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
     DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)
-    ZOOS: tuple[Zoo, ...] = (torch_zoo, keras_zoo)
+    ZOOS: tuple[Zoo, ...] = (torch_zoo, keras_zoo, jax_zoo)

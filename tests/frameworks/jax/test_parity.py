@@ -1,0 +1,180 @@
+"""The same weights in torch and in Flax give the same maps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen
+from torch.nn import functional as F
+
+import undertow as ut
+from frameworks.keras.parity import CLASSES, NETWORKS, InTorch, _statistics, _weights, images, nearest
+
+pytestmark = pytest.mark.slow
+
+
+class TokensInTorch(InTorch):
+    """With what a vision transformer needs."""
+
+    def tokens(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+    def layer_norm(self, x, width):
+        scale, shift = self.numbers.normal(size=width) * 0.2 + 1, self.numbers.normal(size=width) * 0.3
+        return F.layer_norm(x, (width,), self._of(scale), self._of(shift), eps=1e-6)
+
+    def attention(self, x, width, heads):
+        q, k, v = (self.split(self.dense(x, width, width), heads) for _ in range(3))
+        weights = (q @ k.transpose(-1, -2) / (width // heads) ** 0.5).softmax(-1)
+        return self.dense((weights @ v).transpose(1, 2).flatten(2), width, width)
+
+    def split(self, x, heads):
+        return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+    gelu = staticmethod(F.gelu)
+
+    def mean_of_tokens(self, x):
+        return x.mean(1)
+
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+class InFlax:
+    """Calls Flax layers with the same weights, transposed; inside a compact method of linen."""
+
+    def __init__(self, dtype, seed):
+        self.dtype, self.numbers, self.statistics = dtype, np.random.default_rng(seed), []
+
+    def _as(self, array):
+        return lambda *_: jnp.asarray(array, self.dtype)
+
+    def conv(self, x, inside, outside, size, stride=1, pad=0):
+        kernel, bias = _weights(self.numbers, outside, inside, size, size), self.numbers.normal(size=outside) * 0.1
+        options = {"kernel_init": self._as(kernel.transpose(2, 3, 1, 0)), "bias_init": self._as(bias)}
+        return linen.Conv(outside, (size, size), stride, padding=pad, param_dtype=self.dtype, **options)(x)
+
+    def depthwise(self, x, width, size, stride=1, pad=0):
+        kernel = self._as(_weights(self.numbers, width, 1, size, size).transpose(2, 3, 1, 0))
+        options = {"feature_group_count": width, "use_bias": False, "kernel_init": kernel, "param_dtype": self.dtype}
+        return linen.Conv(width, (size, size), stride, padding=pad, **options)(x)
+
+    def norm(self, x, width):
+        mean, variance, scale, shift = _statistics(self.numbers, width)
+        self.statistics.append((mean, variance))
+        return linen.BatchNorm(
+            use_running_average=True,
+            epsilon=1e-5,
+            param_dtype=self.dtype,
+            scale_init=self._as(scale),
+            bias_init=self._as(shift),
+        )(x)
+
+    def dense(self, x, inside, outside):
+        kernel = self._as(_weights(self.numbers, outside, inside).T)
+        return linen.Dense(outside, use_bias=False, kernel_init=kernel, param_dtype=self.dtype)(x)
+
+    relu, relu6, gelu = staticmethod(jax.nn.relu), staticmethod(jax.nn.relu6), staticmethod(_gelu)
+
+    def max_pool(self, x):
+        return linen.max_pool(x, (2, 2), (2, 2))
+
+    def average_pool(self, x):
+        return linen.avg_pool(x, (2, 2), (2, 2))
+
+    def add(self, x, y):
+        return x + y
+
+    def cat(self, x, y):
+        return jnp.concatenate([x, y], -1)
+
+    def flatten(self, x):
+        return x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+
+    def mean(self, x):
+        return x.mean((1, 2))
+
+    def tokens(self, x):
+        return x.reshape(len(x), -1, x.shape[-1])
+
+    def layer_norm(self, x, width):
+        scale, shift = self.numbers.normal(size=width) * 0.2 + 1, self.numbers.normal(size=width) * 0.3
+        options = {"scale_init": self._as(scale), "bias_init": self._as(shift), "param_dtype": self.dtype}
+        return linen.LayerNorm(epsilon=1e-6, **options)(x)
+
+    def attention(self, x, width, heads):
+        q, k, v = (self.split(self.dense(x, width, width), heads) for _ in range(3))
+        weights = jax.nn.softmax(q @ k.swapaxes(-1, -2) / (width // heads) ** 0.5)
+        return self.dense((weights @ v).swapaxes(1, 2).reshape(x.shape), width, width)
+
+    def split(self, x, heads):
+        return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+    def mean_of_tokens(self, x):
+        return x.mean(1)
+
+
+def vit(k, x):
+    x = k.tokens(k.conv(x, 3, 16, 8, stride=8))
+    for _ in range(2):
+        x = k.add(x, k.attention(k.layer_norm(x, 16), 16, 2))
+        x = k.add(x, k.dense(k.gelu(k.dense(k.layer_norm(x, 16), 16, 32)), 32, 16))
+    return k.dense(k.mean_of_tokens(k.layer_norm(x, 16)), 16, CLASSES)
+
+
+ALL = {**NETWORKS, "small ViT": (vit, 2)}
+
+
+STATISTICS: list[tuple[np.ndarray, np.ndarray]] = []  # means and variances of the norms that ran last, in order
+
+
+class Net(linen.Module):
+    name_of_network: str
+    dtype: str
+
+    @linen.compact
+    def __call__(self, x):
+        kit = InFlax(self.dtype, 11)
+        scores = ALL[self.name_of_network][0](kit, x)
+        STATISTICS[:] = kit.statistics
+        return scores
+
+
+def in_flax(name, dtype, x):
+    """Return the network as a bound module, the statistics of its norms put in their places in order."""
+    net = Net(name, dtype)
+    variables = net.init(jax.random.key(0), x)
+    if "batch_stats" in variables:
+        for i, (mean, variance) in enumerate(STATISTICS):
+            variables["batch_stats"][f"BatchNorm_{i}"] = {
+                "mean": jnp.asarray(mean, dtype),
+                "var": jnp.asarray(variance, dtype),
+            }
+    return net.bind(variables)
+
+
+def difference(name, rule, dtype):
+    network, _ = ALL[name]
+    x = images(dtype)
+    options = {"rule": rule, "target": 2, "activations": "all"}
+    a = ut.explain(lambda x: network(TokensInTorch(getattr(torch, dtype), 11), x), torch.from_numpy(x), **options)
+    ours = jnp.asarray(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))
+    b = ut.explain(in_flax(name, dtype, ours), ours, **options)
+    assert b.values.dtype == dtype
+    wanted, values = a.numpy(), b.numpy().transpose(0, 3, 1, 2)
+    assert np.abs(np.asarray(a.scores) - np.asarray(b.scores)).max() <= 1e-4
+    return float(np.abs(values - wanted).max() / np.abs(wanted).max()), a.rewired, b.rewired
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_maps_equal_torchs(name):
+    assert name == "small ViT" or nearest(name) > 1e-5
+    for rule in ("gradient", "deconvnet", "guided"):
+        relative, in_torch, in_jax = difference(name, rule, "float32")
+        assert relative <= 1e-5, rule
+        assert in_torch == in_jax == (0 if rule == "gradient" else ALL[name][1])
+    with jax.enable_x64(True):
+        for rule in ("gradient", "deconvnet", "guided"):
+            assert difference(name, rule, "float64")[0] <= 1e-10, rule
