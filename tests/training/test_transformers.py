@@ -179,7 +179,9 @@ def test_findings_go_to_the_trainers_logger_and_history(tmp_path, caplog):
     model = WithLoss(scale=0.0)
     with pytest.raises(ut.FindingError, match="no-gradient"):
         train(tmp_path, recorder(tmp_path / "raised", on_finding="raise"), model, x, y)
-    assert not ut.Run(tmp_path / "raised").finished
+    raised = ut.Run(tmp_path / "raised")
+    assert not raised.finished
+    assert raised.table("batches")["batch"].to_pylist() == [0]  # published at once
 
 
 def test_a_compiled_training_is_refused(tmp_path):
