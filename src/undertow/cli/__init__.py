@@ -11,6 +11,7 @@ import click
 from ..errors import UndertowError
 from ..signals import TERMINATED, Terminated, interrupts, unwound_by_sigterm
 from .check import check
+from .completing import VARIABLE, answer
 from .demo import demo
 from .derive import derive
 from .diagnose import diagnose
@@ -113,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str], interrupted: Sequence[int]) -> None:
     """Run the command and exit; Ctrl-C, which `interrupted` tells from what a network raises itself, goes on."""
+    if VARIABLE in os.environ:
+        sys.exit(answer(app))
     print_anywhere()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow logs from C++, past Python
     debug = "--debug" in words

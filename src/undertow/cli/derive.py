@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .completing import complete_model
 from .photographs import ground_option, input_line, load_classifier, preprocess_option
 from .printing import echo, print_json
 
@@ -91,7 +92,12 @@ Examples:
 )
 @click.argument("image", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
+    "--model",
+    "reference",
+    metavar="REF",
+    required=True,
+    shell_complete=complete_model,
+    help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.",
 )
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="A .safetensors file or a state dict.")
 @preprocess_option

@@ -13,6 +13,7 @@ import click
 from ..errors import printable
 from ..rules import ATTENTION, TABLES
 from ..signals import Terminated, interrupts
+from .completing import complete_model
 from .errors import debugging, error_line
 from .printing import echo, nobody_reads, print_json
 
@@ -35,7 +36,9 @@ out_option = click.option(
     help="Gets a folder for each photograph; files of the same names are replaced.",
 )
 # these differ in their help
-model_option = partial(click.option, "--model", "reference", metavar="REF", required=True)
+model_option = partial(
+    click.option, "--model", "reference", metavar="REF", required=True, shell_complete=complete_model
+)
 weights_option = partial(click.option, "--weights", metavar="FILE", type=click.Path(path_type=Path))
 preprocess_option = click.option(
     "--preprocess",

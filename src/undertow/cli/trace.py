@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .completing import complete_model
 from .photographs import device_option, input_line, load_classifier, preprocess_option
 from .printing import echo, print_json
 
@@ -24,7 +25,12 @@ WRONG = 1
 @click.command(short_help="What goes in and out of each module in one pass.", epilog=EXAMPLES)
 @click.argument("photograph", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--model", "reference", metavar="REF", required=True, help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION."
+    "--model",
+    "reference",
+    metavar="REF",
+    required=True,
+    shell_complete=complete_model,
+    help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.",
 )
 @click.option(
     "--weights",
