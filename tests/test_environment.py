@@ -54,6 +54,7 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_the_remedy(monkeypat
         (("keras", "jax"), "jax", []),
         (("jax",), "tensorflow", []),
         (("keras", "tensorflow"), "openvino", ["Keras is to run on openvino"]),
+        (("torch", "keras"), "torch", []),
         (("torch", "keras"), "tensorflow", ["Keras is here without TensorFlow"]),
     ],
 )

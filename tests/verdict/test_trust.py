@@ -173,6 +173,22 @@ def test_layer_gradients_of_directions(x):
     assert seen.at_input.shape == (1, 2, 3, 20, 24)
 
 
+def test_layer_gradients_are_those_before_a_softmax(x):
+    """The model then runs twice; what its layers returned the first time is forgotten."""
+    torch.manual_seed(2)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 6)
+    inspector = base.capability("torch", "inspect.layers")
+    found = []
+    for model in (nn.Sequential(*layers).eval(), nn.Sequential(*layers, nn.Softmax(1)).eval()):
+        request = base.Request(model, (x,), ut.rules.gradient, "gradient", 1, "graph", "relu-like", False)
+        found.append(inspector.layer_gradients(request, ["0", "2"]))
+    plain, softmax = found
+    assert list(softmax.gradients) == ["0", "2"]
+    for name, gradients in plain.gradients.items():
+        assert np.abs(gradients).max() > 0
+        assert np.array_equal(softmax.gradients[name], gradients)
+
+
 def test_what_cannot_be_asked_says_why(x):
     def function(images):
         return F.relu(images.mean((2, 3))) @ torch.linspace(-1, 2, 12).reshape(3, 4)

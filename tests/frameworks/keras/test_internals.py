@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers
 
+from undertow.frameworks import keras_layers
 from undertow.frameworks.keras import internals
 
 
@@ -37,8 +38,11 @@ def test_layers_are_listed_at_every_depth():
     model = keras.Sequential([keras.Sequential([block]), relu])
     assert internals.all_layers(model)[0] is model
     assert {block, block.dense, relu} < set(internals.all_layers(model))
-    assert internals.children(block) == [block.dense]
-    assert internals.children(model) == model.layers
+    assert keras_layers.children(block) == [block.dense]
+    assert keras_layers.children(model) == model.layers
+    block(np.ones((1, 3), np.float32))
+    assert keras_layers.own_variables(block) == []
+    assert keras_layers.own_variables(block.dense) == block.weights
 
 
 def test_a_layers_own_flag_is_set_alone():

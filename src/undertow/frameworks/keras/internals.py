@@ -7,7 +7,6 @@ one away fails there.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 from tensorflow.python.framework import ops
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
@@ -15,11 +14,6 @@ from tensorflow.python.framework.function_def_to_graph import function_def_to_gr
 def all_layers(model: Any) -> list[Any]:
     """Return a model or layer and every layer within it, once each; in public a model lists its children alone."""
     return list(model._flatten_layers())
-
-
-def children(layer: Any) -> list[Any]:
-    """Return the layers directly within one; of those that are no model, Keras has no public list."""
-    return list(layer.layers if isinstance(layer, keras.Model) else layer._layers)
 
 
 def set_trainable(layer: Any, trainable: bool) -> None:
@@ -46,11 +40,6 @@ def call_with(function: Any, tensors: Sequence[Any], values: Mapping[int, Any]) 
     """
     captures = [values.get(id(capture), capture) for capture in function.captured_inputs]
     return function._call_flat(list(tensors), captures)
-
-
-def own_variables(layer: Any) -> list[Any]:
-    """Return the weights that a layer holds itself, not those of the layers within; in public both come in one list."""
-    return list(layer._trainable_variables) + list(layer._non_trainable_variables)
 
 
 def gradient_function(op: Any) -> Any:

@@ -1,7 +1,6 @@
 """The layers of a network: their dotted names and kinds; and what identifies a network."""
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -9,27 +8,8 @@ import numpy as np
 
 from ...errors import ModelError
 from ..base import NamedModule
+from ..keras_layers import kind, named_layers, types
 from .calls import refuse_other_backends
-from .internals import children
-
-_POOLS = tuple(
-    getattr(keras.layers, f"{kind}Pooling{n}D")
-    for kind in ("Max", "Average", "GlobalMax", "GlobalAverage")
-    for n in (1, 2, 3)
-)
-_CONVS = (
-    *("Conv1D", "Conv2D", "Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"),
-    *("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D"),
-)
-_NORMS = ("BatchNormalization", "LayerNormalization", "GroupNormalization", "UnitNormalization")
-_KINDS: dict[str, tuple[type, ...]] = {
-    "conv": tuple(getattr(keras.layers, name) for name in _CONVS),
-    "linear": (keras.layers.Dense, keras.layers.EinsumDense),
-    "norm": tuple(getattr(keras.layers, name) for name in _NORMS),
-    "relu": (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.PReLU),
-    "pool": _POOLS,
-}
-_RELUS = (keras.activations.relu, keras.activations.relu6, keras.activations.leaky_relu)
 
 
 def named_modules(model: Any) -> list[NamedModule]:
@@ -45,33 +25,10 @@ def named_modules(model: Any) -> list[NamedModule]:
     if not isinstance(model, keras.Layer):
         raise ModelError(f"model is a {type(model).__name__}, not a keras.Model or keras.Layer")
     names: dict[int, tuple[Any, list[str]]] = {}
-    for name, layer in _layers_within(model, ""):
+    for name, layer in named_layers(model):
         names.setdefault(id(layer), (layer, []))[1].append(name)
-    named = [NamedModule(tuple(own), _kind(layer), _types(layer), layer) for layer, own in names.values()]
-    return named or [NamedModule(("",), _kind(model), _types(model), model)]
-
-
-def _layers_within(layer: Any, path: str) -> Iterator[tuple[str, Any]]:
-    name_counts: dict[str, int] = {}
-    for child in children(layer):
-        if isinstance(child, keras.layers.InputLayer):
-            continue
-        count = name_counts.get(child.name, 0)
-        name_counts[child.name] = count + 1
-        name = path + child.name + (f"_again{count}" if count else "")  # siblings may share a name
-        yield name, child
-        yield from _layers_within(child, f"{name}.")
-
-
-def _kind(layer: Any) -> str:
-    if isinstance(layer, keras.layers.Activation) and layer.activation in _RELUS:
-        return "relu"
-    return next((kind for kind, types in _KINDS.items() if isinstance(layer, types)), type(layer).__name__.lower())
-
-
-def _types(layer: Any) -> tuple[str, ...]:
-    mro = type(layer).__mro__
-    return tuple(cls.__name__ for cls in mro[: mro.index(keras.Layer)]) or (type(layer).__name__,)
+    named = [NamedModule(tuple(own), kind(layer), types(layer), layer) for layer, own in names.values()]
+    return named or [NamedModule(("",), kind(model), types(model), model)]
 
 
 def identity(model: Any) -> dict[str, Any]:

@@ -100,12 +100,3 @@ def reached(tensor: Any, sources: Sequence[Any]) -> frozenset[int]:
             seen.add(op)
             remaining += [x.op for x in op.inputs]
     return frozenset(i for op, i in wanted.items() if op in seen)
-
-
-def channel_axis(model: Any, name: str) -> int:
-    """Return where a layer's output has its channels, 1 or -1: as it says itself, else as Keras is set."""
-    layer = layer_named(model, name)
-    if isinstance(layer, keras.layers.BatchNormalization):
-        return 1 if layer.axis == 1 else -1
-    first = getattr(layer, "data_format", None) or keras.config.image_data_format()
-    return 1 if first == "channels_first" else -1

@@ -1,17 +1,16 @@
 """A network with some of its layers initialised anew, which shares everything else with the network itself."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from ..base import Request
+from ..keras_layers import own_variables, redrawn
 from .calls import run
-from .internals import call_with, own_variables
+from .internals import call_with
 from .layers import named_modules
 
 
@@ -52,42 +51,10 @@ def on_network(request: Request) -> tuple[Request, Mapping[int, Any]]:
 
 
 def reinitialized(model: Any, names: Sequence[str], seed: int) -> Reinitialized:
-    """Return the network with the named layers initialised anew, each from a seed of its own.
-
-    A layer is built once more from its own configuration, by its own initialisers. What a layer that cannot be built so
-    holds is shuffled: the same values, at other positions.
-    """
+    """Return the network with the named layers initialised anew, each from a seed of its own; see `redrawn`."""
     layers = {name: named.module for named in named_modules(model) for name in named.names}
     variables: dict[int, Any] = {}
     for name in names:
-        own = own_variables(layers[name])
-        drawn = _drawn_anew(layers[name], f"{seed}:{name}")
-        if drawn is None:
-            numbers = np.random.default_rng(zlib.crc32(f"{seed}:{name}".encode()))
-            drawn = [numbers.permutation(v.numpy().ravel()).reshape(v.shape) for v in own]
-        for variable, value in zip(own, drawn, strict=True):
+        for variable, value in zip(own_variables(layers[name]), redrawn(layers[name], name, seed), strict=True):
             variables[id(variable.handle)] = tf.Variable(tf.cast(value, variable.dtype), trainable=variable.trainable)
     return Reinitialized(model, variables)
-
-
-def _drawn_anew(layer: Any, seed: str) -> list[Any] | None:
-    """Return the values of a layer's own weights in a new layer of the same configuration; None where there is none."""
-    try:
-        config = _with_seeds(layer.get_config(), seed)
-        fresh = type(layer).from_config(config)
-        fresh.build_from_config(layer.get_build_config())
-        values = [variable.numpy() for variable in own_variables(fresh)]
-    except Exception:  # a class of the user's own, which may need anything
-        return None
-    shapes = [tuple(variable.shape) for variable in own_variables(layer)]
-    return values if values and [value.shape for value in values] == shapes else None
-
-
-def _with_seeds(config: Any, seed: str) -> Any:
-    """Return a configuration in which each initialiser draws from a seed of its own."""
-    if isinstance(config, Mapping):
-        return {
-            key: zlib.crc32(seed.encode()) >> 1 if key == "seed" else _with_seeds(value, f"{seed}/{key}")
-            for key, value in config.items()
-        }
-    return config

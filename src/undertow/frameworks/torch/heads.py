@@ -43,12 +43,16 @@ def head_name(scores: Tensor) -> str:
 
 
 def run_to_scores(
-    request: Request, inputs: Sequence[Tensor], network: Callable[..., Any] | None = None
+    request: Request,
+    inputs: Sequence[Tensor],
+    network: Callable[..., Any] | None = None,
+    again: Callable[[], object] = lambda: None,
 ) -> tuple[Any, Path | None, str]:
     """Run a request's model; return what its target is to be read from, where in it, and the head that was taken off.
 
     Args:
         network: to run in place of the model.
+        again: called before the model runs a second time, for what is before its head.
 
     Raises:
         InputError: the model cannot be called with the inputs in their structure. ModelError: as `run_before_head`.
@@ -64,6 +68,7 @@ def run_to_scores(
     if not name or request.head == AS_IS:
         return output, request.output, name
     del output  # and its graph, before the model runs again
+    again()
     before, name = run_before_head(call, inputs, request.output)
     return before, None, name
 

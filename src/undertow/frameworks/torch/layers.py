@@ -15,6 +15,7 @@ from ..base import Request
 from ..own_passes import own_pass
 from .calls import eager, module_of, run, uncompiled
 from .internals import CONVOLUTION, NORM
+from .submodules import is_keras, named_modules, top_names
 
 CHANNELS_FIRST = (CONVOLUTION, NORM, nn.GroupNorm)
 CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
@@ -30,9 +31,9 @@ def submodule(model: Any, layer: str) -> nn.Module:
     if root is None:
         raise InputError(f"model is a {type(model).__name__}; layers are those of a torch.nn.Module")
     name = layer.partition("@")[0]
-    modules: dict[str, nn.Module] = dict(root.named_modules())
+    modules: dict[str, nn.Module] = dict(named_modules(root))
     if name not in modules or not name:
-        children = ", ".join(child for child, _ in root.named_children())
+        children = ", ".join(top_names(root))
         raise InputError(f"no layer {name!r}{did_you_mean(name, modules) or f'; at the top there are {children}'}")
     return modules[name]
 
@@ -49,7 +50,24 @@ def call_number(layer: str) -> int | None:
     return int(number) if at else None
 
 
-def record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[str, torch.Tensor]:
+class RecordedOutputs(dict[str, torch.Tensor]):
+    """Modules' outputs by name; `layer@1` is that of a second call.
+
+    Attributes:
+        calls: how often each module was called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def forget(self) -> None:
+        """Forget a run, before the network runs once more."""
+        self.clear()
+        self.calls.clear()
+
+
+def record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> RecordedOutputs:
     """Return a dict that fills with the named modules' outputs in this thread, `layer@1` being those of a second call.
 
     All calls of a module are recorded, whichever a name asks for.
@@ -59,8 +77,7 @@ def record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[s
     Raises:
         InputError: as `submodule`.
     """
-    outputs: dict[str, torch.Tensor] = {}
-    calls: Counter[str] = Counter()
+    outputs = RecordedOutputs()
     thread = threading.get_ident()
     for name in dict.fromkeys(name.partition("@")[0] for name in names):
 
@@ -68,7 +85,7 @@ def record_outputs(model: Any, names: Sequence[str], stack: ExitStack) -> dict[s
             first = next((t for _, t in tensors_with_paths(output) if t.requires_grad), None)
             if threading.get_ident() != thread or first is None:
                 return None
-            call, calls[name] = calls[name], calls[name] + 1
+            call, outputs.calls[name] = outputs.calls[name], outputs.calls[name] + 1
             outputs[f"{name}@{call}" if call else name] = first
             return map_tensors(output, lambda tensor: tensor.clone() if tensor is first else tensor)
 
@@ -88,6 +105,11 @@ def channel_axis_of(layer: nn.Module, ndim: int) -> int | None:
         ndim: of the layer's output, of which a module of another number of axes tells nothing: a patch embedding's
             convolution of planes, say, of the tokens that are made of them.
     """
+    layer = submodule(model, name)
+    if is_keras(layer):
+        from ..keras_layers import channel_axis as of_keras
+
+        return of_keras(layer)
     tell = {
         1 if isinstance(module, CHANNELS_FIRST) else -1
         for module in layer.modules()

@@ -16,7 +16,7 @@ from ...targets import Box, Region, Token, Unit
 from ..base import Request
 from ..targets import from_one_hot, places, refuse_missing, top
 from .arrays import like
-from .calls import module_of, scores_of, uncompiled
+from .calls import has_channels_last, module_of, scores_of, uncompiled
 from .layers import channel_axis, record_outputs
 
 
@@ -138,6 +138,8 @@ def _unit_axis(request: Request, layer: str, values: torch.Tensor) -> int:
     if values.ndim == 2:
         return 1
     told, x = channel_axis(request.model, layer, values.ndim), request.inputs[0]
+    if told is not None and has_channels_last(request.model):
+        return told
     if x.is_floating_point() and x.ndim >= 3:
         return find_layout(layer, values.shape, x.shape, told).channel_axis
     if told is None:

@@ -15,6 +15,7 @@ from ....errors import InputError
 from ....outputs import Path
 from ....rules import gradient
 from ...base import BEFORE, Request
+from ...keras_layers import channel_axis, own_variables
 from ...own_passes import own_pass
 from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import channels_last as config_channels_last
@@ -23,9 +24,9 @@ from ..calls import refuse_non_class_scores, refuse_non_finite, refuse_other_bac
 from ..explain.forward import Forward, run_forward
 from ..explain.switching import switched_rule, switches_of
 from ..explain.tracing import cached, keep, key_of, under_rule
-from ..internals import call_with, own_variables
+from ..internals import call_with
 from ..layers import named_modules
-from ..outputs import channel_axis, layer_named, reached, recorded_outputs, refuse_unseen
+from ..outputs import layer_named, reached, recorded_outputs, refuse_unseen
 from ..targets import Chosen
 from ..weights import Reinitialized, on_network
 from ..weights import reinitialized as reinitialized
@@ -178,7 +179,7 @@ def layer_gradients(
         values=dict(zip(names, arrays[:n], strict=True)),
         gradients=dict(zip(names, arrays[n : 2 * n], strict=True)),
         at_input=arrays[2 * n],
-        channel_axes={name: channel_axis(request.model, name) for name in names},
+        channel_axes={name: channel_axis(layer_named(request.model, name)) for name in names},
         reached=graph.reached,
     )
 

@@ -14,6 +14,7 @@ from ....structures import tensors_with_paths
 from ...base import Request
 from ..calls import eager, module_of, run, scores_of, uncompiled
 from ..heads import run_to_scores
+from ..submodules import named_modules
 from ..targets import target_scores
 
 _CUDNN = "cudnn RNN backward can only be called in training mode"
@@ -49,7 +50,7 @@ def where_cut(request: Request, fed: Sequence[Tensor]) -> str:
             cut.append(name)
 
     with ExitStack() as stack:
-        for name, module in () if root is None else root.named_modules():
+        for name, module in () if root is None else named_modules(root):
             if not isinstance(module, torch.jit.ScriptModule):
                 hook = module.register_forward_hook(partial(after, name), with_kwargs=True)
                 stack.callback(hook.remove)

@@ -26,6 +26,7 @@ from ..internals import next_sequence_number, sequence_number
 from ..nodes import HIDDEN, hidden_reason, name_of
 from ..record.sites import network
 from ..state import unchanged
+from ..submodules import named_modules
 from ..targets import target_scores
 from .module_calls import hookable_modules
 
@@ -86,7 +87,7 @@ def block_graph(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) ->
 
 
 def _refuse_scripted(module: nn.Module) -> None:
-    for name, submodule in module.named_modules():
+    for name, submodule in named_modules(module):
         if isinstance(submodule, torch.jit.ScriptModule):
             raise ModelError(
                 f"{name or 'the model'} is scripted or traced, and calls inside TorchScript cannot be seen; "

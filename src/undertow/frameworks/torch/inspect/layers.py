@@ -37,6 +37,7 @@ from ..heads import run_before_head, run_to_scores
 from ..internals import reset_of
 from ..layers import channel_axis, record_outputs
 from ..state import unchanged
+from ..submodules import is_keras, named_modules, own_parameters
 from ..targets import target_scores, with_function
 
 
@@ -64,7 +65,7 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
     root = module_of(uncompiled(model))
     if root is None or isinstance(root, torch.jit.ScriptModule):
         return []
-    names = {module: name for name, module in root.named_modules() if any(True for _ in module.parameters(False))}
+    names = {module: name for name, module in named_modules(root) if own_parameters(module) and not _is_scaling(module)}
     order: dict[str, None] = {}
     thread = threading.get_ident()
 
@@ -79,6 +80,11 @@ def layers(model: Any, x: torch.Tensor) -> list[str]:
     return list(order)
 
 
+def _is_scaling(module: nn.Module) -> bool:
+    """Whether a module is Keras's `Normalization`, whose figures are of the data and were not trained."""
+    return is_keras(module) and type(module).__name__ == "Normalization"
+
+
 def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
     """Return a copy in which the named layers are initialised anew, each from a seed of its own; the rest is shared.
 
@@ -90,6 +96,8 @@ def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
     """
     network = uncompiled(model)
     root = module_of(network)
+    if is_keras(root):
+        return _keras_clone(root, names, seed)
     fresh = (
         set() if root is None else {module for name in names for module in _with_projection(root.get_submodule(name))}
     )
@@ -109,6 +117,28 @@ def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
             for module in _with_projection(root_copy.get_submodule(name)):  # type: ignore[union-attr]
                 _initialize(module)
     return network_copy
+
+
+def _keras_clone(model: Any, names: Sequence[str], seed: int) -> Any:
+    """Return a clone of a Keras model, with the same weights but for those of the named layers."""
+    import keras
+
+    from ...keras_layers import own_variables, redrawn
+
+    try:
+        clone = keras.models.clone_model(model)
+        for variable, weight in zip(clone.weights, model.weights, strict=True):
+            variable.assign(weight.value.detach())
+    except Exception as error:
+        raise ModelError(
+            f"Keras cannot clone the model ({one_line(error)[:200]}), so its weights cannot be initialised anew"
+        ) from error
+    pairs = zip(named_modules(model, False), named_modules(clone, False), strict=True)
+    for (name, layer), (_, twin) in pairs:
+        if name in names:
+            for variable, value in zip(own_variables(twin), redrawn(layer, name, seed), strict=True):
+                variable.assign(value)
+    return clone.train(model.training)
 
 
 def _with_projection(module: nn.Module) -> list[nn.Module]:
@@ -156,7 +186,7 @@ def layer_gradients(
         attachment = None if request.rule is gradient else stack.enter_context(ThroughGraph(request))
         outputs = record_outputs(request.model, layers, stack)
         with nullcontext() if attachment is None else attachment.forward():
-            output, path, head = run_to_scores(request, fed)
+            output, path, head = run_to_scores(request, fed, again=outputs.forget)
             scores, ids, single = _columns(output, path, request, directions)
         if scores.grad_fn is None:
             raise no_gradient(request, fed)

@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..internals import is_view, tree_flatten, tree_leaves, tree_unflatten, version
 from ..state import RngAndBuffers
+from ..submodules import named_modules, own_parameters
 
 Versions = dict[int, tuple[Tensor, int]]  # by id: tensors, which are held so that no id is reused, and their versions
 
@@ -70,7 +71,7 @@ class ModuleCall:
     @property
     def is_reported(self) -> bool:
         """Whether it returned a tensor, and either no module called inside did or it has parameters of its own."""
-        return bool(self.outputs) and (not self.has_inner or any(True for _ in self.module.parameters(recurse=False)))
+        return bool(self.outputs) and (not self.has_inner or bool(own_parameters(self.module)))
 
 
 @final
@@ -141,7 +142,7 @@ class CallRecorder:
 
 def hookable_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that run hooks, but no parametrization: it belongs to the module whose weights it computes."""
-    for name, module in network.named_modules():
+    for name, module in named_modules(network):
         if "parametrizations" not in name.split(".") and not isinstance(module, torch.jit.ScriptModule):
             yield name, module
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ....errors import InputError, RuleError, did_you_mean
 from ..calls import module_of, uncompiled
 from ..internals import is_of_freed_tensor
+from ..submodules import named_modules, top_names
 from .module_calls import Versions, input_versions, with_own_gradients
 
 Change = Callable[[Any], Any]
@@ -158,14 +159,14 @@ def _matched_modules(network: nn.Module, sites: Mapping[str, Change]) -> dict[nn
     """
     if not isinstance(sites, Mapping) or not sites:
         raise InputError('sites is empty or no mapping; pass {"layer2": function}')
-    modules = dict(network.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(network, remove_duplicate=False))
     matched: dict[nn.Module, tuple[str, list[Change]]] = {}
     for key, change in sites.items():
         if not callable(change):
             raise InputError(f"the value for {key!r} is a {type(change).__name__}, not a function of the gradient")
         names = [key] if key in modules else [n for n in modules if n and fnmatch.fnmatchcase(n, str(key))]
         if not names:
-            children = ", ".join(name for name, _ in network.named_children())
+            children = ", ".join(top_names(network))
             hint = did_you_mean(str(key), modules) or f"; at the top there are {children}"
             raise InputError(f"no module matches {key!r}{hint}")
         for module in dict.fromkeys(modules[name] for name in names):

@@ -16,6 +16,7 @@ from ....errors import InputError, ModelError
 from ...results import Call, Checked, Difference, Pass
 from ..calls import module_of, uncompiled
 from ..state import RngAndBuffers, unchanged
+from ..submodules import named_parameters, own_parameters
 from .formulas import TOLERANCE, formula_differences
 from .functions import check_backward, custom_functions, recorded_calls
 from .module_calls import CallRecorder, ModuleCall, hookable_modules, output_tensors
@@ -93,7 +94,7 @@ def _fitting(gradient: Any, output: Tensor) -> Tensor:
 
 
 def _is_unreached(module: nn.Module, used: set[int]) -> bool:
-    own = [id(parameter) for parameter in module.parameters(recurse=False)]
+    own = [id(parameter) for parameter in own_parameters(module).values()]
     return bool(own) and used.isdisjoint(own)
 
 
@@ -159,7 +160,7 @@ def _result(call: ModuleCall) -> Call:
 
 def _own_parameters(call: ModuleCall) -> dict[str, nn.Parameter]:
     """Return the parameters that belong to a call: all below it, unless other modules were called inside."""
-    return dict(call.module.named_parameters(recurse=not call.has_inner))
+    return own_parameters(call.module) if call.has_inner else dict(named_parameters(call.module))
 
 
 def _own_gradients(

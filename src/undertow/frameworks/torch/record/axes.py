@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..internals import CONVOLUTION, NORM, in_memory
+from ..submodules import is_keras
 
 Shape = Sequence[int]
 _LAST = (nn.Linear, nn.Bilinear, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
@@ -97,6 +98,8 @@ def module_axes(module: nn.Module, position: str, shape: Shape) -> Axes | None:
         shape: of the tensor.
     """
     n = len(shape)
+    if is_keras(module):
+        return _of_keras(module, n)
     if isinstance(module, CONVOLUTION):
         return _images(n, len(module.kernel_size))
     if (spatial := next((k for cls, k in _SPATIAL.items() if isinstance(module, cls)), None)) is not None:
@@ -112,6 +115,13 @@ def module_axes(module: nn.Module, position: str, shape: Shape) -> Axes | None:
     if isinstance(module, _SECOND) and n > 1:
         return Axes(0, 1)
     return None
+
+
+def _of_keras(module: nn.Module, n: int) -> Axes | None:
+    """Return the axes of an output of Keras's layers, which have their samples first."""
+    from ...keras_layers import channel_axis
+
+    return Axes(0, 1 if channel_axis(module) == 1 else n - 1) if n > 1 else None
 
 
 def is_batch_first(module: nn.Module) -> bool | None:

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ....measures import ChannelSums, Histogram, stats
 from ..hooks import ModuleHook
 from ..internals import unseen_by_function_modes
+from ..submodules import named_modules, own_parameters, submodule
 from .cuts import Cut, Cuts
 from .site_graph import END, first_readers
 from .stats import arranged, count_true
@@ -117,7 +118,7 @@ class OpRecorder(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for name, module in self._network.named_modules():
+            for name, module in named_modules(self._network):
                 before, after = ModuleHook(partial(self._call_begins, name)), ModuleHook(self._call_ends)
                 stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after).remove)
@@ -235,7 +236,7 @@ class OpRecorder(TorchFunctionMode):
         self._cuts.clear()
 
     def _uncalled(self, name: str) -> Point:
-        module = self._network.get_submodule(name)
+        module = submodule(self._network, name)
         weights = [id(parameter) for parameter in module.parameters()]
         by_another = bool(weights) and self._used.issuperset(weights)  # as attention does with its last layer
         return Point({**_UNCALLED, "site": name} | ({"arrival": "used unseen"} if by_another else {}), module)
@@ -266,8 +267,8 @@ class OpRecorder(TorchFunctionMode):
     @property
     def _in_layer(self) -> bool:
         """Whether the innermost call is of a module with parameters of its own that learn."""
-        own = self._running[-1][0].parameters(recurse=False) if self._running else ()
-        return any(parameter.requires_grad for parameter in own)
+        own = own_parameters(self._running[-1][0]) if self._running else {}
+        return any(parameter.requires_grad for parameter in own.values())
 
     def _follow(
         self,

@@ -20,6 +20,7 @@ from ....errors import InputError
 from ....measures import Measure, State, reduce_all
 from ...base import NamedParameter
 from ...results import Observation, TensorKey
+from .. import submodules
 from ..internals import after_backward_pass, backward_pass, scale_of, version
 from .axes import dense
 from .sites import network
@@ -30,7 +31,7 @@ Named = dict[str, nn.Parameter]
 def named_parameters(model: Any) -> list[NamedParameter]:
     """List every parameter, in the order of definition, each once with all its names."""
     names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in network(model).named_parameters(remove_duplicate=False):
+    for name, parameter in submodules.named_parameters(network(model), remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return [NamedParameter(tuple(own), parameter) for parameter, own in names.items()]
 

@@ -12,6 +12,7 @@ from torch import nn
 from ....errors import ModelError
 from ...base import NamedModule
 from ...own_passes import own_pass
+from .. import submodules
 from ..explain.modules import ACTIVATIONS
 from ..internals import CONVOLUTION, NORM, is_compiled
 from ..weights import weights_sha256
@@ -42,7 +43,7 @@ def network(model: Any) -> nn.Module:
     root: nn.Module = model
     while isinstance(root, nn.parallel.DistributedDataParallel | nn.DataParallel):
         root = root.module
-    for name, module in root.named_modules():
+    for name, module in submodules.named_modules(root):
         if is_compiled(module):
             where = f"its part {name!r} is" if name else "it is"
             raise ModelError(
@@ -55,7 +56,7 @@ def network(model: Any) -> nn.Module:
 def named_modules(model: Any) -> list[NamedModule]:
     """List every module that can be a site, in the order of definition, each once with all its names."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in network(model).named_modules(remove_duplicate=False):
+    for name, module in submodules.named_modules(network(model), remove_duplicate=False):
         names.setdefault(module, []).append(name)
     alone = len(names) == 1
     return [
@@ -73,7 +74,7 @@ def layouts(model: Any, given: Mapping[str, str]) -> Layouts:
     """
     root = network(model)
     _refuse_empty(root)
-    return Layouts(dict(root.named_modules()), given)
+    return Layouts(dict(submodules.named_modules(root)), given)
 
 
 def _refuse_empty(root: nn.Module) -> None:
@@ -89,12 +90,20 @@ def _refuse_empty(root: nn.Module) -> None:
 
 
 def _kind(module: nn.Module) -> str:
+    if submodules.is_keras(module):
+        from ...keras_layers import kind
+
+        return kind(module)
     if is_linear(module):
         return "linear"
     return next((kind for kind, types in _KINDS.items() if isinstance(module, types)), type(module).__name__.lower())
 
 
 def _types(module: nn.Module) -> tuple[str, ...]:
+    if submodules.is_keras(module):
+        from ...keras_layers import types
+
+        return types(module)
     return tuple(cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object))
 
 
@@ -137,9 +146,9 @@ def identity(model: Any) -> dict[str, Any]:
     """
     root = network(model)
     digest = hashlib.sha256()
-    for name, module in root.named_modules():
+    for name, module in submodules.named_modules(root):
         digest.update(f"{name}\0{type(module).__qualname__}\0{module.extra_repr()}\0".encode())
-    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+    for name, tensor in (*submodules.named_parameters(root), *root.named_buffers()):
         digest.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in root.parameters()})
     return {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..submodules import own_parameters
 from .stats import arranged, count_true
 
 _RELUS = ("relu", "relu6", "hardtanh", "leaky_relu", "prelu", "threshold", "clamp", "clamp_min", "clip")
@@ -160,7 +161,7 @@ def weight_statistics(module: nn.Module) -> State:
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         inputs = module.in_channels * math.prod(module.stride)
     else:
-        own = [l2(parameter.detach()) for parameter in module.parameters(recurse=False)]
+        own = [l2(parameter.detach()) for parameter in own_parameters(module).values()]
         return {"broken_weights": count_true(~torch.isfinite(torch.stack(own)))} if own else {}
     norm = l2(module.weight.detach())
     return {
