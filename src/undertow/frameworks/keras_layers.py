@@ -39,9 +39,10 @@ def own_variables(layer: Any) -> list[Any]:
 
 
 def value_of(variable: Any) -> npt.NDArray[Any]:
-    """Copy a variable to NumPy. Keras's own ways do so on torch by what NumPy 2 warns of."""
+    """Copy a variable to NumPy. Keras's own ways do so by what NumPy 2 warns of."""
     value = variable.value
-    return np.array(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    return np.array(value.numpy() if hasattr(value, "numpy") else value)
 
 
 def named_layers(layer: Any, path: str = "") -> Iterator[tuple[str, Any]]:
