@@ -79,7 +79,7 @@ def batch_for(
     """Return a photograph as a batch of one on a device, or random numbers of a shape, or of the model's own.
 
     Raises:
-        InputError: a shape beside a photograph, or one that is not understood; no such device; a Keras network.
+        InputError: a shape beside a photograph, or one that is not understood; no such device.
     """
     from ..errors import InputError
     from ..frameworks.base import capability, framework_of_model
@@ -87,16 +87,12 @@ def batch_for(
 
     if photograph is not None and shape is not None:
         raise InputError("--shape is for a random input; leave it out beside an IMAGE")
-    size = _own_shape(classifier) if shape is None else _numbers(shape)
-    if framework_of_model(classifier.module) == "keras":
-        name = classifier.reference
-        raise InputError(
-            f"{name} is a Keras network; this command reads PyTorch's alone (explain and record read both)"
-        )
     device = on_device(classifier, device)
     if photograph is not None:
         return classifier.prepare(photograph, device)
-    return capability("torch", "arrays").batch(list(_random(size, seed)), device)
+    arrays = capability(framework_of_model(classifier.module), "arrays")
+    random = arrays.batch(list(_random(_own_shape(classifier), seed)), device)
+    return random if shape is None else arrays.like(_random(_numbers(shape), seed), random)
 
 
 def _numbers(shape: str) -> tuple[int, ...]:

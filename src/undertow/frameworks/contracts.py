@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .keras import record as keras_record
     from .keras import zoo as keras_zoo
     from .keras.inspect import layers as keras_layers
+    from .keras.inspect import redirect as keras_redirect
+    from .keras.inspect import trace as keras_trace
     from .torch import arrays as torch_arrays
     from .torch import explain as torch_explain
     from .torch import memory as torch_memory
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
     PREPARERS: tuple[base.Preparer, ...] = (torch_prepare,)
     MEMORIES: tuple[base.Memory, ...] = (torch_memory,)
     INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers, jax_layers)
-    TRACERS: tuple[base.Tracer, ...] = (torch_trace,)
-    REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect,)
+    TRACERS: tuple[base.Tracer, ...] = (torch_trace, keras_trace)
+    REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect, keras_redirect)
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
     DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)

@@ -1,12 +1,14 @@
 """Keras's layers, whatever Keras runs on: their dotted names, their kinds, their own weights, and these drawn anew."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import numpy.typing as npt
+
+from ..errors import ModelError, one_line
 
 _POOLS = tuple(
     getattr(keras.layers, f"{kind}Pooling{n}D")
@@ -77,6 +79,27 @@ def channel_axis(layer: Any) -> int:
         return 1 if layer.axis == 1 else -1
     first = getattr(layer, "data_format", None) or keras.config.image_data_format()
     return 1 if first == "channels_first" else -1
+
+
+def cloned(model: Any, names: Sequence[str], seed: int) -> Any:
+    """Return a clone of a model, with the same weights but for those of the named layers, which are redrawn.
+
+    Raises:
+        ModelError: Keras cannot clone it.
+    """
+    try:
+        clone = keras.models.clone_model(model)
+        for variable, weight in zip(clone.weights, model.weights, strict=True):
+            variable.assign(value_of(weight))
+    except Exception as error:
+        raise ModelError(
+            f"Keras cannot clone the model ({one_line(error)[:200]}), so its weights cannot be initialised anew"
+        ) from error
+    for (name, layer), (_, twin) in zip(named_layers(model), named_layers(clone), strict=True):
+        if name in names:
+            for variable, value in zip(own_variables(twin), redrawn(layer, name, seed), strict=True):
+                variable.assign(value)
+    return clone
 
 
 def redrawn(layer: Any, name: str, seed: int) -> list[npt.NDArray[Any]]:

@@ -147,6 +147,7 @@ def test_a_trace_a_redirection_and_blocks(net, x):
     assert [call.name for call in calls] == [
         *("first", "inner.conv", "inner.norm", "shared", "shared", "gate", "pool", "flat", "head")
     ]
+    assert [call.verdict for call in calls] == ["equal"] * 9
     kernel = calls[1].parameter_gradients["kernel"]
     assert kernel.shape == (3, 3, 4, 6)
     assert float(kernel.abs().max()) > 0

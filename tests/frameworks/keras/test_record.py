@@ -215,13 +215,6 @@ def test_diagnosis_is_torchs(net, x, tmp_path):
         step(net, x)
 
 
-def test_trace_and_redirect_are_torchs(net, x):
-    with pytest.raises(ut.InputError, match=r"^trace is not there for Keras yet$"):
-        ut.trace(net, tf.constant(x))
-    with pytest.raises(ut.InputError, match=r"^redirect is not there for Keras yet$"):
-        ut.redirect(net, {"shared": ut.redirect.zero()})
-
-
 @pytest.mark.parametrize("name", ["predicted", "label", "loss"])
 def test_objectives_of_photographs(net, x, name):
     net.get_layer("norm").trainable = False

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from ...errors import InputError, did_you_mean
-from ...structures import tensors_with_paths
+from ...structures import map_tensors, tensors_with_paths
+from ..base import Request
+from ..own_passes import own_pass
+from .calls import run
 from .layers import named_modules
 from .watching import wrapped
 
@@ -83,6 +87,65 @@ def _out_of_sight(name: str) -> InputError:
     return InputError(
         f"layer {name!r} runs in a tf.function or a loop of its own, out of sight; name a layer around it"
     )
+
+
+def call_number(layer: str) -> int | None:
+    """Return the call that a layer's name asks for, as in `layer@1`; None for all.
+
+    Raises:
+        InputError: what stands behind the `@` is no number.
+    """
+    name, at, number = layer.partition("@")
+    if at and not number.isdecimal():
+        raise InputError(f"layer {layer!r}: behind @ stands the number of a call, as in {name}@1")
+    return int(number) if at else None
+
+
+def layer_outputs(request: Request, layer: str) -> list[Any]:
+    """Run the model; return what each call of a layer returned, or the one call asked for; arrays where inputs are.
+
+    Raises:
+        InputError: as `layer_named`; the layer did not run, or out of sight.
+    """
+    number, outputs, thread = call_number(layer), list[Any](), threading.get_ident()
+    are_arrays = isinstance(request.inputs[0], np.ndarray)
+
+    def around(name: str, _: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        if threading.get_ident() == thread and tf.executing_eagerly():
+            outputs.append(map_tensors(output, lambda t: t.numpy() if are_arrays else tf.identity(t)))
+        return output
+
+    with own_pass(), wrapped({layer: layer_named(request.model, layer)}, around):
+        run(request.model, *request.fill([tf.convert_to_tensor(x) for x in request.inputs]), request.training)
+    if not outputs or (number or 0) >= len(outputs):
+        raise InputError(
+            f"layer {layer!r} runs {len(outputs)} time(s) for this x, those in a tf.function aside; name one that runs"
+        )
+    return outputs if number is None else [outputs[number]]
+
+
+def from_layer(request: Request, layer: str, number: int) -> Callable[[Any], Callable[..., Any]]:
+    """Return what makes of a network a function of one call of a layer, for the request's inputs."""
+    inputs = [tf.convert_to_tensor(x) for x in request.inputs]
+
+    def of_network(network: Any) -> Callable[..., Any]:
+        def run_on(output: Any) -> Any:
+            count, thread = Counter[str](), threading.get_ident()
+
+            def around(name: str, _: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+                own = call(*args, **kwargs)
+                if threading.get_ident() != thread:
+                    return own
+                count[name] += 1
+                return output if count[name] == number + 1 else own
+
+            with wrapped({layer: layer_named(network, layer)}, around):
+                return run(network, *request.fill(inputs), request.training)
+
+        return run_on
+
+    return of_network
 
 
 def is_float(value: Any) -> bool:

@@ -1,15 +1,18 @@
 """Which scores a target means, in the graph of one call: of classes, or of places in dense outputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from ...errors import ModelError, TargetError
+from ...errors import InputError, ModelError, TargetError
 from ...targets import Box, Region, Token, Unit
+from ..keras_layers import channel_axis
 from ..targets import class_ids, places, refuse_missing, top
 from .calls import refuse_non_class_scores
+from .outputs import layer_named
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,8 @@ def chosen_scores(output: Any, target: Any, ids: Any, batch: int | None) -> Chos
     """
     if callable(target):
         return _alone(_checked_scores(target(output), batch))
-    if isinstance(target, Unit | Box):
-        kind = type(target).__name__.lower()
-        raise ModelError(f"ut.targets.{kind} is not there for Keras yet; pass a function of the output")
+    if isinstance(target, Box):
+        raise ModelError("ut.targets.box is not there for Keras yet; pass a function of the output")
     if isinstance(target, Region):
         weights = tf.constant(target.weights(output.shape), output.dtype)
         return _alone(tf.reduce_sum(output * weights, list(range(1, output.shape.rank))))
@@ -61,6 +63,29 @@ def chosen_scores(output: Any, target: Any, ids: Any, batch: int | None) -> Chos
         columns = [(scores[:, k], tf.ones_like(scores[:, k])) for k in range(indices.shape[1])]
         return Chosen(scores, None, columns, single)
     return _of_classes(output, target, ids, batch)
+
+
+def unit_scores(target: Unit, network: Any, outputs: Mapping[str, Any]) -> Any:
+    """Return the scores `(B,)` of a unit, from the outputs of its layer in the graph of one call.
+
+    Raises:
+        InputError: the layer returned no tensor. TargetError: it has no such channel or place.
+    """
+    layer = target.layer
+    if layer not in outputs:
+        raise InputError(f"layer {layer!r} does not run for this x, or returns no tensor; name another")
+    values = outputs[layer]
+    axis = channel_axis(layer_named(network, layer)) if target.axis is None else target.axis
+    channels = tf.experimental.numpy.moveaxis(values, 1 if values.shape.rank == 2 else axis, 1)
+    if not 0 <= target.channel < channels.shape[1]:
+        raise TargetError(f"layer {layer!r} has channels 0 to {channels.shape[1] - 1}; there is no {target.channel}")
+    plane = channels[:, target.channel]
+    if target.place is None:
+        return tf.reduce_sum(plane, list(range(1, plane.shape.rank)))
+    sizes = tuple(plane.shape[1:])
+    if len(target.place) != len(sizes) or any(not -n <= i < n for i, n in zip(target.place, sizes, strict=True)):
+        raise TargetError(f"layer {layer!r} has places {sizes}; there is none at {target.place}")
+    return plane[(slice(None), *target.place)]
 
 
 def _alone(scores: Any) -> Chosen:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from ....errors import ModelError, RuleError, TargetError
+from ....errors import RuleError, TargetError
 from ....inputs import ModelArguments
 from ....outputs import Path
 from ....targets import Target
@@ -28,6 +28,7 @@ from ..calls import (
     scores_of,
     tensors,
 )
+from ..outputs import call_number, from_layer, layer_outputs
 from ..weights import on_network
 from .tracing import traced_graph
 
@@ -92,14 +93,26 @@ def _like_input(x: Any, value: Any) -> Any:
 
 
 def at_layer(request: Request, layer: str) -> list[tuple[ModelArguments, Request]]:
-    """Refuse: a layer's output cannot be put in its place here yet.
+    """Return, for each call of a layer, its output as arguments, and the request to explain by them.
 
     Raises:
-        ModelError: always.
+        InputError: there is no such layer, or it does not run.
     """
-    raise ModelError(
-        f"at={layer!r} is not there for Keras yet; explain keras.Model(layer.output, model.output) instead"
-    )
+    refuse_other_backends()
+    calls = []
+    for call, output in enumerate(layer_outputs(request, layer), call_number(layer) or 0):
+        arguments = ModelArguments(output, (output,), {})
+        inside = replace(
+            request,
+            inputs=arguments.tensors,
+            around=from_layer(request, layer, call),
+            fill=arguments.fill,
+            structure=f"{layer}@{call}",
+            is_plain=False,
+            noun=f"the output of layer {layer!r}",
+        )
+        calls.append((arguments, inside))
+    return calls
 
 
 def scores(model: Callable[..., Any], x: Any, output: Path | None = None) -> npt.NDArray[Any]:

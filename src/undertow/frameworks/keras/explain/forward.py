@@ -1,6 +1,7 @@
 """The forward pass of one explanation while it is traced: the scores to explain, and what is known of them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +9,11 @@ import tensorflow as tf
 
 from ....errors import InputError
 from ....outputs import head_of
+from ....targets import Unit
 from ...base import AS_IS, Request
 from ..calls import run, scores_of
-from ..targets import Chosen, chosen_scores
+from ..outputs import recorded_outputs
+from ..targets import Chosen, chosen_scores, unit_scores
 from .acting import what_acts
 from .heads import before_head
 
@@ -55,19 +58,29 @@ def run_forward(
     Raises:
         ModelError, TargetError: as `undertow.explain` says.
     """
-    output, head = run(network, *request.fill(sources), request.training), ""
-    if callable(request.target) and choose is None:
+    unit = request.target if isinstance(request.target, Unit) and choose is None else None
+    outputs: dict[str, Any] = {}
+    with nullcontext() if unit is None else recorded_outputs(network, [unit.layer], outputs):
+        output, head = run(request.around(network), *request.fill(sources), request.training), ""
+    if unit is not None:
+        output = unit_scores(unit, network, outputs)
+    elif callable(request.target) and choose is None:
         output = output if request.output is None else head_of(output, request.output)
     else:
         output = scores_of(output, request.output)
         before, head = before_head(output)
         output = output if request.head == AS_IS else before
-    chosen = choose(output) if choose else chosen_scores(output, request.target, ids, request.batch)
+    target = request.target if unit is None else _as_it_is
+    chosen = choose(output) if choose else chosen_scores(output, target, ids, request.batch)
     acting = what_acts([begin for begin, _ in chosen.columns], request.training)
     operations = tf.compat.v1.get_default_graph().get_operations()
     classes = None if chosen.ids is None else output.shape[1]
     writes = any(op.type in _WRITING_OPS for op in operations)
     return Forward(chosen, classes, head, acting, operations, writes)
+
+
+def _as_it_is(scores: Any) -> Any:
+    return scores
 
 
 def maps_of(columns: Sequence[tuple[Any, Any]], sources: Sequence[Any]) -> list[Any]:

@@ -114,7 +114,7 @@ def key_of(request: Request, inputs: Sequence[Any], target: Hashable) -> tuple[H
     """Return the cache's key of a graph, its rule aside; None where the graph depends on what no key can tell."""
     model = request.model
     is_function = isinstance(model, tf.types.experimental.PolymorphicFunction)
-    if callable(request.target) or isinstance(request.target, Target):
+    if callable(request.target) or isinstance(request.target, Target) or request.is_inside:
         return None
     if not is_function and not isinstance(model, keras.Layer):
         return None

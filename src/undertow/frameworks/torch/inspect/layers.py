@@ -97,7 +97,9 @@ def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
     network = uncompiled(model)
     root = module_of(network)
     if is_keras(root):
-        return _keras_clone(root, names, seed)
+        from ...keras_layers import cloned
+
+        return cloned(root, names, seed).train(root.training)
     fresh = (
         set() if root is None else {module for name in names for module in _with_projection(root.get_submodule(name))}
     )
@@ -117,28 +119,6 @@ def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
             for module in _with_projection(root_copy.get_submodule(name)):  # type: ignore[union-attr]
                 _initialize(module)
     return network_copy
-
-
-def _keras_clone(model: Any, names: Sequence[str], seed: int) -> Any:
-    """Return a clone of a Keras model, with the same weights but for those of the named layers."""
-    import keras
-
-    from ...keras_layers import own_variables, redrawn
-
-    try:
-        clone = keras.models.clone_model(model)
-        for variable, weight in zip(clone.weights, model.weights, strict=True):
-            variable.assign(weight.value.detach())
-    except Exception as error:
-        raise ModelError(
-            f"Keras cannot clone the model ({one_line(error)[:200]}), so its weights cannot be initialised anew"
-        ) from error
-    pairs = zip(named_modules(model, False), named_modules(clone, False), strict=True)
-    for (name, layer), (_, twin) in pairs:
-        if name in names:
-            for variable, value in zip(own_variables(twin), redrawn(layer, name, seed), strict=True):
-                variable.assign(value)
-    return clone.train(model.training)
 
 
 def _with_projection(module: nn.Module) -> list[nn.Module]:

@@ -6,7 +6,7 @@ once more, alone, on copies of its inputs, and is differentiated: this gives the
 else reads its inputs or shares its parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ....errors import InputError, ModelError
 from ...results import Call, Checked, Difference, Pass
+from ..arrays import to_numpy
 from ..calls import module_of, uncompiled
 from ..state import RngAndBuffers, unchanged
-from ..submodules import named_parameters, own_parameters
+from ..submodules import is_keras, named_parameters, own_parameters
 from .formulas import TOLERANCE, formula_differences
 from .functions import check_backward, custom_functions, recorded_calls
 from .module_calls import CallRecorder, ModuleCall, hookable_modules, output_tensors
@@ -142,7 +143,7 @@ def _result(call: ModuleCall) -> Call:
     formula: dict[str, Difference] = {}
     if by_input and call.gradients and call.gradients[0] is not None and call.gradients[0].dtype in TOLERANCE:
         by_name = {"input": by_input[0], **by_parameter}
-        formula = formula_differences(call.module, call.arguments.tensors[0], call.gradients[0], by_name)
+        formula = _formula_differences(call, by_name)
     return Call(
         name=call.name,
         kind=type(call.module).__name__,
@@ -156,6 +157,17 @@ def _result(call: ModuleCall) -> Call:
         formula=formula,
         note=note,
     )
+
+
+def _formula_differences(call: ModuleCall, gradients: Mapping[str, Tensor | None]) -> dict[str, Difference]:
+    x, y, g = call.arguments.tensors[0], call.outputs[0], call.gradients[0]
+    assert g is not None
+    if not is_keras(call.module):
+        return formula_differences(call.module, x, g, gradients)
+    from ...keras_formulas import formula_differences as of_keras
+
+    arrays = {name: None if t is None else to_numpy(t) for name, t in gradients.items()}
+    return of_keras(call.module, to_numpy(x), to_numpy(y), to_numpy(g), arrays, str(x.dtype).removeprefix("torch."))
 
 
 def _own_parameters(call: ModuleCall) -> dict[str, nn.Parameter]:
