@@ -99,7 +99,8 @@ def misfits() -> Iterator[str]:
     if not torch and not keras and not jax:
         yield f"neither PyTorch, Keras nor JAX is here, so no model can be read; run: {install_command('torch')}"
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    title, extra = {"tensorflow": ("TensorFlow", "keras"), "torch": ("PyTorch", "torch"), "jax": ("JAX", "jax")}.get(backend, ("", ""))
+    backends = {"tensorflow": ("TensorFlow", "keras"), "torch": ("PyTorch", "torch"), "jax": ("JAX", "jax")}
+    title, extra = backends.get(backend, ("", ""))
     if keras and not title:
         yield f"Keras is to run on {backend}, where nothing is explained or recorded yet; set KERAS_BACKEND=tensorflow"
     elif keras and not find_spec(backend):

@@ -88,7 +88,7 @@ _DERIVATIVES: dict[Any, Callable[..., Any]] = {
 
 
 def _value_and_scale(formula: Callable[..., Array], g: tuple[Array, Array], *arrays: Array) -> tuple[Array, Array]:
-    """Return a formula of a gradient and other arrays, and the same of their absolute values, or the gradient's scale."""
+    """Return a formula's value for a gradient and other arrays, and its scale."""
     value, scale = g
     return formula(value, *arrays), formula(scale, *(np.abs(array) for array in arrays))
 

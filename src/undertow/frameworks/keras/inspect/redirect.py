@@ -113,10 +113,8 @@ def _matched_layers(model: Any, sites: Mapping[str, Change]) -> tuple[dict[str, 
             raise InputError(f"the value for {key!r} is a {type(change).__name__}, not a function of the gradient")
         names = [key] if key in layers else [n for n in layers if n and fnmatch.fnmatchcase(n, str(key))]
         if not names:
-            hint = (
-                did_you_mean(str(key), layers)
-                or f"; at the top there are {', '.join(n for n in layers if n and '.' not in n)}"
-            )
+            top = ", ".join(name for name in layers if name and "." not in name)
+            hint = did_you_mean(str(key), layers) or f"; at the top there are {top}"
             raise InputError(f"no layer matches {key!r}{hint}")
         for name in dict.fromkeys(first[id(layers[name])] for name in names):
             matched[name] = layers[name]
@@ -128,9 +126,8 @@ def _fitting(new: Any, g: Any, name: str) -> Any:
     if isinstance(new, tf.Tensor) and (new.shape, new.dtype) == (g.shape, g.dtype):
         return new
     given = f"{tuple(new.shape)} {new.dtype.name}" if isinstance(new, tf.Tensor) else f"a {type(new).__name__}"
-    raise InputError(
-        f"the function for {name!r} returned {given} where the gradient is {tuple(g.shape)} {g.dtype.name}"
-    )
+    wanted = f"{tuple(g.shape)} {g.dtype.name}"
+    raise InputError(f"the function for {name!r} returned {given} where the gradient is {wanted}")
 
 
 def redirected(model: Any, sites: Mapping[str, Change]) -> RedirectedLayers:

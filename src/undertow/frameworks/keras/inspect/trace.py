@@ -133,7 +133,7 @@ def _recorded(model: Any, calls: list[_LayerCall]) -> Any:
 
         return map_tensors(output, passed_on)
 
-    return wrapped({name: layer for name, layer in names.values()}, around)
+    return wrapped(dict(names.values()), around)
 
 
 def _refuse_unseen(model: Any, calls: Sequence[_LayerCall], read: set[int]) -> None:

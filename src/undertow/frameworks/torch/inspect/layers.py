@@ -96,7 +96,7 @@ def reinitialized(model: Any, names: Sequence[str], seed: int) -> Any:
     """
     network = uncompiled(model)
     root = module_of(network)
-    if is_keras(root):
+    if root is not None and is_keras(root):
         from ...keras_layers import cloned
 
         return cloned(root, names, seed).train(root.training)
