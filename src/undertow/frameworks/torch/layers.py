@@ -105,7 +105,6 @@ def channel_axis_of(layer: nn.Module, ndim: int) -> int | None:
         ndim: of the layer's output, of which a module of another number of axes tells nothing: a patch embedding's
             convolution of planes, say, of the tokens that are made of them.
     """
-    layer = submodule(model, name)
     if is_keras(layer):
         from ..keras_layers import channel_axis as of_keras
 
