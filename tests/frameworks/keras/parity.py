@@ -1,12 +1,18 @@
-"""Four architectures, each written once and built in both frameworks with the same weights.
+"""Five architectures, each written once and built in both frameworks with the same weights.
 
 A network is a function of a kit and an image. `InTorch` calls torch's functions on `(B, C, H, W)`; `InKeras` builds a
 functional model on `(B, H, W, C)`. Weights are drawn in the order of the calls, in torch's layout, and transposed for
-Keras; both kits draw them from the same seed.
+Keras; both kits draw them from the same seed. `mark` is a place whose Grad-CAM is compared.
+
+Keras may run on torch too: `python parity.py FILE`, in a process of its own, writes the maps there.
 """
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -22,7 +28,7 @@ def vgg(k: Any, x: Any) -> Any:
     for i, (inside, outside) in enumerate([(3, 8), (8, 8), (8, 12), (12, 12)]):
         x = k.relu(k.conv(x, inside, outside, 3, pad=1))
         x = k.max_pool(x) if i % 2 else x
-    x = k.relu(k.dense(k.flatten(x), 12 * (SIDE // 4) ** 2, 24))
+    x = k.relu(k.dense(k.flatten(k.mark(x)), 12 * (SIDE // 4) ** 2, 24))
     return k.dense(k.relu(k.dense(x, 24, 16)), 16, CLASSES)
 
 
@@ -33,7 +39,7 @@ def residual(k: Any, x: Any) -> Any:
         y = k.norm(k.conv(y, outside, outside, 3, pad=1), outside)
         skip = x if stride == 1 else k.norm(k.conv(x, inside, outside, 1, stride=stride), outside)
         x = k.relu(k.add(y, skip))
-    return k.dense(k.mean(x), 12, CLASSES)
+    return k.dense(k.mean(k.mark(x)), 12, CLASSES)
 
 
 def dense(k: Any, x: Any) -> Any:
@@ -46,7 +52,7 @@ def dense(k: Any, x: Any) -> Any:
             x, width = k.cat(x, y), width + 6
         if block == 0:
             x, width = k.average_pool(k.conv(k.relu(k.norm(x, width)), width, width // 2, 1)), width // 2
-    return k.dense(k.mean(k.relu(k.norm(x, width))), width, CLASSES)
+    return k.dense(k.mean(k.mark(k.relu(k.norm(x, width)))), width, CLASSES)
 
 
 def inverted(k: Any, x: Any) -> Any:
@@ -56,7 +62,20 @@ def inverted(k: Any, x: Any) -> Any:
         y = k.relu6(k.norm(k.depthwise(y, 4 * inside, 3, stride=stride, pad=1), 4 * inside))
         y = k.norm(k.conv(y, 4 * inside, outside, 1), outside)
         x = k.add(x, y) if stride == 1 and inside == outside else y
-    return k.dense(k.mean(k.relu6(k.norm(k.conv(x, 12, 24, 1), 24))), 24, CLASSES)
+    return k.dense(k.mean(k.mark(k.relu6(k.norm(k.conv(x, 12, 24, 1), 24)))), 24, CLASSES)
+
+
+def vit(k: Any, x: Any) -> Any:
+    """Patches of 8, two blocks of attention with one head, and ReLUs in the perceptrons."""
+    width = 12
+    x = k.tokens(k.conv(x, 3, width, 8, stride=8))
+    for _ in range(2):
+        y = k.layer_norm(x, width)
+        q, key, value = (k.dense(y, width, width) for _ in range(3))
+        x = k.add(x, k.dense(k.attend(q, key, value, width), width, width))
+        y = k.relu(k.dense(k.layer_norm(x, width), width, 2 * width))
+        x = k.add(x, k.dense(y, 2 * width, width))
+    return k.dense(k.mean_token(k.mark(k.layer_norm(x, width))), width, CLASSES)
 
 
 NETWORKS: dict[str, tuple[Callable[[Any, Any], Any], int]] = {  # with the number of its activations
@@ -64,6 +83,7 @@ NETWORKS: dict[str, tuple[Callable[[Any, Any], Any], int]] = {  # with the numbe
     "residual": (residual, 5),
     "pre-activation dense": (dense, 11),
     "inverted residual, ReLU6": (inverted, 8),
+    "vision transformer": (vit, 2),
 }
 
 
@@ -114,6 +134,22 @@ class InTorch:
     def mean(self, x: Any) -> Any:
         return x.mean((2, 3))
 
+    def mark(self, x: Any) -> Any:
+        self.marked = x
+        return x
+
+    def tokens(self, x: Any) -> Any:
+        return x.flatten(2).transpose(1, 2)
+
+    def layer_norm(self, x: Any, width: int) -> Any:
+        return F.layer_norm(x, (width,), *map(self._of, _affine(self.numbers, width)), eps=1e-5)
+
+    def attend(self, q: Any, key: Any, value: Any, width: int) -> Any:
+        return (q @ key.transpose(1, 2) / width**0.5).softmax(-1) @ value
+
+    def mean_token(self, x: Any) -> Any:
+        return x.mean(1)
+
 
 class Nearest(InTorch):
     """Notes how near the nearest choice is: of a ReLU about 0, of a cap, or of the largest of a window.
@@ -147,6 +183,11 @@ def _statistics(numbers: np.random.Generator, width: int) -> Iterator[np.ndarray
     """Running mean and variance, weight and bias."""
     yield numbers.normal(size=width) * 0.3
     yield numbers.uniform(0.5, 1.5, size=width)
+    yield numbers.normal(size=width) * 0.2 + 1
+    yield numbers.normal(size=width) * 0.3
+
+
+def _affine(numbers: np.random.Generator, width: int) -> Iterator[np.ndarray]:
     yield numbers.normal(size=width) * 0.2 + 1
     yield numbers.normal(size=width) * 0.3
 
@@ -207,13 +248,33 @@ class InKeras:
     def mean(self, x: Any) -> Any:
         return layers.GlobalAveragePooling2D(dtype=self.dtype)(x)
 
+    def mark(self, x: Any) -> Any:
+        return layers.Identity(dtype=self.dtype, name="mark")(x)
+
+    def tokens(self, x: Any) -> Any:
+        return layers.Reshape((-1, x.shape[-1]), dtype=self.dtype)(x)
+
+    def layer_norm(self, x: Any, width: int) -> Any:
+        layer = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype)
+        return self._apply(layer, x, *_affine(self.numbers, width))
+
+    def attend(self, q: Any, key: Any, value: Any, width: int) -> Any:
+        scores = keras.ops.matmul(q, keras.ops.transpose(key, (0, 2, 1))) / width**0.5
+        return keras.ops.matmul(keras.ops.softmax(scores, -1), value)
+
+    def mean_token(self, x: Any) -> Any:
+        return keras.ops.mean(x, 1)
+
 
 @functools.cache
 def both(name: str, dtype: str, seed: int = 11) -> tuple[Callable[[torch.Tensor], torch.Tensor], keras.Model]:
     """Return one network as a function in torch and as a model in Keras."""
     network, _ = NETWORKS[name]
+    before = keras.config.floatx()
+    keras.config.set_floatx(dtype)
     x = keras.Input((SIDE, SIDE, 3), dtype=dtype)
     model = keras.Model(x, network(InKeras(dtype, seed), x))
+    keras.config.set_floatx(before)
     return lambda image: network(InTorch(getattr(torch, dtype), seed), image), model
 
 
@@ -229,21 +290,59 @@ def nearest(name: str, seed: int = 11) -> float:
     return kit.distance
 
 
-def difference(name: str, rule: str, dtype: str) -> tuple[float, int, int]:
-    """Return the largest difference of two maps, of the largest value, and how many activations each rewired."""
+RULES = ("gradient", "deconvnet", "guided")
+CAM = "grad-cam:mark"
+
+
+@functools.cache
+def keras_maps(name: str, dtype: str) -> dict[str, np.ndarray]:
+    """Return the maps of Keras's network under each rule, `(B, C, H, W)`, Grad-CAMs, `(B, K, H, W)`, and counts."""
     import undertow as ut
 
-    torch_model, keras_model = both(name, dtype)
-    x = images(dtype)
-    a = ut.explain(torch_model, torch.from_numpy(x), rule=rule, target=2)
-    b = ut.explain(keras_model, np.ascontiguousarray(x.transpose(0, 2, 3, 1)), rule=rule, target=2)
-    in_torch, in_keras = a.numpy(), b.numpy().transpose(0, 3, 1, 2)
-    return float(np.abs(in_keras - in_torch).max() / np.abs(in_torch).max()), a.rewired, b.rewired
+    model = both(name, dtype)[1]
+    x = np.ascontiguousarray(images(dtype).transpose(0, 2, 3, 1))
+    x = torch.from_numpy(x) if keras.backend.backend() == "torch" else x
+    found = {rule: ut.explain(model, x, rule=rule, target=2) for rule in RULES}
+    maps = {rule: a.numpy().transpose(0, 3, 1, 2) for rule, a in found.items()}
+    cam = ut.explain(model, x, rule="gradient", estimator=CAM, target=[list(range(CLASSES))] * 2)
+    return maps | {CAM: cam.numpy()[..., 0], "rewired": np.array([a.rewired for a in found.values()])}
+
+
+@functools.cache
+def torch_maps(name: str, dtype: str) -> dict[str, np.ndarray]:
+    """Return the same of torch's network; its Grad-CAM by hand, from the equations of arXiv 1610.02391."""
+    import undertow as ut
+
+    x = torch.from_numpy(images(dtype))
+    found = {rule: ut.explain(both(name, dtype)[0], x, rule=rule, target=2) for rule in RULES}
+    kit = InTorch(getattr(torch, dtype), 11)
+    scores = NETWORKS[name][0](kit, x.clone().requires_grad_())
+    planes = []
+    for k in range(CLASSES):
+        (gradient,) = torch.autograd.grad(scores[:, k].sum(), kit.marked, retain_graph=True)
+        value = kit.marked.detach()
+        if value.ndim == 3:  # tokens, row by row
+            value, gradient = (t.transpose(1, 2).unflatten(2, (SIDE // 8, SIDE // 8)) for t in (value, gradient))
+        planes.append((value * gradient.mean((2, 3), keepdim=True)).sum(1).relu())
+    cam = F.interpolate(torch.stack(planes, 1), (SIDE, SIDE), mode="bilinear").numpy()
+    counts = np.array([a.rewired for a in found.values()])
+    return {rule: a.numpy() for rule, a in found.items()} | {CAM: cam, "rewired": counts}
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the largest difference of two maps, of the largest value."""
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def on_torch(folder: Path) -> dict[str, np.ndarray]:
+    """Return the maps of all networks by Keras on torch, from a process of its own, by name and rule, in float32."""
+    file = folder / "maps.npz"
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, capture_output=True)
+    with np.load(file) as arrays:
+        return dict(arrays)
 
 
 if __name__ == "__main__":
-    print("| network | activations | rule | float32 | float64 |\n|---|---:|---|---:|---:|")
-    for name in NETWORKS:
-        for rule in ("gradient", "deconvnet", "guided"):
-            rounded, rewired, _ = difference(name, rule, "float32")
-            print(f"| {name} | {rewired} | {rule} | {rounded:.1e} | {difference(name, rule, 'float64')[0]:.1e} |")
+    maps = {f"{name} {key}": values for name in NETWORKS for key, values in keras_maps(name, "float32").items()}
+    np.savez(sys.argv[1], **maps)
