@@ -229,7 +229,7 @@ def row(reference: str) -> models.Reference:
 def test_listing(offline: Path) -> None:
     overview = listing()
     assert overview[0] == models.Reference("demo", "packaged", "ImageNet, packaged", True, "installed as a package")
-    assert {row.source for row in overview} == {"packaged", "torchvision", "timm", "keras"}
+    assert {row.source for row in overview} == {"packaged", "torchvision", "timm", "keras", "hf"}
     (timm,) = (row for row in overview if row.reference == "timm:NAME")
     assert re.match(r"1,\d\d\d models", timm.why)
     names = [row.reference for row in listing("VGG16")]

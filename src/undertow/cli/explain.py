@@ -55,7 +55,10 @@ Examples:
 @click.argument("photographs", metavar="IMAGE...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--text", "texts", metavar="TEXT", multiple=True, help="In the place of IMAGE; may be repeated.")
 @click.option("--text-file", metavar="FILE", help="Texts in UTF-8, one a line; - reads them from standard input.")
-@model_option(help="demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras, FILE.py:FUNCTION.")
+@model_option(
+    help="demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras, FILE.py:FUNCTION, "
+    "jax:FILE.py:FUNCTION."
+)
 @click.option(
     "--rule",
     "rules",

@@ -30,7 +30,7 @@ WRONG = 1
     metavar="REF",
     required=True,
     shell_complete=complete_model,
-    help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.",
+    help="As in `undertow explain`.",
 )
 @click.option(
     "--weights",

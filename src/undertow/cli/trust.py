@@ -43,7 +43,7 @@ Examples:
 
 @click.command(short_help="May a map be believed? Six questions, and a sentence.", epilog=EXAMPLES)
 @photographs_argument
-@model_option(help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.")
+@model_option(help="As in `undertow explain`.")
 @click.option(
     "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; guided if left out."
 )

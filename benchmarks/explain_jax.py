@@ -1,6 +1,6 @@
 """Time explanations of a network in JAX beside its plain jitted gradient: the first call and later ones.
 
-    python benchmarks/jax.py [--rounds N]
+    python benchmarks/explain_jax.py [--rounds N]
 
 A residual network of 17 ReLUs with group norms, in Flax nnx, 4 images of 64 by 64. Rounds are interleaved, and medians
 printed. A first call traces, compiles and runs.
@@ -10,11 +10,11 @@ import argparse
 import statistics
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jax
 import undertow as ut
 
 
