@@ -11,6 +11,7 @@ from ....rules import RULES
 from ....tables import Rule
 from ...base import Request
 from ...results import Explanation, RewiringStats
+from ..batch_norm import readable_by_batch_norm
 from ..calls import eager, has_channels_last, leaves_and_copies
 from ..heads import run_to_scores
 from ..nodes import NodeKind, hidden_reason, name_of, nodes_behind
@@ -87,7 +88,7 @@ def run_backward(
     request = replace(forward.request, rule=request.rule, rule_name=request.rule_name)
     root = scores.grad_fn
     assert root is not None
-    with nullcontext() if attachment is None else rewired_backward(root, attachment):
+    with readable_by_batch_norm(root), nullcontext() if attachment is None else rewired_backward(root, attachment):
         maps = _maps(forward, request, attachment, keep)
     if isinstance(request.rule, Rule) and _is_by_value(request.rule, request.is_inside):
         maps = tuple(_times(m, source) for m, source in zip(maps, sources, strict=True))

@@ -19,6 +19,7 @@ from ...base import Request
 from ...own_passes import own_pass
 from ...results import Explanation, LayerGradients, RewiringStats
 from ..arrays import like, to_numpy
+from ..batch_norm import readable_by_batch_norm
 from ..calls import (
     eager,
     has_channels_last,
@@ -223,6 +224,6 @@ def _columns(
 
 
 def _gradient_row(scores: torch.Tensor, k: int, tensors: list[Any]) -> list[npt.NDArray[Any]]:
-    with cudnn_errors_named():
+    with cudnn_errors_named(), readable_by_batch_norm(scores.grad_fn):
         gradients = torch.autograd.grad(scores[:, k].sum(), tensors, retain_graph=True, allow_unused=True)
     return [to_numpy(torch.zeros_like(t) if g is None else g) for g, t in zip(gradients, tensors, strict=True)]

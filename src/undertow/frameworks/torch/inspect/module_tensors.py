@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ....errors import InputError
 from ....structures import map_tensors
 from ...base import Request
+from ..batch_norm import readable_by_batch_norm
 from ..calls import eager, refuse_training, run
 from ..explain.acting import what_acts
 from ..heads import run_to_scores
@@ -56,7 +57,8 @@ def module_tensors(
         what_acts(request, scores.grad_fn, start)
         flat = [tensor for of_module in calls for call in of_module for tensor in call]
         options = {"allow_unused": True, **(grad_kwargs or {})}
-        found = iter(torch.autograd.grad(scores.sum(), flat, **options))
+        with readable_by_batch_norm(scores.grad_fn):
+            found = iter(torch.autograd.grad(scores.sum(), flat, **options))
         return [[_of_call(call, [next(found) for _ in call]) for call in of_module] for of_module in calls]
 
 
