@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+collect_ignore = ["frameworks/jax/keras_on_jax.py"]  # it chooses a backend for the whole process
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -52,7 +52,7 @@ def test_jax_alone():
     out = run(BLOCKED.format(names={"torch", "torchvision", "timm", "tensorflow", "keras"}) + WITHOUT_OTHERS)
     assert "smoothgrad:2" in out
     assert "weights" in out
-    assert 'torch is not installed; run: pip install "undertow[torch]"' in out
+    assert "torch is not installed; run: pip install " in out
 
 
 def test_torch_alone():
