@@ -24,8 +24,12 @@ import undertow
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {"README.md": "index.md"} | {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
-ELSEWHERE |= {f"benchmarks/{path.name}": f"benchmarks/{path.name}" for path in ROOT.glob("benchmarks/*.md")}
-"""Files of the repository outside docs/ that are pages too, and where they stand in the site."""
+ELSEWHERE |= {
+    f"benchmarks/{path.name}": f"benchmarks/{path.name}"
+    for pattern in ("*.md", "*.svg")
+    for path in (ROOT / "benchmarks").glob(pattern)
+}
+"""Files of the repository outside docs/ that the site shows too, and where they stand in it."""
 
 NOTEBOOKS = {f"docs/notebooks/{path.name}": path for path in ROOT.glob("docs/notebooks/*.ipynb")}
 SHIM = "https://unpkg.com/iframe-worker/shim"
