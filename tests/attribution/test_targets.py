@@ -333,9 +333,9 @@ def test_keras_takes_places_regions_and_tokens():
     assert np.allclose(a.values, tape.gradient(scores, tokens), atol=1e-6)
     for options, message in (
         ({}, r"say which of its scores|not \(2, classes\)"),
-        ({"target": ut.targets.unit("dense", 1)}, "ut.targets.unit is not there for Keras yet"),
+        ({"target": ut.targets.box(0)}, "ut.targets.box is not there for Keras yet"),
         ({"target": (0, 9, 0)}, "out of range|names no place"),
-        ({"at": "dense", "target": (0, 0)}, "at='dense' is not there for Keras yet"),
+        ({"at": "nowhere", "target": (0, 0)}, "no layer 'nowhere'"),
     ):
         with pytest.raises(ut.UndertowError, match=message):
             ut.explain(rows, tokens, **options)
