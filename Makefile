@@ -12,11 +12,17 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 demo: $(VENV)/.demo
 	$(BIN)/undertow demo
 
+# JAX has a run of its own: a process that has imported it is warned of each fork, and other tests fork.
+JAX := tests/frameworks/jax src/undertow/frameworks/jax
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: lint fashion-mnist chromium
-	$(BIN)/python -m pytest
+	$(PYTEST) $(JAX:%=--ignore=%)
+	$(PYTEST) $(JAX)
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow" $(JAX:%=--ignore=%)
+	$(PYTEST) -m "not slow" $(JAX)
 
 # Attacks the library for MINUTES, and counts what must not happen; not part of the tests.
 MINUTES ?= 45
