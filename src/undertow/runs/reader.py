@@ -215,8 +215,9 @@ class Run(ShownItem):
     def _committed(self) -> dict[tuple[int, int], Path]:
         """The groups that count, by rank and number, each with its part of the table `batches`."""
         committed = parts_of(self.folder, COMMITTED)
-        if lost := next(lost_commits(self.folder, committed, self.finished), None):
-            raise damaged(lost, "is missing")
+        for lost in lost_commits(self.folder, committed, self.finished):
+            if not lost.exists():  # else a process that records has published it since
+                raise damaged(lost, "is missing")
         return committed
 
     @cached_property
