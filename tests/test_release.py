@@ -1,5 +1,6 @@
 """What a release promises: versions that are tried, a typed package, remedies that work, archives with all in them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import undertow
 from undertow.environment import PURPOSES
 from undertow.errors import FrameworkError
 from undertow.frameworks.base import capability
-from undertow.installing import command_for
+from undertow.installing import install_command
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -50,27 +51,18 @@ def test_one_function_says_how_an_extra_is_installed():
         if path.name != "installing.py":
             written = re.findall(r"install .?\"undertow\[(?!name\])", path.read_text())
             assert not written, f"{path}: take installing.install_command"
+        for extra in re.findall(r"install_command\(\"(\w+)\"\)", path.read_text()):
+            assert extra in PURPOSES, f"{path} names an extra that there is not"
 
 
-@pytest.mark.parametrize(
-    ("origin", "command"),
-    [
-        ({}, 'pip install "undertow[plot]"'),
-        (
-            {"url": "file:///home/x/un%20dertow", "dir_info": {"editable": True}},
-            'pip install -e "/home/x/un dertow[plot]"',
-        ),
-        ({"url": "file:///home/x/undertow", "dir_info": {}}, 'pip install "/home/x/undertow[plot]"'),
-        ({"url": "file:///here", "dir_info": {"editable": True}}, 'pip install -e ".[plot]"'),
-        (
-            {"url": "file:///w/undertow.whl", "archive_info": {}},
-            'pip install "undertow[plot] @ file:///w/undertow.whl"',
-        ),
-        ("damaged", 'pip install "undertow[plot]"'),
-    ],
-)
-def test_the_command_fits_the_way_of_installation(origin, command):
-    assert command_for("plot", origin, Path("/here")) == command
+@pytest.mark.slow
+def test_a_remedy_leaves_an_installed_checkout_as_it_is():
+    """pip itself answers what it would do, with no index to ask: every extra is there where the tests run."""
+    words = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet", "--report", "-"]
+    for extra in PURPOSES:
+        named = install_command(extra).removeprefix('pip install "').removesuffix('"')
+        done = subprocess.run([*words, named], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["install"] == [], extra
 
 
 def test_what_keras_brings_is_missed_by_name(monkeypatch):
