@@ -332,7 +332,9 @@ def ids_of_names(target: Any, names: Any) -> Any:
 
 
 def _names(model: Any) -> list[str] | None:
-    """Return the class names that a Hugging Face model has in its configuration."""
+    """Return the class names that a Hugging Face model has in its configuration, unless its classes are tokens."""
+    if getattr(model, "can_generate", bool)():
+        return None  # every configuration has labels, though nobody gave them
     labels = getattr(getattr(model, "config", None), "id2label", None)
     return [str(labels[i]) for i in range(len(labels))] if isinstance(labels, Mapping) and labels else None
 

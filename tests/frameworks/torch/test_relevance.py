@@ -173,6 +173,12 @@ def test_token_ids_at_their_embeddings_are_the_embeddings_themselves():
     assert torch.tensor(a.conservation).allclose(torch.tensor(b.conservation))
 
 
+def test_a_token_bears_no_label_of_a_classifier():
+    model = gpt2().eval()  # its configuration names two classes, as every one does
+    options = {"rule": "gradient", "at": "transformer.wte", "target": ut.targets.token(1)}
+    assert ut.explain(model, {"input_ids": torch.tensor([[5, 9, 31]])}, **options).names == {}
+
+
 def test_several_targets_are_each_ones_own_map():
     model, x, *_ = MODELS["timm ViT"]()
     several = ut.explain(model, x, rule="attnlrp", target=[[0, 3], [2, 1]])
