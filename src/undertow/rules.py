@@ -95,8 +95,15 @@ def hold_statistic(g: Any, local: Local, op: Operation) -> Any:
 
 
 def share_attention(g: Any, local: Local, op: Operation) -> Any:
-    """Share the relevance of attention as its two products would: half to values, a quarter to queries and keys."""
-    return scaled(local(g), (1 / 4, 1 / 4, 1 / 2, 1 / 2))
+    """Share the relevance of attention as its two products would: half to values, a quarter to queries and keys.
+
+    A product of which one factor is a constant gives all to the other.
+    """
+    parts = local(g)
+    queries, keys, values, mask = (part is not None for part in (*parts, None)[:4])
+    weights = 1 / 2 if values else 1
+    each = weights / 2 if queries and keys else weights
+    return scaled(parts, (each, each, 1 / 2 if queries or keys or mask else 1, weights))
 
 
 def values_alone(g: Any, local: Local, op: Operation) -> Any:

@@ -121,13 +121,13 @@ class Twin(TorchFunctionMode):
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         if self.cp:
             q, k = q.detach(), k.detach()
-        scores = half(q) @ half(k).transpose(-2, -1) * (scale or 1 / math.sqrt(q.shape[-1]))
+        scores = self.product(torch.matmul, q, k.transpose(-2, -1)) * (scale or 1 / math.sqrt(q.shape[-1]))
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         p = scores.softmax(-1)
-        return p @ v if self.cp else half(p) @ half(v)
+        return p @ v if self.cp else self.product(torch.matmul, p, v)
 
     def layer_norm(self, x, shape, weight=None, bias=None, eps=1e-5):
         y = layer_norm(x, tuple(range(-len(shape), 0)), eps)

@@ -287,3 +287,24 @@ def test_a_dispatch_mode_runs_when_a_call_has_just_made_its_node():
     with Recording():
         y = torch.nn.functional.linear(x, w, torch.randn(4))
     assert (torch.ops.aten.addmm, internals.sequence_number(y.grad_fn)) in numbers
+
+
+def test_a_checkpointed_segment_serves_each_reader_once():
+    runs = []
+
+    def segment(x):
+        runs.append(1)
+        return x.exp() * x.exp()
+
+    x = leaf(3)
+    y = torch.utils.checkpoint.checkpoint(segment, x, use_reentrant=False)
+    node, reader = y.grad_fn, internals.beside_the_engine()
+    for name in ("self", "other"):
+        assert torch.equal(internals.saved(node, name, reader), x.exp())
+    assert len(runs) == 2
+    with pytest.raises(RuntimeError, match="already unpacked once"):
+        internals.saved(node, "self", reader)
+    assert torch.equal(internals.saved(node, "self"), x.exp())  # another reader
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(g, 2 * (2 * x).exp())
+    assert len(runs) == 4

@@ -330,17 +330,6 @@ def test_refusals_are_one_line_with_a_remedy():
         ut.Rule({"prodct": lambda g, local, op: g})
 
 
-@pytest.mark.parametrize(("reentrant", "line"), [(True, "use_reentrant=False"), (False, "switch checkpointing off")])
-def test_checkpointing_is_refused(reentrant, line):
-    net = built(lambda: Around(nn.functional.gelu))
-
-    def run(x):
-        return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
-
-    with pytest.raises(ut.RuleError, match=line):
-        ut.explain(run, drawn(2, 6), rule="attnlrp")
-
-
 def test_what_is_not_known_is_listed_and_passed():
     net = built(lambda: Around(lambda x: x.cumprod(-1)))
     with pytest.warns(ut.UndertowWarning, match="CumprodBackward0"):

@@ -6,10 +6,12 @@ is said here, so an upgrade of torch that removes or changes one fails there.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees in-place calls on views
 from torch.utils._pytree import tree_flatten as tree_flatten  # nested arguments and outputs, as torch nests them
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -92,9 +94,24 @@ def function_class(node: Any) -> type[torch.autograd.Function] | None:
     return getattr(type(node), "_forward_cls", None)
 
 
-def saved(node: Any, name: str) -> Any:
-    """Return what a graph node saved in the forward pass under a name, such as "self" or "min"."""
-    return getattr(node, f"_saved_{name}")
+def beside_the_engine() -> AbstractContextManager[Any]:
+    """Return a context in which what checkpointed segments saved is read by another than the backward pass that runs.
+
+    A segment is run anew once for each reader, and gives each tensor to each reader once. Torch before 2.10 knows no
+    readers: there the backward pass fails for want of what was read here.
+    """
+    is_read_by_another = getattr(torch._C, "_get_graph_exec_group", lambda: True)() is not None
+    return nullcontext() if is_read_by_another else checkpoint.GraphExecGroup()
+
+
+def saved(node: Any, name: str, reader: AbstractContextManager[Any] | None = None) -> Any:
+    """Return what a graph node saved in the forward pass under a name, such as "self" or "min".
+
+    Args:
+        reader: a context of `beside_the_engine` that serves several reads; None runs a checkpointed segment for this.
+    """
+    with beside_the_engine() if reader is None else reader:
+        return getattr(node, f"_saved_{name}")
 
 
 class SharedPrehook:

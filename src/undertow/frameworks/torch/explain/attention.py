@@ -23,6 +23,7 @@ from ..internals import saved, sequence_number
 from ..nodes import NodeKind, name_of
 from .graph import RuleAttachment
 from .kinds import COPIES, VIEWS, stem
+from .notes import Read, SavedTensors
 from .recognition import MATRIX_PRODUCTS, Way
 
 _SOFTMAX = ("Softmax", "SafeSoftmax")
@@ -56,8 +57,10 @@ class AttentionReader(RuleAttachment):
         self.rule = request.rule
         self._layers: list[_Layer] = []
         self._handles: list[Any] = []
+        self._saved = SavedTensors()
 
     def __exit__(self, *_: object) -> None:
+        self._saved.clear()
         for handle in self._handles:
             handle.remove()
         self._layers.clear()
@@ -90,13 +93,14 @@ class AttentionReader(RuleAttachment):
         g = gradients[0]
         if g is None:
             return
+        read = self._saved.read
         with torch.no_grad():
-            weights, g = _weights(layer.node), _wide(g)
+            weights, g = _weights(layer.node, read), _wide(g)
             if g.ndim != weights.ndim or g.shape[:-1] != weights.shape[:-1]:
                 raise self._not_over_tokens(layer, weights)
             layer.is_read = _per_head(g, self._batch(layer, weights)).ne(0).any(-1).any(1)
             if self.rule.by_gradient:
-                by_weight = g if stem(layer.node) in _SOFTMAX else g @ _heads(layer.node, "value", g.shape[1]).mT
+                by_weight = g if stem(layer.node) in _SOFTMAX else g @ _heads(layer.node, "value", g.shape[1], read).mT
                 weights = (weights * by_weight).clamp(min=0)
             layer.mean = _per_head(weights, self._batch(layer, weights)).mean(1)
 
@@ -183,17 +187,17 @@ def _attention_nodes(nodes: Collection[Any], rule: str) -> list[Any]:
     return [*fused, *weighing]
 
 
-def _weights(node: Any) -> Tensor:
+def _weights(node: Any, read: Read) -> Tensor:
     """Return an attention node's weights: kept by a softmax, or computed again."""
     if stem(node) in _SOFTMAX:
-        result: Tensor = _saved(node, "result")
+        result: Tensor = read(node, "result")
         return _wide(result)
-    q = _wide(_saved(node, "query"))
-    k = _heads(node, "key", q.shape[1])
+    q = _wide(read(node, "query"))
+    k = _heads(node, "key", q.shape[1], read)
     scale = saved(node, "scale")
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     mask = next(
-        (_saved(node, name) for name in ("attn_mask", "attn_bias") if hasattr(type(node), f"_saved_{name}")), None
+        (read(node, name) for name in ("attn_mask", "attn_bias") if hasattr(type(node), f"_saved_{name}")), None
     )
     if mask is not None:
         mask = mask.detach()
@@ -205,25 +209,15 @@ def _weights(node: Any) -> Tensor:
     return weights
 
 
-def _heads(node: Any, name: str, count: int) -> Tensor:
+def _heads(node: Any, name: str, count: int, read: Read) -> Tensor:
     """Return keys or values, each head as often as queries share it."""
-    x = _wide(_saved(node, name))
+    x = _wide(read(node, name))
     return x if x.ndim < 4 or x.shape[1] == count else x.repeat_interleave(count // x.shape[1], 1)
 
 
 def _wide(x: Tensor) -> Tensor:
     """Return a tensor detached, and no narrower than float32."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _saved(node: Any, name: str) -> Any:
-    try:
-        return saved(node, name)
-    except RuntimeError as error:
-        raise RuleError(
-            f"{name_of(node)} lets what it saved be read once only (checkpointed?), and the rule reads it too; switch "
-            "checkpointing off"
-        ) from error
 
 
 def _per_head(x: Tensor, batch: int) -> Tensor:

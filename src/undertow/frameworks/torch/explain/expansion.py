@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..internals import saved
 from .kinds import stem
+from .notes import Read
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,26 @@ EXPANSIONS: Mapping[str, Expansion] = {
 """Where more than one of a node's inputs is on the way; else it is a sum, or a product with a constant."""
 
 
-def can_be_expanded(node: Any) -> bool:
+def can_be_expanded(node: Any, read: Read) -> bool:
     """Whether a node is in `EXPANSIONS` and saved all that it is written out of."""
     expansion = EXPANSIONS.get(stem(node))
-    return expansion is not None and all(saved(node, name) is not None for name in expansion.operands if name)
+    return expansion is not None and all(read(node, name) is not None for name in expansion.operands if name)
 
 
-def write_out(node: Any, on_the_way: Collection[int]) -> tuple[dict[int, Tensor], dict[int, Any], Tensor]:
+def write_out(node: Any, on_the_way: Collection[int], read: Read) -> tuple[dict[int, Tensor], dict[int, Any], Tensor]:
     """Compute a node's output again by the operations that it is made of.
 
     Args:
         node: one of `EXPANSIONS`.
         on_the_way: which of its inputs a gradient is wanted for.
+        read: how to get what it saved.
 
     Returns:
         Those of its inputs that are factors, by their place; the nodes that stand for them; and the output less what is
         only added.
     """
     expansion = EXPANSIONS[stem(node)]
-    given = {i: saved(node, name).detach() for i, name in enumerate(expansion.operands) if name}
+    given = {i: read(node, name).detach() for i, name in enumerate(expansion.operands) if name}
     factors = {i: x.requires_grad_() for i, x in given.items() if i in on_the_way}
     with torch.enable_grad():
         fed = {i: x.clone() for i, x in given.items()}

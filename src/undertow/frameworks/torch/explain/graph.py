@@ -232,10 +232,10 @@ class ThroughGraph(RuleAttachment):
         Raises:
             RuleError: the table needs to know every operation, and one is none that is known; or there is none at all.
         """
-        table = self._table
-        if table is None:
+        table, notes = self._table, self._notes
+        if table is None or notes is None:
             return
-        found = recognize(nodes, table.rows, self._notes, table.rows.get("relu") is identity)
+        found = recognize(nodes, table.rows, notes, table.rows.get("relu") is identity)
         self.stats.skipped, self.stats.opaque = dict(listed(found.unknown)), dict(listed(found.opaque))
         for node in found.unknown:
             if stem(node) in _RECURRENT:
@@ -296,7 +296,8 @@ class ThroughGraph(RuleAttachment):
             own = local(g)
             parts = dict(enumerate(own if isinstance(own, tuple) else (own,)))
             with ForwardNotes(_read_kinds(table)) as notes:
-                factors, sources, y = write_out(operation.entry, [i for i, part in parts.items() if part is not None])
+                wanted = [i for i, part in parts.items() if part is not None]
+                factors, sources, y = write_out(operation.entry, wanted, operation.notes.saved.read)
             known = {node: operation.weights[i] for i, node in sources.items()}
             nodes = [node for node in all_nodes_behind(cast(Node, y.grad_fn)) if node.next_functions]
             for part in recognize(nodes, table.rows, notes, known=known).operations:

@@ -1,15 +1,26 @@
-"""What an operation was given and its graph node does not save: noted below autograd during the forward pass."""
+"""What an operation was given: read from its graph node, or noted below autograd during the forward pass."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..internals import TorchDispatchMode, next_sequence_number, sequence_number, version
+from ....errors import RuleError
+from ..internals import (
+    TorchDispatchMode,
+    beside_the_engine,
+    next_sequence_number,
+    saved,
+    sequence_number,
+    version,
+)
+from ..nodes import name_of
 
 aten = torch.ops.aten
+Read = Callable[[Any, str], Any]
+"""`SavedTensors.read`."""
 _Calls = dict[Any, tuple[str, tuple[int, ...]]]
 
 # By what is called: the name of the node less its number, and where its operands stand among the arguments.
@@ -37,6 +48,40 @@ _NEEDED_BY: dict[str, _Calls] = {
 }
 
 
+class SavedTensors:
+    """What the nodes of one call saved, read in its backward passes beside the engine, which reads it too.
+
+    A checkpointed segment is run once more for all that is read here, and gives each tensor once: hence kept.
+    """
+
+    def __init__(self) -> None:
+        self._reader = beside_the_engine()
+        self._kept: dict[tuple[Any, str], Any] = {}
+
+    def read(self, node: Any, name: str) -> Any:
+        """Return what a node saved under a name, a tensor detached.
+
+        Raises:
+            RuleError: it can be read once only, which the engine needs to do.
+            AttributeError: it saved nothing of that name.
+        """
+        key = (node, name)
+        if key not in self._kept:
+            try:
+                value = saved(node, name, self._reader)
+            except RuntimeError as error:
+                raise RuleError(
+                    f"{name_of(node)} lets what it saved be read once only (checkpointed?), and the rule reads it too; "
+                    "switch checkpointing off"
+                ) from error
+            self._kept[key] = value.detach() if isinstance(value, Tensor) else value
+        return self._kept[key]
+
+    def clear(self) -> None:
+        """Let go of all tensors."""
+        self._kept.clear()
+
+
 @dataclass(frozen=True)
 class _Note:
     node: str
@@ -57,6 +102,7 @@ class ForwardNotes(TorchDispatchMode):
         self._noted = {call: how for calls in wanted for call, how in calls.items()}
         self._in_place = {getattr(aten, f"{c.__name__}_"): c for c in self._noted if hasattr(aten, f"{c.__name__}_")}
         self._notes: dict[int, _Note] = {}
+        self.saved = SavedTensors()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
@@ -92,6 +138,7 @@ class ForwardNotes(TorchDispatchMode):
     def clear(self) -> None:
         """Let go of all tensors."""
         self._notes.clear()
+        self.saved.clear()
 
 
 def _name(node: Any) -> str:

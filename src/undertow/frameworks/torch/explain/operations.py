@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -33,29 +33,29 @@ _SAVED_OPERANDS = {
 _BIAS = {"Addmm": 0, "Baddbmm": 0, "Convolution": 2}
 _ADDED_TO = ("Addmm", "Baddbmm")  # matrix products whose first operand is the bias
 
-# An activation's own forward, from its node and its input; of all else the node saved the result.
-_FORWARD: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
-    "Gelu": lambda n, x: F.gelu(x, approximate=saved(n, "approximate")),
+# An activation's own forward, from what its node saved and its input; of all else the node saved the result.
+_FORWARD: Mapping[str, Callable[[Callable[[str], Any], Tensor], Tensor]] = {
+    "Gelu": lambda read, x: F.gelu(x, approximate=read("approximate")),
     "Silu": lambda _, x: F.silu(x),
     "Mish": lambda _, x: F.mish(x),
-    "Elu": lambda n, x: aten.elu(x, saved(n, "alpha"), saved(n, "scale"), saved(n, "input_scale")),
-    "Celu": lambda n, x: F.celu(x, saved(n, "alpha")),
-    "Softplus": lambda n, x: F.softplus(x, saved(n, "beta"), saved(n, "threshold")),
+    "Elu": lambda read, x: aten.elu(x, read("alpha"), read("scale"), read("input_scale")),
+    "Celu": lambda read, x: F.celu(x, read("alpha")),
+    "Softplus": lambda read, x: F.softplus(x, read("beta"), read("threshold")),
     "Hardswish": lambda _, x: F.hardswish(x),
     "Hardsigmoid": lambda _, x: F.hardsigmoid(x),
     "LogSigmoid": lambda _, x: F.logsigmoid(x),
-    "Hardtanh": lambda n, x: F.hardtanh(x, saved(n, "min_val"), saved(n, "max_val")),
-    "Hardshrink": lambda n, x: F.hardshrink(x, saved(n, "lambd")),
-    "Softshrink": lambda n, x: F.softshrink(x, saved(n, "lambd")),
-    "Pow": lambda n, _: saved(n, "self") ** saved(n, "exponent"),
+    "Hardtanh": lambda read, x: F.hardtanh(x, read("min_val"), read("max_val")),
+    "Hardshrink": lambda read, x: F.hardshrink(x, read("lambd")),
+    "Softshrink": lambda read, x: F.softshrink(x, read("lambd")),
+    "Pow": lambda read, _: read("self") ** read("exponent"),
     "Abs": lambda _, x: x.abs(),
-    "PreluKernel": lambda n, x: torch.where(x > 0, x, x * saved(n, "weight")),
-    "RreluWithNoise": lambda n, x: (
-        x * saved(n, "noise") if saved(n, "training") else F.leaky_relu(x, (saved(n, "lower") + saved(n, "upper")) / 2)
+    "PreluKernel": lambda read, x: torch.where(x > 0, x, x * read("weight")),
+    "RreluWithNoise": lambda read, x: (
+        x * read("noise") if read("training") else F.leaky_relu(x, (read("lower") + read("upper")) / 2)
     ),
-    "Clamp": lambda n, x: x.clamp(saved(n, "min"), saved(n, "max")),
-    "ClampMin": lambda n, x: x.clamp(min=saved(n, "min")),
-    "ClampMax": lambda n, x: x.clamp(max=saved(n, "max")),
+    "Clamp": lambda read, x: x.clamp(read("min"), read("max")),
+    "ClampMin": lambda read, x: x.clamp(min=read("min")),
+    "ClampMax": lambda read, x: x.clamp(max=read("max")),
     "Sin": lambda _, x: x.sin(),
     "Cos": lambda _, x: x.cos(),
     "Erf": lambda _, x: x.erf(),
@@ -67,8 +67,8 @@ _FORWARD: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "Cosh": lambda _, x: x.cosh(),
     "Asinh": lambda _, x: x.asinh(),
     "Maximum": lambda _, x: x.clamp(min=0),  # with a constant zero
-    "Relu": lambda n, _: saved(n, "result"),
-    "LeakyRelu": lambda n, x: F.leaky_relu(x, saved(n, "negative_slope")),
+    "Relu": lambda read, _: read("result"),
+    "LeakyRelu": lambda read, x: F.leaky_relu(x, read("negative_slope")),
 }
 
 
@@ -93,7 +93,7 @@ class NodeOperation:
     kind: str
     entry: Any
     operands: tuple[tuple[Exit, ...], ...]
-    notes: ForwardNotes | None
+    notes: ForwardNotes
     gate: int | None = None
     inner: frozenset[Any] = frozenset()
     is_proportional: bool = False
@@ -143,7 +143,7 @@ class NodeOperation:
             axes = -3 if "3D" in name else -2
             return self.input.flatten(axes).gather(-1, places.flatten(axes)).view_as(places)
         if name in _FORWARD:
-            return _FORWARD[name](node, self.input)
+            return _FORWARD[name](partial(self._saved, node), self.input)
         result: Tensor = self._saved(node, "result")
         return result
 
@@ -220,8 +220,8 @@ class NodeOperation:
 
     def _noted(self, node: Any, i: int, what: str = "bias") -> Any:
         """Return an operand that only the forward pass told; None where the call had none."""
-        operand = None if self.notes is None else self.notes.operand(node, i)
-        if operand is None and (self.notes is None or not self.notes.has(node) or self.notes.was_given(node, i)):
+        operand = self.notes.operand(node, i)
+        if operand is None and (not self.notes.has(node) or self.notes.was_given(node, i)):
             raise self._missing(what)
         return operand
 
@@ -246,12 +246,11 @@ class NodeOperation:
     def _operand(self, node: Any, i: int) -> Tensor | None:
         name = stem(node)
         names = _SAVED_OPERANDS.get(name, ("self",))
-        if name == "Pow" and len(node.next_functions) == 1 and isinstance(saved(node, "exponent"), Tensor):
+        if name == "Pow" and len(node.next_functions) == 1 and isinstance(self._saved(node, "exponent"), Tensor):
             names = ("exponent",)  # of a number
         kept = self._saved(node, names[i]) if i < len(names) and hasattr(type(node), f"_saved_{names[i]}") else None
-        if isinstance(kept, Tensor):
-            return kept.detach()
-        return None if self.notes is None else self.notes.operand(node, i)
+        operand: Tensor | None = kept if isinstance(kept, Tensor) else self.notes.operand(node, i)
+        return operand
 
     def _unscaled(self, node: Any, i: int) -> Tensor | None:
         """Return what a node multiplied or divided by a constant, from what was saved of its result."""
@@ -268,15 +267,9 @@ class NodeOperation:
 
     def _saved(self, node: Any, name: str) -> Any:
         try:
-            value = saved(node, name)
-        except RuntimeError as error:
-            raise RuleError(
-                f"{name_of(node)} lets what it saved be read once only (checkpointed?), and the rule reads it too; "
-                "switch checkpointing off"
-            ) from error
+            return self.notes.saved.read(node, name)
         except AttributeError as error:
             raise self._missing(name) from error
-        return value.detach() if isinstance(value, Tensor) else value
 
     def _missing(self, what: str) -> RuleError:
         return RuleError(f"the {what} of {self.name} ({self.kind}) was kept by nothing, and the rule needs it")

@@ -80,7 +80,7 @@ class Way:
 def recognize(
     nodes: Collection[Any],
     kinds: Collection[str],
-    notes: ForwardNotes | None,
+    notes: ForwardNotes,
     closes: bool = False,
     known: Mapping[Any, Collection[str]] | None = None,
 ) -> Recognized:
@@ -111,7 +111,7 @@ def recognize(
             found.opaque.append(node)
         elif _passes(node, way, kinds):
             continue
-        elif can_be_expanded(node):
+        elif can_be_expanded(node, notes.saved.read):
             given = dict(way.inputs(node))
             places = range(len(node.next_functions))
             operands = tuple(((node, i),) if i in given else () for i in places)
@@ -170,14 +170,14 @@ def _passes(node: Any, way: Way, kinds: Collection[str]) -> bool:
     return "Accumulate" in name or (name in (*MATRIX_PRODUCTS, "Mul", "Div", "Convolution") and len(places) == 1)
 
 
-def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOperation | None, set[Any]]:
+def _operation(node: Any, way: Way, notes: ForwardNotes) -> tuple[NodeOperation | None, set[Any]]:
     """Return the operation that ends in a node, and the nodes that are within it; None for no operation."""
     name, inputs = stem(node), list(way.inputs(node))
     kind = simple_kind(node)
     if kind == "attention":
         places = dict(inputs)
         return NodeOperation(kind, node, tuple(((node, i),) if i in places else () for i in range(4)), notes), set()
-    if kind == "smooth" and name == "Pow" and len(inputs) == 1 and _is_linear_power(node):
+    if kind == "smooth" and name == "Pow" and len(inputs) == 1 and _is_linear_power(node, notes):
         return None, set()
     if kind is not None and len(inputs) == 1:
         is_proportional = name in PROPORTIONAL or name in ("Prelu", "PreluKernel")
@@ -200,14 +200,12 @@ def _operation(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOpe
     return None, set()
 
 
-def _is_linear_power(node: Any) -> bool:
-    exponent = saved(node, "exponent")
+def _is_linear_power(node: Any, notes: ForwardNotes) -> bool:
+    exponent = notes.saved.read(node, "exponent")
     return isinstance(exponent, int | float) and exponent == 1
 
 
-def _matrix_product(
-    node: Any, inputs: list[tuple[int, Edge]], way: Way, notes: ForwardNotes | None
-) -> NodeOperation | None:
+def _matrix_product(node: Any, inputs: list[tuple[int, Edge]], way: Way, notes: ForwardNotes) -> NodeOperation | None:
     places = MATRIX_PRODUCTS[stem(node)]
     given = dict(inputs)
     if not given.keys() <= set(places):
@@ -256,7 +254,7 @@ WEIGHTS: Mapping[str, Callable[[Edge, Way], bool]] = {
 """What makes a factor the weight of another: the first of these that is true of one of the two alone."""
 
 
-def _written_out(node: Any, way: Way, notes: ForwardNotes | None) -> tuple[NodeOperation | None, set[Any]]:
+def _written_out(node: Any, way: Way, notes: ForwardNotes) -> tuple[NodeOperation | None, set[Any]]:
     """Return what a product or a quotient of two operands on the way is."""
     first, second = (edge for _, edge in way.inputs(node))
     pair = (((node, 0),), ((node, 1),))

@@ -7,7 +7,7 @@ import torch
 
 from ....errors import RuleError
 from ....tables import ActivationRule
-from ..internals import sequence_number
+from ..internals import beside_the_engine, sequence_number
 from ..nodes import name_of
 
 
@@ -128,9 +128,11 @@ class RuleHooks:
         """Run the operation's own backward once more."""
         arriving = {self._entry: h}
         parts: list[torch.Tensor | None] = [None] * len(self._operands)
+        reader = beside_the_engine()
         try:
             for node in self._nodes:
-                gradients = node(arriving.pop(node))
+                with reader:
+                    gradients = node(arriving.pop(node))
                 gradients = gradients if isinstance(gradients, tuple) else (gradients,)
                 leaving = dict(self._exits.get(node, ()))
                 for i, gradient in enumerate(gradients):
