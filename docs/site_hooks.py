@@ -1,4 +1,4 @@
-"""What mkdocs is told beside `mkdocs.yml`: pages from elsewhere in the repository, notebooks, a place for each page.
+"""What mkdocs is told beside `mkdocs.yml`: pages from elsewhere in the repository, notebooks, lessons, a page's place.
 
 The repository can be read as it is, so its links lead to files (`../benchmarks/rules.md`). Here they become links of
 the site.
@@ -19,6 +19,7 @@ import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from site_lessons import shown, with_outputs
 
 import undertow
 
@@ -37,6 +38,7 @@ SHIM = "https://unpkg.com/iframe-worker/shim"
 
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?!https?:|#|mailto:)(?P<target>[^)\s]+)\)")
 NAME = re.compile(r"^::: undertow\.([\w.]+)$", re.M)
+LESSON = re.compile(r"course/\d")
 FENCE = re.compile(r"(^```.*?^```$)", re.S | re.M)
 
 
@@ -101,7 +103,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return f"{match['image']}[{match['text']}]({relative}{'#' * bool(anchor)}{anchor})"
 
     parts = FENCE.split(markdown)
-    return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
+    linked = "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
+    return with_outputs(linked, page.file.src_uri) if LESSON.match(page.file.src_uri) else linked
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
@@ -191,10 +194,4 @@ def _cells(notebook: Any) -> Iterator[str]:
             continue
         yield f"```python\n{cell.source}\n```"
         for output in cell.outputs:
-            data = output.get("data", {})
-            if "text/html" in data:
-                yield f'<div class="output">{re.sub(chr(10) + "+", chr(10), data["text/html"])}</div>'
-            elif "image/png" in data:
-                yield f'<div class="output"><img alt="" src="data:image/png;base64,{data["image/png"].strip()}"></div>'
-            else:
-                yield f"```text\n{data.get('text/plain', output.get('text', ''))}\n```"
+            yield shown(output.get("data", {"text/plain": output.get("text", "")}))

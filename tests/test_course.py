@@ -1,11 +1,11 @@
-"""The course: each page is a notebook that runs from top to bottom, with exercises, and answers that it checks."""
+"""The course: each page is a notebook with exercises, and answers that it checks. The site runs them: test_site.py."""
 
 import re
 
 import jupytext
 import pytest
 
-from documented import ROOT, run_page
+from documented import ROOT
 
 LESSONS = sorted((ROOT / "docs" / "course").glob("[1-9]-*.md"))
 
@@ -13,13 +13,6 @@ LESSONS = sorted((ROOT / "docs" / "course").glob("[1-9]-*.md"))
 def test_there_are_six_lessons_and_the_course_lists_them():
     assert re.findall(r"\((\d-[\w-]+\.md)\)", (LESSONS[0].parent / "index.md").read_text()) == [p.name for p in LESSONS]
     assert len(LESSONS) == 6
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # what torch.func.jvp calls
-@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
-def test_a_lesson_runs(lesson, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_page(lesson)
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)

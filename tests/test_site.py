@@ -65,6 +65,21 @@ def test_examples_of_docstrings_are_blocks_of_code(site):
     assert "<blockquote>" not in page
 
 
+LESSONS = sorted((ROOT / "docs" / "course").glob("[1-9]-*.md"))
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_ran_and_shows_what_it_prints_and_draws(site, lesson):
+    page = (site / "course" / f"{lesson.stem}.html").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", lesson.read_text(), re.S | re.M)
+    printing = [block for block in blocks if re.search(r"^print\(", block, re.M)]
+    lasts = [block.splitlines()[-1] for block in blocks]
+    shown = [line for line in lasts if re.fullmatch(r"[\w\[\]\"]+", line)]
+    assert page.count('<div class="output highlight">') >= len(printing)
+    assert page.count('<div class="output">') == len(shown)
+    assert ("data:image/png;base64," in page) == ("a" in shown)  # maps; a trace is a table
+
+
 @pytest.mark.slow
 def test_a_browser_shows_and_searches_it_from_the_disk_and_asks_for_nothing(site):
     from playwright.sync_api import sync_playwright
