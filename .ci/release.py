@@ -1,44 +1,32 @@
-"""Build the wheel and the source archive, check both, and install the wheel into clean environments.
+"""Build the wheel and the source archive, check both, and use the wheel in clean environments.
 
     python .ci/release.py [--extras record,plot] [--pythons python3.12,python3.13]
 
 `twine check --strict`, the whole source archive (`make test` needs tests, docs, studies and benchmarks), then for the
-base and for each extra alone: a fresh environment, the wheel with that extra, `pip check`, and what the extra is for.
-Without `--extras` all of them, which takes gigabytes; with an empty one the base alone.
+base and for each extra alone: a fresh environment, the wheel with that extra, `pip check`, and what the extra is for
+(tries.py). Without `--extras` all of them, which takes gigabytes; with an empty one the base alone.
 """
 
 import argparse
+import os
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
+from tries import NEEDED, TRIES, furnish
+
 ROOT = Path(__file__).parent.parent
 TRIED = ("3.11", "3.12", "3.13")
 """The Pythons with which this was run; the base, and the extras `record`, `plot`, `report` and `derive`."""
-PROBES = {
-    "": "import undertow as ut, sys; assert ut.load and ut.rules.RULES; assert 'torch' not in sys.modules",
-    "torch": "import torch, undertow as ut; net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()); "
-    "assert ut.explain(net, torch.ones(1, 2), target=0).rewired == 1",
-    "record": "import undertow.runs.format as f; f.__name__; import pyarrow.parquet, filelock",
-    "plot": "from undertow.show.plots import save; import matplotlib.figure",
-    "report": "import jinja2, vl_convert",
-    "derive": "import undertow as ut; assert 'HCX' in ut.derive.directional('X*C*X', wrt='X', shapes={'X': ('d', 'd'), "
-    "'C': ('d', 'd')}).text",
-    "ray": "import ray",
-    "jax": "import jax",
-    "text": "import transformers",
-    "keras": "import keras",
-    "vision": "import undertow as ut; ut.load('torchvision:squeezenet1_1@none'); ut.load('timm:resnet18@none')",
-    "demo": "import undertow as ut; assert ut.load('demo').id('tiger cat') == 282",
-}
-"""What each extra alone must be able to do."""
-
 WHOLE = ("README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "docs/design.md", "tests/conftest.py")
 WHOLE += ("studies/trust.py", "benchmarks/explain.py", "src/undertow/py.typed")
+REMEDY = re.compile(r'run: (pip install "undertow\[(\w+)\]")')
 
 
 def run(*words: object, cwd: Path | None = None) -> None:
@@ -63,18 +51,41 @@ def built(folder: Path) -> Path:
     return wheel
 
 
-def tried(wheel: Path, extra: str, python: str, folder: Path) -> None:
-    """Install the wheel with one extra into an environment of its own, and use it there."""
-    run(python, "-m", "venv", folder)
-    pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+def tried(wheel: Path, extra: str, python: str, furnished: Path, folder: Path) -> str:
+    """Install the wheel with one extra into an environment of its own, use it there, and return a line of figures."""
+    run("cp", "-r", furnished, folder / "here")
+    run(python, "-m", "venv", folder / "venv")
+    pip = [folder / "venv" / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+    begun = time.perf_counter()
     run(*pip, "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[{extra}]" if extra else wheel)
+    installed = time.perf_counter()
     run(*pip, "check")
-    run(folder / "bin" / "python", "-W", "error", "-c", PROBES[extra], cwd=folder)
-    run(folder / "bin" / "undertow", "--version", cwd=folder)
-    run(folder / "bin" / "undertow", "doctor", cwd=folder) if extra not in ("", *_WITHOUT_A_FRAMEWORK) else None
+    size = sum(path.stat().st_size for path in (folder / "venv").rglob("*") if path.is_file() and not path.is_symlink())
+    needed = {name for line in TRIES[extra] for name in typed(line, folder)}
+    assert needed == NEEDED.get(extra, set()), f"{extra or 'the base'} asked for {needed}"
+    took = installed - begun, time.perf_counter() - installed
+    return f"{extra or 'base':8} {took[0]:5.0f} s installing, {size / 1e6:6.0f} MB; {took[1]:4.0f} s of use"
 
 
-_WITHOUT_A_FRAMEWORK = ("record", "plot", "report", "derive", "ray", "jax")
+def typed(line: str, folder: Path) -> list[str]:
+    """Run a line as a user types it, with the remedies that it names; return the extras that these brought."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    path = f"{folder / 'venv' / 'bin'}:{os.environ['PATH']}"
+    environment = kept | {"PATH": path, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    brought: list[str] = []
+    while True:
+        print("$", line, flush=True)
+        done = subprocess.run(line, shell=True, cwd=folder / "here", env=environment, capture_output=True, text=True)
+        if done.returncode == 0:
+            return brought
+        remedy = REMEDY.search(done.stderr)
+        assert remedy is not None, done.stdout + done.stderr
+        assert remedy[2] not in brought, f"{remedy[1]} did not help: {done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2, done.returncode
+        brought.append(remedy[2])
+        print("$", remedy[1], flush=True)
+        subprocess.run(f"{remedy[1]} --quiet", shell=True, cwd=folder, env=environment, check=True)
 
 
 def main() -> None:
@@ -85,15 +96,17 @@ def main() -> None:
     parser.add_argument("--extras", default=",".join(usual))
     parser.add_argument("--pythons", default=sys.executable)
     asked = parser.parse_args()
-    unknown = set(usual) - set(PROBES)
-    assert not unknown, f"extras that nothing tries: {unknown}"
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = built(Path(scratch) / "dist")
+        wheel, furnished = built(Path(scratch) / "dist"), Path(scratch) / "furnished"
+        furnished.mkdir()
+        furnish(furnished)
+        figures = []
         for python in asked.pythons.split(","):
             for extra in ["", *filter(None, asked.extras.split(","))]:
                 with tempfile.TemporaryDirectory() as folder:
-                    tried(wheel, extra, python, Path(folder))
-    print("ok")
+                    figures.append(tried(wheel, extra, python, furnished, Path(folder)))
+                    print(figures[-1], flush=True)
+    print("\n".join(figures))
 
 
 if __name__ == "__main__":

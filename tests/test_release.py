@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib import util
 from pathlib import Path
 
+import floors
 import pytest
+import release
+import tries
 
 import undertow
 from undertow.environment import PURPOSES
@@ -20,18 +22,10 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def script(name):
-    """Import a script of the folder .ci."""
-    spec = util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_floor_is_a_version_and_every_extra_is_tried():
-    assert len(script("floors").floors()) > 10
+    assert len(floors.floors()) > 10
     extras = {extra for extra in PROJECT["optional-dependencies"] if extra not in ("dev", "bench")}
-    assert set(script("release").PROBES) - {""} == extras
+    assert set(tries.TRIES) - {""} == extras
     assert set(PURPOSES) == extras
 
 
@@ -42,7 +36,7 @@ def test_the_version_stands_in_three_places():
 
 def test_classifiers_name_the_pythons_that_are_tried():
     named = {c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)}
-    assert named == set(script("release").TRIED)
+    assert named == set(release.TRIED)
     assert PROJECT["requires-python"] == f">={min(named, key=lambda v: int(v[2:]))}"
 
 
