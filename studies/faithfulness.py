@@ -1,15 +1,14 @@
-"""Which map's pixels carry the score? Deletion and insertion of `ut.trust` on two networks, for rules and controls.
+"""Which pixels carry the score, and does a map change with class and weights? Verdicts of `ut.trust`, with intervals.
 
     python studies/faithfulness.py demo --out runs/faithfulness    # the packaged network, photographs of scikit-image
     python studies/faithfulness.py vit --out runs/faithfulness     # a small ViT, trained here on Fashion-MNIST
 
-Each explains the class that the network sees, judges every map as `ut.trust` does, prints a table with intervals
+Each explains the class that the network sees, has `ut.trust.of_map` judge every map, prints tables with intervals
 (95 %, bootstrap over images) and writes a picture and the numbers into the folder. Trained weights stay there, and are
 used again. What came out: docs/studies/faithfulness.md
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -24,10 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import undertow as ut
-from undertow import similarity
 from undertow.frameworks.torch.zoo.importing import import_torchvision
 from undertow.show import plots
-from undertow.verdict import faithfulness
 
 PHOTOGRAPHS = (
     *("chelsea.png", "coffee.png", "camera.png", "rocket.jpg"),
@@ -36,7 +33,6 @@ PHOTOGRAPHS = (
 COMMON: dict[str, dict[str, Any]] = {
     "gradient": {"rule": "gradient"},
     "input x gradient": {"rule": "gradient", "estimator": "input-times"},
-    "integrated gradients": {"rule": "gradient", "estimator": "integrated:20"},
     "attnlrp": {"rule": "attnlrp"},
 }
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -49,13 +45,15 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "vit": {
         "guided": {"rule": "guided", "activations": "all"},
         **COMMON,
+        "integrated gradients": {"rule": "gradient", "estimator": "integrated:20"},
         "cp-lrp": {"rule": "cp-lrp"},
         "attention rollout": {"rule": "attention-rollout"},
         "attention x gradient": {"rule": "attention-gradient"},
     },
 }
 CONTROLS = ("random", "edges")
-STEPS = {"demo": 4, "vit": 8}  # shares of the pixels at which scores are taken
+QUESTIONS = ("faithfulness", "class", "weights")
+LEVELS = ("yes", "weak", "no")
 TRAINING = {"epochs": 6, "batch": 128, "rate": 2e-3}
 
 
@@ -105,58 +103,58 @@ def photographs() -> Iterator[tuple[str, torch.Tensor]]:
             yield name, torch.from_numpy(preprocessing.array(picture.convert("RGB")))[None]
 
 
-def judged(kind: str, model: Any, x: torch.Tensor, values: Any, target: int) -> dict[str, float]:
-    """Return the area between insertion and deletion, under blur, for a map and for the image's edges.
+def judged(model: Any, x: torch.Tensor, target: int, how: dict[str, Any]) -> dict[str, Any]:
+    """Return the answers of `ut.trust` about a map: the value and the level of each question."""
 
-    It is the number of the verdict's question, without the many random orders that decide its level.
-    """
+    def explainer(network: Any, images: Any, class_ids: Any) -> Any:
+        return ut.explain(network, images, target=class_ids, **how).values
 
-    def scores(batch: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return model(torch.from_numpy(batch.astype(np.float32)))[:, target].double().numpy()
-
-    answer = faithfulness.answer(np.asarray(values[0], np.float64), x[0].numpy(), scores, 1, 0, STEPS[kind])
-    return {"map": answer.value, "edges": answer.numbers["edges"]}
+    verdict = ut.trust.of_map(model, x, explainer(model, x, target), explainer=explainer, target=target)
+    return {name: (verdict.answers[name].value, verdict.answers[name].level) for name in QUESTIONS}
 
 
-def measured(kind: str, model: Any, cases: list[tuple[str, torch.Tensor]]) -> dict[str, list[float]]:
-    """Return, for each method and control, one area for each image."""
-    gaps: dict[str, list[float]] = {name: [] for name in (*METHODS[kind], *CONTROLS)}
+def controls(model: Any, x: torch.Tensor, target: int, seed: int) -> dict[str, float]:
+    """Return the area of a map of noise, and that of the image's own edges, which is in every verdict."""
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
+    answer = ut.trust.of_map(model, x, noise, target=target).answers["faithfulness"]
+    return {"random": answer.value, "edges": answer.numbers["edges"]}
+
+
+def measured(kind: str, model: Any, cases: list[tuple[str, torch.Tensor]]) -> dict[str, dict[str, list[Any]]]:
+    """Return, for each method its answers to each question, and for each control its areas; one for each image."""
+    answers: dict[str, dict[str, list[Any]]] = {name: {q: [] for q in QUESTIONS} for name in METHODS[kind]}
+    answers |= {name: {"faithfulness": []} for name in CONTROLS}
     for i, (name, x) in enumerate(cases):
         with torch.no_grad():
             target = int(model(x).argmax())
         for method, how in METHODS[kind].items():
-            gaps[method].append(
-                judged(kind, model, x, ut.explain(model, x, target=target, **how).values, target)["map"]
-            )
-        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(i))
-        controls = judged(kind, model, x, noise, target)
-        gaps["random"].append(controls["map"])
-        gaps["edges"].append(controls["edges"])
-        last = ", ".join(f"{method} {values[-1]:.3f}" for method, values in gaps.items())
+            for question, answer in judged(model, x, target, how).items():
+                answers[method][question].append(answer)
+        for control, area in controls(model, x, target, i).items():
+            answers[control]["faithfulness"].append((area, ""))
+        last = ", ".join(f"{method} {rows['faithfulness'][-1][0]:.3f}" for method, rows in answers.items())
         print(f"{i + 1} of {len(cases)}, {name}: {last}", file=sys.stderr, flush=True)
-    return gaps
+    return answers
 
 
-def changed(kind: str, model: Any, cases: list[tuple[str, torch.Tensor]]) -> str:
-    """Return a table: how alike a map is to that of the runner-up, and to that of a network half of which is random."""
-    scrambled = copy.deepcopy(model)
-    layers = [module for module in scrambled.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    torch.manual_seed(0)
-    for layer in layers[len(layers) // 2 :]:
-        layer.reset_parameters()
+def counted(answers: list[Any]) -> str:
+    """Return how often each level was given, as "3 / 1 / 0"."""
+    levels = [level for _, level in answers]
+    return " / ".join(str(levels.count(level)) for level in LEVELS) if any(levels) else ""
+
+
+def changed(answers: dict[str, dict[str, list[Any]]]) -> str:
+    """Return a table: how alike a map is to those of other classes, and of networks whose layers are random."""
     found = []
-    for method, how in METHODS[kind].items():
-        alike = []
-        for _, x in cases:
-            with torch.no_grad():
-                target, other = model(x)[0].topk(2).indices.tolist()
-            own = ut.explain(model, x, target=target, **how).values
-            pairs = (model, other), (scrambled, target)
-            maps = [ut.explain(network, x, target=k, **how).values for network, k in pairs]
-            alike.append([similarity.spearman(*(similarity.plane(np.asarray(m[0])) for m in (own, b))) for b in maps])
-        found.append([method, *(f"{value:.2f}" for value in np.mean(alike, 0))])
-    return table(["map", "like the runner-up's", "like that of random upper layers"], found)
+    for method, by_question in answers.items():
+        if "class" in by_question:
+            columns = [method]
+            for question in ("class", "weights"):
+                values = np.array([value for value, _ in by_question[question]])
+                columns += [f"{np.median(values):.2f}", span(interval(values)), counted(by_question[question])]
+            found.append(columns)
+    levels = ", ".join(LEVELS[:2]) + f" or {LEVELS[2]}"
+    return table(["map", "other classes", "95 %", levels, "random weights", "95 %", levels], found)
 
 
 def interval(values: np.ndarray, draws: int = 4000) -> tuple[float, float]:
@@ -201,28 +199,29 @@ def drawn(found: list[dict[str, Any]], title: str, path: Path) -> None:
     plots.save(figure, path)
 
 
-def told(found: list[dict[str, Any]]) -> str:
-    def span(pair: tuple[float, float]) -> str:
-        return f"{pair[0]:.3f} to {pair[1]:.3f}"
+def span(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.2f} to {pair[1]:.2f}"
 
+
+def told(found: list[dict[str, Any]], answers: dict[str, dict[str, list[Any]]]) -> str:
+    """Return a table of `rows`, with how often each level was given."""
     return table(
-        ["map", "gap", "95 %", "more than gradient", "95 %"],
+        ["map", "gap", "95 %", "more than gradient", "95 %", "yes, weak or no"],
         [
             [
                 row["method"],
-                f"{row['median']:.3f}",
+                f"{row['median']:.2f}",
                 span(row["interval"]),
-                f"{row['more than gradient']:+.3f}",
+                f"{row['more than gradient']:+.2f}",
                 span(row["interval of that"]),
+                counted(answers[row["method"]]["faithfulness"]),
             ]
             for row in found
         ],
     )
 
 
-def run(
-    kind: str, out: Path, data: Path | None, images: int, epochs: int, only_change: bool = False
-) -> list[dict[str, Any]]:
+def run(kind: str, out: Path, data: Path | None, images: int, epochs: int) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     model: Any
     if kind == "demo":
@@ -236,15 +235,12 @@ def run(
         cases, title = [(str(i), x[i : i + 1]) for i in range(images)], "a small ViT, Fashion-MNIST"
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    print(changed(kind, model, cases))
-    if only_change:
-        return []
-    gaps = measured(kind, model, cases)
-    found = rows(gaps)
-    numbers = {"images": [name for name, _ in cases], "gaps": gaps, "rows": found}
+    answers = measured(kind, model, cases)
+    found = rows({method: [value for value, _ in a["faithfulness"]] for method, a in answers.items()})
+    numbers = {"images": [name for name, _ in cases], "answers": answers, "rows": found}
     (out / f"{kind}.json").write_text(json.dumps(numbers, indent=1))
     drawn(found, f"{title}: {len(cases)}", out / f"{kind}.png")
-    print(told(found))
+    print(told(found, answers), changed(answers), sep="\n\n")
     return found
 
 
@@ -253,15 +249,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("kind", choices=("demo", "vit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="the folder of Fashion-MNIST's four .gz files")
-    parser.add_argument("--images", type=int, help="how many; default 8 photographs, 60 garments")
+    parser.add_argument("--images", type=int, help="how many; default 8 photographs, 48 garments")
     parser.add_argument("--epochs", type=int, default=TRAINING["epochs"])
-    parser.add_argument("--only-change", action="store_true", help="only: does a map change with class and weights?")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    count = args.images or {"demo": len(PHOTOGRAPHS), "vit": 60}[args.kind]
+    count = args.images or {"demo": len(PHOTOGRAPHS), "vit": 48}[args.kind]
     try:
-        run(args.kind, args.out, args.data, count, args.epochs, args.only_change)
+        run(args.kind, args.out, args.data, count, args.epochs)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

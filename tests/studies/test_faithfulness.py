@@ -19,7 +19,9 @@ def test_rows_are_in_order_and_compared_image_by_image():
     assert rows[0]["more than gradient"] == pytest.approx(0.2)
     assert rows[0]["interval of that"] == pytest.approx((0.2, 0.2))  # the same for every image
     assert rows[0]["interval"][0] == pytest.approx(0.3)
-    assert "| better | 0.400 |" in faithfulness.told(rows)
+    answers = {method: {"faithfulness": [(v, "yes") for v in values]} for method, values in gaps.items()}
+    assert "| better | 0.40 |" in faithfulness.told(rows, answers)
+    assert "| 3 / 0 / 0 |" in faithfulness.told(rows, answers)
 
 
 def test_an_interval_holds_the_median_and_narrows_with_more_images():
@@ -29,13 +31,22 @@ def test_an_interval_holds_the_median_and_narrows_with_more_images():
     assert many[1] - many[0] < (few[1] - few[0]) / 2
 
 
-def test_the_map_of_a_single_pixel_that_decides_is_the_most_faithful():
-    x, values = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, 8, 8)
-    values[0, 0, 2, 3] = 1.0
-    model = lambda x: torch.stack([x[:, 0, 2, 3], x[:, 0, 0, 0]], 1)  # noqa: E731
-    mine = faithfulness.judged("vit", model, x, values, 0)["map"]
-    other = faithfulness.judged("vit", model, x, values.flip(-1, -2), 0)["map"]
-    assert mine > other
+def test_what_is_told_is_what_trust_answers():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    x = torch.randn(1, 1, 8, 8)
+    verdict = faithfulness.ut.trust(net, x, rule="gradient", estimator="input-times", target=1)
+    wanted = {name: (verdict.answers[name].value, verdict.answers[name].level) for name in faithfulness.QUESTIONS}
+    assert faithfulness.judged(net, x, 1, {"rule": "gradient", "estimator": "input-times"}) == wanted
+    control = faithfulness.controls(net, x, 1, seed=0)
+    assert control["edges"] == verdict.answers["faithfulness"].numbers["edges"]
+    answers = {
+        "mine": {name: [answer, answer] for name, answer in wanted.items()},
+        "edges": {"faithfulness": [(0.1, "")]},
+    }
+    alike = f"{wanted['class'][0]:.2f}"
+    assert f"| mine | {alike} | {alike} to {alike} |" in faithfulness.changed(answers)
+    assert "edges" not in faithfulness.changed(answers)
 
 
 @pytest.mark.slow
@@ -46,7 +57,7 @@ def test_a_run_writes_its_numbers_and_goes_on_with_its_weights(tmp_path, capsys)
     save_file(faithfulness.vit().state_dict(), tmp_path / "vit.safetensors")
     assert faithfulness.main(["vit", "--out", str(tmp_path), "--images", "2", "--threads", "1"]) == 0
     numbers = json.loads((tmp_path / "vit.json").read_text())
-    assert set(numbers["gaps"]) == {*faithfulness.METHODS["vit"], *faithfulness.CONTROLS}
-    assert all(len(values) == 2 for values in numbers["gaps"].values())
+    assert set(numbers["answers"]) == {*faithfulness.METHODS["vit"], *faithfulness.CONTROLS}
+    assert all(len(answers["faithfulness"]) == 2 for answers in numbers["answers"].values())
     assert (tmp_path / "vit.png").stat().st_size > 5000
     assert "| attnlrp |" in capsys.readouterr().out
