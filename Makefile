@@ -42,7 +42,7 @@ floors: $(VENV)/.dev
 	$(BIN)/python .ci/floors.py
 
 # Both archives, and each extra alone in a clean environment: gigabytes. EXTRAS= is the base, EXTRAS=record,plot these.
-EXTRAS ?= record,plot,report,derive,torch,vision,demo,keras,jax,text,ray
+EXTRAS ?= record,plot,report,derive,torch,vision,demo,keras,jax,text,clip,ray
 release-check: $(VENV)/.dev
 	$(BIN)/python .ci/release.py --extras "$(EXTRAS)"
 

@@ -39,7 +39,10 @@ NOT_RUN = {
 }
 """Beginnings of shell lines, and where they are run instead."""
 
-NOT_RUN_WITH = {"--engine ray": "tests/sweep/test_engines.py: it needs a cluster"}
+NOT_RUN_WITH = {
+    "--engine ray": "tests/sweep/test_engines.py: it needs a cluster",
+    "--model open_clip:": "tests/test_zero_shot.py: it needs weights",
+}
 """Parts of shell lines, likewise."""
 
 STAND_INS = {

@@ -146,6 +146,13 @@ def test_features_are_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
         ("timm:botnet50ts_256", r"no weights for botnet50ts_256; .*timm:botnet50ts_256@none"),
         ("vgg16", r"a reference is demo, .* did you mean torchvision:vgg16"),
         ("demoo", "did you mean demo"),
+        ("dmo", "did you mean demo"),
+        ("resnet5", "did you mean .*resnet50"),
+        ("hff:gpt2", r"did you mean hf:gpt2\?"),
+        ("huggingface:org/net", r"did you mean hf:org/net\?"),
+        ("open-clip:ViT-B-32@openai", r"did you mean open_clip:ViT-B-32@openai\?"),
+        ("vit-b-32-quickgel", "did you mean open_clip:ViT-B-32-quickgelu"),
+        ("nets.py", "name the function that returns the network, as in nets.py:load"),
         ("", "unknown model ''"),
         ("new\nline", r"unknown model 'new\\nline'"),
         ("nowhere.py:net", r"no file nowhere\.py"),
@@ -229,7 +236,7 @@ def row(reference: str) -> models.Reference:
 def test_listing(offline: Path) -> None:
     overview = listing()
     assert overview[0] == models.Reference("demo", "packaged", "ImageNet, packaged", True, "installed as a package")
-    assert {row.source for row in overview} == {"packaged", "torchvision", "timm", "keras", "hf"}
+    assert {row.source for row in overview} == {"packaged", "torchvision", "timm", "keras", "hf", "open_clip"}
     (timm,) = (row for row in overview if row.reference == "timm:NAME")
     assert re.match(r"1,\d\d\d models", timm.why)
     names = [row.reference for row in listing("VGG16")]

@@ -131,9 +131,18 @@ class Zoo(Protocol):
         """List the models whose reference contains a word."""
 
     def load(
-        self, source: str, name: str, weights: str, file: Path | None, output: str | int | None = None
+        self,
+        source: str,
+        name: str,
+        weights: str,
+        file: Path | None,
+        output: str | int | None = None,
+        classes: str | Sequence[str] | None = None,
     ) -> Classifier:
-        """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name."""
+        """Load a classifier; `weights` is "" for the default ones, "none" for random ones, or a name.
+
+        `classes` are what a network of images and texts scores; others have their own.
+        """
 
     def from_object(
         self,

@@ -24,6 +24,7 @@ PURPOSES = {
     "ray": "--engine ray",
     "jax": "networks in JAX, of Flax or Equinox too",
     "text": "networks that read text",
+    "clip": "open_clip:NAME",
 }
 """What each extra is for."""
 

@@ -5,9 +5,12 @@ A reference is one of
     demo                            EfficientNet-Lite0 and its ImageNet weights, installed as packages
     torchvision:vgg16               with torchvision's default weights; @IMAGENET1K_V1 names others, @none is random
     timm:resnet18                   with timm's default weights; .a1_in1k names others, @none is random
+    open_clip:ViT-B-32@openai       of open_clip, with weights by their tag, @FILE or @none, or open_clip:FOLDER; a
+                                    CLIP, that scores the texts of classes=
     keras:DenseNet201               of keras.applications, with ImageNet weights; @none is random
     hf:google/vit-base-patch16-224  of transformers, by a name on the hub, or from a folder that save_pretrained wrote,
-                                    with its preprocessing or tokenizer; @REVISION names another, @none is random
+                                    with its preprocessing or tokenizer; @REVISION names another, @none is random; a
+                                    CLIP or SigLIP scores the texts of classes=
     path/to/model.keras             a model that Keras saved, .h5 of earlier versions too
     path/to/file.py:function        your own; the function returns a network, or a dict or `Classifier` around one
     jax:path/to/file.py:function    the same, of JAX, where the network is a plain function
@@ -21,24 +24,24 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .classifier import Classifier, Reference, Zoo
-from .errors import FrameworkError, ModelError, UndertowError, did_you_mean, printable, text_of
+from .errors import FrameworkError, InputError, ModelError, UndertowError, did_you_mean, printable, text_of
 from .frameworks.base import bound, capability, framework_of_model
 from .frameworks.starting import quietly
 from .installing import install_command
+from .references import FORMS, OTHER_NAMES, SOURCES
 from .scales import FORMS as SCALE_FORMS
 from .scales import Scaling
 from .signals import Terminated, interrupts
 
-FORMS = "demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras, [jax:]FILE.py:FUNCTION"
-SOURCES = {"demo": "torch", "torchvision": "torch", "timm": "torch", "hf": "torch", "keras": "keras"}
-"""The framework that loads each source, the part of a reference before the colon."""
+OF_TEXTS = ("hf", "open_clip")
+"""The sources of networks that score texts, the classes that a user names."""
 
 
 def load(
@@ -46,6 +49,7 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     preprocess: str | None = None,
     output: str | int | None = None,
+    classes: str | Sequence[str] | None = None,
 ) -> Classifier:
     """Load the classifier that a reference names, its weights from a file where one is given.
 
@@ -60,20 +64,23 @@ def load(
             default as the network's own source says. Where nothing does, as in a Keras model without a layer that
             scales, from 0 to 1, with a warning.
         output: the part of the network's output that holds the scores, where it returns several.
+        classes: the texts that a network of images and texts (a CLIP) scores, a list; as words for a command, "a photo
+            of a cat, a photo of a dog", the name of a .txt file with one a line, or "imagenet" for its 1,000 classes.
 
     Returns:
         A `Classifier` of photographs; of a network that reads text a `TextModel`, for `undertow.explain_text`.
 
     Raises:
         ModelError: an unknown reference, or weights that cannot be had or do not fit.
-        InputError: `preprocess` is not understood.
+        InputError: `preprocess` or `classes` cannot be used.
         FrameworkError: a package that is missing or does not fit.
 
     >>> load("torchvision:squeezenet1_1@none").classes[282]
     'tiger cat'
     """
     scaling = None if preprocess is None else Scaling.parse(preprocess)
-    classifier = _load(os.fspath(reference), None if weights is None else Path(weights), scaling, output)
+    texts = _texts(classes)
+    classifier = _load(os.fspath(reference), None if weights is None else Path(weights), scaling, output, texts)
     if scaling is not None:
         scaled = scaling.applied(classifier.preprocessing)
         return replace(
@@ -96,12 +103,33 @@ def guess_of(classifier: Classifier) -> str:
     )
 
 
-def _load(reference: str, file: Path | None, scaling: Scaling | None, output: str | int | None) -> Classifier:
+def _texts(classes: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    """Return the texts that words name: those of a file, or between commas; "imagenet" and a list as they are."""
+    if not isinstance(classes, str) or classes.strip().lower() == "imagenet":
+        return classes.strip().lower() if isinstance(classes, str) else classes
+    if not classes.lower().endswith(".txt"):
+        return [text.strip() for text in classes.split(",")]
+    try:
+        lines = Path(classes).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"the classes of {printable(classes)} cannot be read ({text_of(error)}); check it") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _load(
+    reference: str,
+    file: Path | None,
+    scaling: Scaling | None,
+    output: str | int | None,
+    classes: str | Sequence[str] | None,
+) -> Classifier:
     source, _, rest = reference.partition(":")
     path, _, function = reference.rpartition(":")
+    if classes is not None and source not in OF_TEXTS:
+        raise InputError(f"{printable(reference)} has classes of its own: leave --classes or classes= out")
     if source in SOURCES and (source != "demo" or not rest):
-        name, _, choice = (rest, "", "") if source == "hf" else rest.partition("@")
-        return replace(_zoo(SOURCES[source]).load(source, name, choice, file), output=output)
+        name, _, choice = (rest, "", "") if source in OF_TEXTS else rest.partition("@")
+        return replace(_zoo(SOURCES[source]).load(source, name, choice, file, classes=classes), output=output)
     if reference.lower().endswith((".keras", ".h5", ".hdf5")) or Path(reference, "saved_model.pb").is_file():
         return _zoo("keras").load("file", reference, "", file, output)
     if path.endswith(".py"):
@@ -118,7 +146,7 @@ def listing(word: str | None = None) -> list[Reference]:
         ModelError: no model contains the word.
     """
     rows = [row for row in _demo_rows() if not word or word.lower() in row.reference]
-    for source in ("torchvision", "timm", "hf", "keras"):
+    for source in (name for name in SOURCES if name != "demo"):
         try:
             if source == "keras" and not word:  # TensorFlow takes seconds to load
                 rows.append(Reference("keras:NAME", "keras", "", False, _why_keras()))
@@ -154,11 +182,18 @@ def _demo_rows() -> list[Reference]:
 
 def _similar(word: str) -> str:
     """Return the full references similar to a bare or misspelt name, as the end of an error line."""
+    source, colon, rest = word.partition(":")
+    if word.lower().endswith(".py"):
+        return f"; name the function that returns the network, as in {printable(word)}:load"
+    if colon and source not in SOURCES:
+        known = {name: name for name in (*SOURCES, "jax")} | OTHER_NAMES
+        near = difflib.get_close_matches(source.lower(), known, n=1, cutoff=0.6)
+        return f"; did you mean {known[near[0]]}:{printable(rest)}?" if near else ""
     try:
         names = _zoo("torch").names()
     except FrameworkError:
-        return ""
-    bare = {name.rpartition(":")[2]: name for name in [*reversed(names), "demo"]}
+        names = []
+    bare = {name.rpartition(":")[2].lower(): name for name in [*reversed(names), "demo"]}
     close = difflib.get_close_matches(word.lower().rpartition(":")[2], bare, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(bare[name] for name in close)}?" if close else ""
 

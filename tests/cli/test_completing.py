@@ -10,8 +10,9 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from frameworks.torch.real_models import timm, torchvision
-from undertow.cli import app
+from undertow.cli import app, main
 from undertow.cli.completing import VARIABLE, references, registered
+from undertow.references import FORMS
 
 
 def completed(*words, incomplete):
@@ -34,7 +35,9 @@ def test_the_names_are_those_that_the_packages_list():
 
 def test_sources_come_first_and_then_their_models(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert values("") == ["demo", "torchvision:", "timm:", "hf:", "keras:"]
+    assert values("") == ["demo", "torchvision:", "timm:", "hf:", "open_clip:", "keras:", "jax:"]
+    assert values("open_clip:ViT-B-32-q") == ["open_clip:ViT-B-32-quickgelu"]
+    assert values("open_clip:ViT-B-32@") == ["open_clip:ViT-B-32@none"]
     assert values("t") == ["torchvision:", "timm:"]
     assert values("torchvision:vgg16") == ["torchvision:vgg16", "torchvision:vgg16_bn"]
     assert "timm:resnet18" in values("ti")
@@ -59,13 +62,20 @@ def test_files_and_their_functions(tmp_path, monkeypatch):
     Path("nets.py").write_text("raise SystemExit\ndef load(): ...\ndef _own(): ...\ndef large(): ...\n")
     assert completed("explain", "--model", incomplete="net") == [("file", "net")]
     assert values("nets.py:") == ["nets.py:load", "nets.py:large"]
+    assert values("jax:nets.py:la") == ["jax:nets.py:large"]
+    Path("deeper").mkdir()
+    assert values("jax:") == ["jax:deeper/", "jax:nets.py"]
     assert list(references("nothere.py:")) == []
 
 
-@pytest.mark.parametrize("command", ["explain", "trust", "record", "trace", "sites"])
-def test_every_command_with_a_model_completes_it(command):
-    found = ShellComplete(app, {}, "undertow", VARIABLE).get_completions([command, "--model"], "torchvision:alex")
+@pytest.mark.parametrize("command", ["explain", "trust", "record", "trace", "sites", "derive model"])
+def test_every_command_with_a_model_completes_it_and_says_what_it_is(command, capsys):
+    words = [*command.split(), "--model"]
+    found = ShellComplete(app, {}, "undertow", VARIABLE).get_completions(words, "torchvision:alex")
     assert [item.value for item in found] == ["torchvision:alexnet"]
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert FORMS in " ".join(capsys.readouterr().out.split())
 
 
 SPY = """

@@ -14,6 +14,8 @@ from typing import Any
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class, shell_complete, split_arg_string
 
+from ..references import SOURCES
+
 VARIABLE = "_UNDERTOW_COMPLETE"
 """In the environment of a command that is asked for completions, or for the script that asks."""
 
@@ -42,28 +44,35 @@ def references(start: str) -> Iterator[str]:
     >>> list(references("de")), list(references(""))[:3]
     (['demo'], ['demo', 'torchvision:', 'timm:'])
     """
-    sources = {"demo": "demo", **{f"{name}:": name for name in ("torchvision", "timm", "hf", "keras")}}
+    sources = [name if name == "demo" else f"{name}:" for name in (*SOURCES, "jax")]
     begun = [prefix for prefix in sources if prefix.startswith(start) or start.startswith(prefix)]
     if len(begun) > 1 or begun == ["demo"]:
         yield from begun
         return
-    if begun == ["hf:"]:
-        yield from (name for name in _of_hub(start) if name.startswith(start))
+    if ".py:" in start:
+        path, _, function = start.rpartition(":")
+        yield from (
+            f"{path}:{name}" for name in _functions(Path(path.removeprefix("jax:"))) if name.startswith(function)
+        )
+    elif begun == ["hf:"]:
+        yield from (name for name in [*_cached(), *_paths("hf:", start, "")] if name.startswith(start))
+    elif begun == ["jax:"]:
+        yield from (name for name in _paths("jax:", start, ".py") if name.startswith(start))
     elif begun:
         base, at, _ = start.partition("@")
-        names = sorted({f"{begun[0]}{name}" for name in registered(sources[begun[0]])})
+        names = sorted({f"{begun[0]}{name}" for name in registered(begun[0][:-1])})
         names = [f"{name}@none" for name in names if name == base] if at else names
         yield from (name for name in names if name.startswith(start))
-    elif ".py:" in start:
-        path, _, function = start.rpartition(":")
-        yield from (f"{path}:{name}" for name in _functions(Path(path)) if name.startswith(function))
 
 
 def registered(source: str) -> Iterator[str]:
     """Yield the names of the models of a source, as the files of its package register them."""
-    package, folder, mark, following = _REGISTERED[source]
+    package, folder, mark, following = _REGISTERED.get(source, (source, "", b"", b""))
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
+        return
+    if source == "open_clip":  # a file of each
+        yield from (path.stem for path in Path(spec.origin).parent.glob("model_configs/*.json"))
         return
     pattern = re.compile(following)
     for path in sorted(Path(spec.origin).parent.joinpath(folder).glob("*.py")):
@@ -72,18 +81,23 @@ def registered(source: str) -> Iterator[str]:
                 yield next(name for name in found.groups() if name).decode()
 
 
-def _of_hub(start: str) -> Iterator[str]:
-    """Yield what is in the hub's cache, and the folders that a path begins."""
+def _cached() -> Iterator[str]:
+    """Yield what is in the hub's cache."""
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
     for path in sorted(cache.glob("models--*")):
         yield "hf:" + path.name.removeprefix("models--").replace("--", "/")
-    typed = start.removeprefix("hf:")
+
+
+def _paths(source: str, start: str, ending: str) -> Iterator[str]:
+    """Yield the folders, or also the files of an ending, that the path behind a source begins."""
+    typed = start.removeprefix(source)
     parent, _, _ = typed.rpartition("/")
     folder = Path(parent or ("/" if typed.startswith("/") else ".")).expanduser()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_dir() and not path.name.startswith("."):
-            yield f"hf:{f'{parent}/' if typed.count('/') else ''}{path.name}"
+        if not path.name.startswith(".") and (path.is_dir() or (ending and path.suffix == ending)):
+            begun = f"{parent}/" if "/" in typed else ""
+            yield f"{source}{begun}{path.name}{'/' if ending and path.is_dir() else ''}"
 
 
 def _functions(path: Path) -> list[str]:

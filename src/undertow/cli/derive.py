@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .completing import complete_model
-from .photographs import ground_option, input_line, load_classifier, preprocess_option
+from .photographs import ground_option, input_line, load_classifier, model_options, preprocess_option
 from .printing import echo, print_json
 
 if TYPE_CHECKING:
@@ -91,14 +90,7 @@ Examples:
 """,
 )
 @click.argument("image", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    "reference",
-    metavar="REF",
-    required=True,
-    shell_complete=complete_model,
-    help="demo, torchvision:NAME, timm:NAME, FILE.py:FUNCTION.",
-)
+@model_options
 @click.option("--weights", metavar="FILE", type=click.Path(path_type=Path), help="A .safetensors file or a state dict.")
 @preprocess_option
 @click.option("--depth", default=1, show_default=True, help="Of nesting: 1 for the model's own parts.")
@@ -114,6 +106,7 @@ Examples:
 def model(
     image: Path | None,
     reference: str,
+    classes: str | None,
     weights: Path | None,
     preprocess: str | None,
     depth: int,
@@ -135,7 +128,7 @@ def model(
     from ..derive import from_model
     from .trace import batch_for
 
-    classifier = load_classifier(reference, weights, preprocess)
+    classifier = load_classifier(reference, weights, preprocess, None, classes)
     target_id = None if target is None else find_class(classifier, target)
     blocks = from_model(classifier.module, batch_for(classifier, image, shape, seed), depth, target_id)
     derivatives = [blocks.derivative(name) for name in names]

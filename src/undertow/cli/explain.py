@@ -16,7 +16,7 @@ from .photographs import (
     ground_option,
     input_line,
     load_classifier,
-    model_option,
+    model_options,
     output_option,
     output_options,
     preprocess_option,
@@ -41,6 +41,7 @@ Examples:
   undertow explain scan.png --model nets.py:load --through swap
   undertow explain cat.jpg --model demo --estimator smoothgrad:10 --trust --report cat.html
   undertow explain cat.jpg --model keras:ResNet50
+  undertow explain cat.jpg --model open_clip:ViT-B-32@openai --classes "a photo of a cat, a photo of a dog"
   undertow explain --text "The food was not bad at all." --model hf:FOLDER
   undertow explain --text "The capital of France is" --model hf:gpt2 --class Paris
   undertow explain cat.jpg --model timm:vit_base_patch16_224 --rule attnlrp --at patch_embed
@@ -55,10 +56,7 @@ Examples:
 @click.argument("photographs", metavar="IMAGE...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--text", "texts", metavar="TEXT", multiple=True, help="In the place of IMAGE; may be repeated.")
 @click.option("--text-file", metavar="FILE", help="Texts in UTF-8, one a line; - reads them from standard input.")
-@model_option(
-    help="demo, torchvision:NAME, timm:NAME, hf:NAME_OR_FOLDER, keras:NAME, FILE.keras, FILE.py:FUNCTION, "
-    "jax:FILE.py:FUNCTION."
-)
+@model_options
 @click.option(
     "--rule",
     "rules",
@@ -141,6 +139,7 @@ def explain(
     as_json: bool,
     judge: bool,
     output: str | None,
+    classes: str | None,
     baselines: Sequence[str],
     page: Path | None,
     ground: str,
@@ -167,7 +166,13 @@ def explain(
         layer, _, axes = at.partition(":")
         options |= {"at": layer} | ({"axes": axes} if axes else {})
     if texts or text_file:
-        given = {"IMAGE": photographs, "--trust": judge, "--preprocess": preprocess, "--pictures": pictures}
+        given = {
+            "IMAGE": photographs,
+            "--trust": judge,
+            "--preprocess": preprocess,
+            "--pictures": pictures,
+            "--classes": classes,
+        }
         given |= {"--figure": ending != "png", "--ground": ground != "white", "--baseline": baselines}
         given |= {f"--{name.replace('_', '-')}": value for name, value in how.items()}
         refuse_beside_text(given)
@@ -182,11 +187,11 @@ def explain(
     paths = [] if many else images.find(photographs)
     is_sweep = many or bool(how) or pictures is not None or (len(paths) > AT_ONCE and not judge and page is None)
     options["head"] = options["head"].replace("-", " ")
-    classifier = load_classifier(reference, weights, preprocess, output)
+    classifier = load_classifier(reference, weights, preprocess, output, classes)
     options["baseline"] = [_baseline(classifier, word) for word in baselines] or "zero"
     options |= {"rules": tuple(dict.fromkeys(rules)) or RULES, "target": target_of(classifier, targets)}
     if is_sweep:
-        load = partial(load_classifier, reference, weights, preprocess, output)
+        load = partial(load_classifier, reference, weights, preprocess, output, classes)
         how |= {"device": device, "pictures": _pictures(pictures), "load": load, "judge": judge}
         given = {"--at": at, "--report": page, "--ground": ground != "white", "--figure": ending != "png"}
         if alone := ", ".join(name for name, value in given.items() if value):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import printable
+from ..references import FORMS
 from ..rules import ATTENTION, TABLES
 from ..signals import Terminated, interrupts
 from .completing import complete_model
@@ -35,10 +36,22 @@ out_option = click.option(
     show_default=True,
     help="Gets a folder for each photograph; files of the same names are replaced.",
 )
-# these differ in their help
-model_option = partial(
-    click.option, "--model", "reference", metavar="REF", required=True, shell_complete=complete_model
+_model = click.option(
+    "--model", "reference", metavar="REF", required=True, shell_complete=complete_model, help=f"{FORMS}."
 )
+_classes = click.option(
+    "--classes",
+    metavar="TEXTS",
+    help="What a CLIP scores (open_clip:, or hf: of a CLIP or SigLIP): texts between commas, FILE.txt, or imagenet.",
+)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --model, and --classes for a network that scores texts."""
+    return _model(_classes(command))
+
+
+# these differ in their help
 weights_option = partial(click.option, "--weights", metavar="FILE", type=click.Path(path_type=Path))
 preprocess_option = click.option(
     "--preprocess",
@@ -73,7 +86,11 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def load_classifier(
-    reference: str, weights: Path | None = None, preprocess: str | None = None, output: str | None = None
+    reference: str,
+    weights: Path | None = None,
+    preprocess: str | None = None,
+    output: str | None = None,
+    classes: str | None = None,
 ) -> "Classifier":
     """Load a classifier; that the scale of its pixels is a guess is told on stderr, whatever else is printed."""
     from .. import models
@@ -82,7 +99,7 @@ def load_classifier(
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=models.GUESSED)
-        classifier = models.load(reference, weights, preprocess, output)
+        classifier = models.load(reference, weights, preprocess, output, classes)
     if isinstance(classifier, TextModel):
         raise ModelError(f"{printable(reference)}: {READS_TEXT}")
     if classifier.guessed:

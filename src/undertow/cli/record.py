@@ -15,7 +15,7 @@ from .photographs import (
     input_line,
     json_option,
     load_classifier,
-    model_option,
+    model_options,
     preprocess_option,
     weights_option,
 )
@@ -34,10 +34,10 @@ MEASURES = ("norm", "channel-norm", "zero-fraction", "moments", "channel-sums", 
     "  undertow sites --model demo 'conv, linear' --json",
 )
 @click.argument("selection", metavar="[SITES]", default="**")
-@model_option(help="As in `undertow explain`.")
+@model_options
 @preprocess_option
 @json_option(help="Print one JSON list instead of a table.")
-def sites(selection: str, reference: str, preprocess: str | None, as_json: bool) -> int:
+def sites(selection: str, reference: str, classes: str | None, preprocess: str | None, as_json: bool) -> int:
     """Print the modules that SITES selects, in order of execution: name, kind, output shape, calls.
 
     SITES is a kind (conv, linear, norm, relu, pool, or a class name), a glob on dotted names (features.*,
@@ -50,7 +50,7 @@ def sites(selection: str, reference: str, preprocess: str | None, as_json: bool)
     from ..sites import PARAMETER, select
 
     with warnings.catch_warnings(action="ignore"):  # only the size of the input matters
-        classifier = models.load(reference, preprocess=preprocess)
+        classifier = models.load(reference, preprocess=preprocess, classes=classes)
     black = Image.new("RGB", (64, 64))
     selected = select(classifier.module, selection, example=classifier.prepare(black))
     if as_json:
@@ -81,7 +81,7 @@ def _shape(shape: Any) -> str:
     "  undertow record flowers/ --model nets.py:load --objective loss --measure channel-norm --out runs/flowers",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
-@model_option(help="As in `undertow explain`.")
+@model_options
 @click.option(
     "--out", metavar="RUN", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder."
 )
@@ -112,6 +112,7 @@ def _shape(shape: Any) -> str:
 def record(
     folder: Path,
     reference: str,
+    classes: str | None,
     out: Path,
     selection: str,
     measures: tuple[str, ...],
@@ -133,7 +134,7 @@ def record(
     """
     if engine is not None:
         sites_and_measures = {"sites": selection, "measures": list(measures) or ["channel-norm"]}
-        load = partial(load_classifier, reference, weights, preprocess)
+        load = partial(load_classifier, reference, weights, preprocess, None, classes)
         options |= {"engine": engine, "limit": limit, "device": device}
         code = _sweep(load, folder, out, as_json, options, sites_and_measures)
         if page and (out / "manifest.json").is_file():  # all processes are done
@@ -152,7 +153,7 @@ def record(
     if (out / "manifest.json").exists() and not resume:
         raise InputError(f"{out} is a run already; add --resume to go on with it, or choose another --out")
     count = len(images.find([folder])[:limit])
-    classifier = load_classifier(reference, weights, preprocess)
+    classifier = load_classifier(reference, weights, preprocess, None, classes)
     device = on_device(classifier, device)
     if any(measure.startswith("keep") for measure in measures):
         each = kept_bytes(classifier, selection, options["phase"], device)

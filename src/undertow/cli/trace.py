@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .completing import complete_model
-from .photographs import device_option, input_line, load_classifier, preprocess_option
+from .photographs import device_option, input_line, load_classifier, model_options, preprocess_option
 from .printing import echo, print_json
 
 if TYPE_CHECKING:
@@ -24,14 +23,7 @@ WRONG = 1
 
 @click.command(short_help="What goes in and out of each module in one pass.", epilog=EXAMPLES)
 @click.argument("photograph", metavar="[IMAGE]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    "reference",
-    metavar="REF",
-    required=True,
-    shell_complete=complete_model,
-    help="As in `undertow explain`.",
-)
+@model_options
 @click.option(
     "--weights",
     metavar="FILE",
@@ -46,6 +38,7 @@ WRONG = 1
 def trace(
     photograph: Path | None,
     reference: str,
+    classes: str | None,
     weights: Path | None,
     preprocess: str | None,
     shape: str | None,
@@ -61,7 +54,7 @@ def trace(
     from ..frameworks.results import DIFFERS
     from ..recording.trace import trace as trace_pass
 
-    classifier = load_classifier(reference, weights, preprocess)
+    classifier = load_classifier(reference, weights, preprocess, None, classes)
     x = batch_for(classifier, photograph, shape, seed, device)
     traced = trace_pass(classifier.module, x)
     if photograph is not None and not as_json:

@@ -15,7 +15,7 @@ from .photographs import (
     ground_option,
     input_line,
     load_classifier,
-    model_option,
+    model_options,
     output_option,
     output_options,
     photographs_argument,
@@ -43,7 +43,7 @@ Examples:
 
 @click.command(short_help="May a map be believed? Six questions, and a sentence.", epilog=EXAMPLES)
 @photographs_argument
-@model_option(help="As in `undertow explain`.")
+@model_options
 @click.option(
     "--rule", "rules", multiple=True, type=click.Choice(ALL_RULES), help="May be repeated; guided if left out."
 )
@@ -75,6 +75,7 @@ def trust(
     weights: Path | None,
     preprocess: str | None,
     output: str | None,
+    classes: str | None,
     device: str,
     out: Path,
     as_json: bool,
@@ -104,14 +105,14 @@ def trust(
             "--report is of photographs that are judged one by one; leave out the options of a sweep"
         )
     if how:
-        load = partial(load_classifier, reference, weights, preprocess, output)
+        load = partial(load_classifier, reference, weights, preprocess, output, classes)
         how |= {"load": load, "target": target, "rule": rules or "guided", "estimator": estimators or "gradient"}
         how |= {"options": options, "device": device}
         return run_sweep(sweep.trust, load(), all_of(photographs), out, as_json=as_json, **how)
     paths = images.find(photographs)
     names = list(dict.fromkeys(resolve(word).name for word in estimators)) or ["gradient"]
     pairs = pairs_of(list(dict.fromkeys(rules)) or ["guided"], names)
-    classifier = load_classifier(reference, weights, preprocess, output)
+    classifier = load_classifier(reference, weights, preprocess, output, classes)
     class_id = None if target is None else find_class(classifier, target)
     device = on_device(classifier, device)
     console = Console(stderr=True)

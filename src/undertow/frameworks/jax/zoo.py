@@ -32,7 +32,14 @@ def rows(source: str, word: str | None) -> list[Reference]:
     return []
 
 
-def load(source: str, name: str, weights: str, file: Path | None, output: str | int | None = None) -> Classifier:
+def load(
+    source: str,
+    name: str,
+    weights: str,
+    file: Path | None,
+    output: str | int | None = None,
+    classes: str | Sequence[str] | None = None,
+) -> Classifier:
     """Refuse: there is no network by name.
 
     Raises:

@@ -4,7 +4,7 @@ import os
 import random
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,13 +46,21 @@ def rows(source: str, word: str | None) -> list[Reference]:
     return [row for row in references if not word or word.lower() in row.reference.lower()]
 
 
-def load(source: str, name: str, weights: str, file: Path | None, output: str | int | None = None) -> Classifier:
+def load(
+    source: str,
+    name: str,
+    weights: str,
+    file: Path | None,
+    output: str | int | None = None,
+    classes: str | Sequence[str] | None = None,
+) -> Classifier:
     """Load a classifier of keras.applications ("keras"), or a model that Keras saved ("file").
 
     Args:
         name: as `keras.applications` has it, or the path of a .keras file.
         weights: "" for ImageNet weights, "none" for random ones.
         file: weights to use instead.
+        classes: of no use here.
 
     Raises:
         ModelError: an unknown name, or weights that cannot be downloaded or do not fit; a saved model that is

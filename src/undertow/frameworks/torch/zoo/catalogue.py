@@ -1,4 +1,4 @@
-"""The classifiers of torchvision and timm, and which weights are on this machine already."""
+"""The classifiers of torchvision, timm and other libraries, and which weights are on this machine already."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,25 +10,26 @@ from ....classifier import RANDOM, Reference
 from ....errors import FrameworkError
 from .hugging_face import rows_of_hub
 from .importing import import_timm, import_torchvision
+from .open_clip import architectures, rows_of_open_clip
 
 
 def names() -> list[str]:
-    """Return every torchvision and timm model as a reference without weights; timm's only where it is installed."""
+    """Return every model of torchvision, timm and open_clip as a reference without weights; of what is installed."""
     models = import_torchvision().models
     references = [f"torchvision:{name}" for name in models.list_models(module=models)]
     with suppress(FrameworkError):
         references += [f"timm:{name}" for name in import_timm().list_models()]
-    return references
+    return references + [f"open_clip:{name}" for name in architectures()]
 
 
 def rows(source: str, word: str | None) -> list[Reference]:
-    """Return the rows of `undertow.models.listing` for "torchvision", "timm" or "hf".
+    """Return the rows of `undertow.models.listing` for "torchvision", "timm", "hf" or "open_clip".
 
     Raises:
         FrameworkError: the package is missing.
     """
-    if source == "hf":
-        return rows_of_hub(word)
+    if source in ("hf", "open_clip"):
+        return rows_of_hub(word) if source == "hf" else rows_of_open_clip(word)
     every = _torchvision_rows() if source == "torchvision" else _timm_rows(word)
     if word:
         return [row for row in every if word.lower() in row.reference.lower()]

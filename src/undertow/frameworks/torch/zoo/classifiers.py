@@ -1,9 +1,9 @@
-"""Classifiers of torchvision, timm, transformers or a package, or completed from what a user's function returned."""
+"""Classifiers of torchvision, timm, transformers, open_clip, a package, or made of what a user's function returned."""
 
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,16 +22,25 @@ from ..weights import fit, read_state, weights_sha256
 from .catalogue import file_in_hub, file_in_hugging_face, reference_of
 from .hugging_face import load_from_hub
 from .importing import import_package, import_timm, import_torchvision
+from .open_clip import load_open_clip
 
 
-def load(source: str, name: str, weights: str, file: Path | None, output: str | int | None = None) -> Classifier:
-    """Load the packaged classifier ("demo"), or one of torchvision, timm or transformers ("hf").
+def load(
+    source: str,
+    name: str,
+    weights: str,
+    file: Path | None,
+    output: str | int | None = None,
+    classes: str | Sequence[str] | None = None,
+) -> Classifier:
+    """Load the packaged classifier ("demo"), or one of torchvision, timm, transformers ("hf") or open_clip.
 
     Args:
-        name: as `torchvision.models.list_models` or `timm.list_models` has it, or as `load_from_hub`.
+        name: as `torchvision.models.list_models` or `timm.list_models` has it, or as `load_from_hub`, `load_open_clip`.
         weights: "" for the default ones, "none" for random ones, or the name of others.
         file: weights to use instead.
         output: of no use here: these give scores alone.
+        classes: what a network of images and texts scores.
 
     Raises:
         FrameworkError: torchvision or timm is missing or does not fit torch.
@@ -40,7 +49,9 @@ def load(source: str, name: str, weights: str, file: Path | None, output: str | 
     if source == "demo":
         return _demo(file)
     if source == "hf":
-        return load_from_hub(name, file)
+        return load_from_hub(name, file, classes)
+    if source == "open_clip":
+        return load_open_clip(name, file, classes)
     return (_from_torchvision if source == "torchvision" else _from_timm)(name, weights, file)
 
 

@@ -5,7 +5,7 @@ No code that comes with a model is ever run, and no pickle is unpacked.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,20 @@ import torch
 from PIL import Image
 
 from ....classifier import RANDOM, Classifier, Reference
-from ....errors import FrameworkError, ModelError, one_line, printable
+from ....errors import FrameworkError, InputError, ModelError, one_line, printable
 from ....images import Preprocessing
 from ...downloading import unreachable
 from ..texts import predicted_by_class, text_model
 from ..weights import fit, read_state, weights_sha256
 from .importing import import_package, import_torchvision
+from .zero_shot import ZeroShot, features_of, pooled, texts_of
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _READ = (
-    "classifiers of images and texts (ForImageClassification, ForSequenceClassification), language models (ForCausalLM)"
+    "classifiers of images and texts (ForImageClassification, ForSequenceClassification), language models "
+    "(ForCausalLM, ForConditionalGeneration), and networks that score texts for an image (CLIP, SigLIP)"
 )
+_OF_TEXTS = ("CLIPModel", "MetaClip2Model", "SiglipModel")
 CONFIG = "config.json"
 
 
@@ -44,11 +47,12 @@ class _Place:
         return {"trust_remote_code": False, "revision": self.revision or "main", "local_files_only": self.local}
 
 
-def load_from_hub(name: str, file: Path | None) -> Classifier:
+def load_from_hub(name: str, file: Path | None, classes: str | Sequence[str] | None = None) -> Classifier:
     """Load `hf:NAME_OR_FOLDER[@revision]`; with `@none` the weights are random.
 
     Args:
         file: weights to use instead of its own.
+        classes: the texts that a CLIP scores, as `texts_of` takes them.
 
     Returns:
         A `Classifier` of photographs, or a `TextModel`.
@@ -66,26 +70,34 @@ def load_from_hub(name: str, file: Path | None) -> Classifier:
         place = _place(folder, "" if untrained else revision)
         config = _loaded(place, transformers.AutoConfig)
         architecture, predicts = _architecture(place, config)
+        if classes is not None and predicts != "texts":
+            raise InputError(f"{place.reference} has classes of its own: leave --classes or classes= out")
         automatic = getattr(transformers, {
             "image": "AutoModelForImageClassification",
             "class": "AutoModelForSequenceClassification",
             "next token": "AutoModelForCausalLM",
+            "texts": "AutoModelForZeroShotImageClassification",
         }[predicts])  # fmt: skip
+        names, texts = texts_of(classes, place.reference) if predicts == "texts" else ((), [])
         module = _module(place, automatic, config, architecture, file, untrained)
         weights = file.name if file else RANDOM if untrained else _weights(place)
         reference = f"hf:{name}"
-        if predicts != "image":
+        if predicts == "texts":
+            module = _zero_shot(module, _loaded(place, transformers.AutoTokenizer), texts)
+        elif predicts != "image":
             return text_model(module, _loaded(place, transformers.AutoTokenizer), reference, weights)
         preprocessing = _preprocessing(place, transformers, config)
-    labels = {int(i): str(label) for i, label in config.id2label.items()}
-    names = tuple(labels.get(i, f"class {i}") for i in range(config.num_labels))
+    if predicts == "image":
+        labels = {int(i): str(label) for i, label in config.id2label.items()}
+        names = tuple((labels.get(i, f"class {i}"),) for i in range(config.num_labels))
     return Classifier(
         reference,
         module,
         preprocessing or Preprocessing(*_sizes(config), (0.0,) * 3, (1.0,) * 3),
-        names,
+        tuple(row[0] for row in names),
         weights,
         weights_sha256(module),
+        tuple(row[1:] for row in names),
         preprocessing_from="its own image processor's" if preprocessing else "a size of its configuration",
         guessed=preprocessing is None,
     )
@@ -157,7 +169,7 @@ def _failed(place: _Place, error: Exception, what: str) -> ModelError:
 
 
 def _architecture(place: _Place, config: Any) -> tuple[str, str]:
-    """Return the class that was saved and what it predicts: "image", "class" or "next token".
+    """Return the class that was saved and what it predicts: "image", "class", "next token" or "texts".
 
     Raises:
         ModelError: it is none of these.
@@ -166,6 +178,8 @@ def _architecture(place: _Place, config: Any) -> tuple[str, str]:
     for name in names:
         if "ForImageClassification" in name:
             return name, "image"
+        if name in _OF_TEXTS:
+            return name, "texts"
         if predicts := predicted_by_class(name):
             return name, predicts
     saved = f"is a {', '.join(map(printable, names))}" if names else "does not say in its configuration what it is"
@@ -203,12 +217,32 @@ def _module(
     return module.eval()
 
 
+def _zero_shot(model: Any, tokenizer: Any, texts: Sequence[str]) -> torch.nn.Module:
+    """Return the part of a CLIP or SigLIP that reads images, with a head of the texts' features."""
+    longest = model.config.text_config.max_position_embeddings
+    siglip = type(model).__name__.startswith("Siglip")  # trained on texts padded to the full length, without a mask
+    how = {"padding": "max_length" if siglip else True, "truncation": True, "max_length": longest}
+
+    def tokens(listed: list[str]) -> torch.Tensor:
+        ids: torch.Tensor = tokenizer(listed, return_tensors="pt", **how)["input_ids"]
+        return ids
+
+    def encode(ids: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = getattr(model, "text_projection", torch.nn.Identity())(pooled(model.text_model(ids)))
+        return features
+
+    projection = getattr(model, "visual_projection", torch.nn.Identity())
+    bias = float(model.logit_bias.detach()) if siglip else 0.0
+    scale = float(model.logit_scale.detach().exp())
+    return ZeroShot(model.vision_model, projection, features_of(texts, tokens, encode), scale, bias).eval()
+
+
 def _weights(place: _Place) -> str:
     return f"revision {place.revision}" if place.revision else "its own"
 
 
 def _sizes(config: Any) -> tuple[Any, Any]:
-    size = getattr(config, "image_size", 224) or 224
+    size = getattr(getattr(config, "vision_config", config), "image_size", 224) or 224
     side = size if isinstance(size, int) else tuple(int(side) for side in size)
     return side, side
 
