@@ -19,7 +19,7 @@ from typing import Any
 
 from .display import Rows
 from .errors import InputError, did_you_mean
-from .frameworks.base import NamedModule, NamedParameter, Recorder, capability, framework_of
+from .frameworks.base import NamedModule, NamedParameter, Recorder, bound, capability, framework_of
 
 KINDS = ("conv", "linear", "norm", "relu", "pool")
 PARAMETERS, PARAMETER = "params", "parameter"  # what people write, and the kind of such a site
@@ -190,6 +190,7 @@ def select(
     >>> [site.name for site in select(net, "conv[-1], relu", example=torch.zeros(1, 1, 8, 8))]
     ['1', '2']
     """
+    model = bound(model)
     recorder = recorder_of(model)
     modules, parameters = recorder.named_modules(model), recorder.named_parameters(model)
     visits = None if example is None else recorder.visits(model, example)
@@ -264,7 +265,10 @@ def recorder_of(model: Any) -> Recorder:
     framework = framework_of(model)
     if framework is None:
         kind = type(model).__name__
-        raise InputError(f"model is a {kind}, whose modules cannot be listed; pass a torch.nn.Module or a Keras model")
+        raise InputError(
+            f"model is a {kind}, whose modules cannot be listed; pass a torch.nn.Module, a Keras model, a Flax or "
+            "Equinox module, or of a JAX function its trace, jax.jit(function).trace(*arguments)"
+        )
     return capability(framework, "record")
 
 

@@ -49,6 +49,7 @@ CAPABILITIES = {
     "memory": "a look at a device's memory",
     "prepare": "prepare",
     "record": "record",
+    "record.gradients": "value_and_grad, with which networks of JAX are recorded,",
     "texts": "explain_text",
     "zoo": "loading models by name",
 }
@@ -443,6 +444,18 @@ class Recorder(Protocol):
         """Give what runs a batch forward and backward with a summed objective; the weights are frozen inside."""
 
 
+class LossRecorder(Protocol):
+    """Functions that return what passes through a network's sites, where no hook can sit in it."""
+
+    def watching(self, model: Any, sites: Sequence[str], phases: frozenset[str], parameters: Sequence[str]) -> Any:
+        """Return what is to be seen at sites, by their first names."""
+
+    def value_and_grad(
+        self, what: Any, function: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    ) -> Callable[..., tuple[Any, Any, Any]]:
+        """Return a function of a loss's arguments to its value, its gradients, and what was seen."""
+
+
 @overload
 def capability(framework: str, name: Literal["arrays"]) -> Arrays: ...
 @overload
@@ -465,6 +478,8 @@ def capability(framework: str, name: Literal["inspect.blocks"]) -> BlockReader: 
 def capability(framework: str, name: Literal["inspect.derivatives"]) -> Differentiator: ...
 @overload
 def capability(framework: str, name: Literal["record"]) -> Recorder: ...
+@overload
+def capability(framework: str, name: Literal["record.gradients"]) -> LossRecorder: ...
 @overload
 def capability(framework: str, name: Literal["texts", "zoo"]) -> Any: ...
 def capability(framework: str, name: str) -> Any:

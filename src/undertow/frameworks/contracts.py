@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from . import base
     from .jax import arrays as jax_arrays
     from .jax import explain as jax_explain
+    from .jax import record as jax_record
     from .jax import zoo as jax_zoo
     from .jax.inspect import layers as jax_layers
+    from .jax.record import gradients as jax_gradients
     from .keras import arrays as keras_arrays
     from .keras import explain as keras_explain
     from .keras import record as keras_record
@@ -43,4 +45,6 @@ if TYPE_CHECKING:
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
     DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)
+    JAX_RECORDERS: tuple[base.Recorder, ...] = (jax_record,)  # mypy joins no three modules of such a protocol
+    LOSS_RECORDERS: tuple[base.LossRecorder, ...] = (jax_gradients,)
     ZOOS: tuple[Zoo, ...] = (torch_zoo, keras_zoo, jax_zoo)

@@ -124,6 +124,19 @@ class Observation:
     first: int = 0
 
 
+class HostObservations:
+    """Observations that are on the host already."""
+
+    def __init__(self, observations: list[Observation]) -> None:
+        self._observations = observations
+        states = (state for observation in observations for state in observation.states)
+        self.nbytes = sum(getattr(array, "nbytes", 8) for state in states for array in state.values())
+
+    def wait(self) -> list[Observation]:
+        """Return the observations; there is no copy to wait for."""
+        return self._observations
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far a gradient lies from the one that a closed formula gives.

@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..diagnosis import Findings, diagnosed
 from ..display import Part, ShownItem, ShownTable, brief, counted
 from ..errors import InputError, RunError, one_line, printable
 from ..files import clear_asides, published
-from ..frameworks.base import BatchProbe, ParameterProbe, Recorder
+from ..frameworks.base import BatchProbe, ParameterProbe, Recorder, bound, capability, framework_of
 from ..measures import Measure, resolve
 from ..runs.checksums import FOLDER as CHECKSUMS
 from ..runs.checksums import missing, read_checksums
@@ -73,7 +73,9 @@ def record(
     Args:
         folder: of the run; made where there is none.
         model: a `torch.nn.Module`, not compiled; behind DistributedDataParallel its own names count. Or a Keras model
-            that runs eagerly, under a `tf.GradientTape` or compiled with `run_eagerly=True`.
+            that runs eagerly, under a `tf.GradientTape` or compiled with `run_eagerly=True`. Or a Flax or Equinox
+            module, a Keras model on JAX, or of a function its trace, `jax.jit(loss).trace(...)`: see
+            `Recording.value_and_grad`.
         sites: a selection such as "conv[:2]", see `undertow.select`; slices follow the first batch's execution.
             Parameters are "params", "params:layer4" or "layer4.*.weight".
         measures: "norm", "channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep" (a file for
@@ -133,6 +135,7 @@ def record(
         raise InputError('diagnose needs gradients; record with phase="backward" or "both"')
     arrow()
     chosen = selection(sites)
+    model = bound(model)
     recorder = recorder_of(model)
     modules, parameters = recorder.named_modules(model), recorder.named_parameters(model)
     chosen.candidates(modules, parameters)
@@ -218,6 +221,7 @@ class Recording(ShownItem):
         self._open = False
         self._named: list[str] | None = None
         self._probe: BatchProbe | None = None
+        self._readers: list[Any] = []
 
     def __enter__(self) -> Self:
         self._process = os.getpid()
@@ -317,6 +321,7 @@ class Recording(ShownItem):
         probe = self.recorder.new_probe(self._modules, self.measures, *facts)
         parameters = self._parameter_probe()
         self._open, self._described, self._named, self._probe = True, {}, names, probe
+        self._readers = [probe] if parameters is None else [probe, parameters]
         try:
             with probe, parameters or nullcontext():
                 yield True
@@ -329,7 +334,7 @@ class Recording(ShownItem):
                 parameters.close()
             raise
         finally:
-            self._open, self._probe = False, None
+            self._open, self._probe, self._readers = False, None, []
         if not self.learning.optimizers:
             self._tell()
 
@@ -386,6 +391,51 @@ class Recording(ShownItem):
         if unknown := set(columns) - set(self.sample_columns):
             raise InputError(f"the column {unknown.pop()!r} was not announced in sample_columns")
         self._described |= {name: list(values) for name, values in columns.items()}
+
+    def value_and_grad(
+        self, function: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    ) -> Callable[..., tuple[Any, Any, Any]]:
+        """Return `jax.value_and_grad` of a loss, with what passes through the sites as a third result.
+
+        JAX's functions are pure, so no hook can sit in them: what is seen leaves the user's `jax.jit` as further
+        outputs of the same program, and is given to `add`. Differentiated are parameters of an nnx module, and arrays
+        of floating point in anything else, as `nnx.value_and_grad` and `eqx.filter_value_and_grad` do.
+
+        Args:
+            function: the loss, one number; the recorded module is an argument of it, or of linen the variables.
+            argnums, has_aux: as `jax.value_and_grad` has them.
+
+        Raises:
+            ModelError: the network is not of JAX.
+            InputError: the recording is not open.
+
+        As in::
+
+            step = jax.jit(recording.value_and_grad(loss))
+            with recording.batch(samples=names):
+                value, gradients, seen = step(params, x, y)
+                recording.add(seen)
+        """
+        gradients = capability(framework_of(self.model) or "torch", "record.gradients")
+        if self._writer is None:
+            raise InputError("this recording is not open; write `with record(...) as recording:`")
+        phases = frozenset(PHASES[self.settings["phase"]])
+        what = gradients.watching(self.model, self._names, phases, list(self.learning.parameters))
+        return gradients.value_and_grad(what, function, argnums, has_aux)
+
+    def add(self, seen: Any) -> None:
+        """Add a pass to the batch that is being recorded.
+
+        Args:
+            seen: the third result of a function of `value_and_grad`, outside of `jax.jit`.
+
+        Raises:
+            InputError: no batch is being recorded, or `seen` is something else.
+        """
+        if self._probe is None:
+            raise InputError("no batch is being recorded; add what was seen inside `with recording.batch():`")
+        for reader in self._readers:
+            reader.add(seen)
 
     def name_samples(self, samples: Any) -> None:
         """Name samples of the batch that is being recorded: those of the next pass, behind those of passes before it.
@@ -606,7 +656,10 @@ class Recording(ShownItem):
 
 def _remedy(unreached: Mapping[str, str]) -> str:
     """Return what to do where nothing was recorded."""
-    remedy = "run the model, and call .backward() for gradients, inside `with recording.batch(...)`"
+    remedy = (
+        "run the model, and call .backward() for gradients, inside `with recording.batch(...)`; of a network of JAX, "
+        "hand what recording.value_and_grad saw to recording.add"
+    )
     if _NEVER_CALLED in unreached.values():
         remedy += "; what torch.compile made beforehand runs past all hooks: call the model itself"
     return remedy

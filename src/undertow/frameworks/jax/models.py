@@ -26,6 +26,7 @@ import numpy as np
 from ...errors import ModelError
 from ...structures import tensors_with_paths
 from ..base import roots_of
+from .marks import dotted
 
 _PLAIN_TYPES = frozenset((bool, int, float, str, bytes, type(None)))
 
@@ -41,6 +42,8 @@ class JaxNetwork:
         key: two networks with the same key differ in their weights alone; None: nobody can tell.
         channels_last: images are `(B, H, W, C)`; None where only their sizes tell.
         dies_with: what the key must not outlive.
+        model: the user's own; None where this stands for none.
+        wrap: what was made of its network.
     """
 
     function: Callable[[Sequence[Any], tuple[Any, ...], Mapping[str, Any], bool], Any]
@@ -49,9 +52,15 @@ class JaxNetwork:
     key: Hashable | None = None
     channels_last: bool | None = None
     dies_with: tuple[Any, ...] = ()
+    model: Any = None
+    wrap: Callable[["JaxNetwork"], "JaxNetwork"] = lambda network: network
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.weights, args, kwargs, False)
+
+    def anew(self) -> "JaxNetwork":
+        """Return the same made again of the user's own model, whose calls may be watched now."""
+        return self if self.model is None else self.wrap(network_of(self.model))
 
     def with_weights(self, weights: Sequence[Any]) -> "JaxNetwork":
         """Return the same with other weights, of the same shapes and dtypes."""
@@ -93,6 +102,11 @@ def network_of(model: Any) -> JaxNetwork:
     if "jaxlib" in roots:
         return JaxNetwork(_calling(model), key=("jit", id(model)), dies_with=(model,))
     return JaxNetwork(_calling(model))
+
+
+def own_model(model: Any) -> Any:
+    """Return the user's own model."""
+    return model.model if isinstance(model, JaxNetwork) and model.model is not None else model
 
 
 def _hashable(network: JaxNetwork) -> JaxNetwork:
@@ -244,16 +258,10 @@ def _plain_attributes(model: Any) -> tuple[Hashable, ...]:
 
 def _flat(tree: Any) -> tuple[tuple[Any, ...], tuple[str, ...], Any]:
     with_paths, structure = jax.tree.flatten_with_path(tree)
-    return tuple(leaf for _, leaf in with_paths), tuple(_dotted(path) for path, _ in with_paths), structure
+    return tuple(leaf for _, leaf in with_paths), tuple(dotted(path) for path, _ in with_paths), structure
 
 
 def _arrays_with_paths(tree: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     leaves, paths, _ = _flat(tree)
     kept = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
     return tuple(leaves[i] for i in kept), tuple(paths[i] for i in kept)
-
-
-def _dotted(path: Any) -> str:
-    """Return the path of a leaf as "block.0.kernel"; the value within a Flax variable is not named."""
-    words = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-    return ".".join(words[:-1] if len(words) > 1 and words[-1] == "value" else words)

@@ -107,7 +107,7 @@ def refuse_non_class_scores(scores: Any, batch: int | None) -> None:
     Raises:
         ModelError: with the shape.
     """
-    if scores.ndim != 2 or batch not in (None, len(scores)):
+    if scores.ndim != 2 or batch not in (None, scores.shape[0]):
         rows = "" if batch is None else f" for a batch of {batch}"
         raise ModelError(
             f"the model returned shape {scores.shape}{rows}, not ({'B' if batch is None else batch}, classes); "

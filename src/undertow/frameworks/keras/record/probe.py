@@ -18,7 +18,7 @@ import tensorflow as tf
 from ....errors import InputError
 from ....measures import Measure, reduce_all
 from ...own_passes import in_own_pass
-from ...results import Observation, TensorKey
+from ...results import HostObservations, Observation, TensorKey
 from ..calls import output_of
 from ..internals import copy_logits
 from ..layers import named_modules
@@ -134,7 +134,7 @@ class LayerProbe:
         """Return nothing: diagnosis is not there for Keras yet."""
         return []
 
-    def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> "HostObservations":
+    def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> HostObservations:
         """Return what was observed, here and by others, which is on the host already."""
         return HostObservations([*self.observations, *others])
 
@@ -212,16 +212,3 @@ def channels_second(layer: Any, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return x.reshape(-1, 1)
     first = getattr(layer, "data_format", None) or keras.config.image_data_format()
     return x if first == "channels_first" else np.moveaxis(x, -1, 1)
-
-
-class HostObservations:
-    """Observations that are on the host already."""
-
-    def __init__(self, observations: list[Observation]) -> None:
-        self._observations = observations
-        states = (state for observation in observations for state in observation.states)
-        self.nbytes = sum(getattr(array, "nbytes", 8) for state in states for array in state.values())
-
-    def wait(self) -> list[Observation]:
-        """Return the observations; there is no copy to wait for."""
-        return self._observations
