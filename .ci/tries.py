@@ -52,7 +52,7 @@ TRIES = {
         "undertow explain --text 'The food was not bad at all .' --model hf:reviews --class positive --out texts",
     ),
     "clip": (
-        "undertow explain cat.jpg --model open_clip:ViT-S-32-alt@none --classes 'a cat, a dog' --rule attnlrp --out maps",
+        "undertow explain cat.jpg --model open_clip:ViT-S-32-alt@none --classes 'a cat' --rule attnlrp --out maps",
     ),
     "ray": ("undertow explain photographs --model nets.py:load --preprocess 0..1@64 --engine ray --out swept",),
 }

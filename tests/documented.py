@@ -42,6 +42,7 @@ NOT_RUN = {
 NOT_RUN_WITH = {
     "--engine ray": "tests/sweep/test_engines.py: it needs a cluster",
     "--model open_clip:": "tests/test_zero_shot.py: it needs weights",
+    "--decoder-text": "tests/attribution/test_text_decoders.py: it needs weights",
 }
 """Parts of shell lines, likewise."""
 

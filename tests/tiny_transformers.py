@@ -66,6 +66,22 @@ def llama(**more: Any) -> Any:
     return seeded(transformers.LlamaForCausalLM, transformers.LlamaConfig(vocab_size=265, **SIZES, **size, **more))
 
 
+def t5(**more: Any) -> Any:
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    special = {"decoder_start_token_id": 3, "pad_token_id": 3, "eos_token_id": 2}
+    config = transformers.T5Config(vocab_size=len(WORDS), **size, **special, **more)
+    return seeded(transformers.T5ForConditionalGeneration, config)
+
+
+def bart(**more: Any) -> Any:
+    size = {"d_model": 16, "max_position_embeddings": 12, "scale_embedding": True}
+    for part in ("encoder", "decoder"):
+        size |= {f"{part}_layers": 2, f"{part}_attention_heads": 2, f"{part}_ffn_dim": 32}
+    special = {"decoder_start_token_id": 2, "bos_token_id": 1, "pad_token_id": 3, "eos_token_id": 2}
+    config = transformers.BartConfig(vocab_size=len(WORDS), **size, **special, **more)
+    return seeded(transformers.BartForConditionalGeneration, config)
+
+
 def vit(**more: Any) -> Any:
     names = {0: "tench", 1: "tabby, tabby cat", 2: "tiger cat"}
     config = transformers.ViTConfig(

@@ -53,6 +53,8 @@ class TextModel(Classifier):
         embeddings: the dotted name of the module that embeds token ids; explanations are at its output.
         limit: how many tokens the network reads at most; None where nothing says so.
         predicts: "class", or "next token", whose classes are the tokens of the vocabulary, scored at each position.
+        decoder_start: of an encoder-decoder (T5, BART), which reads the text in its encoder: the tokens that its
+            decoder begins with.
 
     The others are as of `Classifier`; there is no preprocessing of photographs.
     """
@@ -61,12 +63,13 @@ class TextModel(Classifier):
     embeddings: str = ""
     limit: int | None = None
     predicts: str = "class"
+    decoder_start: tuple[int, ...] = ()
 
     def _shown(self) -> Iterator[Part]:
         yield f"TextModel {self.reference}: {type(self.module).__name__}, weights {self.weights}"
         what = "classes" if self.predicts == "class" else "tokens"
         facts = [
-            ("predicts", self.predicts),
+            ("predicts", self.predicts + " of the decoder" * bool(self.decoder_start)),
             (what, f"{len(self.classes):,}: {brief(self.classes)}"),
             ("tokenizer", type(self.tokenizer).__name__),
             ("reads", f"{self.limit:,} tokens at most" if self.limit else ""),
@@ -90,12 +93,25 @@ class TextModel(Classifier):
             )
         return encoded.inputs
 
-    def encode(self, text: str, device: str = "cpu") -> Encoded:
+    @property
+    def cuts(self) -> str:
+        """What is left out of a text that is too long: "last" tokens, of a language model "first" ones."""
+        return "last" if self.predicts == "class" or self.decoder_start else "first"
+
+    def encode(self, text: str, device: str = "cpu", decoder_text: str = "") -> Encoded:
         """Return a text as the network reads it, cut where it is too long: its end, of a language model its beginning.
 
+        Args:
+            decoder_text: what an encoder-decoder has written already.
+
         Raises:
-            InputError: it is no text, or has no token.
+            InputError: it is no text, or has no token; a decoder_text where there is no decoder.
         """
+        if decoder_text and not self.decoder_start:
+            raise InputError(
+                f"{self.reference} has no decoder beside its encoder; leave --decoder-text or decoder_text= out, and "
+                "give it one text"
+            )
         if not isinstance(text, str):
             raise InputError(f"a text is a str, and this is {type(text).__name__}; pass one, or a list of them")
         if not text.strip():
@@ -109,6 +125,9 @@ class TextModel(Classifier):
         offsets = encoded.pop("offset_mapping")[0].tolist() if "offset_mapping" in encoded else None
         takes = {"input_ids", "attention_mask"} | set(inspect.signature(self.module.forward).parameters)
         inputs = {name: tensor.to(device) for name, tensor in encoded.items() if name in takes}
+        if self.decoder_start:
+            written = self._token_ids(decoder_text) if decoder_text else []
+            inputs["decoder_input_ids"] = inputs["input_ids"].new_tensor([[*self.decoder_start, *written]])
         return Encoded(inputs, tuple(self._pieces(text, ids, offsets)), left_out)
 
     def _encoded(self, text: str, limit: int | None) -> dict[str, Any]:
@@ -116,7 +135,7 @@ class TextModel(Classifier):
         tokenizer, side = self.tokenizer, self.tokenizer.truncation_side
         how = {"truncation": True, "max_length": limit} if limit else {"truncation": False}
         try:
-            tokenizer.truncation_side = "right" if self.predicts == "class" else "left"
+            tokenizer.truncation_side = "right" if self.cuts == "last" else "left"
             made = tokenizer(
                 text, return_tensors="pt", return_offsets_mapping=bool(tokenizer.is_fast), verbose=False, **how
             )
@@ -165,4 +184,6 @@ class TextModel(Classifier):
         return single
 
     def _token_ids(self, word: str) -> list[int]:
+        if self.decoder_start:  # a translator may spell what it writes otherwise than what it reads
+            return [int(i) for i in self.tokenizer(text_target=word, add_special_tokens=False)["input_ids"]]
         return [int(i) for i in self.tokenizer.encode(word, add_special_tokens=False)]

@@ -89,6 +89,7 @@ def explain_text(
     rule: Any = None,
     target: Any = None,
     at: str | None = None,
+    decoder_text: str = "",
     **options: Any,
 ) -> ExplainedText: ...
 @overload
@@ -100,6 +101,7 @@ def explain_text(
     rule: Any = None,
     target: Any = None,
     at: str | None = None,
+    decoder_text: str = "",
     **options: Any,
 ) -> list[ExplainedText]: ...
 def explain_text(
@@ -110,9 +112,12 @@ def explain_text(
     rule: Any = None,
     target: Any = None,
     at: str | None = None,
+    decoder_text: str = "",
     **options: Any,
 ) -> ExplainedText | list[ExplainedText]:
     """Explain what a network says of a text: its class, or the token that comes next.
+
+    Of an encoder-decoder (T5, BART) it is the token that the decoder writes next, by the tokens that the encoder reads.
 
     Each text is explained alone, so that no padding is in it. A text longer than the network reads is cut, with a
     warning: at its end for classes, at its beginning for the next token.
@@ -124,6 +129,7 @@ def explain_text(
         target: None (the likeliest), a class id or name, a token id or a single token ("Paris" is taken with or
             without a space before it, whichever is likelier), a list of these, or "top:K".
         at: the layer whose output the map is of, `(1, T, ...)`; None is the embeddings of the tokens.
+        decoder_text: what a decoder has written already; "" is its start.
         options: others of `explain`, such as `estimator="input-times"`.
 
     Returns:
@@ -148,8 +154,8 @@ def explain_text(
     """
     ready = _text_model(model, tokenizer)
     if isinstance(text, list | tuple):
-        return [_explained(ready, one, rule, target, at, options) for one in text]
-    return _explained(ready, text, rule, target, at, options)
+        return [_explained(ready, one, decoder_text, rule, target, at, options) for one in text]
+    return _explained(ready, text, decoder_text, rule, target, at, options)
 
 
 def _text_model(model: Any, tokenizer: Any) -> TextModel:
@@ -160,9 +166,9 @@ def _text_model(model: Any, tokenizer: Any) -> TextModel:
 
 
 def _explained(
-    model: TextModel, text: Any, rule: Any, target: Any, at: str | None, options: dict[str, Any]
+    model: TextModel, text: Any, decoder_text: str, rule: Any, target: Any, at: str | None, options: dict[str, Any]
 ) -> ExplainedText:
-    encoded = model.encode(text, str(getattr(model.module, "device", "cpu")))
+    encoded = model.encode(text, str(getattr(model.module, "device", "cpu")), decoder_text)
     scores = _scores(model, encoded)
     asked = "top:1" if target is None else target
     if not (isinstance(asked, str) and asked.startswith("top:")):
@@ -236,10 +242,9 @@ def _attribution(
 
 def _cut(model: TextModel, encoded: Encoded) -> Iterator[str]:
     if encoded.left_out:
-        which = "last" if model.predicts == "class" else "first"
         whole = len(encoded.pieces) + encoded.left_out
         yield (
-            f"the text has {whole} tokens and {model.reference} reads {len(encoded.pieces)}: the {which} "
+            f"the text has {whole} tokens and {model.reference} reads {len(encoded.pieces)}: the {model.cuts} "
             f"{encoded.left_out} were left out"
         )
 

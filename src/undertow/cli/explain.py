@@ -55,6 +55,11 @@ Examples:
 @click.command(short_help="Which pixels of a photograph spoke for a class.", epilog=EXAMPLES)
 @click.argument("photographs", metavar="IMAGE...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--text", "texts", metavar="TEXT", multiple=True, help="In the place of IMAGE; may be repeated.")
+@click.option(
+    "--decoder-text",
+    metavar="TEXT",
+    help="What the decoder of a T5, BART, ... has written already; the token after it is explained.",
+)
 @click.option("--text-file", metavar="FILE", help="Texts in UTF-8, one a line; - reads them from standard input.")
 @model_options
 @click.option(
@@ -129,6 +134,7 @@ def explain(
     photographs: Sequence[Path],
     texts: Sequence[str],
     text_file: str | None,
+    decoder_text: str | None,
     reference: str,
     rules: Sequence[str],
     targets: Sequence[str],
@@ -176,9 +182,11 @@ def explain(
         given |= {"--figure": ending != "png", "--ground": ground != "white", "--baseline": baselines}
         given |= {f"--{name.replace('_', '-')}": value for name, value in how.items()}
         refuse_beside_text(given)
-        options |= {"rules": tuple(dict.fromkeys(rules)), "target": targets}
+        options |= {"rules": tuple(dict.fromkeys(rules)), "target": targets, "decoder_text": decoder_text or ""}
         model = load_text_model(reference, weights, output)
         return explain_texts(model, all_texts(texts, text_file), options, device, out, as_json, page)
+    if decoder_text:
+        raise click.UsageError("--decoder-text: of a network that reads a --text; leave it out")
     if not photographs:
         raise click.UsageError("Missing argument 'IMAGE...', or --text.")
     from .. import images

@@ -18,7 +18,7 @@ def text_model(module: Any, tokenizer: Any, reference: str = "", weights: str = 
 
     Args:
         module: one with a head of classes for a text (...ForSequenceClassification), or of the next token
-            (...ForCausalLM, ...LMHeadModel).
+            (...ForCausalLM, ...LMHeadModel; of an encoder-decoder ...ForConditionalGeneration).
         reference: its name for people; empty: its class.
 
     Raises:
@@ -29,7 +29,12 @@ def text_model(module: Any, tokenizer: Any, reference: str = "", weights: str = 
     if not predicts:
         raise ModelError(
             f"a {type(module).__name__} gives neither classes of a text nor its next token; pass a network of "
-            "transformers ending in ForSequenceClassification or ForCausalLM"
+            "transformers ending in ForSequenceClassification, ForCausalLM or ForConditionalGeneration"
+        )
+    if predicts == "class" and _has_decoder(module):
+        raise ModelError(
+            f"a {type(module).__name__} reads its text in its encoder and in its decoder, and words cannot have both "
+            "shares here; explain each by ut.explain(model, inputs, at=...), the embeddings of one"
         )
     if not (callable(tokenizer) and hasattr(tokenizer, "convert_ids_to_tokens")):
         raise InputError(f"a {type(tokenizer).__name__} is no tokenizer; pass tokenizer=, as of AutoTokenizer")
@@ -53,6 +58,7 @@ def text_model(module: Any, tokenizer: Any, reference: str = "", weights: str = 
         embeddings=_embeddings(module),
         limit=_limit(module, tokenizer),
         predicts=predicts,
+        decoder_start=_decoder_start(module) if _has_decoder(module) else (),
     )
 
 
@@ -72,13 +78,41 @@ def predicted_by_class(name: str) -> str:
     if name.endswith("ForSequenceClassification"):
         return "class"
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    return "next token" if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else ""
+    names = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return "next token" if any(name in mapping.values() for mapping in names) else ""
+
+
+def _has_decoder(module: Any) -> bool:
+    return bool(getattr(module.config, "is_encoder_decoder", False))
+
+
+def _decoder_start(module: Any) -> tuple[int, ...]:
+    """Return the tokens with which a decoder begins: the start, and one that it is made to write first.
+
+    Raises:
+        ModelError: nothing says with which.
+    """
+    places = getattr(module, "generation_config", None), module.config
+
+    def told(name: str) -> Any:
+        return next((value for place in places if (value := getattr(place, name, None)) is not None), None)
+
+    start, first = told("decoder_start_token_id"), told("forced_bos_token_id")
+    start = told("bos_token_id") if start is None else start
+    if start is None:
+        raise ModelError(
+            f"nothing says with which token the decoder of a {type(module).__name__} starts; set "
+            "decoder_start_token_id in its configuration"
+        )
+    return (int(start),) if first is None else (int(start), int(first))
 
 
 def _embeddings(module: Any) -> str:
-    """Return the dotted name of what embeds token ids."""
-    embeds = module.get_input_embeddings()
-    return str(next(name for name, part in module.named_modules() if part is embeds))
+    """Return the dotted name of what embeds token ids; of an encoder-decoder its encoder's, the first that runs."""
+    embeds = (module.get_encoder() if _has_decoder(module) else module).get_input_embeddings()
+    name = str(next(name for name, part in module.named_modules() if part is embeds))
+    shared = _has_decoder(module) and embeds is module.get_decoder().get_input_embeddings()
+    return f"{name}@0" if shared else name
 
 
 def _limit(module: Any, tokenizer: Any) -> int | None:

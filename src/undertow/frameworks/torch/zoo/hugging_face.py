@@ -72,10 +72,13 @@ def load_from_hub(name: str, file: Path | None, classes: str | Sequence[str] | N
         architecture, predicts = _architecture(place, config)
         if classes is not None and predicts != "texts":
             raise InputError(f"{place.reference} has classes of its own: leave --classes or classes= out")
+        if predicts == "next token" and getattr(config, "is_encoder_decoder", False):
+            predicts = "next token of a decoder"
         automatic = getattr(transformers, {
             "image": "AutoModelForImageClassification",
             "class": "AutoModelForSequenceClassification",
             "next token": "AutoModelForCausalLM",
+            "next token of a decoder": "AutoModelForSeq2SeqLM",
             "texts": "AutoModelForZeroShotImageClassification",
         }[predicts])  # fmt: skip
         names, texts = texts_of(classes, place.reference) if predicts == "texts" else ((), [])
