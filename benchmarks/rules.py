@@ -5,9 +5,10 @@
 
 Costs are processor time in one process and one thread, in a new random order each round: the median over rounds of the
 ratio to the plain gradient of the same round. Differences to zennit are in float64, relative (ℓ2), on networks with
-random weights and statistics. zennit is given the network's canonizer; batch norms have eps=0, since what zennit 0.5
-makes of a merged one still divides by √(1 + eps), and the stabiliser that it has at sums and means, which undertow
-leaves out, is 1e-14.
+random weights and statistics: its composites, and tables of one rule for all convolutions. zennit is given the
+network's canonizer, and the stabiliser that it has at sums and means, which undertow leaves out, is 1e-14. Before 1.0,
+what zennit makes of a merged batch norm still divides by √(1 + eps), so there they have eps=0. zennit 1.0 is not on the
+package index: pip install "zennit @ git+https://github.com/chr5tphr/zennit@1.0.0". rules_memory.py measures memory.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ TARGET = 3
 ATTENTION = ("attnlrp", "cp-lrp")
 LRP = ("lrp:epsilon", "lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box", "lrp:epsilon-alpha2-beta1")
 BOX = (-4.0, 4.0)
+SINGLE = {"z⁺": ut.lrp.alpha_beta(1, 0), "γ 0.25": ut.lrp.gamma(0.25), "α1.5 β0.5": ut.lrp.alpha_beta(1.5, 0.5)}
 COSTS = {
     "timm vit_tiny_patch16_224 b1": ("vit_tiny_patch16_224", 1, 224, ATTENTION),
     "timm vit_small_patch16_224 b2": ("vit_small_patch16_224", 2, 224, ATTENTION),
@@ -35,6 +38,7 @@ COSTS = {
     "resnet50 b1": ("resnet50", 1, 224, LRP),
     "vgg16_bn b1": ("vgg16_bn", 1, 224, LRP),
 }
+ZENNIT = next((d.version for d in metadata.distributions(name="zennit")), "0")
 EQUAL = ("vgg16", "vgg16_bn", "resnet50", "densenet121")
 
 
@@ -81,7 +85,7 @@ def drawn(name: str) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.0
+            module.eps = 0.0 if ZENNIT.startswith("0") else module.eps
             for tensor, low in ((module.weight, 0.5), (module.running_var, 0.5), (module.bias, -0.3)):
                 tensor.copy_(low + torch.rand(tensor.shape, generator=generator))
             module.running_mean.copy_(0.3 * torch.randn(module.running_mean.shape, generator=generator))
@@ -94,11 +98,17 @@ def differences(name: str) -> list[str]:
     """Return a row for each composite."""
     import_torchvision()  # zennit imports it too
     from zennit.attribution import Gradient
-    from zennit.composites import EpsilonAlpha2Beta1, EpsilonGammaBox, EpsilonPlusFlat
+    from zennit.composites import (
+        EpsilonAlpha2Beta1,
+        EpsilonGammaBox,
+        EpsilonPlusFlat,
+        ExcitationBackprop,
+        LayerMapComposite,
+    )
     from zennit.layer import Sum
-    from zennit.rules import Epsilon, Norm
+    from zennit.rules import AlphaBeta, Epsilon, Gamma, Norm, Pass, ZPlus
     from zennit.torchvision import ResNetCanonizer, VGGCanonizer
-    from zennit.types import AvgPool, BatchNorm
+    from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
     model, x = drawn(name), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     canonizers = [ResNetCanonizer()] if name.startswith("resnet") else [VGGCanonizer()]
@@ -112,20 +122,33 @@ def differences(name: str) -> list[str]:
         layer_map.append((BatchNorm, Epsilon(0.0)))
         ending = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         theirs = nn.Sequential(model.features, *ending, model.classifier)
-    rules = {
-        "lrp:epsilon-plus-flat": (EpsilonPlusFlat, {}),
-        "lrp:epsilon-gamma-box": (EpsilonGammaBox, {"low": BOX[0], "high": BOX[1]}),
-        "lrp:epsilon-alpha2-beta1": (EpsilonAlpha2Beta1, {}),
-    }
+    passing = [(Activation, Pass())]
+
+    def of(rule, linear):
+        return LayerMapComposite(layer_map=[*layer_map, *passing, (Convolution, rule), (Linear, linear)], **options)
+
+    options = {"canonizers": canonizers}
     bounded = ut.rules.composite("bounded", ut.lrp.gamma(), ut.lrp.box(*BOX))
+    alone = {name: ut.rules.composite(name, row) for name, row in SINGLE.items()}
+    rules = {
+        "lrp:epsilon-plus-flat": lambda: EpsilonPlusFlat(layer_map=layer_map, **options),
+        bounded: lambda: EpsilonGammaBox(*BOX, layer_map=layer_map, **options),
+        "lrp:epsilon-alpha2-beta1": lambda: EpsilonAlpha2Beta1(layer_map=layer_map, **options),
+        "lrp:epsilon": lambda: of(Epsilon(), Epsilon()),
+        alone["z⁺"]: lambda: of(ZPlus(), Epsilon()),
+        alone["γ 0.25"]: lambda: of(Gamma(0.25), Epsilon()),
+        alone["α1.5 β0.5"]: lambda: of(AlphaBeta(1.5, 0.5), Epsilon()),
+        "excitation": lambda: ExcitationBackprop(layer_map=layer_map, zero_params=["bias"], **options),
+    }
     rows = []
-    for rule, (composite, options) in rules.items():
-        a = ut.explain(model, x, rule=bounded if "box" in rule else rule, target=TARGET)
-        made = composite(layer_map=layer_map, canonizers=canonizers, **options)
-        with Gradient(theirs, made) as attributor:
-            _, wanted = attributor(x, lambda y: y * nn.functional.one_hot(torch.full((2,), TARGET), y.shape[1]))
+    for rule, made in rules.items():
+        given = x.abs() if rule == "excitation" else x  # zennit shares out over x⁻w⁻ too, where x is negative
+        a = ut.explain(model, given, rule=rule, target=TARGET)
+        with Gradient(theirs, made()) as attributor:
+            _, wanted = attributor(given, lambda y: y * nn.functional.one_hot(torch.full((2,), TARGET), y.shape[1]))
         difference = float((a.values - wanted).norm() / wanted.norm())
-        rows.append(f"| {name} | {rule} | {difference:.0e} | {needs} |")
+        label = "lrp:epsilon-gamma-box" if rule is bounded else rule if isinstance(rule, str) else f"{rule.name}, ε"
+        rows.append(f"| {name} | {label} | {difference:.0e} | {needs} |")
     return rows
 
 
@@ -163,7 +186,10 @@ def main() -> None:
         lines += ["| network, 224 px | rule | x plain gradient |", "|---|---|---:|"]
         lines += [row for name in COSTS for row in costs(name, arguments.rounds)] + [""]
     if arguments.only != "costs":
-        lines += ["| network, 64 px | composite | difference to zennit | what zennit needs |", "|---|---|---:|---|"]
+        lines += [
+            f"| network, 64 px | rule | difference to zennit {ZENNIT} | what zennit needs |",
+            "|---|---|---:|---|",
+        ]
         lines += [row for name in EQUAL for row in differences(name)]
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
