@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .tables import Local, Operation, Row, relu
+from .tables import Local, Operation, Row, may_hold, relu
 
 EPSILON = 1e-6
 
@@ -70,7 +70,7 @@ def gamma(by: float = 0.25) -> Row:
         relevance, y, w, b = g * op.output, op.output, op.weight, op.bias
         w_more, b_more = w + by * relu(w), None if b is None else b + by * relu(b)
         below = relevance * (y < 0)
-        if not bool(below.any()):
+        if not may_hold(below):
             return share(relevance, op, w_more, lambda: w + by * (w - relu(w)), b_more)
         w_less, b_less = w + by * (w - relu(w)), None if b is None else b + by * (b - relu(b))
         above = share(relevance * (y > 0), op, w_more, lambda: w_less, b_more)
@@ -124,7 +124,7 @@ def share(
     """Share R out over x⁺·w + x⁻·w_of_negative + bias, epsilon·sign added; return R / x at the input."""
     x = op.input
     is_negative = x < 0
-    if not bool(is_negative.any()):
+    if not may_hold(is_negative):
         return op.backward(relevance / stabilized(op.forward(x, w, bias), epsilon), w)
     x_up, other = relu(x), w_of_negative()
     s = relevance / stabilized(op.forward(x_up, w, bias) + op.forward(x - x_up, other), epsilon)

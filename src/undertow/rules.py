@@ -27,7 +27,7 @@ from typing import Any
 
 from .errors import InputError, RuleError, did_you_mean
 from .lrp import alpha_beta, box, epsilon, excitation, flat, gamma
-from .tables import ActivationRule, AttentionRule, Local, Operation, Row, Rule
+from .tables import ActivationRule, AttentionRule, Local, Operation, Row, Rule, may_hold
 from .tables import relu as relu
 
 
@@ -74,7 +74,7 @@ def identity(g: Any, local: Local, op: Operation) -> Any:
     """Pass an activation's relevance as it is: g·f(x)/x, and the gradient itself where x is zero."""
     own, x = local(g), op.input
     is_zero = x == 0
-    if not bool(is_zero.any()):
+    if not may_hold(is_zero):
         return g * op.output / x
     return g * op.output / (x + is_zero) * ~is_zero + own * is_zero
 

@@ -45,6 +45,16 @@ def relu(g: Any) -> Any:
     return np.maximum(g, 0)
 
 
+@singledispatch
+def may_hold(elements: Any) -> bool:
+    """Return whether any element is true, or not zero; True too where only a compiled program's run will tell.
+
+    >>> may_hold(np.array([False, True]))
+    True
+    """
+    return bool(elements.any())
+
+
 Local = Callable[[Any], Any]
 ActivationRule = Callable[[Any, Local], Any]
 """`(g, local) -> g`: what acts on activations alone."""

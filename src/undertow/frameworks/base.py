@@ -131,7 +131,7 @@ class Request:
         if isinstance(self.rule, Rule | AttentionRule):
             raise RuleError(
                 f"rule {self.rule_name!r} is of more than activations, which through='graph' alone reaches, on "
-                "PyTorch; here the rule is gradient, deconvnet, guided or a function (g, local) -> g"
+                "PyTorch and JAX; here the rule is gradient, deconvnet, guided or a function (g, local) -> g"
             )
         return self.rule
 

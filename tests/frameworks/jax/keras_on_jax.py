@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+import relevance_twins
 import twins
 
 import undertow as ut
@@ -76,6 +77,31 @@ for options in ({}, {"negative_slope": 0.1}, {"max_value": 2.0}, {"max_value": 6
 x = keras.Input((5,))
 net = keras.Model(x, keras.layers.Dense(3)(keras.layers.PReLU(alpha_initializer="uniform")(keras.layers.Dense(7)(x))))
 assert ut.explain(net, X[:, 0, :5, 0], target=1).rewired == 1
+
+x = keras.Input((6, 8))
+attention = keras.layers.MultiHeadAttention(2, 4, flash_attention=False)
+norm, up, down = keras.layers.LayerNormalization(epsilon=1e-5), keras.layers.Dense(8, "gelu"), keras.layers.Dense(3)
+h = x + attention(norm(x), norm(x))
+transformer = keras.Model(x, down(keras.layers.GlobalAveragePooling1D()(h + up(h))))
+
+
+def transformer_by_hand(kit, x):
+    (wq, bq, wk, bk, wv, bv, wo, bo), (w, b) = (
+        [variable.value for variable in layer.weights] for layer in (attention, up)
+    )
+    n = kit.layer_norm(x)
+    q, k, v = (jnp.einsum("btd,dhe->bhte", n, w) + b[:, None] for w, b in ((wq, bq), (wk, bk), (wv, bv)))
+    mixed = kit.mixed(kit.softmax(kit.matmul(q / 2, k.swapaxes(2, 3))), v)
+    h = x + jnp.einsum("bhte,hed->btd", mixed, wo) + bo
+    h = h + kit.activation(lambda z: jax.nn.gelu(z, approximate=False), h @ w + b)
+    return h.mean(1) @ down.weights[0].value + down.weights[1].value
+
+
+tokens = X[:, :6].reshape(2, 6, -1)[:, :, :8]
+for rule in ("attnlrp", "cp-lrp"):
+    a = ut.explain(transformer, tokens, rule=rule, target=1)
+    close(a.values, relevance_twins.relevance(transformer_by_hand, relevance_twins.Twin(rule == "cp-lrp"), tokens, 1))
+    assert (a.skipped, a.opaque) == ({}, {}), (a.skipped, a.opaque)
 
 left, right = keras.Input((5,), name="left"), keras.Input((5,), name="right")
 both = keras.Model([left, right], keras.layers.Dense(3)(keras.layers.Concatenate()([left, right])))

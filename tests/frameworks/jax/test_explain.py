@@ -133,8 +133,8 @@ def test_a_function_with_its_own_derivative_is_listed():
     assert (a.rewired, a.opaque) == (1, {"scaled": 1})
 
 
-def test_rules_for_all_operations_and_other_ways_are_refused():
-    for options in ({"rule": "attnlrp"}, {"rule": "lrp:epsilon"}, {"through": "swap"}, {"through": "hook"}):
+def test_other_ways_are_refused():
+    for options in ({"through": "swap"}, {"through": "hook"}, {"rule": "attnlrp", "through": "swap"}):
         with pytest.raises(ut.RuleError, match="PyTorch"):
             ut.explain(jax.nn.relu, X, **options)
 

@@ -135,3 +135,80 @@ def test_maps_equal_torchs(name):
     with jax.enable_x64(True):
         for rule in ("gradient", "deconvnet", "guided"):
             assert difference(name, rule, "float64")[0] <= 1e-10, rule
+
+
+TABLES = ("attnlrp", "cp-lrp")
+
+
+@pytest.mark.parametrize("name", ["residual", "vision transformer"])
+def test_tables_equal_torchs(name):
+    assert nearest(name) > 1e-5
+    for rule in TABLES:
+        assert difference(name, rule, "float32")[0] <= 1e-5, rule
+    with jax.enable_x64(True):
+        for rule in TABLES:
+            assert difference(name, rule, "float64")[0] <= 1e-10, rule
+
+
+WIDTH, HEADS = 8, 2
+
+
+def llama(kit, x):
+    """Two blocks as Llama has them: RMS norms, rotary positions, two heads, SwiGLU; `kit` is torch's or JAX's."""
+    numbers = np.random.default_rng(7)
+
+    def matrix(*shape):
+        return kit.array(numbers.normal(size=shape) / shape[0] ** 0.5)
+
+    def rms(x):
+        return x * ((x * x).mean(-1, keepdims=True) + 1e-5) ** -0.5 * kit.array(numbers.uniform(0.5, 1.5, WIDTH))
+
+    def turned(x):
+        half = x.shape[-1] // 2
+        angle = np.arange(x.shape[-2])[:, None] / 10.0 ** np.arange(half)
+        cos, sin = (kit.array(f(np.concatenate([angle, angle], 1))) for f in (np.cos, np.sin))
+        return x * cos + kit.concatenate((-x[..., half:], x[..., :half])) * sin
+
+    def heads(x):
+        return x.reshape(len(x), -1, HEADS, WIDTH // HEADS).swapaxes(1, 2)
+
+    for _ in range(2):
+        h = rms(x)
+        q, k, v = (heads(h @ matrix(WIDTH, WIDTH)) for _ in range(3))
+        scores = turned(q) @ turned(k).swapaxes(2, 3) / (WIDTH / HEADS) ** 0.5
+        mask = kit.array(np.triu(np.full((x.shape[1],) * 2, -1e9), 1))
+        mixed = (kit.softmax(scores + mask) @ v).swapaxes(1, 2)
+        x = x + mixed.reshape(x.shape) @ matrix(WIDTH, WIDTH)
+        h = rms(x)
+        x = x + (kit.silu(h @ matrix(WIDTH, 12)) * (h @ matrix(WIDTH, 12))) @ matrix(12, WIDTH)
+    return rms(x)[:, -1] @ matrix(WIDTH, 5)
+
+
+class Torch:
+    def __init__(self, dtype):
+        self.array = lambda a: torch.tensor(a, dtype=getattr(torch, dtype))
+
+    silu = staticmethod(torch.nn.functional.silu)
+    concatenate = staticmethod(lambda parts: torch.cat(parts, -1))
+    softmax = staticmethod(lambda x: x.softmax(-1))
+
+
+class Jax:
+    def __init__(self, dtype):
+        self.array = lambda a: jnp.asarray(a, dtype)
+
+    silu, softmax = staticmethod(jax.nn.silu), staticmethod(jax.nn.softmax)
+    concatenate = staticmethod(lambda parts: jnp.concatenate(parts, -1))
+
+
+@pytest.mark.parametrize("rule", TABLES)
+def test_llama_has_torchs_maps(rule):
+    for dtype, allowed in (("float64", 1e-10), ("float32", 1e-5)):
+        with jax.enable_x64(dtype == "float64"):
+            x = np.random.default_rng(3).normal(size=(2, 6, WIDTH)).astype(dtype)
+            a = ut.explain(lambda x, d=dtype: llama(Torch(d), x), torch.from_numpy(x), rule=rule, target=2)
+            b = ut.explain(lambda x, d=dtype: llama(Jax(d), x), jnp.asarray(x), rule=rule, target=2)
+            assert b.values.dtype == dtype
+            assert np.abs(a.numpy() - b.numpy()).max() <= allowed * np.abs(a.numpy()).max()
+            assert np.allclose(a.conservation, b.conservation, atol=1e-4)
+            assert (b.skipped, b.opaque) == ({}, {})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from .internals import bind, body_of_call, body_of_custom, scope_of
+from .internals import bind, body_of_call, body_of_custom, closed, scope_of
 
 CALLS = frozenset(("jit", "pjit", "closed_call", "core_call"))
 REMATERIALISED = frozenset(("checkpoint", "remat", "remat2"))
@@ -18,6 +18,8 @@ PASSING = frozenset(("broadcast_in_dim", "convert_element_type", "reshape", "squ
                      "pcast", "pbroadcast", "stop_gradient"))  # fmt: skip
 CUTTING = frozenset(("stop_gradient", "floor", "ceil", "round", "sign", "nextafter"))
 """Operations whose derivative is zero everywhere, by definition or by intention."""
+BODIES = {"scan": "jaxpr", "cond": "branches", **dict.fromkeys(REMATERIALISED, "jaxpr")}
+"""Equations with bodies that are looked into, and the parameter that holds these."""
 MAX_KNOWN = 1 << 16  # elements of a constant that is looked at
 
 
@@ -39,7 +41,8 @@ class JaxprValue:
 
     @property
     def is_float(self) -> bool:
-        return bool(jnp.issubdtype(self.aval.dtype, jnp.floating))
+        """Whether it has a derivative: a complex value has, as of a rotary embedding."""
+        return bool(jnp.issubdtype(self.aval.dtype, jnp.inexact))
 
 
 @dataclass(eq=False, slots=True)
@@ -210,16 +213,53 @@ class Route:
 
 def route(nodes: Sequence[JaxprNode], inputs: Iterable[JaxprValue], outputs: Iterable[JaxprValue]) -> Route:
     """Find the way of a gradient from outputs to inputs."""
-    live = {value for value in inputs if value.is_float}
-    for node in nodes:
-        if node.name not in CUTTING and not live.isdisjoint(node.inputs):
-            live.update(value for value in node.outputs if value.is_float)
+    live = _live(nodes, inputs)
     wanted, on_way = {value for value in outputs if value in live}, set()
     for node in reversed(nodes):
         if node.name not in CUTTING and not wanted.isdisjoint(node.outputs):
             on_way.add(node)
             wanted.update(value for value in node.inputs if value in live)
     return Route(frozenset(live), frozenset(on_way), frozenset(wanted))
+
+
+def _live(nodes: Sequence[JaxprNode], inputs: Iterable[JaxprValue]) -> set[JaxprValue]:
+    """Return all values that depend on inputs by a derivative."""
+    live = {value for value in inputs if value.is_float}
+    for node in nodes:
+        if not live.isdisjoint(node.inputs):
+            _, made = flow(node, [value in live for value in node.inputs])
+            live.update(value for value, is_live in zip(node.outputs, made, strict=True) if is_live)
+    return live
+
+
+def bodies_of(node: JaxprNode) -> tuple[ClosedJaxpr, ...]:
+    """Return the bodies of a node of `BODIES`: one, or one for each branch."""
+    body = node.eqn.params[BODIES[node.name]]
+    return tuple(map(closed, body if isinstance(body, tuple) else (body,)))
+
+
+def flow(node: JaxprNode, is_live: Sequence[bool]) -> tuple[list[bool], list[bool]]:
+    """Return which arguments of a node's body and which of its outputs depend on those of its operands that are live.
+
+    What a loop carries is live where it is so at any of its steps: a counter beside it is not.
+    """
+    if node.name not in BODIES:
+        return [], [node.name not in CUTTING and any(is_live) and value.is_float for value in node.outputs]
+    arguments = list(is_live[1:] if node.name == "cond" else is_live)
+    while True:
+        outputs = [False] * len(node.outputs)
+        for body in bodies_of(node):
+            graph = graph_of(body)
+            own = graph.arguments[len(graph.arguments) - len(arguments) :]
+            live = _live(graph.nodes, [value for value, is_one in zip(own, arguments, strict=True) if is_one])
+            outputs = [was or value in live for was, value in zip(outputs, graph.outputs, strict=True)]
+        if node.name != "scan":
+            return arguments, outputs
+        at, count = node.eqn.params["num_consts"], node.eqn.params["num_carry"]
+        carried = [a or b for a, b in zip(arguments[at : at + count], outputs[:count], strict=True)]
+        if carried == arguments[at : at + count]:
+            return arguments, carried + outputs[count:]
+        arguments[at : at + count] = carried
 
 
 def behind(outputs: Iterable[JaxprValue]) -> Iterator[JaxprNode]:

@@ -306,7 +306,7 @@ def _guards_a_root(root: JaxprNode, graph: JaxprGraph, way: Route) -> bool:
 
 def _patterns_of(node: JaxprNode) -> Sequence[tuple[str, JaxKind, JaxprGraph]]:
     """Return the patterns that may end in a node."""
-    if len(node.outputs) != 1 or not node.outputs[0].is_float:
+    if len(node.outputs) != 1 or not jnp.issubdtype(node.outputs[0].aval.dtype, jnp.floating):
         return ()
     if node.name in PASSING:  # a plain reshape is no activation
         return ()

@@ -13,6 +13,7 @@ from ....errors import InputError, ModelError, RuleError
 from ....inputs import ModelArguments
 from ....outputs import Path
 from ....rules import gradient
+from ....tables import AttentionRule, Rule
 from ...base import AS_IS, Request
 from ...own_passes import own_pass
 from ...results import Explanation
@@ -32,7 +33,20 @@ def explain(request: Request) -> Explanation:
     Raises:
         InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
     """
-    _ = request.activation_rule  # a table is refused before anything is traced
+    explanation = carried_back(request)
+    if isinstance(request.rule, Rule) and request.rule.is_attribution:
+        single = explanation.scores.ndim == 1
+        maps = (
+            None if m is None else m * (x if single else x[:, None])
+            for m, x in zip(explanation.maps, request.inputs, strict=True)
+        )
+        return replace(explanation, maps=tuple(maps))
+    return explanation
+
+
+def carried_back(request: Request) -> Explanation:
+    """Do what `explain` does, but for the product with the input that relevance by value needs."""
+    _refuse_rule(request)
     if request.through != "graph":
         raise RuleError(f"through={request.through!r} is PyTorch's: JAX has no modules to change; leave it out")
     inputs = arrays(request)
@@ -66,6 +80,20 @@ def explain(request: Request) -> Explanation:
         dict(program.acting),
         call.head,
     )
+
+
+def _refuse_rule(request: Request) -> None:
+    """Refuse rules that are not there, before anything is traced.
+
+    Raises:
+        RuleError: naming those that are.
+    """
+    rule = request.rule
+    if isinstance(rule, AttentionRule) or (isinstance(rule, Rule) and rule.values in ("difference", "relevance")):
+        raise RuleError(
+            f"rule {request.rule_name!r} is not there for JAX, only for PyTorch; there are gradient, deconvnet, "
+            "guided, attnlrp, cp-lrp, functions (g, local) -> g, and tables with values='gradient' or 'input-times'"
+        )
 
 
 def _int32(ids: npt.NDArray[Any] | None) -> Any:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from ....outputs import head_of
 from ....rules import gradient
+from ....tables import Rule
 from ....targets import Target
 from ...base import AS_IS, Request
 from ...results import RewiringStats
@@ -27,7 +28,9 @@ from ..models import JaxNetwork
 from ..patterns import head_of_scores
 from ..targets import chosen_scores, is_function, scores_of
 from .acting import what_acts
-from .rewiring import JaxprRewiring, Runner, refuse_unseen
+from .bodies import Runner
+from .rewiring import JaxprRewiring, refuse_unseen
+from .table import TableRewiring
 
 MAX_NETWORKS = 32
 
@@ -183,7 +186,7 @@ def _program(request: Request, call: TracedCall, arguments: tuple[Any, ...]) -> 
     way, reached = call.way(request.head), call.reached(request.head)
     refuse_unseen(graph.nodes, way)
     acting = what_acts([scores], way, request.training)
-    rewiring = JaxprRewiring(request)
+    rewiring = TableRewiring(request) if isinstance(request.rule, Rule) else JaxprRewiring(request)
     runner = _plain(graph, scores) if request.rule is gradient else rewiring.runner(graph, call.inputs, [scores])
     facts: dict[str, Any] = {}
     target, batch = request.target, request.batch  # a kept program must not keep the model, which the request has

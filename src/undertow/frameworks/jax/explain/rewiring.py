@@ -9,36 +9,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 
 from ....errors import RuleError
 from ....rules import relu
 from ....tables import ActivationRule
 from ...base import Request
 from ...results import RewiringStats
-from ..graph import (
-    CUSTOM,
-    REMATERIALISED,
-    Environment,
-    JaxprGraph,
-    JaxprNode,
-    JaxprValue,
-    Route,
-    graph_of,
-    route,
-    uniform,
-)
+from ..graph import BODIES, CUSTOM, Environment, JaxprGraph, JaxprNode, JaxprValue, Route, graph_of, route
 from ..internals import bind, body_of_custom, closed, function_name, is_of_jax
 from ..patterns import ACTIVATIONS, JaxKind, PatternMatch, matches
+from .bodies import Runner, rebuilt
 
 for _kind in (jax.Array, jax.core.Tracer):
     relu.register(_kind, lambda g: jnp.maximum(g, 0))
 
 WANTED_KINDS = {"relu-like": frozenset((JaxKind.RELU,)), "all": frozenset((JaxKind.RELU, JaxKind.SMOOTH))}
-BODIES = {"scan": "jaxpr", "cond": "branches", **dict.fromkeys(REMATERIALISED, "jaxpr")}
-"""Equations that are rebuilt around their bodies, and the parameter that holds these."""
-
 _KERNEL = "a kernel keeps its operations to itself; write that part with jax.numpy"
 _CALLBACK = "a callback runs Python that no jaxpr shows; write it with jax.numpy"
 UNSEEN = {
@@ -51,8 +37,6 @@ _BOUNDS = {"max": "Maximum", "min": "Minimum", "clamp": "Clamp"}
 
 _SMOOTH = frozenset(name for name, kind, _ in ACTIVATIONS if kind is JaxKind.SMOOTH)
 
-Runner = Callable[..., list[Any]]
-
 
 def refuse_unseen(nodes: Sequence[JaxprNode], way: Route) -> None:
     """Refuse equations on a gradient's way that no gradient passes, whatever the rule.
@@ -62,7 +46,7 @@ def refuse_unseen(nodes: Sequence[JaxprNode], way: Route) -> None:
     """
     for node in nodes:
         if node in way.nodes and node.name in ("while", "pure_callback", "io_callback"):
-            raise RuleError(f"no gradient passes {_named(node)}: {UNSEEN[node.name]}")
+            raise RuleError(f"no gradient passes {named(node)}: {UNSEEN[node.name]}")
 
 
 class NothingRewired(RuleError):
@@ -119,7 +103,7 @@ class JaxprRewiring:
         if node.name in UNSEEN:
             raise self._refusal(node, UNSEEN[node.name])
         if node.name in BODIES:
-            return self._rebuilt(node, way, times)
+            return rebuilt(node, way, times, self._runner)
         if node.name in CUSTOM:
             self._count_custom(node, way, times)
         elif node.name == "reduce_window_max":
@@ -149,7 +133,7 @@ class JaxprRewiring:
         self._opaque[name] += times
 
     def _refusal(self, node: JaxprNode, reason: str) -> RuleError:
-        return RuleError(f"rule {self.request.rule_name!r} cannot see into {_named(node)}: {reason}")
+        return RuleError(f"rule {self.request.rule_name!r} cannot see into {named(node)}: {reason}")
 
     def _activation(self, match: PatternMatch) -> Callable[[Environment], list[Any]]:
         """Return what runs an activation with the rule for its derivative."""
@@ -180,47 +164,6 @@ class JaxprRewiring:
 
         return run
 
-    def _rebuilt(self, node: JaxprNode, way: Route, times: int) -> Callable[[Environment], list[Any]]:
-        """Return what runs a loop, a branch or a rematerialised block with the rule in its body."""
-        params, key = dict(node.eqn.params), BODIES[node.name]
-        operands = node.inputs[1:] if node.name == "cond" else node.inputs
-        live = [value in way.live for value in operands]
-        known = [uniform(value) for value in operands]
-        if node.name == "scan":  # a carry may become live, and does not keep its first value; slices are not known
-            n_consts, n_carry = params["num_consts"], params["num_carry"]
-            live = live[:n_consts] + [True] * n_carry + live[n_consts + n_carry :]
-            known = known[:n_consts] + [None] * (len(known) - n_consts)
-            times *= params["length"]
-        bodies = params[key] if isinstance(params[key], tuple) else (params[key],)
-        rebuilt, constants = _sharing_constants([self._rebuilt_body(body, live, known, times) for body in bodies])
-        jaxprs = tuple(
-            new if isinstance(old, ClosedJaxpr) else new.jaxpr for new, old in zip(rebuilt, bodies, strict=True)
-        )
-        params[key] = jaxprs if isinstance(params[key], tuple) else jaxprs[0]
-        if node.name == "scan":
-            params["num_consts"] += len(constants)
-            if "linear" in params:  # of earlier versions
-                params["linear"] = (False,) * len(constants) + tuple(params["linear"])
-
-        def run(environment: Environment) -> list[Any]:
-            values = [environment[value] for value in node.inputs]
-            at = 1 if node.name == "cond" else 0
-            return bind(node.eqn, [*values[:at], *constants, *values[at:]], params, node.scope)
-
-        return run
-
-    def _rebuilt_body(self, body: Any, live: list[bool], known: list[Any], times: int) -> ClosedJaxpr:
-        whole = closed(body)
-        constants = [
-            None if number is None else np.full((), number, aval.dtype)
-            for number, aval in zip(known, whole.in_avals, strict=True)
-        ]
-        graph = graph_of(whole, constants)
-        own = graph.arguments[len(whole.consts) :]
-        way = route(graph.nodes, [v for v, is_live in zip(own, live, strict=True) if is_live], graph.outputs)
-        run = self._runner(graph, way, graph.outputs, times)
-        return jax.make_jaxpr(lambda *values: run(*whole.consts, *values))(*_shapes(whole.in_avals))
-
     def _nothing_rewired(self) -> str:
         left_alone = {**self.stats.skipped, **self.stats.opaque}
         listed = ", ".join(f"{name} x{count}" for name, count in sorted(left_alone.items())) or "none"
@@ -233,29 +176,8 @@ class JaxprRewiring:
         )
 
 
-def _sharing_constants(bodies: Sequence[ClosedJaxpr]) -> tuple[list[ClosedJaxpr], list[Any]]:
-    """Return bodies that take their constants as further arguments, before their own, and all of these constants."""
-    constants = [constant for body in bodies for constant in body.consts]
-    if not constants:
-        return list(bodies), []
-    shared, start = [], 0
-    for body in bodies:
-        own = slice(start, start + len(body.consts))
-
-        def run(*values: Any, body: ClosedJaxpr = body, own: slice = own) -> list[Any]:
-            return list(jax.core.eval_jaxpr(body.jaxpr, values[own], *values[len(constants) :]))
-
-        shapes = [*_shapes([jax.typeof(c) for c in constants]), *_shapes(body.in_avals)]
-        shared.append(jax.make_jaxpr(run)(*shapes))
-        start = own.stop
-    return shared, constants
-
-
-def _shapes(avals: Sequence[Any]) -> list[Any]:
-    return [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
-
-
-def _named(node: JaxprNode) -> str:
+def named(node: JaxprNode) -> str:
+    """Name an equation in a message."""
     name = str(node.eqn.params.get("name_and_src_info", "") or node.eqn.params.get("name", ""))
     return f"{node.name}{f' {name}' if name else ''}{f' in {node.scope!r}' if node.scope else ''}"
 

@@ -21,7 +21,7 @@ from ...base import BEFORE, Request
 from ...own_passes import own_pass
 from ...results import LayerGradients
 from ..arrays import to_numpy
-from ..explain import arrays, calls_of, explain, forward_scores, has_channels_last
+from ..explain import arrays, calls_of, carried_back, forward_scores, has_channels_last
 from ..explain.program import trace
 from ..explain.rewiring import NothingRewired
 from ..graph import CALLS, REMATERIALISED
@@ -101,7 +101,7 @@ def layer_gradients(
     """
     if directions is not None:
         request = replace(request, target=Directions(directions))
-    explanation = explain(request)
+    explanation = carried_back(request)
     single = explanation.scores.ndim == 1
     values: dict[str, npt.NDArray[Any]] = {}
     gradients: dict[str, npt.NDArray[Any]] = {}
@@ -129,9 +129,9 @@ def layer_gradients(
 def _gradient_at(request: Request) -> Any:
     """Return the gradient at a place under the rule, which acts on what there is between the place and the scores."""
     try:
-        return explain(request).maps[0]
+        return carried_back(request).maps[0]
     except NothingRewired:
-        return explain(replace(request, rule=gradient, rule_name="gradient")).maps[0]
+        return carried_back(replace(request, rule=gradient, rule_name="gradient")).maps[0]
 
 
 def _with_targets(values: Any, single: bool) -> npt.NDArray[Any]:
