@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from .dead import inactive_layers
-from .evidence import Evidence
+from .evidence import INSIDE, Evidence
 from .finding import Finding, NotLookedAt, called, listed, percent
 
 _CAUSES = {  # reason in the table `diagnosis`: cause, severity, description, remedy
@@ -28,10 +28,28 @@ _CAUSES = {  # reason in the table `diagnosis`: cause, severity, description, re
         *("detached", "info", "run under torch.no_grad(), and no layer that learns reads the result"),
         "Nothing need be wrong: so are a target or a teacher network. Run it outside no_grad if it is to learn.",
     ),
+    "off the tape": (
+        *("detached", "warning", "run where no tf.GradientTape records"),
+        "Run it inside `with tf.GradientTape()` if it is to learn.",
+    ),
     "detached inside": (
         *("detached", "warning", "trainable, but its output is detached from its parameters"),
         "Remove .detach(), .data or no_grad inside it.",
     ),
+}
+
+
+_OF_KERAS = {  # the same where a GradientTape takes the gradient
+    "unread": (
+        "called, but the tape's gradient was asked of something that does not depend on its output by any operation "
+        "that the tape saw (.numpy() is none)"
+    ),
+    "no backward": "called, but no gradient was asked of a tape inside the batch",
+    "frozen": "needs no gradient, because nothing up to here is trainable, and the tape watches no input",
+}
+_REMEDIES_OF_KERAS = {
+    "no backward": "Call tape.gradient inside `with recording.batch(...)`.",
+    "frozen": "Set trainable=True on its layer if it is to learn.",
 }
 
 
@@ -45,7 +63,12 @@ _INSTEAD = {  # what to write instead of a function that has no gradient
     "torch.tensor(...)": "use torch.stack or torch.cat, which keep the graph, in its place",
     "torch.as_tensor(...)": "use torch.stack or torch.cat, which keep the graph, in its place",
 }
-_UNSEEN = {"used unseen": "used without being called", "checkpointed": "inside reentrant checkpointing"}
+_UNSEEN = {
+    "used unseen": "used without being called",
+    "checkpointed": "inside reentrant checkpointing",
+    "in a custom gradient": "inside a tf.custom_gradient, such as tf.recompute_grad",
+    "passed by": "Keras's losses go on from the logits, past a last softmax or sigmoid",
+}
 
 
 def nothing(evidence: Evidence) -> Iterator[Finding]:
@@ -107,8 +130,8 @@ def arrival(evidence: Evidence) -> Iterator[Finding]:
         yield _frozen_amid(evidence, tuple(amid))
     unseen = {row["site"]: row["arrival"] for row in evidence.watched if row["arrival"] in _UNSEEN}
     if unseen:
-        reason = _UNSEEN[next(iter(unseen.values()))]
-        raise NotLookedAt(f"not at {listed(unseen)}: {reason}")
+        by_reason = {why: [site for site in unseen if unseen[site] == why] for why in dict.fromkeys(unseen.values())}
+        raise NotLookedAt("; ".join(f"not at {listed(sites)}: {_UNSEEN[why]}" for why, sites in by_reason.items()))
 
 
 def _is_frozen(evidence: Evidence, site: str) -> bool:
@@ -118,16 +141,17 @@ def _is_frozen(evidence: Evidence, site: str) -> bool:
 def _frozen_amid(evidence: Evidence, sites: tuple[str, ...]) -> Finding:
     """Report layers that a gradient passes and that do not learn from it."""
     share = len(sites) / len(evidence.outputs)
+    flag, owned = ("trainable", "weights") if evidence.framework == "keras" else ("requires_grad", "parameters")
     return Finding(
         "frozen",
         "info",
         sites,
-        f"{listed(sites)}: a gradient passes, but requires_grad is False for all of "
+        f"{listed(sites)}: a gradient passes, but {flag} is False for all of "
         f"{'its' if len(sites) == 1 else 'their'}"
-        f" parameters, so nothing learns there ({percent(share)} of the sites that a gradient reaches).",
+        f" {owned}, so nothing learns there ({percent(share)} of the sites that a gradient reaches).",
         {"reason": "frozen amid others", "predicted": 0, "observed": 0, "share": share},
-        "Set requires_grad=True if they are to learn; as part of fine-tuning it is ordinary.",
-        "requires_grad of the parameters in the watched batches",
+        f"Set {flag}=True if they are to learn; as part of fine-tuning it is ordinary.",
+        f"{flag} of the {owned} in the watched batches",
     )
 
 
@@ -138,7 +162,7 @@ def _reasons(evidence: Evidence) -> dict[str, str]:
         row["site"]: row["arrival"]
         for row in evidence.watched
         if row["step"] == 0
-        and row["arrival"] not in ("arrived", *_UNSEEN)
+        and row["arrival"] not in ("arrived", INSIDE, *_UNSEEN)
         and row["site"] not in evidence.outputs
         and row["site"] in evidence.position
     }
@@ -148,6 +172,8 @@ def _finding(reason: str, sites: tuple[str, ...], evidence: Evidence, everywhere
     watched = bool(evidence.watched)
     if reason in _CAUSES:
         cause, severity, description, remedy = _CAUSES[reason]
+        if evidence.framework == "keras":
+            description, remedy = _OF_KERAS.get(reason, description), _REMEDIES_OF_KERAS.get(reason, remedy)
     elif watched:
         cause, severity, description = "detached", "warning", f"called, but its gradient is cut off by {reason}"
         how = next((name for name in _INSTEAD if reason.startswith(name)), None)

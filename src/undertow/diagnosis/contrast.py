@@ -104,9 +104,9 @@ def _why_same(run: Run, other: Run, row: Comparison, i: int) -> str:
 def _pairs(run: Run, other: Run, names: tuple[str, str]) -> Iterator[tuple[_Side, _Side]]:
     both = zip(map(Evidence, (run, other)), names, strict=True)
     sides = [[_Side(evidence, chain, name) for chain in evidence.chains] for evidence, name in both]
-    others = {side.site: side for side in sides[1]}
-    if set(others) == {side.site for side in sides[0]}:
-        yield from ((side, others[side.site]) for side in sides[0])
+    others = {(side.site, side.chain.inside): side for side in sides[1]}
+    if set(others) == {(side.site, side.chain.inside) for side in sides[0]}:
+        yield from ((side, others[side.site, side.chain.inside]) for side in sides[0])
     else:
         yield from zip(*sides, strict=False)
 

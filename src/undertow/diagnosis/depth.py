@@ -242,7 +242,8 @@ def _expected(evidence: Evidence, depths: Sequence[Level]) -> float | None:
     A site's gradient is that of the next site times the next layer's ||W|| / sqrt(inputs), times the slope in between.
     """
     try:
-        chains = {(chain.site, chain.call): chain for chain in evidence.chains}
+        chains = {(chain.site, chain.call): chain for chain in evidence.chains if not chain.inside}
+        inside = {(chain.site, chain.call): chain for chain in evidence.chains if chain.inside}
     except NotRecorded:
         return None
     names = {output.number: (output.site, output.call) for output in evidence.graphs[-1]}
@@ -251,7 +252,8 @@ def _expected(evidence: Evidence, depths: Sequence[Level]) -> float | None:
     for before, after in pairwise((level.site, level.call or 0) for level in depths):
         if readers.get(before) != [after] or before not in chains or after not in chains:
             return None
-        factors.append(_factor(chains[before], chains[after]))
+        own = [step.rms_slope for step in inside[after].steps[1:2]] if after in inside else []
+        factors.append(_factor(chains[before], chains[after]) * math.prod(own))
     return _geometric(np.array(factors)) if all(math.isfinite(f) and f > 0 for f in factors) else None
 
 

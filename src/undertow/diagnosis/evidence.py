@@ -20,6 +20,8 @@ from .finding import NotLookedAt, NotRecorded, called, listed
 
 Floats = npt.NDArray[np.float64]
 StepKey = tuple[int, int, int]  # epoch, batch, and the number of the step in it
+INSIDE = "before activation"
+"""What stands under `arrival` of a row that begins before the activation of a site's own layer, as Keras has them."""
 Kind = Literal["norm", "max-pool", "average-pool", "activation"]
 
 
@@ -106,6 +108,7 @@ class OpChain:
 
     Attributes:
         call: its number among the calls of the site.
+        inside: it begins before the activation that the site's own layer ends in.
         gain: ||W|| / sqrt(inputs) of the site's layer; NaN if it has no weights.
         joins: number of residual additions that its output meets.
         weight_std: root mean square of the layer's weights; NaN if it has none.
@@ -117,6 +120,7 @@ class OpChain:
     joins: int
     call: int = 0
     weight_std: float = float("nan")
+    inside: bool = False
 
     @property
     def pointwise(self) -> list[Step]:
@@ -198,10 +202,15 @@ class Evidence:
     @cached_property
     def watch(self) -> str:
         """What to do so that causes can be proved, for a sentence."""
+        if self.framework == "jax":
+            return "watching batches is not there for JAX yet"
+        return "record it with diagnose=True"
+
+    @cached_property
+    def framework(self) -> str:
+        """What the network ran on: "torch", "keras" (which is TensorFlow) or "jax"."""
         framework = str(self.run.manifest.get("model", {}).get("framework", "torch"))
-        if framework.startswith("torch"):
-            return "record it with diagnose=True"
-        return f"watching batches is not there for {framework.split()[0].capitalize()} yet"
+        return "jax" if "jax" in framework else framework.partition(" ")[0]
 
     @cached_property
     def watched(self) -> list[dict[str, Any]]:
@@ -238,7 +247,7 @@ class Evidence:
     @cached_property
     def unfollowed(self) -> list[str]:
         """The sites that a gradient reached without any function having been seen to read their output."""
-        followed = {chain.site for chain in self.chains if chain.followed}
+        followed = {chain.site for chain in self.chains if chain.followed and not chain.inside}
         return [site for site in self.outputs if site not in followed]
 
     def refuse_unfollowed(self) -> None:
@@ -436,7 +445,7 @@ def _chain(site: str, rows: list[dict[str, Any]]) -> OpChain | None:
     steps = [_step([call[i] for call in calls]) for i in range(length)]
     last, joins = calls[-1][0], min(call[0]["joins"] for call in calls)
     std = float(last.get("weight_std", math.nan))
-    return OpChain(site, steps, float(last["gain"]), joins, last["call"], std)
+    return OpChain(site, steps, float(last["gain"]), joins, last["call"], std, last["arrival"] == INSIDE)
 
 
 def _step(rows: list[dict[str, Any]]) -> Step:

@@ -195,6 +195,8 @@ def _parameters(evidence: Evidence) -> dict[str, Any]:
     """
     parameters: dict[str, Any] = evidence.run.manifest.get("parameters") or {}
     if not parameters or "steps" not in evidence.run.manifest["tables"]:
+        if evidence.framework == "keras":
+            raise NotRecorded("parameters of Keras on TensorFlow cannot be recorded yet")
         raise NotRecorded(_RECORD)
     return parameters
 

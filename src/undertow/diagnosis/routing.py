@@ -169,9 +169,9 @@ def _routed_figures(chain: OpChain, before: Step, step: Step) -> dict[str, Any]:
 
 
 def _least_zeros(before: Step, step: Step) -> float:
-    """Return the least share of zeros at the input of max-pooling; by shapes alone if it has no kernel (adaptive)."""
+    """Return the least share of zeros at the input of max-pooling; by shapes alone without a padding (as "same")."""
     inputs, outputs = before.shape[2:], step.shape[2:]
-    if "kernel_size" not in step.settings:
+    if "padding" not in step.settings:
         return _share_without_window(math.prod(outputs), math.prod(inputs))
     kernel, stride, padding, dilation = (step.settings[key] for key in ("kernel_size", "stride", "padding", "dilation"))
     return least_zeros(inputs, kernel, stride, padding, dilation, step.settings["ceil_mode"])

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 
@@ -99,3 +100,38 @@ def test_a_called_function_gives_its_graph(tmp_path):
             node.attr["_class"].list.s.append(b"loc:@elsewhere")
         internals.forget_colocation(definition)
         assert tf.graph_util.import_graph_def(definition, return_elements=[body.outputs[0].name])
+
+
+def test_operations_that_run_eagerly_are_seen_with_their_gradients():
+    seen = []
+    x = tf.constant([[1.0, -2.0]])
+
+    def see(*args, op_name=None, graph=None):
+        if graph is None:
+            seen.append(args)
+
+    with internals.operations_seen(see):
+        y = tf.nn.leaky_relu(x, 0.1)
+        tf.function(lambda v: v * 2)(x)
+    tf.nn.relu(x)
+    (kind, inputs, attributes, outputs, _) = seen[0]
+    assert (kind, inputs[0] is x, outputs[0] is y) == ("LeakyRelu", True, True)
+    assert dict(zip(attributes[::2], attributes[1::2], strict=True))["alpha"] == pytest.approx(0.1)
+    (gradient,) = internals.gradients_of_operation(kind, attributes, inputs, outputs, [tf.ones_like(y)])
+    assert np.allclose(gradient, [[1.0, 0.1]])
+    assert not any(args[0] in ("Relu", b"Relu") for args in seen)
+    assert any("inference" in str(args[0]) for args in seen)
+    assert internals.carries_gradient("Relu")
+    assert not internals.carries_gradient("Greater")
+
+
+def test_what_runs_in_a_custom_gradient_is_told():
+    names = []
+
+    @tf.custom_gradient
+    def mine(x):
+        names.append(internals.custom_gradient_around())
+        return tf.identity(x), lambda g: g
+
+    mine(tf.ones(2))
+    assert (names, internals.custom_gradient_around()) == (["mine"], "")

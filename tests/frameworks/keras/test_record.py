@@ -209,12 +209,6 @@ def test_a_traced_step_is_refused(net, x, tmp_path):
     assert ut.explain(net, x).rewired == 2  # nothing wrapped stays, and no graph of the wrapped network is cached
 
 
-def test_diagnosis_is_torchs(net, x, tmp_path):
-    refused = pytest.raises(ut.InputError, match=r"^diagnose is not there for Keras yet; record without it$")
-    with refused, ut.record(tmp_path / "run", net, diagnose=True) as recording, recording.batch():
-        step(net, x)
-
-
 @pytest.mark.parametrize("name", ["predicted", "label", "loss"])
 def test_objectives_of_photographs(net, x, name):
     net.get_layer("norm").trainable = False

@@ -4,11 +4,15 @@
 one away fails there.
 """
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from tensorflow.python.framework import ops
+from tensorflow.python.eager.backprop import _gradient_function
+from tensorflow.python.framework import op_callbacks, ops
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
+from tensorflow.python.ops import custom_gradient
 
 
 def all_layers(model: Any) -> list[Any]:
@@ -89,3 +93,43 @@ def forget_colocation(definition: Any) -> None:
     """Take from a graph's definition what ties nodes to operations of the graph that it was called from."""
     for node in definition.node:
         node.attr.pop("_class", None)
+
+
+@contextmanager
+def operations_seen(see: Callable[..., None]) -> Iterator[None]:
+    """Inside, call `see(type, inputs, attributes, outputs, op_name, graph)` for each operation of this thread.
+
+    An operation that runs eagerly has no graph. The public way to it, `tf.debugging.experimental`, writes to the disk.
+    """
+    op_callbacks.add_op_callback(see)
+    try:
+        yield
+    finally:
+        op_callbacks.remove_op_callback(see)
+
+
+def custom_gradient_around() -> str:
+    """Return the name of the `tf.custom_gradient` whose function runs eagerly, the outermost; "" outside of one."""
+    name, frame = "", sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is custom_gradient._eager_mode_decorator.__code__:
+            name = str(getattr(frame.f_locals["f"], "__name__", "function"))
+        frame = frame.f_back  # type: ignore[assignment]
+    return name
+
+
+def carries_gradient(kind: str) -> bool:
+    """Whether operations of a type have a gradient; in public it takes a tape and a value."""
+    try:
+        return ops._gradient_registry.lookup(kind) is not None
+    except LookupError:
+        return True  # of a function, which has one of its own
+
+
+def gradients_of_operation(
+    kind: str, attributes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], gradients: Sequence[Any]
+) -> list[Any]:
+    """Return the gradients at the inputs of an operation that ran eagerly, from those at its outputs."""
+    tensors = list(inputs), list(outputs), list(gradients)
+    found = _gradient_function(kind, tuple(attributes), len(inputs), *tensors, (), "")
+    return list(found) if isinstance(found, tuple | list) else [found]

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from ...errors import ModelError
+from ...errors import InputError, ModelError
 from ..base import NamedModule
 from ..keras_layers import kind, named_layers, types
 from .calls import refuse_other_backends
@@ -35,7 +35,12 @@ def identity(model: Any) -> dict[str, Any]:
     """Return what identifies a network: its class, the hashes of its structure and its weights, its precision.
 
     The mode of a frozen network (`trainable=False`) is "evaluation": its run is only continued with the same weights.
+
+    Raises:
+        InputError: it was not built yet: Keras would build it in a graph, on the first call.
     """
+    if not model.built:
+        raise InputError("the model has no weights yet; call it once on a batch, then record it")
     digest = hashlib.sha256()
     for named in named_modules(model):
         digest.update(f"{named.name}\0{named.types[0]}\0".encode())

@@ -80,3 +80,29 @@ def map_tensors(output: Any, key: str, replace: Callable[[str, Any], Any]) -> An
 
 def _nested_key(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
+
+
+_gradient = tf.GradientTape.gradient
+_gradient_watchers: list[Callable[..., Any]] = []
+
+
+@contextmanager
+def gradients_watched(around: Callable[..., Any]) -> Iterator[None]:
+    """Inside, let each `tape.gradient(...)` return `around(tape.gradient, ...)`, on every thread."""
+    with _lock:
+        _gradient_watchers.append(around)
+        tf.GradientTape.gradient = _watched_gradient
+    try:
+        yield
+    finally:
+        with _lock:
+            _gradient_watchers.remove(around)
+            if not _gradient_watchers:
+                tf.GradientTape.gradient = _gradient
+
+
+def _watched_gradient(tape: Any, target: Any, sources: Any, *args: Any, **kwargs: Any) -> Any:
+    call: Callable[..., Any] = partial(_gradient, tape)
+    for around in tuple(_gradient_watchers):
+        call = partial(around, call)
+    return call(target, sources, *args, **kwargs)

@@ -143,7 +143,7 @@ def _matches(t: Any, pattern: Pattern, x: Any, dependent: set[Any]) -> Iterator[
         if t.op not in dependent:
             yield x, ()
     elif pattern == ZERO:
-        value = None if t.op in dependent else tf.get_static_value(t)
+        value = None if t.op in dependent else static_value(t)
         if value is not None and not np.any(value):
             yield x, ()
     elif t.op.type == pattern[0] and len(t.op.inputs) == len(pattern) - 1:
@@ -151,6 +151,11 @@ def _matches(t: Any, pattern: Pattern, x: Any, dependent: set[Any]) -> Iterator[
         for children in orders:
             for bound, ops in _all_match(list(t.op.inputs), children, x, dependent):
                 yield bound, (*ops, t.op)
+
+
+def static_value(t: Any) -> Any:
+    """Return the value of a constant of a graph, or of a tensor seen when it ran eagerly; None where there is none."""
+    return tf.get_static_value(t if isinstance(t, tf.Tensor) else t.value)
 
 
 def _all_match(

@@ -5,7 +5,7 @@ an identity whose backward pass reads the gradient.
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -23,6 +23,7 @@ from ..calls import output_of
 from ..internals import copy_logits
 from ..layers import named_modules
 from ..watching import map_tensors, wrapped
+from .op_recorder import EagerRecorder
 
 
 def visits(model: Any, example: Any) -> dict[str, list[Any]]:
@@ -71,14 +72,8 @@ def new_probe(
     layouts: Any = None,
     n_samples: int | None = None,
 ) -> "LayerProbe":
-    """Return a probe of layers.
-
-    Raises:
-        InputError: a diagnosis is asked for.
-    """
-    if watched is not None:
-        raise InputError("diagnose is not there for Keras yet; record without it")
-    return LayerProbe(modules, measures, phases, scaler)
+    """Return a probe of layers; `watched` is the whole network where the batch is watched for a diagnosis."""
+    return LayerProbe(modules, measures, phases, scaler, watched)
 
 
 @dataclass
@@ -86,6 +81,7 @@ class LayerProbe:
     """Reads the sites of one batch; layers are wrapped from `__enter__` to `__exit__`.
 
     Attributes:
+        watched: the whole network, where this batch is also watched for a diagnosis.
         observations: in order of arrival.
         order: the sites in the order in which they first gave an output.
         arrived: the sites that a gradient has reached.
@@ -99,6 +95,7 @@ class LayerProbe:
     measures: Sequence[Measure]
     phases: frozenset[str]
     scaler: Any = None
+    watched: Any = None
     observations: list[Observation] = field(default_factory=list)
     order: dict[str, None] = field(default_factory=dict)
     arrived: set[str] = field(default_factory=set)
@@ -115,10 +112,17 @@ class LayerProbe:
         self._stack = ExitStack()
         self._thread = 0
         self._traced_layer: str | None = None
+        self._came: set[tuple[str, int, str]] = set()
+        unwatched = self.watched is None
+        self._op_recorder = None if unwatched else EagerRecorder(self.watched, self._unscaled, channels_second)
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
-        self._stack.enter_context(wrapped(self.modules, self._read_output))
+        with ExitStack() as stack:
+            if self._op_recorder is not None:  # first, so that it sees what layers return before any hook
+                stack.enter_context(self._op_recorder)
+            stack.enter_context(wrapped(self.modules, self._read_output))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -131,8 +135,8 @@ class LayerProbe:
             )
 
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
-        """Return nothing: diagnosis is not there for Keras yet."""
-        return []
+        """Return what was seen for a diagnosis of the named sites; nothing where this batch was not watched."""
+        return [] if self._op_recorder is None else self._op_recorder.close(names, self._came)
 
     def transfer(self, points: Sequence[Any], others: Sequence[Observation] = ()) -> HostObservations:
         """Return what was observed, here and by others, which is on the host already."""
@@ -142,6 +146,10 @@ class LayerProbe:
         output = forward(*args, **kwargs)
         if threading.get_ident() != self._thread or in_own_pass():
             return output
+        with nullcontext() if self._op_recorder is None else self._op_recorder.paused():
+            return self._read(name, layer, output)
+
+    def _read(self, name: str, layer: Any, output: Any) -> Any:
         call = self._calls[name]
         self._calls[name] += 1
         self.order[name] = None
@@ -160,12 +168,15 @@ class LayerProbe:
             tensor, partial(self._read_gradient, TensorKey(name, call, position, "backward"), layer)
         )
         copy_logits(tensor, passed)
+        if self._op_recorder is not None:
+            self._op_recorder.begin(name, call, position, layer, tensor, passed)
         return passed
 
     def _read_gradient(self, key: TensorKey, layer: Any, gradient: Any) -> None:
         if not self._thread:  # the batch is over
             return
         self.arrived.add(key.site)
+        self._came.add((key.site, key.call, key.output))
         self._observe(key, layer, self._unscaled(gradient))
 
     def _unscaled(self, gradient: Any) -> Any:
