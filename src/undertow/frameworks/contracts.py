@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .jax import record as jax_record
     from .jax import zoo as jax_zoo
     from .jax.inspect import layers as jax_layers
+    from .jax.inspect import redirect as jax_redirect
+    from .jax.inspect import trace as jax_trace
     from .jax.record import gradients as jax_gradients
     from .keras import arrays as keras_arrays
     from .keras import explain as keras_explain
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     PREPARERS: tuple[base.Preparer, ...] = (torch_prepare,)
     MEMORIES: tuple[base.Memory, ...] = (torch_memory,)
     INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers, jax_layers)
-    TRACERS: tuple[base.Tracer, ...] = (torch_trace, keras_trace)
-    REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect, keras_redirect)
+    TRACERS: tuple[base.Tracer, ...] = (torch_trace, keras_trace, jax_trace)
+    REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect, keras_redirect, jax_redirect)
     BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
     DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)

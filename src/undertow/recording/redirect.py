@@ -6,7 +6,7 @@ from typing import Any, Self, final
 
 from ..display import brief
 from ..errors import InputError
-from ..frameworks.base import Redirector, capability, framework_of
+from ..frameworks.base import Redirector, bound, capability, framework_of
 
 Change = Callable[[Any], Any]
 
@@ -27,7 +27,7 @@ class redirect:
     copy in place does not reach that input.
 
     Args:
-        model: an `nn.Module`, not compiled.
+        model: an `nn.Module`, not compiled; a Keras model, or a Flax or Equinox module.
         sites: dotted names, or globs on them in which `*` also matches dots, each with its function. "" is the
             network's own output. A module that several keys match gets all their functions, in the order of the keys.
 
@@ -47,6 +47,7 @@ class redirect:
     """
 
     def __init__(self, model: Any, sites: Mapping[str, Change]) -> None:
+        model = bound(model)
         self._redirected = _redirector(model).redirected(model, sites)
 
     def __enter__(self) -> Self:

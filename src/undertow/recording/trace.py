@@ -10,7 +10,7 @@ import numpy as np
 
 from ..display import BAD, GOOD, FrozenRows, Mark, Part, Rows, Shown, ShownTable, counted
 from ..errors import InputError, did_you_mean
-from ..frameworks.base import as_numpy, capability, framework_of_input
+from ..frameworks.base import as_numpy, bound, capability, framework_of_input
 from ..frameworks.results import DIFFERS, EQUAL, NO_FORMULA, WRONG, Call, Checked
 
 _MAX_REMARKS = 4
@@ -149,7 +149,8 @@ def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
     that is impossible (kinks, random or float32-only forwards) its status is "not checked".
 
     Args:
-        model: an `nn.Module`, in any mode; of a compiled one the module behind it.
+        model: an `nn.Module`, in any mode; of a compiled one the module behind it. Or a Keras model, or a Flax or Equinox
+            module.
         x: a batch, or a tuple of them, passed as `model(*x)`.
         gradient: of the objective at the output, of its shape; a tuple for several outputs. Default: ones.
 
@@ -173,6 +174,7 @@ def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
     inputs = x if isinstance(x, tuple) else (x,)
     if not inputs:
         raise InputError("x is an empty tuple; pass a batch, or a tuple of batches")
+    model = bound(model)
     traced = capability(framework_of_input(inputs[0], model), "inspect.trace").trace(model, inputs, gradient)
     return Trace(traced.calls, traced.functions, traced.unreached)
 

@@ -5,6 +5,7 @@ Each model is compared with its layers' formulas written in JAX, activations swa
 
 import os
 import sys
+import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -109,6 +110,56 @@ a = ut.explain(both, (X[:, 0, :5, 0], X[:, 1, :5, 0]), target=1, rule="gradient"
 close(a.values[1], np.broadcast_to(both.layers[-1].get_weights()[0][5:, 1], (2, 5)))
 named = ut.explain(both, {"left": X[:, 0, :5, 0], "right": X[:, 1, :5, 0]}, target=1, rule="gradient")
 close(named.values["right"], a.values[1])
+
+# calls traced, with closed formulas; gradients redirected; a training recorded
+traced = ut.trace(model, X)
+assert [call.name for call in traced.calls] == [layer.name for layer in model.layers[1:]]
+assert {call.name: call.verdict for call in traced.calls} == {
+    **dict.fromkeys((layer.name for layer in model.layers[1:]), "equal"),
+    model.layers[3].name: "none",  # dropout
+}
+assert set(traced["norm"].parameter_gradients) == {"gamma", "beta", "moving_mean", "moving_variance"}
+assert traced["norm"].parameter_gradients["moving_mean"] is None
+close(traced["conv"].inputs[0], X)
+
+weights = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+
+
+def loss(trainable, others, x):
+    scores, _ = model.stateless_call(trainable, others, x)
+    return -jnp.log(scores[:, 1]).sum()
+
+
+by_weights = jax.jit(jax.grad(loss))
+plain = by_weights(*weights, X)
+with ut.redirect(model, {"norm": ut.redirect.scale(3)}):
+    close(by_weights(*weights, X)[0], 3 * plain[0])
+assert np.array_equal(by_weights(*weights, X)[0], plain[0])
+assert "call" not in vars(model.get_layer("norm"))
+
+with tempfile.TemporaryDirectory() as folder:
+    with ut.record(folder, model, sites="conv, dense, params:conv", measures="channel-norm") as recording:
+        step = jax.jit(recording.value_and_grad(loss))
+        with recording.batch(samples=["a", "b"]):
+            value, gradients, seen = step(*weights, X)
+            recording.add(seen)
+    close(gradients[0], plain[0])
+    rows = ut.Run(folder).table("channel_norm").to_pylist()
+    assert ut.Run(folder).sites == ["conv", "dense"]
+(row,) = (row for row in rows if row["site"] == "conv.kernel")
+close(row["values"], np.linalg.norm(np.asarray(plain[0]).reshape(3, -1), axis=1))
+(row,) = (row for row in rows if (row["site"], row["name"]) == ("conv", "b"))
+
+
+def behind(h):
+    scale, shift, mean, variance = (variable.value for variable in model.get_layer("norm").weights)
+    h = jax.nn.relu((h - mean) / jnp.sqrt(variance + 1e-3) * scale + shift).mean((1, 2))
+    kernel, bias = (variable.value for variable in model.get_layer("dense").weights)
+    return -jnp.log(jax.nn.softmax(h @ kernel + bias)[:, 1]).sum()
+
+
+by = np.asarray(jax.grad(behind)(convolved(X, model.get_layer("conv"))))
+close(row["values"], np.linalg.norm(by[1].reshape(-1, 6), axis=0))
 
 with pytest.raises(ut.FrameworkError, match="keras runs on jax here, where this is not supported; set KERAS_BACKEND="):
     ut.load("keras:MobileNetV2@none")

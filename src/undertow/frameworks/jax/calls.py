@@ -28,6 +28,11 @@ _lock = threading.RLock()
 _traces = jax.make_user_context(default_value=0) if hasattr(jax, "make_user_context") else None
 
 
+def can_retrace(model: Any) -> bool:
+    """Whether what `jax.jit` has compiled of a model before is not taken for what is watched, or the reverse."""
+    return _traces is not None or library_of(model) in (NNX, EQUINOX)
+
+
 @contextmanager
 def watched(model: Any, names: Mapping[str, str], around: Around) -> Iterator[None]:
     """Inside, let the calls of a model's modules return `around(name, module, call, args, kwargs)`.

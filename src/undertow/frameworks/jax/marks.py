@@ -4,6 +4,8 @@ A primitive of our own, since under `jax.vmap` a value may have its samples in a
 rule can put them first and count how many axes were put there.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,20 +39,26 @@ def is_float(value: Any) -> bool:
     return hasattr(value, "dtype") and bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
-def marked(tree: Any, site: str, role: str) -> Any:
-    """Mark the arrays of floating point in what a module was given or returned.
+def marked(tree: Any, site: str, role: str, taken: Callable[[Any], bool] = is_float) -> Any:
+    """Mark the arrays in what a module was given or returned, those of floating point unless `taken` says otherwise.
 
     The positions are as `TensorKey.output`: "" for one array alone, "0", "1.hidden".
 
     >>> str(jax.make_jaxpr(lambda x: marked((x, x), "conv", OUTPUT))(1.0)).count("undertow_mark")
     2
     """
-    with_paths, structure = jax.tree.flatten_with_path(tree)
+    with_paths, structure = jax.tree.flatten_with_path(tree, is_leaf=_is_module)
     leaves = [
-        mark_p.bind(leaf, site=site, role=role, position=dotted(path), mapped=0) if is_float(leaf) else leaf
+        mark_p.bind(leaf, site=site, role=role, position=dotted(path), mapped=0) if taken(leaf) else leaf
         for path, leaf in with_paths
     ]
     return jax.tree.unflatten(structure, leaves)
+
+
+def _is_module(value: Any) -> bool:
+    """Whether a value is an object of nnx, such as random numbers, which is not to be taken apart."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, nnx.Pytree)
 
 
 def dotted(path: Any) -> str:

@@ -58,6 +58,11 @@ def library_of(model: Any) -> str:
     return TRACE if hasattr(model, "jaxpr") and hasattr(model, "lower") else ""
 
 
+def instances_by_name(model: Any) -> dict[str, Any]:
+    """Return the modules that can be sites, by their first names."""
+    return {named.name: named.module for named in named_modules(model)}
+
+
 def named_modules(model: Any) -> list[NamedModule]:
     """List every module that can be a site, in the order of definition, each once with all its names.
 

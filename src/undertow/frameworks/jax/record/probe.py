@@ -14,7 +14,7 @@ from ...results import HostObservations, Observation, TensorKey
 from ..arrays import to_numpy
 from ..perturbing import Place
 from .axes import ValueLayouts
-from .seen import Seen
+from .seen import Seen, calls_of_places
 
 _open = threading.local()
 
@@ -104,7 +104,7 @@ class SeenProbe:
         """Observe what one pass has shown: values first, then gradients from the last place to the first."""
         self._refuse(seen)
         before = dict(self._called)
-        calls = list(seen.calls())
+        calls = list(calls_of_places(seen.places))
         values = {i: to_numpy(x) for i, x in enumerate(seen.values) if x is not None}
         gradients = {i: to_numpy(x) for i, x in enumerate(seen.gradients) if x is not None}
         for i, number, step in calls:

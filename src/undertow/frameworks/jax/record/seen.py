@@ -1,7 +1,7 @@
 """What a pass has shown of the places that are recorded: arrays, which may leave `jax.jit` as any others do."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +26,26 @@ class Seen:
     parameters: dict[str, Any]
     places: tuple[Place, ...]
 
-    def calls(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """Yield for each call of each site the place's position here, the call's number, and where it is in loops."""
-        counts: dict[tuple[str, str], int] = {}
-        done: set[int] = set()
-        for i, place in enumerate(self.places):
-            if i in done:
-                continue
-            key, loops = (place.site, place.position), place.loops
-            later = enumerate(self.places[i:], i) if loops else [(i, place)]
-            together = [j for j, other in later if (other.site, other.position, other.loops) == (*key, loops)]
-            done.update(together)
-            for step in _steps(place):
-                for j in together:
-                    yield j, counts.get(key, 0), step
-                    counts[key] = counts.get(key, 0) + 1
+
+def calls_of_places(places: Sequence[Place]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yield for each call of each place its position here, the call's number, and where it is in the loops around."""
+    counts: dict[tuple[str, str, str], int] = {}
+    done: set[int] = set()
+    for i, place in enumerate(places):
+        if i in done:
+            continue
+        key, loops = _key(place), place.loops
+        later = enumerate(places[i:], i) if loops else [(i, place)]
+        together = [j for j, other in later if (_key(other), other.loops) == (key, loops)]
+        done.update(together)
+        for step in _steps(place):
+            for j in together:
+                yield j, counts.get(key, 0), step
+                counts[key] = counts.get(key, 0) + 1
+
+
+def _key(place: Place) -> tuple[str, str, str]:
+    return place.site, place.role, place.position
 
 
 def _steps(place: Place) -> Iterator[tuple[int, ...]]:
