@@ -137,7 +137,7 @@ def from_model(model: Any, x: Any, depth: int = 1, target: Any = None) -> Blocks
     left unchanged.
 
     Args:
-        model: an `nn.Module`.
+        model: an `nn.Module`, or a `keras.Model` on TensorFlow or torch.
         x: a batch, `(B, ...)`, or a tuple of them.
         depth: 1 for the model's direct submodules, 2 for theirs, and so on.
         target: the score that E sums over the batch: a class, one class per sample, or a function of the output that

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .keras import explain as keras_explain
     from .keras import record as keras_record
     from .keras import zoo as keras_zoo
+    from .keras.inspect import blocks as keras_blocks
     from .keras.inspect import layers as keras_layers
     from .keras.inspect import redirect as keras_redirect
     from .keras.inspect import trace as keras_trace
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     INSPECTORS: tuple[base.Inspector, ...] = (torch_layers, keras_layers, jax_layers)
     TRACERS: tuple[base.Tracer, ...] = (torch_trace, keras_trace, jax_trace)
     REDIRECTORS: tuple[base.Redirector, ...] = (torch_redirect, keras_redirect, jax_redirect)
-    BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks,)
+    BLOCK_READERS: tuple[base.BlockReader, ...] = (torch_blocks, keras_blocks)
     DIFFERENTIATORS: tuple[base.Differentiator, ...] = (torch_derivatives,)
     RECORDERS: tuple[base.Recorder, ...] = (torch_record, keras_record)
     JAX_RECORDERS: tuple[base.Recorder, ...] = (jax_record,)  # mypy joins no three modules of such a protocol

@@ -483,11 +483,6 @@ def test_estimators_average_what_keras_answers(net, x):
     np.testing.assert_allclose(smooth.numpy(), total / 3, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_not_there_is_refused_in_one_line(net, x):
-    with pytest.raises(ut.ModelError, match=r"^derive\.from_model is not there for Keras yet$"):
-        ut.derive.from_model(net, x)
-
-
 def two_heads():
     """A functional model with two named inputs and two heads."""
     image, size = keras.Input((6, 6, 2), name="image"), keras.Input((3,), name="size")

@@ -94,6 +94,8 @@ class SeenOp:
     @property
     def name(self) -> str:
         """Its name in a sentence, such as "add"."""
+        if self.type.startswith("__"):
+            return "tf.function"
         return _OP_NAMES.get(self.type, "".join(f"_{c.lower()}" if c.isupper() else c for c in self.type).strip("_"))
 
     @property
