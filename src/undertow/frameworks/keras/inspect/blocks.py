@@ -33,12 +33,12 @@ _WRITTEN_BY_TENSORFLOW = ("swish_impl",)  # its operations have the gradients th
 
 
 @dataclass(eq=False)
-class Span(LayerCall):
+class BlockCall(LayerCall):
     """One layer call at a depth of nesting, `number` among the calls of its layer."""
 
     number: int = 0
     depth: int = 0
-    around: "Span | None" = None
+    around: "BlockCall | None" = None
     has_inner: bool = False
 
 
@@ -47,7 +47,7 @@ class OpGroup:
     """The operations of one block. Without a span and a name it is a single operation outside all layer calls."""
 
     kind: str
-    span: Span | None = None
+    span: BlockCall | None = None
     name: str = ""
     ops: list[SeenOp] = field(default_factory=list)
 
@@ -94,12 +94,12 @@ class _SeenPass:
     """
 
     def __init__(self, model: Any, depth: int, sources: Sequence[Any]) -> None:
-        self.graph, self.spans, self.n_forward = OpGraph(), list[Span](), 0
+        self.graph, self.spans, self.n_forward = OpGraph(), list[BlockCall](), 0
         names = ["x"] if len(sources) == 1 else [f"x[{i}]" for i in range(len(sources))]
         self.inputs = {self.graph.tensor(x, depends=True): name for x, name in zip(sources, names, strict=True)}
         self._model, self._depth, self._thread = model, depth, threading.get_ident()
         self._calls: Counter[str] = Counter()
-        self._running: list[Span] = []
+        self._running: list[BlockCall] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> None:
@@ -116,7 +116,7 @@ class _SeenPass:
     def _around(self, name: str, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread or not tf.executing_eagerly():
             return call(*args, **kwargs)
-        span = Span(name, layer, number=self._calls[name], depth=len(self._running))
+        span = BlockCall(name, layer, number=self._calls[name], depth=len(self._running))
         self._calls[name] += 1
         if span.depth <= self._depth:
             self.spans.append(span)
@@ -159,7 +159,7 @@ class _Grouping:
         self._seen, self._spans = seen, seen.spans
         self._reserved = {END, *seen.inputs.values()}
         self._order = {op: i for i, op in enumerate(seen.graph.ops)}
-        self._group_of_span: dict[Span, OpGroup] = {}
+        self._group_of_span: dict[BlockCall, OpGroup] = {}
         self._objective = OpGroup(_OBJECTIVE, name=END)
         self._group_of: dict[SeenOp, OpGroup] = {}
         self._readers: dict[SeenOp, list[SeenOp]] = defaultdict(list)
@@ -198,7 +198,7 @@ class _Grouping:
         return any(group is not self._objective for group in self._group_of.values())
 
     @property
-    def _innermost(self) -> list[Span]:
+    def _innermost(self) -> list[BlockCall]:
         return [span for span in self._spans if not span.has_inner]
 
     def _sent(self, end: SeenTensor) -> dict[SeenTensor, dict[OpGroup, Any]]:
@@ -246,7 +246,7 @@ class _Grouping:
     def _choose_group(self, op: SeenOp) -> OpGroup:
         if self._order[op] >= self._seen.n_forward:
             return self._objective
-        if isinstance(op.call, Span) and not op.call.has_inner:
+        if isinstance(op.call, BlockCall) and not op.call.has_inner:
             return self._group_of_span.setdefault(op.call, OpGroup(type(op.call.layer).__name__, op.call))
         return OpGroup(op.name)
 
@@ -290,7 +290,7 @@ class _Grouping:
             group.name = f"{name}#{counts[name]}" if totals[name] > 1 or name in taken else name
             counts[name] += 1
 
-    def _call_name(self, span: Span) -> str:
+    def _call_name(self, span: BlockCall) -> str:
         is_reused = sum(other.name == span.name for other in self._innermost) > 1
         name = span.name or "(model)"
         return f"{name}#{span.number}" if is_reused or name in self._reserved else name
