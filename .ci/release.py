@@ -1,10 +1,11 @@
 """Build the wheel and the source archive, check both, and use the wheel in clean environments.
 
-    python .ci/release.py [--extras record,plot] [--pythons python3.12,python3.13]
+    python .ci/release.py [--extras record,plot] [--pythons python3.12,python3.13] [--without torch]
 
 `twine check --strict`, the whole source archive (`make test` needs tests, docs, studies and benchmarks), then for the
 base and for each extra alone: a fresh environment, the wheel with that extra, `pip check`, and what the extra is for
-(tries.py). Without `--extras` all of them, which takes gigabytes; with an empty one the base alone.
+(tries.py). Without `--extras` all of them, which takes gigabytes; with an empty one the base alone. `--without torch`:
+a line that asks for that extra has answered, and is not run with it; for Pythons that have PyTorch for CUDA only.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from pathlib import Path
 from tries import NEEDED, TRIES, furnish
 
 ROOT = Path(__file__).parent.parent
-TRIED = ("3.11", "3.12", "3.13")
-"""The Pythons with which this was run; the base, and the extras `record`, `plot`, `report` and `derive`."""
+TRIED = ("3.11", "3.12", "3.13", "3.14")
+"""The Pythons with which this was run: all extras on 3.11, on the others those without PyTorch and TensorFlow."""
 WHOLE = ("README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "docs/design.md", "tests/conftest.py")
 WHOLE += ("studies/trust.py", "benchmarks/explain.py", "src/undertow/py.typed")
 REMEDY = re.compile(r'run: (pip install "undertow\[(\w+)\]")')
@@ -51,7 +52,7 @@ def built(folder: Path) -> Path:
     return wheel
 
 
-def tried(wheel: Path, extra: str, python: str, furnished: Path, folder: Path) -> str:
+def tried(wheel: Path, extra: str, python: str, without: set[str], furnished: Path, folder: Path) -> str:
     """Install the wheel with one extra into an environment of its own, use it there, and return a line of figures."""
     run("cp", "-r", furnished, folder / "here")
     run(python, "-m", "venv", folder / "venv")
@@ -61,13 +62,14 @@ def tried(wheel: Path, extra: str, python: str, furnished: Path, folder: Path) -
     installed = time.perf_counter()
     run(*pip, "check")
     size = sum(path.stat().st_size for path in (folder / "venv").rglob("*") if path.is_file() and not path.is_symlink())
-    needed = {name for line in TRIES[extra] for name in typed(line, folder)}
-    assert needed == NEEDED.get(extra, set()), f"{extra or 'the base'} asked for {needed}"
+    needed = {name for line in TRIES[extra] for name in typed(line, without, folder)}
+    assert without or needed == NEEDED.get(extra, set()), f"{extra or 'the base'} asked for {needed}"
     took = installed - begun, time.perf_counter() - installed
-    return f"{extra or 'base':8} {took[0]:5.0f} s installing, {size / 1e6:6.0f} MB; {took[1]:4.0f} s of use"
+    name = f"{Path(python).name:10} {extra or 'base':8}"
+    return f"{name} {took[0]:5.0f} s installing, {size / 1e6:6.0f} MB; {took[1]:4.0f} s of use"
 
 
-def typed(line: str, folder: Path) -> list[str]:
+def typed(line: str, without: set[str], folder: Path) -> list[str]:
     """Run a line as a user types it, with the remedies that it names; return the extras that these brought."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     path = f"{folder / 'venv' / 'bin'}:{os.environ['PATH']}"
@@ -83,6 +85,8 @@ def typed(line: str, folder: Path) -> list[str]:
         assert remedy[2] not in brought, f"{remedy[1]} did not help: {done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
         assert done.returncode == 2, done.returncode
+        if remedy[2] in without:
+            return brought
         brought.append(remedy[2])
         print("$", remedy[1], flush=True)
         subprocess.run(f"{remedy[1]} --quiet", shell=True, cwd=folder, env=environment, check=True)
@@ -95,7 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check a release.")
     parser.add_argument("--extras", default=",".join(usual))
     parser.add_argument("--pythons", default=sys.executable)
+    parser.add_argument("--without", default="")
     asked = parser.parse_args()
+    without = set(filter(None, asked.without.split(",")))
     with tempfile.TemporaryDirectory() as scratch:
         wheel, furnished = built(Path(scratch) / "dist"), Path(scratch) / "furnished"
         furnished.mkdir()
@@ -104,7 +110,7 @@ def main() -> None:
         for python in asked.pythons.split(","):
             for extra in ["", *filter(None, asked.extras.split(","))]:
                 with tempfile.TemporaryDirectory() as folder:
-                    figures.append(tried(wheel, extra, python, furnished, Path(folder)))
+                    figures.append(tried(wheel, extra, python, without, furnished, Path(folder)))
                     print(figures[-1], flush=True)
     print("\n".join(figures))
 

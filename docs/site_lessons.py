@@ -3,11 +3,14 @@
 import ast
 import contextlib
 import io
+import os
 import re
 import warnings
 from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: two threads wait for each other more than they compute
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 

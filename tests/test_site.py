@@ -11,6 +11,7 @@ import pytest
 
 import undertow as ut
 
+pytestmark = pytest.mark.xdist_group("site")  # which is built once
 ROOT = Path(__file__).parent.parent
 BROWSER = ["--no-sandbox", "--disable-gpu"]
 

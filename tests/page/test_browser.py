@@ -17,7 +17,7 @@ from page.making import command, recorded, small_net, write_nets
 from undertow.runs.quantiles import OF, default_of
 from undertow.show import heatmap
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
 CLASSES = ["cat", "coffee cup", "rocket", "tripod"]
 BFLOAT16 = 2.0**-7

@@ -12,7 +12,7 @@ from torch import nn
 
 import undertow as ut
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 
 BATCHES, SIZES = 3, (3, 5)  # of the two processes
 TRAINING = """

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from undertow.recording import record
 from undertow.runs import Run
 from undertow.signals import Terminated, interrupts, unwound_by_sigterm
 
+pytestmark = pytest.mark.xdist_group("safety")  # the tests of a process of their own share one
+
 
 def step(model):
     model(torch.ones(2, 1, 4, 4)).sum().backward()
@@ -30,15 +33,26 @@ def alone(test):
 
     @functools.wraps(test)
     def runs_alone(*args, **kwargs):
-        if os.environ.get("ALONE") == test.__name__:
+        if "ALONE" in os.environ:
             test(*args, **kwargs)
             return
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"{__file__}::{test.__name__}"]
-        environment = {**os.environ, "ALONE": test.__name__, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stdout[-3000:]
+        said = all_alone()
+        assert re.search(rf"^PASSED .*::{test.__name__}$", said, re.M), said[-3000:]
 
+    ALONE.append(test.__name__)
     return runs_alone
+
+
+ALONE: list[str] = []
+
+
+@functools.cache
+def all_alone() -> str:
+    """Run all such tests in one process, whose start takes longer than they do; return what it says."""
+    tests = [f"{__file__}::{name}" for name in ALONE]
+    words = [sys.executable, "-m", "pytest", "-q", "-rA", *tests]
+    environment = {**os.environ, "ALONE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, env=environment, capture_output=True, text=True).stdout
 
 
 def in_child(work, seconds=60):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fashion_mnist
 import trust
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("garments")]
 
 
 def test_one_random_layer_gives_the_image_back_under_guided_alone(tmp_path, capsys):
