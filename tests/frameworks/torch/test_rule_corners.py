@@ -363,3 +363,21 @@ def test_a_recurrent_layer_is_its_cells_or_is_refused(rule):
     with torch.backends.mkldnn.flags(enabled=False):
         a = ut.explain(narrow, x.float(), rule=rule, target=1)
     assert distance(a.values.double(), wanted) < max(close, 1e-4)
+
+
+@pytest.mark.parametrize("rule", ["attnlrp", "cp-lrp", "lrp:epsilon"])
+def test_a_function_of_complex_numbers_is_that_of_their_parts(rule):
+    first, last = built(lambda: nn.Linear(6, 8)), built(lambda: nn.Linear(8, 3))
+
+    def of_parts(x):
+        a, b = first(x).unflatten(-1, (4, 2)).unbind(-1)
+        return last(torch.stack([a * a - b * b, 2 * a * b], -1).flatten(1))
+
+    def of_numbers(x):
+        h = torch.view_as_complex(first(x).unflatten(-1, (4, 2)))
+        return last(torch.view_as_real(h * h).flatten(1))
+
+    maps = [ut.explain(f, drawn(2, 6), rule=rule, target=1).values for f in (of_parts, of_numbers)]
+    assert distance(maps[1], maps[0]) < 1e-12
+    with pytest.raises(ut.RuleError, match="compares real numbers"):
+        ut.explain(of_numbers, drawn(2, 6), rule="deeplift", target=1)

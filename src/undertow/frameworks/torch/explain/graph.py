@@ -160,6 +160,13 @@ def _pass_relevance(g: torch.Tensor, local: Callable[[torch.Tensor], torch.Tenso
     return g
 
 
+def _conjugate(parts: Any) -> Any:
+    """Return a gradient conjugated, or each of several; a real one is itself."""
+    if isinstance(parts, torch.Tensor):
+        return parts.conj().resolve_conj()
+    return parts if parts is None else tuple(_conjugate(part) for part in parts)
+
+
 def _read_kinds(table: Rule) -> set[str]:
     """Return the kinds whose operands the rows read; f(x) / x of a ReLU is its derivative, for which x is not read."""
     return {kind for kind, row in table.rows.items() if kind != "relu" or row is not identity}
@@ -282,6 +289,12 @@ class ThroughGraph(RuleAttachment):
         def rule(g: torch.Tensor, local: Callable[[torch.Tensor], Any]) -> Any:
             operation.shape = g.shape
             with torch.no_grad():
+                if g.is_complex() and cast(Rule, self._table).values == "difference":
+                    raise RuleError(
+                        f"rule {self.request.rule_name!r} compares real numbers; {operation.name} is complex"
+                    )
+                if g.is_complex():  # torch's gradients are conjugates: g·conj(f(x) / x)
+                    return _conjugate(row(_conjugate(g), lambda h: _conjugate(local(_conjugate(h))), operation))
                 if operation.is_turned:
                     return row(g.mT, lambda h: local(h.mT).mT, operation).mT
                 return row(g, local, operation)

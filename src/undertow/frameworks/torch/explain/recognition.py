@@ -62,7 +62,7 @@ class Way:
         found = set[Any]()
         for node in sorted(self.nodes, key=sequence_number):
             behind = [edge[0] for _, edge in self.inputs(node)]
-            is_weight = stem(node) in _SOFTMAX or "softmax" in self.weights.get(node, ())
+            is_weight = stem(node) in _SOFTMAX or "softmax" in self.weights.get(node, ()) or _of_logarithm(node, self)
             if is_weight or (behind and all(n in found for n in behind)):
                 found.add(node)
         return found
@@ -179,6 +179,10 @@ def _operation(node: Any, way: Way, notes: ForwardNotes) -> tuple[NodeOperation 
         return NodeOperation(kind, node, tuple(((node, i),) if i in places else () for i in range(4)), notes), set()
     if kind == "smooth" and name == "Pow" and len(inputs) == 1 and _is_linear_power(node, notes):
         return None, set()
+    logarithm = _of_logarithm(node, way)
+    if logarithm:
+        inner = _own(logarithm, node, way)
+        return NodeOperation("softmax", node, (((node, inputs[0][0]),),), notes), inner
     if kind is not None and len(inputs) == 1:
         is_proportional = name in PROPORTIONAL or name in ("Prelu", "PreluKernel")
         operation = NodeOperation(kind, node, (((node, inputs[0][0]),),), notes, is_proportional=is_proportional)
@@ -325,6 +329,23 @@ def _is_softmax(node: Any, way: Way) -> bool:
     return way.through(next(edge for _, edge in way.inputs(bottom[0])), VIEWS | COPIES) == top
 
 
+def _of_logarithm(node: Any, way: Way) -> set[Any]:
+    """Return the nodes of the logarithm of a softmax of which a node is the exponential; none for any other.
+
+    It is a log-softmax, or x less the logarithm of the sum of its exponentials.
+    """
+    if stem(node) != "Exp":
+        return set()
+    behind = way.through(next(edge for _, edge in way.inputs(node)), VIEWS | COPIES)[0]
+    if stem(behind) == "LogSoftmax":
+        return {behind}
+    edges = [way.through(edge, VIEWS | COPIES) for _, edge in way.inputs(behind)]
+    if stem(behind) != "Sub" or len(edges) != 2 or stem(edges[1][0]) != "Logsumexp":
+        return set()
+    summed = way.through(next(edge for _, edge in way.inputs(edges[1][0])), VIEWS | COPIES)
+    return {behind, edges[1][0]} if summed == edges[0] else set()
+
+
 def _between(edge: Edge, end: Any, way: Way) -> Iterator[Any]:
     """Yield the nodes from an edge to the one at which it ends, each with one input on the way."""
     while edge[0] is not end:
@@ -333,22 +354,26 @@ def _between(edge: Edge, end: Any, way: Way) -> Iterator[Any]:
 
 
 def _statistic_nodes(edge: Edge, way: Way, inverse: bool = False) -> set[Any]:
-    """Return the nodes between a factor and the sum or norm over an axis that it is a function of; none for any other.
+    """Return the nodes between a factor and the sums or norms over an axis that it is a function of; none for others.
 
     Args:
         inverse: only of a factor that is one over something, as in a product.
     """
-    inner, inverted = set[Any](), not inverse
-    while stem(edge[0]) not in REDUCTIONS:
-        node = edge[0]
+    inner, reductions, inverted, ahead = set[Any](), set[Any](), not inverse, [edge]
+    while ahead:
+        node = ahead.pop()[0]
+        if stem(node) in REDUCTIONS:
+            reductions.add(node)
+            continue
         behind = [e for _, e in way.inputs(node)]
-        if stem(node) not in ELEMENTWISE | VIEWS or len(behind) != 1:
+        is_known = stem(node) in ELEMENTWISE | VIEWS and (len(behind) == 1 or stem(node) in ("Add", "Sub"))
+        if not is_known or not behind:
             return set()
         inverted |= stem(node) in _INVERSES or (stem(node) == "Pow" and _is_negative(node)) or stem(node) == "Div"
         inner.add(node)
-        edge = behind[0]
-    powers = {behind for _, (behind, _) in way.inputs(edge[0]) if stem(behind) in ("Pow", "Abs")}
-    return inner | {edge[0]} | powers if inverted else set()
+        ahead += behind
+    powers = {behind for n in reductions for _, (behind, _) in way.inputs(n) if stem(behind) in ("Pow", "Abs")}
+    return inner | reductions | powers if inverted else set()
 
 
 def _is_negative(node: Any) -> bool:
