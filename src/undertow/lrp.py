@@ -103,8 +103,8 @@ def box(low: Any = None, high: Any = None) -> Row:
         x, w = op.input, op.weight
         w_up = relu(w)
         w_down = w - w_up
-        bottom = x * 0 + (_extreme(x, "amin") if low is None else low)
-        top = x * 0 + (_extreme(x, "amax") if high is None else high)
+        bottom = x * 0 + (_extreme(op, "amin") if low is None else low)
+        top = x * 0 + (_extreme(op, "amax") if high is None else high)
         z = op.forward(x, w) - op.forward(bottom, w_up) - op.forward(top, w_down)
         s = g * op.output / stabilized(z)
         return x * op.backward(s, w) - bottom * op.backward(s, w_up) - top * op.backward(s, w_down)
@@ -112,10 +112,10 @@ def box(low: Any = None, high: Any = None) -> Row:
     return row
 
 
-def _extreme(x: Any, name: str) -> Any:
-    """Return each sample's and channel's lowest or highest value, `(B, C, 1, 1)`; each sample's of features."""
-    axes = tuple(range(2, x.ndim)) or (x.ndim - 1,)
-    return x.min(axes, keepdims=True) if isinstance(x, np.ndarray) else getattr(x, name)(axes, keepdim=True)
+def _extreme(op: Operation, name: str) -> Any:
+    """Return each sample's and channel's lowest or highest value, such as `(B, C, 1, 1)`; each sample's of features."""
+    x, axes = op.input, op.positions
+    return getattr(x, name)(axes, keepdim=True) if hasattr(x, name) else getattr(x, name[1:])(axes, keepdims=True)
 
 
 def share(

@@ -95,6 +95,10 @@ class Operation(Protocol):
         """The bias of `linear` and `conv`, `(out,)`, a batch norm behind it folded in; None where there is none."""
 
     @property
+    def positions(self) -> tuple[int, ...]:
+        """The axes of a layer's input whose extremes are those of a channel, as height and width; else its features."""
+
+    @property
     def gate(self) -> int | None:
         """Which operand of `matmul` or `product` is a weight that a softmax, sigmoid or activation computed, if one."""
 

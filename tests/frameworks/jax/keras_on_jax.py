@@ -59,6 +59,11 @@ for rule in twins.RULES:
     assert isinstance(a.values, np.ndarray)
 assert isinstance(ut.explain(model, jnp.asarray(X), target=1).values, jax.Array)
 
+composite = ut.explain(model, X, rule="lrp:epsilon-gamma-box", target=1)
+wanted = ut.explain(lambda x: by_hand(jax.nn.relu, x), jnp.asarray(X), rule="lrp:epsilon-gamma-box", target=1)
+close(composite.values, wanted.values)
+assert composite.rewired == wanted.rewired == 3
+
 first = ut.explain(model, X, target=1).values
 dense = model.get_layer("dense")
 dense.set_weights([-weight for weight in dense.get_weights()])

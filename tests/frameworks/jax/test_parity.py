@@ -150,6 +150,21 @@ def test_tables_equal_torchs(name):
             assert difference(name, rule, "float64")[0] <= 1e-10, rule
 
 
+COMPOSITES = {
+    "residual": ("lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box", "lrp:epsilon-alpha2-beta1", "excitation"),
+    "pre-activation dense": ("lrp:epsilon-alpha2-beta1",),  # batch norms before convolutions
+    "VGG-style": ("lrp:epsilon-gamma-box",),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_composites_equal_torchs(name):
+    with jax.enable_x64(True):
+        for rule in COMPOSITES[name]:
+            assert difference(name, rule, "float64")[0] <= 1e-10, rule
+    assert difference(name, COMPOSITES[name][0], "float32")[0] <= 1e-5
+
+
 WIDTH, HEADS = 8, 2
 
 

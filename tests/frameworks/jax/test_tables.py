@@ -358,7 +358,7 @@ def test_a_table_of_ones_own():
         (lambda g, local, op: local(g)[0], "returned 1 gradient"),
         (lambda g, local, op: (g, 0), "returned a int at mul"),
         (lambda g, local, op: local(g[:1, :1]), "gave local"),
-        (lambda g, local, op: op.weight, "the weight of mul .product. is not told"),
+        (lambda g, local, op: op.weight, "mul .product. has no weight"),
     ):
         with pytest.raises(ut.RuleError, match=line):
             ut.explain(lambda x: x[:, :2] * x[:, 2:], jnp.ones((1, 4)), rule=ut.Rule({"product": row}), target=0)
@@ -401,11 +401,18 @@ def fused(x):
 fused.defvjp(lambda x: (kernel(x), None), lambda _, g: (g,))
 
 
+def sharded(x):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
+    spec = jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda x: jnp.tanh(x) * x, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
         (kernel, {}, "rule 'attnlrp' cannot see into pallas_call"),
         (fused, {}, "rule 'attnlrp' cannot see into custom_vjp_call.*a kernel keeps its operations"),
+        (sharded, {}, "rule 'attnlrp' cannot see into shard_map: its body has operations"),
         (lambda x: x, {}, "found no operation of its kinds .* between the input and the scores; rule='gradient' needs"),
         (jnp.tanh, {"rule": "deeplift"}, "'deeplift' is not there for JAX"),
         (jnp.tanh, {"rule": "attention-rollout"}, "'attention-rollout' is not there for JAX"),

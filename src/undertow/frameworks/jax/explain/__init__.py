@@ -34,7 +34,7 @@ def explain(request: Request) -> Explanation:
         InputError, ModelError, TargetError, RuleError: as `undertow.explain` says.
     """
     explanation = carried_back(request)
-    if isinstance(request.rule, Rule) and request.rule.is_attribution:
+    if isinstance(request.rule, Rule) and _is_by_value(request.rule, request.is_inside):
         single = explanation.scores.ndim == 1
         maps = (
             None if m is None else m * (x if single else x[:, None])
@@ -42,6 +42,11 @@ def explain(request: Request) -> Explanation:
         )
         return replace(explanation, maps=tuple(maps))
     return explanation
+
+
+def _is_by_value(rule: Rule, is_inside: bool) -> bool:
+    """Whether what a table carries back is relevance by value, which the input turns into relevance."""
+    return rule.values == "input-times" or (rule.values == "relevance" and is_inside)
 
 
 def carried_back(request: Request) -> Explanation:
@@ -89,10 +94,10 @@ def _refuse_rule(request: Request) -> None:
         RuleError: naming those that are.
     """
     rule = request.rule
-    if isinstance(rule, AttentionRule) or (isinstance(rule, Rule) and rule.values in ("difference", "relevance")):
+    if isinstance(rule, AttentionRule) or (isinstance(rule, Rule) and rule.values == "difference"):
         raise RuleError(
             f"rule {request.rule_name!r} is not there for JAX, only for PyTorch; there are gradient, deconvnet, "
-            "guided, attnlrp, cp-lrp, functions (g, local) -> g, and tables with values='gradient' or 'input-times'"
+            "guided, attnlrp, cp-lrp, the LRP composites, excitation, functions (g, local) -> g and other tables"
         )
 
 

@@ -1,7 +1,8 @@
 """An operation of one call as a row of a table sees it, and the equations of one run again under a row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import jax
@@ -12,6 +13,7 @@ from ....lrp import EPSILON, stabilized
 from ....tables import Row, may_hold
 from ..graph import Environment, JaxprValue
 from ..internals import bind
+from .layers import JaxLayer
 from .recognition import FoundOperation
 
 for _kind in (jax.Array, jax.core.Tracer):
@@ -27,11 +29,13 @@ class JaxOperation:
     Attributes:
         operands: those on the way.
         output: what it returned.
+        values: of all else that its nodes read.
     """
 
     found: FoundOperation
     operands: tuple[Any, ...]
     output: Any
+    values: Mapping[JaxprValue, Any]
 
     @property
     def kind(self) -> str:
@@ -49,30 +53,41 @@ class JaxOperation:
         return self.operands[0]
 
     def _missing(self, what: str) -> RuleError:
-        return RuleError(f"the {what} of {self.found.name} ({self.kind}) is not told on JAX, and the rule needs it")
+        return RuleError(f"{self.found.name} ({self.kind}) has no {what}, and the rule needs it")
+
+    @cached_property
+    def _layer(self) -> JaxLayer:
+        if not self.found.is_layer:
+            raise self._missing("weight")
+        return JaxLayer(self.found.nodes, self.found.operands[0][0][1], self.operands[0], self.values)
 
     @property
     def weight(self) -> Any:
-        """Not told yet."""
-        raise self._missing("weight")
+        """The constant weights of a layer as the call holds them, a batch norm behind it folded in."""
+        return self._layer.weight
 
     @property
     def own_weight(self) -> Any:
-        """Not told yet."""
-        raise self._missing("weight")
+        """The constant weights as the call holds them."""
+        return self._layer.own_weight
 
     @property
     def bias(self) -> Any:
-        """Not told yet."""
-        raise self._missing("bias")
+        """What is added to each output, a batch norm behind the layer folded in; None where nothing is."""
+        return self._layer.bias
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The axes of a layer's input whose extremes are those of a channel: height and width."""
+        return self._layer.positions
 
     def forward(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        """Not there yet."""
-        raise self._missing("weight")
+        """Apply a layer to another input, with other weights."""
+        return self._layer.forward(x, weight, bias)
 
     def backward(self, s: Any, weight: Any) -> Any:
-        """Not there yet."""
-        raise self._missing("weight")
+        """Apply a layer's transpose with other weights."""
+        return self._layer.backward(s, weight)
 
     def hold_spread(self, g: Any) -> Any:
         """There is no norm of one operation in a jaxpr."""
@@ -115,7 +130,8 @@ def ruled(found: FoundOperation, row: Row, rule: str) -> Callable[[Environment],
         def backward(saved: Any, g: Any) -> Any:
             operands, others = saved
             output, pull = jax.vjp(lambda *moved: forward(moved, others), *operands)
-            return apply_row(row, rule, g, pull, JaxOperation(found, operands, output)), None
+            op = JaxOperation(found, operands, output, dict(zip(names, others, strict=True)))
+            return apply_row(row, rule, g, pull, op), None
 
         operation = jax.custom_vjp(forward)
         operation.defvjp(lambda *arguments: (forward(*arguments), arguments), backward)

@@ -14,6 +14,7 @@ from ..graph import BODIES, CUSTOM, JaxprNode, JaxprValue, graph_of, uniform
 from ..internals import body_of_custom, function_name, is_of_jax
 from ..patterns import JaxKind
 from .kinds import ACTIVATIONS, AFFINE, COPIES, ELEMENTWISE, GATES, PICKS, REDUCTIONS, SMOOTH, SUMS, VIEWS
+from .layers import behind_layer
 from .steps import JaxprStep, JaxprSteps
 
 Exit = tuple[JaxprNode, int]
@@ -43,6 +44,11 @@ class FoundOperation:
     operands: tuple[tuple[Exit, ...], ...]
     gate: int | None = None
     is_proportional: bool = False
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it has constant weights."""
+        return self.kind in ("conv", "linear")
 
 
 @dataclass
@@ -126,11 +132,10 @@ def _operation(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation | Non
         return _single("pool", step), set()
     if name == "dot_general":
         gate = _gate(step.inputs, steps) if len(places) == 2 else None
-        operation = _single("matmul" if len(places) == 2 else "linear", step)
-        return _with_gate(operation, gate), set()
+        return (_with_gate(_single("matmul", step), gate) if len(places) == 2 else _layer("linear", step, steps)), set()
     if name == "conv_general_dilated":
-        if places == (0,):
-            return _single("conv", step), set()
+        if places == (0,) and node.eqn.params["batch_group_count"] == 1:
+            return _layer("conv", step, steps), set()
         return (_single("matmul", step) if len(places) == 2 else None), set()
     if name == "div" and places == (1,):  # a constant by x
         return _single("smooth", step), set()
@@ -142,6 +147,12 @@ def _operation(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation | Non
     return None, set()
 
 
+def _layer(kind: str, step: JaxprStep, steps: JaxprSteps) -> FoundOperation:
+    """Return a product with constant weights, with the bias and the batch norm that alone read it."""
+    nodes = (step.root, *behind_layer(step, steps))
+    return FoundOperation(kind, step.name, nodes, (((step.root, step.places[0]),),))
+
+
 def _of_complex(step: JaxprStep, steps: JaxprSteps) -> FoundOperation | None:
     """Return what an operation of complex numbers is, such as a rotation: a product, or nothing that is known."""
     if len(step.places) < 2 or step.name not in ("mul", "dot_general"):
@@ -151,6 +162,12 @@ def _of_complex(step: JaxprStep, steps: JaxprSteps) -> FoundOperation | None:
 
 def _with_gate(operation: FoundOperation, gate: int | None) -> FoundOperation:
     return FoundOperation(operation.kind, operation.name, operation.nodes, operation.operands, gate)
+
+
+def element(step: JaxprStep) -> FoundOperation:
+    """Return a step with one input as an operation, whatever it does."""
+    exits = tuple(_exits(step.nodes, step.inputs[0]))
+    return FoundOperation("smooth", step.name, step.nodes, (exits,))
 
 
 def _exits(nodes: Iterable[JaxprNode], value: JaxprValue) -> Iterator[Exit]:

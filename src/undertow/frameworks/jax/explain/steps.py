@@ -52,6 +52,7 @@ class JaxprSteps:
         ]
         self.maker = {value: step for step in self.all for value in step.root.outputs}
         self.order = {value: i for i, step in enumerate(self.all) for value in step.root.outputs}
+        self.reader = {value: step for step in self.all for value in step.inputs}
         self.readers = Counter(value for step in self.all for value in step.inputs)
         self.readers.update(graph.outputs)
         self.position = {node: i for i, node in enumerate(graph.nodes)}

@@ -225,6 +225,11 @@ class NodeOperation:
             raise self._missing(what)
         return operand
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The axes of the input behind its channels; its features where there are none."""
+        return tuple(range(2, self.input.ndim)) or (self.input.ndim - 1,)
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the layer to another input, with other weights."""
         if stem(self.layer) == "Convolution":
