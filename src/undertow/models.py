@@ -42,6 +42,7 @@ from .signals import Terminated, interrupts
 
 OF_TEXTS = ("hf", "open_clip")
 """The sources of networks that score texts, the classes that a user names."""
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def load(
@@ -185,6 +186,11 @@ def _similar(word: str) -> str:
     source, colon, rest = word.partition(":")
     if word.lower().endswith(".py"):
         return f"; name the function that returns the network, as in {printable(word)}:load"
+    path = Path(word).expanduser()
+    if path.is_dir():
+        return f"; a folder that save_pretrained wrote is hf:{printable(word)}"
+    if path.suffix.lower() in WEIGHTS:
+        return f"; weights alone go with a network: --model NETWORK --weights {printable(word)}"
     if colon and source not in SOURCES:
         known = {name: name for name in (*SOURCES, "jax")} | OTHER_NAMES
         near = difflib.get_close_matches(source.lower(), known, n=1, cutoff=0.6)

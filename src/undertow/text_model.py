@@ -25,7 +25,8 @@ class NoPhotographs(Preprocessing):
 
 
 READS_TEXT = (
-    "the model reads text, not photographs: give it one by --text, or in Python by ut.explain_text(model, text)"
+    "the model reads text, not photographs: give it one by --text or --text-file, or in Python by "
+    "ut.explain_text(model, text)"
 )
 
 
@@ -53,6 +54,8 @@ class TextModel(Classifier):
         embeddings: the dotted name of the module that embeds token ids; explanations are at its output.
         limit: how many tokens the network reads at most; None where nothing says so.
         predicts: "class", or "next token", whose classes are the tokens of the vocabulary, scored at each position.
+        vocabulary: how many tokens the network embeds; 0 where nothing says so.
+        exclusive: the scores are logits of classes of which one alone is right; else each stands for itself.
         decoder_start: of an encoder-decoder (T5, BART), which reads the text in its encoder: the tokens that its
             decoder begins with.
 
@@ -64,6 +67,8 @@ class TextModel(Classifier):
     limit: int | None = None
     predicts: str = "class"
     decoder_start: tuple[int, ...] = ()
+    vocabulary: int = 0
+    exclusive: bool = True
 
     def _shown(self) -> Iterator[Part]:
         yield f"TextModel {self.reference}: {type(self.module).__name__}, weights {self.weights}"
@@ -120,6 +125,11 @@ class TextModel(Classifier):
         ids = [int(i) for i in encoded["input_ids"][0]]
         if not ids:
             raise InputError(f"the text {printable(text[:40])!r} has no token for {self.reference}")
+        if 0 < self.vocabulary <= max(ids):
+            raise InputError(
+                f"the tokenizer of {self.reference} gives token {max(ids)}, and the network embeds {self.vocabulary}: "
+                "it is another network's; load its own, as save_pretrained(FOLDER) of both writes it"
+            )
         whole = encoded if self.limit is None or len(ids) < self.limit else self._encoded(text, None)
         left_out = len(whole["input_ids"][0]) - len(ids)
         offsets = encoded.pop("offset_mapping")[0].tolist() if "offset_mapping" in encoded else None
@@ -172,14 +182,17 @@ class TextModel(Classifier):
         """
         if self.predicts == "class":
             return [find_class(self, word)]
+        if not word:
+            raise TargetError(f"an empty word is no token of {self.reference}; name one, or its number")
         if word.strip().lstrip("-").isdecimal():
             return [find_class(self, word.strip())]
         ids = [self._token_ids(form) for form in dict.fromkeys((word, f" {word}"))]
         single = list(dict.fromkeys(i[0] for i in ids if len(i) == 1 and i[0] != self.tokenizer.unk_token_id))
         if not single:
-            parts = ", ".join(repr(printable(self.piece(i))) for i in ids[0])
+            parts = ", ".join(f"{printable(self.piece(i))!r} ({i})" for i in ids[0])
             raise TargetError(
-                f"{printable(word)!r} is no single token of {self.reference}: it is {parts}; name one of them"
+                f"{printable(word)!r} is no single token of {self.reference}: it is {parts}; name one of them, or its "
+                "number"
             )
         return single
 

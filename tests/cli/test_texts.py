@@ -14,7 +14,9 @@ def models(tmp_path_factory):
     saved(root / "bert", bert(), wordpiece())
     saved(root / "gpt2", gpt2(), byte_level())
     saved(root / "vit", vit(), transformers.ViTImageProcessor(size={"height": 32, "width": 32}))
-    return {name: f"hf:{root / name}" for name in ("bert", "gpt2", "vit")}
+    saved(root / "wordless", bert())
+    saved(root / "mixed", bert(), byte_level())
+    return {name: f"hf:{root / name}" for name in ("bert", "gpt2", "vit", "wordless", "mixed")}
 
 
 def call(capfd, *words: object) -> tuple[int, str, str]:
@@ -68,6 +70,11 @@ def test_a_file_of_texts_goes_on_after_one_that_fails(models, tmp_path, capfd):
         (["--text", " ", "--model", "bert"], "the text is empty"),
         (["--text", "cat", "--model", "vit"], "reads photographs, not text"),
         (["cat.png", "--model", "bert"], "reads text, not photographs"),
+        (["--text", "cat", "--model", "wordless"], "has no tokenizer (tokenizer.json, vocab.txt)"),
+        (["--text", "cat", "--model", "mixed"], "and the network embeds 13: it is another network's"),
+        (["--text", "cat", "--model", "gpt2", "--class", ""], "an empty word is no token"),
+        (["--text", "cat", "--model", "gpt2", "--class", "猫"], "name one of them, or its number"),
+        (["--text", "cat", "--model", "bert", "--estimator", "grad-cam:classifier"], "grad-cam lays a map over photo"),
         (["--text", "cat", "--model", "bert", "--class", "fine"], "no class 'fine' among 2"),
         (["--text", "cat", "--model", "gpt2", "--class", "dog"], "'dog' is no single token"),
         (["--text", "cat", "--model", "bert", "--rule", "guided"], "no activation to rewire"),
@@ -85,6 +92,30 @@ def test_refusals_are_one_line(words, line, models, tmp_path, capfd):
     assert code == 2
     assert line in err
     assert "Traceback" not in err
+
+
+def test_commands_that_read_photographs_say_so(models, capfd):
+    for words in (["sites"], ["trace"], ["trust", "cat.png"], ["derive", "model", "--wrt", "x"]):
+        code, _, err = call(capfd, *words, "--model", models["bert"])
+        assert code == 2
+        assert "reads text" in err
+    folder = models["bert"].removeprefix("hf:")
+    for reference, hint in (
+        (folder, "a folder that save_pretrained wrote is hf:"),
+        (f"hf:{folder}/config.json", "is a file"),
+        (f"{folder}/model.safetensors", "weights alone go with a network: --model"),
+    ):
+        code, _, err = call(capfd, "explain", "--text", "cat", "--model", reference)
+        assert code == 2
+        assert hint in err
+
+
+def test_classes_that_exclude_each_other_have_probabilities_whatever_their_scores(models, tmp_path, capfd):
+    for text in ("the food was bad", "the cat was not good"):
+        code, out, _ = call(capfd, "explain", "--text", text, "--model", models["bert"], "--out", tmp_path, "--json")
+        assert code == 0
+        found = json.loads(out)["results"][0]["predictions"]
+        assert sum(row["probability"] for row in found) == pytest.approx(1, abs=1e-5)
 
 
 def test_what_is_cut_is_noted(models, tmp_path, capfd):

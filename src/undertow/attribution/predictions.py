@@ -65,9 +65,16 @@ def probabilities_of(scores: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     return np.asarray(exponentials / exponentials.sum())
 
 
-def likeliest(scores: npt.NDArray[Any], names: Sequence[str]) -> list[Prediction]:
-    """Return the five classes of the highest scores `(classes,)`, highest first."""
-    probabilities = probabilities_of(scores)
+def likeliest(scores: npt.NDArray[Any], names: Sequence[str], exclusive: bool | None = None) -> list[Prediction]:
+    """Return the five classes of the highest scores `(classes,)`, highest first.
+
+    Args:
+        exclusive: whether the scores are logits of classes of which one is right; None: by `probabilities_of`.
+    """
+    probabilities = probabilities_of(scores) if exclusive is None else None
+    if exclusive and len(scores) > 1:
+        exponentials = np.exp(scores - scores.max())
+        probabilities = exponentials / exponentials.sum()
     best = np.argsort(-scores, kind="stable")[:N_PREDICTIONS].tolist()
     return [
         Prediction(i, names[i], float(scores[i]), None if probabilities is None else float(probabilities[i]))

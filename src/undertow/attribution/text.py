@@ -184,7 +184,9 @@ def _explained(
     return ExplainedText(
         text=text,
         pieces=encoded.pieces,
-        predictions=[replace(p, name=model.name(p.class_id)) for p in likeliest(scores, model.classes)],
+        predictions=[
+            replace(p, name=model.name(p.class_id)) for p in likeliest(scores, model.classes, model.exclusive)
+        ],
         targets=[(i, model.name(i), float(scores[i])) for i in ids],
         attribution=replace(attribution, names={i: model.name(i) for i in ids}),
         left_out=encoded.left_out,
@@ -219,6 +221,8 @@ def _attribution(
     model: TextModel, encoded: Encoded, rule: Any, target: Any, at: str | None, options: dict[str, Any]
 ) -> Attribution:
     layer = at or model.embeddings
+    if "grad-cam" in str(options.get("estimator", "")):
+        raise InputError("grad-cam lays a map over photographs; of a text take its rule at a layer, --at LAYER or at=")
     try:
         attribution = explain(
             model.module,
@@ -231,7 +235,7 @@ def _attribution(
         )
     except RuleError as error:
         if rule is None:
-            error.add_note("rule='gradient' with estimator='input-times' needs to see into nothing")
+            error.add_note("(rule='gradient' with estimator='input-times' needs to see into nothing)")
         raise
     shape = tuple(getattr(attribution.values, "shape", ()))
     if len(shape) < 3 or shape[2] != len(encoded.pieces):

@@ -47,10 +47,14 @@ def sites(selection: str, reference: str, classes: str | None, preprocess: str |
     from PIL import Image
 
     from .. import models
+    from ..errors import ModelError, printable
     from ..sites import PARAMETER, select
+    from ..text_model import TextModel
 
     with warnings.catch_warnings(action="ignore"):  # only the size of the input matters
         classifier = models.load(reference, preprocess=preprocess, classes=classes)
+    if isinstance(classifier, TextModel):
+        raise ModelError(f"{printable(reference)} reads text, and sites are listed of networks that read photographs")
     black = Image.new("RGB", (64, 64))
     selected = select(classifier.module, selection, example=classifier.prepare(black))
     if as_json:

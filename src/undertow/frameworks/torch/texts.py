@@ -10,6 +10,7 @@ from ...errors import InputError, ModelError
 from ...text_model import NoPhotographs, TextModel
 from .weights import weights_sha256
 
+ONE_LABEL = "single_label_classification"
 _UNLIMITED = 10**9  # a tokenizer's own limit where it has none is larger
 
 
@@ -59,6 +60,8 @@ def text_model(module: Any, tokenizer: Any, reference: str = "", weights: str = 
         limit=_limit(module, tokenizer),
         predicts=predicts,
         decoder_start=_decoder_start(module) if _has_decoder(module) else (),
+        vocabulary=int(getattr(module.get_input_embeddings(), "num_embeddings", 0)),
+        exclusive=predicts != "class" or getattr(module.config, "problem_type", None) in (None, ONE_LABEL),
     )
 
 

@@ -86,9 +86,9 @@ def load_from_hub(name: str, file: Path | None, classes: str | Sequence[str] | N
         weights = file.name if file else RANDOM if untrained else _weights(place)
         reference = f"hf:{name}"
         if predicts == "texts":
-            module = _zero_shot(module, _loaded(place, transformers.AutoTokenizer), texts)
+            module = _zero_shot(module, _tokenizer(place, transformers), texts)
         elif predicts != "image":
-            return text_model(module, _loaded(place, transformers.AutoTokenizer), reference, weights)
+            return text_model(module, _tokenizer(place, transformers), reference, weights)
         preprocessing = _preprocessing(place, transformers, config)
     if predicts == "image":
         labels = {int(i): str(label) for i, label in config.id2label.items()}
@@ -138,6 +138,8 @@ def _place(name: str, revision: str) -> _Place:
         if not (path / CONFIG).is_file():
             raise ModelError(f"hf:{shown} has no {CONFIG}; save_pretrained(folder) writes one")
         return _Place(f"hf:{shown}", str(path))
+    if path.is_file():
+        raise ModelError(f"hf:{shown} is a file; give its folder, hf:{printable(path.parent)}")
     if not _NAME.fullmatch(name) or name.startswith("."):
         raise ModelError(f"there is no folder {shown}; a reference is hf:FOLDER, or hf:NAME of the hub, as in hf:gpt2")
     hub = import_package("huggingface_hub", "text")
@@ -159,6 +161,30 @@ def _loaded(place: _Place, automatic: Any) -> Any:
         return automatic.from_pretrained(place.path, **place.options())
     except Exception as error:
         raise _failed(place, error, automatic.__name__.removeprefix("Auto").lower()) from error
+
+
+def _tokenizer(place: _Place, transformers: Any) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        ModelError: there is none, or not whole: transformers would make one that knows no word.
+    """
+    tokenizer = _loaded(place, transformers.AutoTokenizer)
+    own = type(tokenizer).vocab_files_names.values()
+    names = sorted({"tokenizer.json", *own}) if own else ["tokenizer_config.json"]  # one of bytes has no vocabulary
+    if not any(_has(place, name) for name in names):
+        raise ModelError(
+            f"{place.reference} has no tokenizer ({', '.join(names)}); tokenizer.save_pretrained(FOLDER) writes it"
+        )
+    return tokenizer
+
+
+def _has(place: _Place, name: str) -> bool:
+    """Whether a file is in the folder, or in the cache, into which what there is was downloaded."""
+    if Path(place.path).is_dir():
+        return (Path(place.path) / name).is_file()
+    hub = import_package("huggingface_hub", "text")
+    return isinstance(hub.try_to_load_from_cache(place.path, name, revision=place.revision), str)
 
 
 def _failed(place: _Place, error: Exception, what: str) -> ModelError:
