@@ -149,8 +149,8 @@ def trace(model: Any, x: Any, gradient: Any = None) -> Trace:
     that is impossible (kinks, random or float32-only forwards) its status is "not checked".
 
     Args:
-        model: an `nn.Module`, in any mode; of a compiled one the module behind it. Or a Keras model, or a Flax or Equinox
-            module.
+        model: an `nn.Module`, in any mode; of a compiled one the module behind it. Or a Keras model, or a Flax or
+            Equinox module.
         x: a batch, or a tuple of them, passed as `model(*x)`.
         gradient: of the objective at the output, of its shape; a tuple for several outputs. Default: ones.
 

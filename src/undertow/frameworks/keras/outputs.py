@@ -126,17 +126,23 @@ def layer_outputs(request: Request, layer: str) -> list[Any]:
 
 
 def from_layer(request: Request, layer: str, number: int) -> Callable[[Any], Callable[..., Any]]:
-    """Return what makes of a network a function of one call of a layer, for the request's inputs."""
+    """Return what makes of a network a function of one call of a layer, for the request's inputs.
+
+    That function raises InputError where the layer runs in a graph of its own, such as that of a loop.
+    """
     inputs = [tf.convert_to_tensor(x) for x in request.inputs]
 
     def of_network(network: Any) -> Callable[..., Any]:
         def run_on(output: Any) -> Any:
             count, thread = Counter[str](), threading.get_ident()
+            graph = tf.compat.v1.get_default_graph()
 
             def around(name: str, _: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
                 own = call(*args, **kwargs)
                 if threading.get_ident() != thread:
                     return own
+                if tf.compat.v1.get_default_graph() is not graph:
+                    raise _out_of_sight(layer)
                 count[name] += 1
                 return output if count[name] == number + 1 else own
 
