@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, UndertowError, did_you_mean, one_line
 from ..frameworks.base import Arrays, Request, as_numpy, capability
 from ..frameworks.results import Explanation
 from ..rules import gradient
@@ -207,7 +207,8 @@ def _from_baselines(framework: str, request: Request, estimator: Estimator) -> E
     """Return the maps of a rule that compares the input with a baseline in one batch, averaged over the baselines.
 
     Raises:
-        InputError: an estimator that does not fit, or samples of a batch that change one another's scores.
+        InputError: an estimator that does not fit, a model for one size of batch, or samples of a batch that change
+            one another's scores.
     """
     if estimator.kind != "gradient":
         raise InputError(
@@ -227,7 +228,15 @@ def _from_baselines(framework: str, request: Request, estimator: Estimator) -> E
         starts = baseline_like(baseline, inputs, moving, plain.channels_last)
         pairs = (np.concatenate([x, start]) for x, start in zip(inputs, starts, strict=True))
         tensors = tuple(arrays.like(pair, x) for pair, x in zip(pairs, request.inputs, strict=True))
-        both = explainer.explain(replace(request, inputs=tensors, target=_kept_target(request, plain, 2)))
+        try:
+            both = explainer.explain(replace(request, inputs=tensors, target=_kept_target(request, plain, 2)))
+        except UndertowError:
+            raise
+        except Exception as error:  # the model's own: it has run without the baseline
+            raise InputError(
+                f"rule {request.rule_name!r} puts a baseline into the batch, and with {2 * batch} samples for {batch} "
+                f"the model fails ({one_line(error)}); it must take any number, as an exported one by dynamic_shapes"
+            ) from error
         compared = arrays.to_numpy(both.scores).astype(np.float64)
         if not (np.abs(compared[:batch] - scores) <= 1e-4 * max(np.abs(scores).max(), 1e-6)).all():
             raise InputError(

@@ -285,12 +285,14 @@ def test_what_scales_the_input_passes_relevance_as_it_is():
 
 
 @pytest.mark.parametrize("rule", ["lrp:epsilon", "lrp:epsilon-gamma-box", "lrp:epsilon-alpha2-beta1"])
-@pytest.mark.parametrize("spelling", ["functional", "exported", "reversed channels last"])
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, of run_decompositions
+@pytest.mark.parametrize("spelling", ["functional", "exported", "decomposed", "channels last"])
 def test_any_spelling_of_a_network_is_the_same_to_it(rule, spelling):
     net, x = ready(Plain), drawn(2, 3, 10, 10)
     wanted = ut.explain(net, x, rule=rule, target=1).values
-    if spelling == "exported":
-        net = torch.export.export(net, (x,)).module()
+    if spelling in ("exported", "decomposed"):
+        exported = torch.export.export(net, (x,))
+        net = (exported if spelling == "exported" else exported.run_decompositions()).module()
     elif spelling == "functional":
         state = {name: value.detach() for name, value in net.state_dict().items()}
         net = (lambda inner: lambda v: torch.func.functional_call(inner, state, (v,)))(ready(Plain))

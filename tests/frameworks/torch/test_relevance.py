@@ -451,3 +451,24 @@ def test_deeplift_accounts_for_the_whole_difference(baseline):
     assert a.conservation is None
     with pytest.raises(ut.InputError, match="leave estimator='smoothgrad' out"):
         ut.explain(net, x, rule="deeplift", estimator="smoothgrad:2")
+
+
+def test_deeplift_says_that_a_model_is_for_one_size_of_batch():
+    net, x = built(Gated), drawn(2, 3, 6, 6)
+    exported = torch.export.export(net, (x,)).module()
+    with pytest.raises(ut.InputError, match=r"with 4 samples for 2 the model fails .*dynamic_shapes"):
+        ut.explain(exported, x, rule="deeplift", target=1)
+    any_batch = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    wanted = ut.explain(net, x, rule="deeplift", target=1).values
+    assert distance(ut.explain(any_batch, x, rule="deeplift", target=1).values, wanted) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, of run_decompositions
+def test_exported_and_decomposed_transformers_are_the_same_to_it():
+    model, x, _, target = MODELS["timm ViT"]()
+    perturbed(model)
+    exported = torch.export.export(model, (x,))
+    for rule in RULES:
+        wanted = ut.explain(model, x, rule=rule, target=target).values
+        for made in (exported, exported.run_decompositions()):
+            assert distance(ut.explain(made.module(), x, rule=rule, target=target).values, wanted) < 1e-12

@@ -80,6 +80,11 @@ def uses_batch_statistics(node: Node) -> bool:
     return is_norm and saved(node, "training") and saved(node, "running_mean") is not None
 
 
+def normalizes_by_batch(node: Node) -> bool:
+    """Whether a batch norm's node took the statistics of what it was given, and not those of its training."""
+    return hasattr(type(node), "_saved_training") and bool(saved(node, "training"))
+
+
 def all_nodes_behind(root: Node) -> Iterator[Node]:
     """Yield `root` and every node behind it, each once."""
     seen = {root}

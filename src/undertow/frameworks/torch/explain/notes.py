@@ -36,6 +36,8 @@ _WEIGHTED: _Calls = {
     aten.baddbmm: ("BaddbmmBackward", (0, 1, 2)),
     aten.mv: ("MvBackward", (0, 1)),
     aten.native_batch_norm: ("NativeBatchNormBackward", (0, 1, 2)),
+    aten._native_batch_norm_legit: ("NativeBatchNormLegitBackward", (0, 1, 2)),
+    aten._native_batch_norm_legit_no_training: ("NativeBatchNormLegitNoTrainingBackward", (0, 1, 2)),
     aten.cudnn_batch_norm: ("CudnnBatchNormBackward", (0, 1, 2)),
     aten.miopen_batch_norm: ("MiopenBatchNormBackward", (0, 1, 2)),
 }

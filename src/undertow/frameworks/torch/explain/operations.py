@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ....errors import RuleError
 from ..internals import saved
-from ..nodes import name_of
+from ..nodes import name_of, normalizes_by_batch
 from .kinds import stem
 from .notes import ForwardNotes
 
@@ -316,7 +316,7 @@ def _batch_norm(op: NodeOperation, g: Tensor) -> Tensor:
     """In eval mode it is a constant scale; of batch statistics, as in an instance norm, the spread is held."""
     weight = op._saved(op.entry, "weight")
     scaled = g if weight is None else g * _per_channel(weight, g)
-    if not saved(op.entry, "training"):
+    if not normalizes_by_batch(op.entry):
         spread = (op._saved(op.entry, "running_var") + _eps(op.entry)).rsqrt()
         return (scaled * _per_channel(spread, g)).to(g.dtype)
     axes = tuple(i for i in range(g.ndim) if i != 1)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..internals import function_class, saved, sequence_number
-from ..nodes import name_of
+from ..internals import function_class, sequence_number
+from ..nodes import name_of, normalizes_by_batch
 from .expansion import can_be_expanded
 from .kinds import AFFINE, COPIES, ELEMENTWISE, PICKS, PROPORTIONAL, REDUCTIONS, SUMS, VIEWS, simple_kind, stem
 from .notes import ForwardNotes
@@ -142,7 +142,7 @@ def _relus(nodes: Collection[Any], way: Way) -> dict[Any, Any]:
 
 def _layer_behind(node: Any, way: Way) -> Any:
     """Return the layer that a batch norm in eval mode alone reads; None where there is none."""
-    if not stem(node).endswith("BatchNorm") or saved(node, "training"):
+    if not stem(node).endswith("BatchNorm") or normalizes_by_batch(node):
         return None
     layer = next((behind for _, (behind, _) in way.inputs(node)), None)
     if layer is None or stem(layer) not in ("Convolution", "Addmm", "Mm") or way.readers[(layer, 0)] != 1:
