@@ -140,9 +140,28 @@ def test_what_cannot_be_told_apart_is_refused(x):
 
     with pytest.raises(ut.ModelError, match=r"mine runs tf\.custom_gradient 'mine'"):
         ut.derive.from_model(around(mine), x)
+    two = tf.function(lambda v, w: v * w)
     with pytest.raises(ut.ModelError, match=r"mine runs a tf\.function"):
-        ut.derive.from_model(around(tf.function(lambda v: v * 2)), x)
+        ut.derive.from_model(around(lambda v: two(v, tf.nn.relu(v))), x)
     with pytest.raises(ut.InputError, match="depend on nothing by any gradient"):
         ut.derive.from_model(around(tf.stop_gradient), x, target=lambda y: tf.stop_gradient(y)[:, 0])
     with pytest.raises(ut.InputError, match=r"its blocks are the calls of a keras\.Model's layers"):
         ut.derive.from_model(lambda v: v, tf.constant(x))
+
+
+def test_a_grouped_convolution_which_keras_compiles_is_a_block(x):
+    """TensorFlow has its gradient on no CPU, so Keras runs it in a function of XLA's."""
+    given = keras.Input((8, 8, 3))
+    h = layers.Conv2D(6, 3, groups=3, activation="relu", name="grouped")(given)
+    net = keras.Model(given, layers.Dense(3)(layers.GlobalAveragePooling2D()(layers.ReLU(name="gate")(h))))
+    blocks = ut.derive.from_model(net, x, target=1)
+    assert blocks.order[:3] == ["x", "grouped", "gate"]
+    assert blocks.check(blocks.derivative("x"), 0) < 1e-5
+    with tf.GradientTape() as tape:
+        source = tf.constant(x)
+        tape.watch(source)
+        score = tf.reduce_sum(net(source)[:, 1])
+    expected = tape.gradient(score, source)
+    assert blocks.carried["x", "grouped"] == pytest.approx(float(tf.norm(expected)), rel=1e-4)
+    a = ut.explain(net, x, rule=lambda g, local: local(g), target=1)  # the rule that is the plain gradient
+    assert (a.rewired, np.abs(a.values - expected).max() <= 1e-5 * np.abs(expected).max()) == (2, True)

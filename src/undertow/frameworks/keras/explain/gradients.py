@@ -66,7 +66,7 @@ class Rewiring:
         for op in ops:
             if op.type in HIDDEN:
                 self._set_gradient(op, self._refuse(op.type, HIDDEN[op.type]))
-            elif op.type in FUNCTION_CALLS:
+            elif op.type in FUNCTION_CALLS and _has_work(op):
                 self._set_gradient(op, self._differentiate_call)
         for activation in activations(ops, inputs):
             self._attach_to(activation)
@@ -173,6 +173,19 @@ class Rewiring:
             f"rule {self.request.rule_name!r} found no activation to rewire between the input and the scores "
             f"(met: {listed}); {'; '.join(remedies)}"
         )
+
+
+def _has_work(call: Any) -> bool:
+    """Whether a called function holds what a rule must see; another keeps its own gradient, which may be XLA's alone.
+
+    Keras runs grouped convolutions so, whose gradient TensorFlow has on no CPU.
+    """
+    body = called_graph(call)
+    if body is None:
+        return True
+    ops = body.get_operations()
+    inside = any(op.type in HIDDEN or (op.type in FUNCTION_CALLS and _has_work(op)) for op in ops)
+    return inside or bool(activations(ops, body.inputs))
 
 
 def _pass_through(index: int) -> Any:

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from ....errors import InputError, ModelError
 from ....structures import tensors_with_paths
+from ...keras_layers import children
 from ...own_passes import own_pass
 from ...results import END, Block, BlockGraph, Carried
 from ..arrays import to_numpy
@@ -67,7 +68,7 @@ def block_graph(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) ->
     if not isinstance(model, keras.Layer):
         raise InputError(f"model is a {type(model).__name__}; its blocks are the calls of a keras.Model's layers")
     sources = tensors(inputs)
-    with own_pass(), restored(model.variables), tf.GradientTape() as tape:
+    with own_pass(), restored(model.variables), tf.GradientTape(persistent=True) as tape:
         tape.watch([x for x in sources if x.dtype.is_floating])
         seen = _SeenPass(model, depth, sources)
         with seen:
@@ -80,7 +81,7 @@ def block_graph(model: Any, inputs: tuple[Any, ...], depth: int, target: Any) ->
     if grouping is None or end is None or not grouping.has_blocks:
         raise InputError("the scores depend on nothing by any gradient (tf.stop_gradient, or rounding)")
     with own_pass():
-        return grouping.block_graph(end, lambda wanted: tape.gradient(error, wanted))
+        return grouping.block_graph(end, tape.gradient)
 
 
 @final
@@ -169,10 +170,10 @@ class _Grouping:
             pass
         self._set_names()
 
-    def block_graph(self, end: SeenTensor, total: Callable[[Sequence[Any]], Sequence[Any]]) -> BlockGraph:
-        """Send one gradient back, and return the blocks with what every edge carries."""
-        sent = self._sent(end)
-        totals = total([tensor.value for tensor in sent])
+    def block_graph(self, end: SeenTensor, gradient: Callable[..., Sequence[Any]]) -> BlockGraph:
+        """Send one gradient back, and return the blocks with what every edge carries; `gradient` is a tape's."""
+        sent = self._sent(end, gradient)
+        totals = gradient(end.value, [tensor.value for tensor in sent])
         by_edge: dict[tuple[str, str], list[Any]] = defaultdict(list)
         by_block: dict[str, list[Any]] = defaultdict(list)
         differences: dict[str, list[float]] = defaultdict(list)
@@ -201,14 +202,14 @@ class _Grouping:
     def _innermost(self) -> list[BlockCall]:
         return [span for span in self._spans if not span.has_inner]
 
-    def _sent(self, end: SeenTensor) -> dict[SeenTensor, dict[OpGroup, Any]]:
+    def _sent(self, end: SeenTensor, gradient: Callable[..., Sequence[Any]]) -> dict[SeenTensor, dict[OpGroup, Any]]:
         """Return the gradient that each group sends to each tensor that others than its own group read."""
         at: dict[SeenTensor, Any] = {end: tf.ones_like(end.value)}
         sent: dict[SeenTensor, dict[OpGroup, Any]] = {}
         for op in sorted(self._group_of, key=lambda op: -self._order.get(op, -1)):
             if op.type == "" or not any(y in at for y in op.outputs):
                 continue
-            for x, g in zip(op.inputs, self._backward(op, at), strict=True):
+            for x, g in zip(op.inputs, self._backward(op, at, gradient), strict=True):
                 if g is None or x.op not in self._group_of or not x.is_float:
                     continue
                 at[x] = at[x] + g if x in at else g
@@ -217,10 +218,15 @@ class _Grouping:
         return {x: by_reader for x, by_reader in sent.items() if any(r is not self._group_of[x.op] for r in by_reader)}
 
     @staticmethod
-    def _backward(op: SeenOp, at: dict[SeenTensor, Any]) -> list[Any]:
+    def _backward(op: SeenOp, at: dict[SeenTensor, Any], gradient: Callable[..., Sequence[Any]]) -> list[Any]:
         inputs, outputs = [x.value for x in op.inputs], [y.value for y in op.outputs]
         gs = [at[y] if y in at else tf.zeros_like(y.value) if y.is_float else None for y in op.outputs]
-        found = gradients_of_operation(op.type, op.attributes, inputs, outputs, gs)
+        if op.is_function:  # whose inputs depend on one another by nothing, see `_refuse_hidden`
+            ys, xs = [y for y in op.outputs if y in at], [x.value for x in op.inputs if x.is_float]
+            floats = iter(gradient([y.value for y in ys], xs, [at[y] for y in ys]))
+            found = [next(floats) if x.is_float else None for x in op.inputs]
+        else:
+            found = gradients_of_operation(op.type, op.attributes, inputs, outputs, gs)
         return [None if g is None else tf.convert_to_tensor(g) for g in found]
 
     def _gather(self, end: SeenOp) -> None:
@@ -300,13 +306,14 @@ class _Grouping:
         call = group.ops[0].call
         return f"{call.name}.{group.kind}" if call is not None and call.name else group.kind
 
-    @staticmethod
-    def _refuse_hidden(op: SeenOp) -> None:
+    def _refuse_hidden(self, op: SeenOp) -> None:
         """Refuse what may hold several blocks, or whose gradient its operations do not tell."""
         where = op.call.name if op.call is not None and op.call.name else "the model"
         if op.opaque and op.opaque not in _WRITTEN_BY_TENSORFLOW:
             raise ModelError(f"{where} runs tf.custom_gradient {op.opaque!r}, which no operation shows; leave it out")
-        if op.type.startswith("__"):
+        within = [x for x in op.inputs if x.is_float and (x.op.type or x in self._seen.inputs)]
+        is_leaf = op.call is not None and not children(op.call.layer) and len(within) == 1
+        if op.is_function and not is_leaf:
             raise ModelError(f"{where} runs a tf.function, whose blocks cannot be told apart; call what it wraps")
 
 

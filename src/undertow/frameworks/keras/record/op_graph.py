@@ -94,9 +94,14 @@ class SeenOp:
     @property
     def name(self) -> str:
         """Its name in a sentence, such as "add"."""
-        if self.type.startswith("__"):
+        if self.is_function:
             return "tf.function"
         return _OP_NAMES.get(self.type, "".join(f"_{c.lower()}" if c.isupper() else c for c in self.type).strip("_"))
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a call of a `tf.function`."""
+        return self.type.startswith("__")
 
     @property
     def carries(self) -> bool:
