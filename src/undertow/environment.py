@@ -22,7 +22,7 @@ PURPOSES = {
     "report": "report and view",
     "derive": "derive",
     "ray": "--engine ray",
-    "jax": "networks in JAX, of Flax or Equinox too",
+    "jax": "networks in JAX, Flax and Equinox",
     "text": "networks that read text",
     "clip": "open_clip:NAME",
 }

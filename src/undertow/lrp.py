@@ -22,8 +22,6 @@ from collections.abc import Callable
 from functools import singledispatch
 from typing import Any
 
-import numpy as np
-
 from .tables import Local, Operation, Row, may_hold, relu
 
 EPSILON = 1e-6
@@ -33,9 +31,12 @@ EPSILON = 1e-6
 def stabilized(z: Any, epsilon: float = EPSILON) -> Any:
     """Return z + epsilon·sign(z), with sign(0) = 1, in the shape and dtype of z.
 
+    >>> import numpy as np
     >>> stabilized(np.array([-1.0, 0.0]), 0.5)
     array([-1.5,  0.5])
     """
+    import numpy as np  # here: the command names rules without computing, and a TAB waits for its imports
+
     return np.where(z < 0, z - epsilon, z + epsilon)
 
 

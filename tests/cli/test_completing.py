@@ -84,7 +84,7 @@ from undertow.cli import main
 try:
     main([])
 finally:
-    print("loaded", sorted({"torch", "timm", "rich", "PIL"} & set(sys.modules)), file=sys.stderr)
+    print("loaded", sorted({"torch", "timm", "numpy", "rich", "PIL"} & set(sys.modules)), file=sys.stderr)
 """
 
 
