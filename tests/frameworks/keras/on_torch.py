@@ -182,3 +182,32 @@ def test_a_training_step_of_keras_is_recorded(net, x, tmp_path):
     with ut.record(tmp_path / "run", clone, sites="conv", measures="norm") as recording, recording.batch():
         clone.train_on_batch(x.numpy(), np.array([1, 2]))
     assert set(ut.Run(tmp_path / "run").table("norm")["site"].to_pylist()) == {"first", "inner.conv", "shared"}
+
+
+def test_estimators_average_what_torch_answers(net, x):
+    plain = ut.explain(net, x, rule="guided", target=2)
+    times = ut.explain(net, x, rule="guided", target=2, estimator="input-times")
+    assert np.allclose(times.numpy(), plain.numpy() * x.numpy())
+    path = ut.explain(net, x, rule="gradient", estimator="integrated:64", target=2)
+    h, zero = x, torch.zeros_like(x)
+    for function in pieces(net):
+        h, zero = function(h), function(zero)
+    expected = (h - zero)[:, 2].detach().numpy()
+    assert np.allclose(path.numpy().sum((1, 2, 3)), expected, rtol=0.05, atol=0.05 * np.abs(expected).max())
+    smooth = ut.explain(net, x, rule="guided", estimator="smoothgrad:3", target=2, seed=2)
+    draw, total, given = np.random.default_rng(2), 0.0, x.numpy()
+    spread = given.max((1, 2, 3), keepdims=True) - given.min((1, 2, 3), keepdims=True)
+    for _ in range(3):
+        noisy = given + (0.1 * spread * draw.standard_normal(given.shape)).astype(np.float32)
+        total = total + ut.explain(net, torch.from_numpy(noisy), rule="guided", target=2).numpy()
+    assert np.abs(smooth.numpy() - total / 3).max() <= 1e-4 * np.abs(total).max()
+
+
+def test_references_are_refused_with_the_remedy(tmp_path):
+    (tmp_path / "net.keras").touch()
+    remedy = pytest.raises(
+        ut.FrameworkError, match="set KERAS_BACKEND=tensorflow, or pass the model itself to ut.explain"
+    )
+    for reference in ("keras:MobileNetV2@none", str(tmp_path / "net.keras")):
+        with remedy:
+            ut.load(reference)

@@ -15,10 +15,11 @@ import keras
 import numpy as np
 
 from ...classifier import RANDOM, Classifier, Reference, imagenet_names
-from ...errors import ModelError, did_you_mean, one_line, printable
+from ...errors import FrameworkError, ModelError, did_you_mean, one_line, printable
 from ...images import Preprocessing
 from ...outputs import head_of
 from ...scales import SCALES, Scaling
+from ..base import keras_backend
 from ..downloading import downloaded
 from .calls import refuse_other_backends
 from .layers import weights_sha256
@@ -72,6 +73,7 @@ def load(
 
 def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
     """Load a classifier of keras.applications without its softmax, with that network's own preprocessing."""
+    _refuse_torch()
     refuse_other_backends()
     if name not in names():
         hint = did_you_mean(name, names()) or "; `undertow models keras:` lists them"
@@ -87,6 +89,19 @@ def _from_applications(name: str, choice: str, file: Path | None) -> Classifier:
     weights = file.name if file else "ImageNet" if trained else RANDOM
     told_by = f"preprocess_input of {name}"
     return _classifier(reference, module, own_preprocessing(build, module), imagenet_names(), weights, told_by)
+
+
+def _refuse_torch() -> None:
+    """Refuse references where Keras runs on torch, whose photographs have their channels first.
+
+    Raises:
+        FrameworkError: it does.
+    """
+    if keras_backend() == "torch":
+        raise FrameworkError(
+            "keras runs on torch here, where references to its models are not read; set KERAS_BACKEND=tensorflow, or "
+            "pass the model itself to ut.explain"
+        )
 
 
 def _build_trained(build: Callable[..., Any], reference: str) -> Any:
@@ -143,6 +158,7 @@ def _square_crop(module: Any, **options: Any) -> Preprocessing:
 def _from_saved(reference: str, file: Path | None, output: str | int | None) -> Classifier:
     """Load a model that Keras saved, without running any code in the file."""
     path = Path(reference).expanduser()
+    _refuse_torch()
     refuse_other_backends()
     name = printable(path)
     _refuse_unreadable(path, name)
