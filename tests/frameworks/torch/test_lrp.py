@@ -279,9 +279,10 @@ def test_without_biases_the_relevance_is_the_score(rule):
 
 def test_what_scales_the_input_passes_relevance_as_it_is():
     net, x = ready(Plain), drawn(2, 3, 10, 10).abs()
-    wanted = ut.explain(net, (x - 0.5) / 0.25, rule="lrp:epsilon-plus-flat", target=1)
-    a = ut.explain(lambda v: net((v - 0.5) / 0.25), x, rule="lrp:epsilon-plus-flat", target=1)
-    assert distance(a.values, wanted.values) < 1e-12
+    for scaled in (lambda v: (v - 0.5) / 0.25, lambda v: -v + 0.5):
+        wanted = ut.explain(net, scaled(x), rule="lrp:epsilon-plus-flat", target=1)
+        a = ut.explain(lambda v, scaled=scaled: net(scaled(v)), x, rule="lrp:epsilon-plus-flat", target=1)
+        assert distance(a.values, wanted.values) < 1e-12
 
 
 @pytest.mark.parametrize("rule", ["lrp:epsilon", "lrp:epsilon-gamma-box", "lrp:epsilon-alpha2-beta1"])

@@ -10,7 +10,7 @@ from .kinds import COPIES, PROPORTIONAL, SMOOTH, VIEWS, simple_kind, stem
 from .operations import NodeOperation
 from .recognition import Way, is_layer
 
-_SCALES = frozenset(("Mul", "Div"))
+_SCALES = frozenset(("Mul", "Div", "Neg"))
 
 
 def first_layers(nodes: Collection[Any], operations: Collection[NodeOperation]) -> tuple[set[Any], set[Any]]:
