@@ -71,7 +71,7 @@ def gamma(by: float = 0.25) -> Row:
         relevance, y, w, b = g * op.output, op.output, op.weight, op.bias
         w_more, b_more = w + by * relu(w), None if b is None else b + by * relu(b)
         below = relevance * (y < 0)
-        if not may_hold(below):
+        if not (op.has_negative_output and may_hold(below)):
             return share(relevance, op, w_more, lambda: w + by * (w - relu(w)), b_more)
         w_less, b_less = w + by * (w - relu(w)), None if b is None else b + by * (b - relu(b))
         above = share(relevance * (y > 0), op, w_more, lambda: w_less, b_more)
@@ -124,9 +124,9 @@ def share(
 ) -> Any:
     """Share R out over x⁺·w + x⁻·w_of_negative + bias, epsilon·sign added; return R / x at the input."""
     x = op.input
-    is_negative = x < 0
-    if not may_hold(is_negative):
+    if not op.has_negative_input:
         return op.backward(relevance / stabilized(op.forward(x, w, bias), epsilon), w)
+    is_negative = x < 0
     x_up, other = relu(x), w_of_negative()
     s = relevance / stabilized(op.forward(x_up, w, bias) + op.forward(x - x_up, other), epsilon)
     return op.backward(s, w) * ~is_negative + op.backward(s, other) * is_negative

@@ -97,6 +97,14 @@ class Operation(Protocol):
         """The bias of `linear` and `conv`, `(out,)`, a batch norm behind it folded in; None where there is none."""
 
     @property
+    def has_negative_input(self) -> bool:
+        """Whether a layer was given negative numbers; True too where nobody can tell."""
+
+    @property
+    def has_negative_output(self) -> bool:
+        """Whether relevance may reach negative outputs of a layer; True too where nobody can tell."""
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """The axes of a layer's input whose extremes are those of a channel, as height and width; else its features."""
 

@@ -16,6 +16,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import undertow as ut
+from undertow.frameworks.jax.explain.layers import is_nonnegative
+from undertow.frameworks.jax.explain.recognition import recognize
+from undertow.frameworks.jax.explain.steps import JaxprSteps
+from undertow.frameworks.jax.graph import graph_of, route
 
 EPSILON = 1e-6
 BOX = (-4.0, 4.0)
@@ -321,3 +325,52 @@ def from_the_loop(x):
 def test_what_would_be_wrong_is_refused(network, line):
     with pytest.raises(ut.RuleError, match=line):
         explained(network, "lrp:epsilon-plus-flat", head="as is")
+
+
+SIGNS = {
+    True: (
+        jax.nn.relu,
+        jax.nn.relu6,
+        lambda x: jnp.maximum(0.5, x),
+        lambda x: jax.nn.relu(x) + jnp.abs(x),
+        lambda x: jnp.concatenate([jax.nn.relu(x) / 3, jnp.exp(x)]),
+        lambda x: jnp.pad(jax.nn.relu(x).reshape(-1).mean(keepdims=True), 1),
+        lambda x: jax.nn.relu(x).max(0),
+    ),
+    False: (
+        lambda x: x,
+        jax.nn.gelu,
+        jax.nn.leaky_relu,
+        lambda x: jnp.where(x > -1, x, 0),
+        lambda x: jnp.maximum(x, -1),
+        lambda x: jax.nn.relu(x) - jax.nn.relu(-x),
+        lambda x: jnp.pad(jax.nn.relu(x), 1, constant_values=-1),
+        lambda x: jnp.minimum(jax.nn.relu(x), -0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_what_cannot_be_negative_is_told_by_what_makes_it(sign):
+    for function in SIGNS[sign]:
+        graph = graph_of(jax.make_jaxpr(function)(jnp.ones((2, 3))))
+        assert is_nonnegative(graph.outputs[0]) is sign
+
+
+@pytest.mark.parametrize(
+    ("behind", "may_be_negative"),
+    [
+        (jax.nn.relu, False),
+        (lambda y: jnp.maximum(y, 0), False),
+        (jax.nn.leaky_relu, True),
+        (jnp.abs, True),
+        (lambda y: jax.nn.relu(y) + y, True),
+        (lambda y: jnp.where(y > -1, y, 0), True),
+    ],
+)
+def test_negative_outputs_get_no_relevance_where_a_relu_alone_reads_them(behind, may_be_negative):
+    graph = graph_of(jax.make_jaxpr(lambda x: behind(x @ STACK[0] + BIASES[2]))(jnp.ones((2, 5))))
+    way = route(graph.nodes, graph.arguments[-1:], graph.outputs)
+    (layer,) = (operation for operation in recognize(JaxprSteps(graph, way)).operations if operation.is_layer)
+    assert (layer.has_negative_input, layer.has_negative_output) == (True, may_be_negative)
+    assert [node.name for node in layer.nodes] == ["dot_general", "add"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..graph import JaxprNode, JaxprValue, uniform
+from ..graph import CUSTOM, JaxprNode, JaxprValue, body_graph, uniform
 from ..internals import bind
 from .kinds import COPIES, ELEMENTWISE
 from .steps import JaxprStep, JaxprSteps
@@ -88,6 +88,47 @@ def _varying_axes(value: JaxprValue) -> set[int]:
     if node.name in ELEMENTWISE:
         return set[int]().union(*(_varying_axes(operand) for operand in node.inputs))
     return long
+
+
+_AS_THE_FIRST = frozenset(
+    (
+        *(*COPIES, *_RESHAPED, "broadcast_in_dim", "slice", "dynamic_slice", "rev", "reduce_sum", "reduce_max"),
+        *("reduce_window_sum", "reduce_window_max", "cumsum", "sqrt"),
+    )
+)
+_AS_ALL = frozenset(("add", "add_any", "mul", "div", "min", "concatenate", "pad", "stack"))
+_NEVER_NEGATIVE = frozenset(("exp", "exp2", "logistic", "abs", "square"))
+
+
+def is_nonnegative(value: JaxprValue) -> bool:
+    """Whether no element can be negative, as behind a ReLU, by the operations that make it; False if that is not told.
+
+    >>> import jax
+    >>> from undertow.frameworks.jax.graph import graph_of
+    >>> graph = graph_of(jax.make_jaxpr(lambda x: (jax.nn.relu(x).sum(0) / 2, x))(jnp.ones(3)))
+    >>> [is_nonnegative(value) for value in graph.outputs]
+    [True, False]
+    """
+    known: dict[JaxprValue, bool] = {}
+
+    def told(value: JaxprValue) -> bool:
+        if value not in known:
+            known[value] = of(value)
+        return known[value]
+
+    def of(value: JaxprValue) -> bool:
+        number, node = uniform(value), value.node
+        if number is not None or node is None:
+            return number is not None and number >= 0
+        if node.name in CUSTOM:
+            return told(body_graph(node).outputs[0])
+        if node.name == "max":
+            return any((bound := uniform(operand)) is not None and bound >= 0 for operand in node.inputs)
+        if node.name in _AS_ALL:
+            return all(map(told, node.inputs))
+        return node.name in _NEVER_NEGATIVE or (node.name in _AS_THE_FIRST and told(node.inputs[0]))
+
+    return told(value)
 
 
 @final

@@ -77,6 +77,16 @@ class JaxOperation:
         return self._layer.bias
 
     @property
+    def has_negative_input(self) -> bool:
+        """Whether a layer's input may be negative: not behind a ReLU."""
+        return self.found.has_negative_input
+
+    @property
+    def has_negative_output(self) -> bool:
+        """Whether relevance may reach a layer's negative outputs: not where a ReLU alone reads it."""
+        return self.found.has_negative_output
+
+    @property
     def positions(self) -> tuple[int, ...]:
         """The axes of a layer's input whose extremes are those of a channel: height and width."""
         return self._layer.positions

@@ -14,7 +14,7 @@ from ..graph import BODIES, CUSTOM, JaxprNode, JaxprValue, graph_of, uniform
 from ..internals import body_of_custom, function_name, is_of_jax
 from ..patterns import JaxKind
 from .kinds import ACTIVATIONS, AFFINE, COPIES, ELEMENTWISE, GATES, PICKS, REDUCTIONS, SMOOTH, SUMS, VIEWS
-from .layers import behind_layer
+from .layers import behind_layer, is_nonnegative
 from .steps import JaxprStep, JaxprSteps
 
 Exit = tuple[JaxprNode, int]
@@ -36,6 +36,7 @@ class FoundOperation:
         operands: for each operand on the way, by which operands of the nodes it enters.
         gate: which of two factors something computed as a weight.
         is_proportional: f(x) / x is the derivative itself, as of a ReLU.
+        has_negative_input, has_negative_output: of a layer; see `undertow.tables.Operation`.
     """
 
     kind: str
@@ -44,6 +45,8 @@ class FoundOperation:
     operands: tuple[tuple[Exit, ...], ...]
     gate: int | None = None
     is_proportional: bool = False
+    has_negative_input: bool = True
+    has_negative_output: bool = True
 
     @property
     def is_layer(self) -> bool:
@@ -150,7 +153,22 @@ def _operation(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation | Non
 def _layer(kind: str, step: JaxprStep, steps: JaxprSteps) -> FoundOperation:
     """Return a product with constant weights, with the bias and the batch norm that alone read it."""
     nodes = (step.root, *behind_layer(step, steps))
-    return FoundOperation(kind, step.name, nodes, (((step.root, step.places[0]),),))
+    reader = steps.reader.get(nodes[-1].outputs[0])
+    is_closed = reader is not None and steps.readers[nodes[-1].outputs[0]] == 1 and _is_closing(reader)
+    return FoundOperation(
+        kind,
+        step.name,
+        nodes,
+        (((step.root, step.places[0]),),),
+        has_negative_input=not is_nonnegative(step.inputs[0]),
+        has_negative_output=not is_closed,
+    )
+
+
+def _is_closing(step: JaxprStep) -> bool:
+    """Whether a step is a ReLU, which passes nothing where it is given negative numbers."""
+    is_relu = step.match is not None and step.match.kind is JaxKind.RELU
+    return is_relu and all(map(_is_proportional, step.nodes)) and is_nonnegative(step.output)
 
 
 def _of_complex(step: JaxprStep, steps: JaxprSteps) -> FoundOperation | None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -74,6 +75,8 @@ class TableRewiring:
             row = rows.get(operation.kind)
             if operation.nodes[0] in start.layers and row is not None:
                 row = rows.get(FIRST, _relevance_of(row))
+            if operation.is_layer and rows.get("relu") is not identity:  # its zeros may then pass relevance
+                operation = replace(operation, has_negative_output=True)
             if row is None or operation.nodes[-1] in replaced:
                 continue
             self.stats.rewired += times

@@ -225,6 +225,13 @@ class NodeOperation:
             raise self._missing(what)
         return operand
 
+    @cached_property
+    def has_negative_input(self) -> bool:
+        """Whether an element of the input is negative."""
+        return bool((self.input < 0).any())
+
+    has_negative_output = True  # the relevance itself tells
+
     @property
     def positions(self) -> tuple[int, ...]:
         """The axes of the input behind its channels; its features where there are none."""
