@@ -28,12 +28,13 @@ from undertow.frameworks.torch.zoo.importing import import_torchvision
 
 TARGET = 3
 ATTENTION = ("attnlrp", "cp-lrp")
+ATTENTION_MAPS = ("attention-rollout", "attention-gradient")
 LRP = ("lrp:epsilon", "lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box", "lrp:epsilon-alpha2-beta1")
 BOX = (-4.0, 4.0)
 SINGLE = {"z⁺": ut.lrp.alpha_beta(1, 0), "γ 0.25": ut.lrp.gamma(0.25), "α1.5 β0.5": ut.lrp.alpha_beta(1.5, 0.5)}
 COSTS = {
-    "timm vit_tiny_patch16_224 b1": ("vit_tiny_patch16_224", 1, 224, ATTENTION),
-    "timm vit_small_patch16_224 b2": ("vit_small_patch16_224", 2, 224, ATTENTION),
+    "timm vit_tiny_patch16_224 b1": ("vit_tiny_patch16_224", 1, 224, (*ATTENTION, *ATTENTION_MAPS)),
+    "timm vit_small_patch16_224 b2": ("vit_small_patch16_224", 2, 224, (*ATTENTION, *ATTENTION_MAPS)),
     "resnet18 b1": ("resnet18", 1, 224, LRP),
     "resnet50 b1": ("resnet50", 1, 224, LRP),
     "vgg16_bn b1": ("vgg16_bn", 1, 224, LRP),
