@@ -153,6 +153,20 @@ def test_photographs_by_attention_and_at_patches(models, tmp_path, capfd):
         assert line in err
 
 
+def test_where_no_rule_is_named_a_network_without_relus_is_explained_all_the_same(models, tmp_path, capfd):
+    from undertow.images import demo_photographs
+
+    paths = [demo_photographs()["chelsea"]]
+    words = ["explain", *paths, "--model", models["vit"], "--device", "cpu", "--out", tmp_path]
+    code, out, err = call(capfd, *words)
+    assert (code, err) == (0, "")
+    assert "no ReLU is on the way, so gradient and attnlrp explain" in " ".join(out.split())
+    assert set(json.loads((tmp_path / "chelsea" / "result.json").read_text())["rules"]) == {"gradient", "attnlrp"}
+    code, _, err = call(capfd, *words, "--rule", "guided")
+    assert code == 2
+    assert "found no activation to rewire" in err
+
+
 def test_a_sweep_by_attention(models, tmp_path, capfd):
     from undertow import Sweep
     from undertow.images import demo_photographs

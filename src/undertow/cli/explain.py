@@ -1,20 +1,20 @@
 """`undertow explain`: photographs in, a folder of maps for each out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..rules import ATTENTION, TABLES
+from .explained import print_explained
 from .photographs import (
     ALL_RULES,
     RULES,
+    WITHOUT_RELU,
     figure_option,
     for_each,
     ground_option,
-    input_line,
     load_classifier,
     model_options,
     output_option,
@@ -22,7 +22,7 @@ from .photographs import (
     preprocess_option,
     weights_option,
 )
-from .printing import print_line, print_table, shown
+from .printing import shown
 from .report import report_option, write_with_network
 from .sweeps import AT_ONCE, all_of, is_many, run_sweep, split_options, sweep_options
 from .texts import all_texts, explain_texts, load_text_model, refuse_beside_text
@@ -67,7 +67,7 @@ Examples:
     "rules",
     multiple=True,
     type=click.Choice(ALL_RULES),
-    help="May be repeated; the first three if left out, and attnlrp of a text.",
+    help="May be repeated. Default: the first three; without ReLUs gradient and attnlrp, of a text attnlrp.",
 )
 @click.option(
     "--target",
@@ -208,9 +208,8 @@ def explain(
                 f"--pictures N, and then: undertow report {out}"
             )
         return _sweep(classifier, photographs, out, as_json, options, how)
-    return explain_all(
-        classifier, paths, options, device, out, as_json, with_verdicts=judge, page=page, ground=ground, ending=ending
-    )
+    how = {"with_verdicts": judge, "page": page, "ground": ground, "ending": ending}
+    return explain_all(classifier, paths, options, device, out, as_json, may_choose=not rules, **how)
 
 
 def _sweep(
@@ -294,6 +293,7 @@ def explain_all(
     page: Path | None = None,
     ground: str = "white",
     ending: str = "png",
+    may_choose: bool = False,
 ) -> int:
     """Explain and write every photograph, and print each result; return the exit code.
 
@@ -303,10 +303,12 @@ def explain_all(
         with_verdicts: also judge each map.
         page: where to write one HTML page of all of them.
         ground, ending: of the panels.
+        may_choose: nobody named the rules: a network without ReLUs has others.
     """
     from rich.console import Console
 
     from ..attribution.photograph import explain_photograph, write
+    from ..errors import RuleError
     from ..photographs import on_device
 
     device = on_device(classifier, device)
@@ -315,19 +317,46 @@ def explain_all(
 
     def work(path: Path, folder: Path) -> dict[str, Any]:
         with Console(stderr=True).status(shown(f"{path.name} ({positions[path]})")):
-            explained = explain_photograph(classifier, path, **options, device=device)
+            try:
+                explained = explain_photograph(classifier, path, **options, device=device)
+            except RuleError as error:
+                if not may_choose or "no activation to rewire" not in str(error):
+                    raise
+                explained = _without_relu(classifier, path, options, device, error)
             explained = _with_verdicts(explained, classifier, device) if with_verdicts else explained
             result = write(explained, classifier, folder, ground, ending)
         done[path] = folder
         then(explained)
         if not as_json:
-            _print(explained, classifier, folder / f"panel.{ending}")
+            print_explained(explained, classifier, folder / f"panel.{ending}")
         return result
 
     code = for_each(photographs, out, work, verb="explained", as_json=as_json)
     if page and done:
         write_with_network(list(done.values()), page, classifier, next(iter(done)), device, quiet=as_json)
     return code
+
+
+def _without_relu(
+    classifier: "Classifier", path: Path, options: dict[str, Any], device: str, error: Exception
+) -> "ExplainedPhotograph":
+    """Explain a photograph where the usual rules find no activation, and let the next have these rules too.
+
+    Raises:
+        RuleError: these rules fail too; the first error is raised.
+    """
+    from dataclasses import replace
+
+    from ..attribution.photograph import explain_photograph
+    from ..errors import UndertowError
+
+    try:
+        explained = explain_photograph(classifier, path, **{**options, "rules": WITHOUT_RELU}, device=device)
+    except UndertowError:
+        raise error from None
+    options["rules"] = WITHOUT_RELU
+    note = f"no ReLU is on the way, so {' and '.join(WITHOUT_RELU)} explain; guided takes GELUs with --activations all"
+    return replace(explained, notes=[note, *explained.notes])
 
 
 def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", device: str) -> "ExplainedPhotograph":
@@ -340,63 +369,3 @@ def _with_verdicts(explained: "ExplainedPhotograph", classifier: "Classifier", d
     judged = trust_photograph(classifier, explained.path, pairs=pairs, target=explained.targets[0][0], device=device)
     verdicts = zip(explained.maps, judged.verdicts.values(), strict=True)
     return replace(explained, verdicts={rule: verdict.to_dict() for rule, verdict in verdicts})
-
-
-def _print(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Path) -> None:
-    from rich.console import Console
-
-    heading = "score" if explained.predictions[0].probability is None else "probability"
-    rows = []
-    for prediction in explained.predictions:
-        value = prediction.score if prediction.probability is None else prediction.probability
-        rows.append((prediction.class_id, prediction.name, f"{value:.3f}"))
-    print_table(
-        ("class", "name", heading), rows, title=explained.path.name, title_style="bold", right=("class", heading)
-    )
-    console = Console()
-    for line in _lines(explained, classifier, panel):
-        print_line(console, line)
-
-
-def _lines(explained: "ExplainedPhotograph", classifier: "Classifier", panel: Path) -> Iterator[str]:
-    from ..frameworks.base import AS_IS
-
-    width = _width(explained)
-    names = ", ".join(f"{class_id} {name}" for class_id, name, _ in explained.targets)
-    head = next(iter(explained.maps.values())).head
-    yield f"explained: {names}" + (f", the score {head}" if head != AS_IS else "")
-    yield f"  {input_line(classifier)}"
-    for rule, attribution in explained.maps.items():
-        what = "operations rewired" if rule in TABLES else "activations rewired"
-        what = "attention layers read" if rule in ATTENTION else what
-        yield f"  {rule:<{width}}{attribution.rewired:>4} {what}   {explained.seconds[rule]:.2f} s"
-    yield from _likeness_lines(explained)
-    for note in explained.notes:
-        yield f"  note: {note}"
-    for rule, verdict in explained.verdicts.items():
-        yield f"  {rule:<{width}}{verdict['sentence']}"
-    yield f"  -> {panel}"
-    yield ""
-
-
-def _width(explained: "ExplainedPhotograph") -> int:
-    """Return the width of the column of rules."""
-    return max(10, *(len(rule) + 1 for rule in explained.maps))
-
-
-def _likeness_lines(explained: "ExplainedPhotograph") -> Iterator[str]:
-    """Say how alike the maps of several classes are."""
-    from itertools import combinations
-
-    from ..attribution.photograph import likeness
-
-    ids = [class_id for class_id, _, _ in explained.targets]
-    if len(ids) > 1:
-        yield "  does the map change with the class? correlation: 1 the same map, 0 unrelated, -1 opposite"
-    for rule, attribution in explained.maps.items():
-        rows = likeness(attribution)
-        if rows is not None:
-            pairs = combinations(range(len(ids)), 2)
-            yield f"  {rule:<{_width(explained)}}" + "   ".join(
-                f"{ids[i]}, {ids[j]}: {rows[i][j]:.2f}" for i, j in pairs
-            )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..classifier import Classifier
 
 RULES = ("gradient", "deconvnet", "guided")
+WITHOUT_RELU = ("gradient", "attnlrp")
 ALL_RULES = (*RULES, *TABLES, *ATTENTION)
 
 photographs_argument = click.argument(
