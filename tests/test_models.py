@@ -534,6 +534,17 @@ def test_what_goes_wrong_in_a_persons_file_is_one_line(own: Path, function: str,
     assert sys.path == path
 
 
+def test_a_file_that_imports_what_is_missing_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a user of the base, or of the extra `ray` alone, whose file imports torch."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    (tmp_path / "own.py").write_text("import timm\n")
+    said = message(lambda: load(f"{tmp_path / 'own.py'}:net"))
+    assert said.endswith(f"; run: {install_command('vision')}")
+    assert "own.py failed in line 1 with ModuleNotFoundError" in said
+
+
 def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("\n\ndef net(:\n")
     assert "own.py failed in line 3 with SyntaxError" in message(lambda: load(f"{tmp_path / 'own.py'}:net"))

@@ -34,7 +34,7 @@ from .classifier import Classifier, Reference, Zoo
 from .errors import FrameworkError, InputError, ModelError, UndertowError, did_you_mean, printable, text_of
 from .frameworks.base import bound, capability, framework_of_model
 from .frameworks.starting import quietly
-from .installing import install_command
+from .installing import install_command, remedy_of
 from .references import FORMS, OTHER_NAMES, SOURCES
 from .scales import FORMS as SCALE_FORMS
 from .scales import Scaling
@@ -232,7 +232,7 @@ def _from_file(
         except BaseException as error:  # its own code may end the program, or what should be one
             if interrupted:
                 raise
-            raise ModelError(f"{printable(path)} failed{_location(error, path)}; correct it, then try again") from error
+            raise ModelError(f"{printable(path)} failed{_location(error, path)}; {remedy_of(error)}") from error
 
 
 @contextmanager
