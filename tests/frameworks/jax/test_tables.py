@@ -202,6 +202,9 @@ SOFTMAXES = {
     "jax.nn.softmax": jax.nn.softmax,
     "with a mask": masked_softmax,
     "log_softmax": jax.nn.log_softmax,
+    "by its logarithm": lambda x: jnp.exp(jax.nn.log_softmax(x)),
+    "by logsumexp": lambda x: jnp.exp(x - jax.nn.logsumexp(x, axis=-1, keepdims=True)),
+    "less a logarithm": lambda x: x - jnp.log(jnp.exp(x).sum(-1))[..., None],
     "by hand": lambda x: jnp.exp(x) / jnp.exp(x).sum(-1, keepdims=True),
     "less the largest": lambda x: operator.truediv(
         e := jnp.exp(x - x.max(-1, keepdims=True)), e.sum(-1, keepdims=True)

@@ -121,6 +121,8 @@ def _operation(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation | Non
         return _of_complex(step, steps), set()
     if name == "abs":
         return _single("relu", step, is_proportional=True), set()
+    if steps.is_softmax_by_logarithm(step):
+        return _single("softmax", step), set()
     if name in SMOOTH:
         return (None if name == "integer_pow" and node.eqn.params["y"] == 1 else _single("smooth", step)), set()
     if name in CUSTOM:
@@ -250,7 +252,7 @@ def _written_out(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation | N
     if step.name == "div":
         if steps.is_softmax(step):
             top = steps.maker[steps.through(first, _PASSING)]
-            inner = {top, *_until(second, "exp", steps), *_until(first, "exp", steps)}
+            inner = {top, *steps.until(second, "exp"), *steps.until(first, "exp")}
             if _own(inner, step, steps) != inner:
                 return None, set()
             return _group("softmax", step, top.inputs[0], inner, steps), inner
@@ -266,18 +268,10 @@ def _written_out(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation | N
 
 def _log_softmax(step: JaxprStep, steps: JaxprSteps) -> tuple[FoundOperation, set[JaxprStep]] | None:
     """Return x - log(sum(exp(x))) as one operation."""
-    x, log = step.inputs
-    log = steps.through(log, _PASSING)
-    if steps.name(log) != "log":
+    found = steps.log_softmax(step)
+    if found is None or _own(found[1], step, steps) != found[1]:
         return None
-    total = steps.through(steps.behind(log)[0], _PASSING)
-    if steps.name(total) != "reduce_sum":
-        return None
-    exp = steps.through(steps.behind(total)[0], _PASSING)
-    if steps.name(exp) != "exp" or steps.behind(exp)[0] is not x:
-        return None
-    inner = set(_until(step.inputs[1], "exp", steps))
-    return None if _own(inner, step, steps) != inner else (_group("softmax", step, x, inner, steps), inner)
+    return _group("softmax", step, *found, steps), found[1]
 
 
 def _group(kind: str, step: JaxprStep, x: JaxprValue, inner: set[JaxprStep], steps: JaxprSteps) -> FoundOperation:
@@ -317,16 +311,6 @@ def _own(inner: set[JaxprStep], step: JaxprStep, steps: JaxprSteps) -> set[Jaxpr
         if not shared:
             return kept
         kept -= shared
-
-
-def _until(value: JaxprValue, name: str, steps: JaxprSteps) -> Iterator[JaxprStep]:
-    """Yield the steps from a value to the first of a name, each with one input on the way."""
-    while True:
-        step = steps.maker[value]
-        yield step
-        if step.name == name:
-            return
-        (value,) = step.inputs
 
 
 def _statistic(value: JaxprValue, steps: JaxprSteps, inverse: bool = False) -> set[JaxprStep]:

@@ -1,13 +1,15 @@
 """The nodes between the scores and the inputs as steps, in which an activation of `patterns.py` is one."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..graph import JaxprGraph, JaxprNode, JaxprValue, Route
 from ..patterns import PatternMatch, matches
 from .kinds import COPIES, VIEWS
+
+_SHIFTED = COPIES | {"add", "sub"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,11 @@ class JaxprSteps:
         """The values that the input reaches through softmaxes alone."""
         found = set[JaxprValue]()
         for step in self.all:
-            if self.is_softmax(step) or (step.inputs and found.issuperset(step.inputs)):
+            if (
+                self.is_softmax(step)
+                or self.is_softmax_by_logarithm(step)
+                or (step.inputs and found.issuperset(step.inputs))
+            ):
                 found.update(step.root.outputs)
         return found
 
@@ -91,6 +97,42 @@ class JaxprSteps:
             return False
         summed = self.through(self.behind(bottom)[0], VIEWS | COPIES)
         return summed is top or (self.name(summed) == "exp" and self.behind(summed) == self.behind(top))
+
+    def is_softmax_by_logarithm(self, step: JaxprStep) -> bool:
+        """Whether a step is the exponential of a log-softmax."""
+        if step.name != "exp":
+            return False
+        behind = self.maker.get(self.through(step.inputs[0], VIEWS | COPIES))
+        return behind is not None and self.log_softmax(behind) is not None
+
+    def log_softmax(self, step: JaxprStep) -> tuple[JaxprValue, set[JaxprStep]] | None:
+        """Return the x, and the steps before the last, of x - log(sum(exp(x))), x less its maximum or not."""
+        if step.name != "sub" or len(step.inputs) != 2:
+            return None
+        logarithm = self.through(step.inputs[1], VIEWS | _SHIFTED)
+        if self.name(logarithm) != "log":
+            return None
+        total = self.through(self.behind(logarithm)[0], VIEWS | COPIES | {"abs"})
+        exp = self.through(self.behind(total)[0], VIEWS | COPIES) if self.name(total) == "reduce_sum" else total
+        if self.name(exp) != "exp":
+            return None
+        x, summed = step.inputs[0], self.behind(exp)[0]
+        inner = set(self.until(step.inputs[1], "exp"))
+        while summed is not x:
+            if self.name(summed) not in _SHIFTED or len(self.behind(summed)) != 1:
+                return None
+            inner.add(self.maker[summed])
+            (summed,) = self.behind(summed)
+        return x, inner
+
+    def until(self, value: JaxprValue, name: str) -> Iterator[JaxprStep]:
+        """Yield the steps from a value to the first of a name, each with one input on the way."""
+        while True:
+            step = self.maker[value]
+            yield step
+            if step.name == name:
+                return
+            (value,) = step.inputs
 
 
 def _step_of(node: JaxprNode, way: Route, match: PatternMatch | None) -> JaxprStep:
