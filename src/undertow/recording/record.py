@@ -458,6 +458,11 @@ class Recording(ShownItem):
         self._end_batch()
         writer.flush()
 
+    @property
+    def _remedy(self) -> str:
+        """What to do where nothing was recorded."""
+        return _remedy(self.unreached, str(self.manifest["model"].get("framework", "torch")))
+
     def _entered(self) -> Writer:
         if self._writer is None:
             raise InputError("this recording is not open; write `with record(...) as recording:`")
@@ -541,7 +546,7 @@ class Recording(ShownItem):
         self._tell_of_bytes(batch.transfer.nbytes)
         if not ending.observed:
             where = f"nothing was recorded of batch {ending.number} of epoch {ending.epoch}"
-            self._warn(f"{where}: {_listed(self.unreached)}; {_remedy(self.unreached)}", once="nothing")
+            self._warn(f"{where}: {_listed(self.unreached)}; {self._remedy}", once="nothing")
 
     def _tell_of_bytes(self, of_batch: int) -> None:
         """Say, once, what the files of tensors take: a measure such as "keep" can fill a disk."""
@@ -627,7 +632,7 @@ class Recording(ShownItem):
         unreached = self.unreached
         n_sites = len(self._names) + len(self.learning.parameters)
         if n_sites and len(unreached) == n_sites and not self.done:
-            raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {_remedy(unreached)}")
+            raise InputError(f"nothing was recorded into {self.folder}: {_listed(unreached)}; {self._remedy}")
         if lost := missing(self.folder, self.rank, self._published, "checksums" in self.manifest):
             raise damaged(lost, "has vanished while it was written")
         if self._is_last():
@@ -654,8 +659,14 @@ class Recording(ShownItem):
         return "put `with recording.batch(samples=names, epoch=epoch):` around each of them"
 
 
-def _remedy(unreached: Mapping[str, str]) -> str:
+def _remedy(unreached: Mapping[str, str], framework: str) -> str:
     """Return what to do where nothing was recorded."""
+    if framework.startswith("keras"):
+        return (
+            "run the model, and ask a tf.GradientTape for gradients, inside `with recording.batch(...)`; what was "
+            "compiled before, as fit is, runs past it: pass undertow.keras.GradientRecorder to fit, or compile with "
+            "run_eagerly=True"
+        )
     remedy = (
         "run the model, and call .backward() for gradients, inside `with recording.batch(...)`; of a network of JAX, "
         "hand what recording.value_and_grad saw to recording.add"

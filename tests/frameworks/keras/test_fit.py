@@ -1,5 +1,7 @@
 """Recording in `fit`: the training is the same, compiled or not, and the rows are those of a loop by hand."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -142,3 +144,25 @@ def test_what_cannot_be_told_apart_is_refused(tmp_path, data):
         fit(network(steps_per_execution=2), data, recorder(tmp_path / "run"))
     with pytest.raises(ut.InputError, match="first= is no option"):
         GradientRecorder(tmp_path, first=3)
+
+
+@pytest.mark.parametrize("compiled", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize("before", [False, True], ids=["first", "compiled before"])
+def test_a_recording_around_fit_itself(tmp_path, data, compiled, before):
+    """Right where it runs eagerly, else refused with the remedy."""
+    model = network(**compiled)
+    x, y = (array[:4] for array in data)
+    if before:
+        model.fit(x, y, batch_size=4, verbose=0)
+
+    def record():
+        with ut.record(tmp_path / "run", model, sites="conv", measures="norm") as recording, recording.batch():
+            model.fit(x, y, batch_size=4, verbose=0)
+
+    if compiled == {"run_eagerly": True}:
+        record()
+        assert len(ut.Run(tmp_path / "run").table("norm")) > 0
+        return
+    warned = pytest.warns(UserWarning, match="nothing was recorded of batch 0") if before else contextlib.nullcontext()
+    with warned, pytest.raises(ut.InputError, match=r"undertow\.keras\.GradientRecorder to fit"):
+        record()

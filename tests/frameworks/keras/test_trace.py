@@ -186,3 +186,30 @@ def test_what_cannot_be_redirected_is_said(net, x):
         ut.redirect(net, {"inner": lambda g: 1.0}),
     ):
         gradient_of(net, x)
+
+
+def test_mixed_precision_and_a_batch_norm_in_training(x):
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        stack = [layers.Conv2D(4, 3, activation="relu", name="c"), layers.GlobalAveragePooling2D(name="m")]
+        mixed = keras.Sequential([keras.Input((12, 16, 3)), *stack, layers.Dense(3, dtype="float32", name="h")])
+    finally:
+        keras.config.set_dtype_policy(policy)
+    traced = ut.trace(mixed, x)
+    assert [(call.name, call.verdict) for call in traced] == [("c", "equal"), ("m", "equal"), ("h", "equal")]
+    assert traced["c"].parameter_gradients["kernel"].dtype == "float32"
+
+    class Acting(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = layers.BatchNormalization(name="n"), layers.Dense(3, name="h")
+
+        def call(self, v):
+            return self.head(tf.reduce_mean(self.norm(v, training=True), (1, 2)))
+
+    acting = Acting()
+    acting(x)
+    norm = ut.trace(acting, x)["n"]
+    assert norm.verdict == "none"  # the closed formula is of one out of training
+    assert norm.input_gradients[0] is not None

@@ -61,6 +61,17 @@ class _LayerCall:
         return bool(self.outputs) and (not self.has_inner or bool(own_variables(self.layer)))
 
     @property
+    def again(self) -> Callable[..., Any]:
+        """What runs it once more; in mixed precision Keras casts its weights around the call alone."""
+        return self.layer if self.layer.compute_dtype != self.layer.variable_dtype else self.call
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether a closed formula of its layer can hold: that of a batch norm is of one out of training."""
+        is_norm = isinstance(self.layer, keras.layers.BatchNormalization)
+        return not self.has_inner and not (is_norm and self.kwargs.get("training"))
+
+    @property
     def variables(self) -> dict[str, Any]:
         """The weights that belong to it, by name: all below it, unless other layers were called inside."""
         below = [("", self.layer), *(() if self.has_inner else named_layers(self.layer))]
@@ -166,7 +177,7 @@ def _result(call: _LayerCall, at_outputs: Sequence[Any]) -> Call:
     variables = call.variables
     by_input, by_variable, note = _own_gradients(call, variables, at_outputs)
     formula = {}
-    if by_input and not call.has_inner and by_input[0] is not None and len(call.inputs) == len(call.outputs) == 1:
+    if by_input and call.has_formula and by_input[0] is not None and len(call.inputs) == len(call.outputs) == 1:
         x, y, g = (to_numpy(tensor) for tensor in (call.inputs[0], call.outputs[0], at_outputs[0]))
         gradients = {"input": to_numpy(by_input[0])}
         gradients |= {name: to_numpy(value) for name, value in by_variable.items() if value is not None}
@@ -200,7 +211,7 @@ def _own_gradients(
     floats = {i: leaves[id(t)] for i, t in enumerate(inputs) if t.dtype.is_floating}
     with tf.GradientTape() as tape:
         tape.watch(list(floats.values()))
-        outputs = [tensor for _, tensor in tensors_with_paths(call.call(*args, **kwargs)) if is_float(tensor)]
+        outputs = [tensor for _, tensor in tensors_with_paths(call.again(*args, **kwargs)) if is_float(tensor)]
     if len(outputs) != len(call.outputs) or not all(map(_nearly_equal, outputs, call.outputs)):
         return *without, "run again alone, it returned other values, so its own gradients are unknown"
     pairs = [(output, g) for output, g in zip(outputs, at_outputs, strict=True) if g is not None]

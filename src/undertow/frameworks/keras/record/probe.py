@@ -131,7 +131,8 @@ class LayerProbe:
         if self._traced_layer is not None and kind is None:
             raise InputError(
                 f"layer {self._traced_layer!r} ran in a traced graph (tf.function, fit, predict), where batches cannot "
-                "be told apart; run it eagerly: compile(run_eagerly=True), or tf.config.run_functions_eagerly(True)"
+                "be told apart; pass undertow.keras.GradientRecorder to fit, or run it eagerly: "
+                "compile(run_eagerly=True), or tf.config.run_functions_eagerly(True)"
             )
 
     def diagnosis_points(self, names: Sequence[str]) -> list[Any]:
