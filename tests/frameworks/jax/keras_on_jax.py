@@ -19,6 +19,7 @@ import twins
 
 import undertow as ut
 from undertow.frameworks.base import framework_of
+from undertow.frameworks.jax.record import objective
 
 X = np.random.default_rng(3).normal(size=(2, 12, 12, 3)).astype(np.float32)
 
@@ -162,6 +163,17 @@ def behind(h):
     kernel, bias = (variable.value for variable in model.get_layer("dense").weights)
     return -jnp.log(jax.nn.softmax(h @ kernel + bias)[:, 1]).sum()
 
+
+# the layer that ends in the softmax gives, as a site, what is explained
+with tempfile.TemporaryDirectory() as folder:
+    with (
+        objective(model, "predicted") as run,
+        ut.record(folder, model, sites="dense") as recording,
+        recording.batch(),
+    ):
+        ids, _ = run(X, None)
+    found = ut.Run(folder).table("channel_norm").to_pylist()
+    assert np.array_equal([row["values"] for row in found], np.eye(4)[ids])
 
 by = np.asarray(jax.grad(behind)(convolved(X, model.get_layer("conv"))))
 close(row["values"], np.linalg.norm(by[1].reshape(-1, 6), axis=0))

@@ -249,8 +249,6 @@ def test_grad_cam_of_a_linen_layer(linen_net):
     assert np.allclose(a.values, wanted, atol=1e-5 * float(wanted.max()))
 
 
-def test_recording_and_tracing_are_refused_in_one_line(nnx_net):
-    with pytest.raises(ut.ModelError, match="trace is not there for JAX yet"):
-        ut.trace(nnx_net, X)
-    with pytest.raises(ut.ModelError, match="record is not there for JAX yet"):
-        ut.select(nnx_net, "**")
+def test_a_graph_of_blocks_is_refused_in_one_line(nnx_net):
+    with pytest.raises(ut.ModelError, match=r"derive\.from_model is not there for JAX yet"):
+        ut.derive.from_model(nnx_net, X)

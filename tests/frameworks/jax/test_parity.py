@@ -1,14 +1,30 @@
 """The same weights in torch and in Flax give the same maps."""
 
+from collections import OrderedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import linen
+from flax import linen, nnx
+from jax.ad_checkpoint import checkpoint_name
 
 import undertow as ut
-from frameworks.keras.parity import NETWORKS, InTorch, _affine, _statistics, _weights, images, nearest
+from frameworks.keras.parity import (
+    CAM,
+    CLASSES,
+    NETWORKS,
+    RULES,
+    InTorch,
+    _affine,
+    _statistics,
+    _weights,
+    images,
+    nearest,
+    on_backend,
+    torch_maps,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +97,7 @@ class InFlax:
         return x.mean(1)
 
     def mark(self, x):
-        return x
+        return checkpoint_name(x, "mark")
 
 
 STATISTICS: list[tuple[np.ndarray, np.ndarray]] = []  # means and variances of the norms that ran last, in order
@@ -135,6 +151,77 @@ def test_maps_equal_torchs(name):
     with jax.enable_x64(True):
         for rule in ("gradient", "deconvnet", "guided"):
             assert difference(name, rule, "float64")[0] <= 1e-10, rule
+
+
+def apart(values, wanted):
+    return float(np.abs(values - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_grad_cam_equals_torchs(name):
+    for dtype, limit in (("float32", 1e-5), ("float64", 1e-10)):
+        with jax.enable_x64(dtype == "float64"):
+            x = jnp.asarray(np.ascontiguousarray(images(dtype).transpose(0, 2, 3, 1)))
+            options = {"rule": "gradient", "estimator": CAM, "target": [list(range(CLASSES))] * 2}
+            cam = ut.explain(in_flax(name, dtype, x), x, **options)
+            assert apart(cam.numpy()[..., 0], torch_maps(name, dtype)[CAM]) <= limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_maps_by_keras_on_jax(tmp_path, dtype, limit):
+    found = on_backend(tmp_path, "jax", dtype)
+    for name in NETWORKS:
+        for key in (*RULES, CAM):
+            assert apart(found[f"{name} {key}"], torch_maps(name, dtype)[key]) <= limit, (name, key)
+        assert found[f"{name} rewired"].tolist() == [0, NETWORKS[name][1], NETWORKS[name][1]]
+
+
+class Vgg(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.Conv(4, 5, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.max_pool(jax.nn.relu(self.first(x)), (2, 2), (2, 2))
+        return self.head(jax.nn.relu(self.second(x)).mean((1, 2)))
+
+
+def torchs(net):
+    """Return the network in torch, with the same weights and names."""
+    convs = [torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Conv2d(4, 5, 3, padding=1)]
+    head = torch.nn.Linear(5, 3)
+    for ours, theirs in zip((net.first, net.second, net.head), (*convs, head), strict=True):
+        kernel = np.array(ours.kernel[...])
+        theirs.weight.data = torch.from_numpy(kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T.copy())
+        theirs.bias.data = torch.from_numpy(np.array(ours.bias[...]))
+    layers = {"first": convs[0], "a": torch.nn.ReLU(), "b": torch.nn.MaxPool2d(2), "second": convs[1]}
+    layers |= {"c": torch.nn.ReLU(), "d": torch.nn.AdaptiveAvgPool2d(1), "e": torch.nn.Flatten(), "head": head}
+    return torch.nn.Sequential(OrderedDict(layers))
+
+
+def test_rows_of_a_record_equal_torchs(tmp_path):
+    net = Vgg(nnx.Rngs(0))
+    twin, x = torchs(net), np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    measures = ["channel-norm", "zero-fraction", "moments", "channel-sums", "histogram", "keep"]
+    options = {"sites": "conv, linear", "measures": measures, "phase": "both", "loss_reduction": "sum"}
+    with ut.record(tmp_path / "jax", net, **options) as recording, recording.batch(samples=["a", "b"]):
+        step = nnx.jit(recording.value_and_grad(lambda net, x: net(x)[:, 1].sum()))
+        recording.add(step(net, jnp.asarray(x))[2])
+    with ut.record(tmp_path / "torch", twin, **options) as recording, recording.batch(samples=["a", "b"]):
+        twin(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))[:, 1].sum().backward()
+    ours, theirs = ut.Run(tmp_path / "jax"), ut.Run(tmp_path / "torch")
+    assert ours.sites == theirs.sites == ["first", "second", "head"]
+    for table in ("channel_norm", "zero_fraction", "moments", "channel_sums"):
+        for a, b in zip(*(run.table(table).to_pylist() for run in (ours, theirs)), strict=True):
+            assert a.keys() == b.keys()
+            for key, value in b.items():
+                if isinstance(value, float | list):
+                    assert np.allclose(a[key], value, rtol=1e-4, atol=1e-6), (table, b["site"], b["phase"], key)
+                else:
+                    assert a[key] == value, (table, key)
+    for a, b in zip(*(run.quantiles([0.5, 0.9]) for run in (ours, theirs)), strict=True):
+        assert (a.site, a.phase, a.count, a.zeros) == (b.site, b.phase, b.count, b.zeros)
+        assert np.allclose(a.values, b.values, rtol=2**-6)
 
 
 TABLES = ("attnlrp", "cp-lrp")

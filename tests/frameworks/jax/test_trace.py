@@ -228,3 +228,17 @@ def test_what_redirect_refuses():
         jax.grad(lambda x: jax.vmap(net)(x).sum())(X)
     with pytest.raises(ut.RuleError, match="no gradient came back"), ut.redirect(net, {"first": abs}):
         jax.vmap(net)(X)
+
+
+def test_a_module_is_a_place_by_its_path():
+    net = mlp()
+    for at, wanted in [("norm", net.norm(net.first(X))), ("first@1", None)]:
+        a = ut.explain(net, X, at=at, rule="gradient", target=1)
+        assert a.values.shape == (3, 4)
+        if wanted is not None:
+            by = jax.grad(lambda h: second(net, jax.nn.relu(h)))(wanted)
+            close(a.values, by)
+
+
+def second(net, h):
+    return (net.last(h + jnp.tanh(net.first(h))) * net.gain)[:, 1].sum()

@@ -334,15 +334,15 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def on_torch(folder: Path) -> dict[str, np.ndarray]:
-    """Return the maps of all networks by Keras on torch, from a process of its own, by name and rule, in float32."""
-    file = folder / "maps.npz"
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
-    subprocess.run([sys.executable, __file__, str(file)], env=environment, check=True, capture_output=True)
+def on_backend(folder: Path, backend: str, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Return the maps of all networks by Keras on torch or JAX, from a process of its own, by name and rule."""
+    file = folder / f"maps-{dtype}.npz"
+    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_ENABLE_X64": str(int(dtype == "float64"))}
+    subprocess.run([sys.executable, __file__, str(file), dtype], env=environment, check=True, capture_output=True)
     with np.load(file) as arrays:
         return dict(arrays)
 
 
 if __name__ == "__main__":
-    maps = {f"{name} {key}": values for name in NETWORKS for key, values in keras_maps(name, "float32").items()}
+    maps = {f"{name} {key}": values for name in NETWORKS for key, values in keras_maps(name, sys.argv[2]).items()}
     np.savez(sys.argv[1], **maps)

@@ -2,14 +2,14 @@
 
 import pytest
 
-from frameworks.keras.parity import CAM, NETWORKS, RULES, difference, keras_maps, nearest, on_torch, torch_maps
+from frameworks.keras.parity import CAM, NETWORKS, RULES, difference, keras_maps, nearest, on_backend, torch_maps
 
 LIMITS = {"float32": 1e-5, "float64": 1e-10}
 
 
 @pytest.fixture(scope="module")
 def maps_on_torch(tmp_path_factory):
-    return on_torch(tmp_path_factory.mktemp("maps"))
+    return on_backend(tmp_path_factory.mktemp("maps"), "torch")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -55,6 +55,13 @@ def marked(tree: Any, site: str, role: str, taken: Callable[[Any], bool] = is_fl
     return jax.tree.unflatten(structure, leaves)
 
 
+def outputs_marked(
+    name: str, module: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Mark what a module returns, as `calls.watched` takes it."""
+    return marked(call(*args, **kwargs), name, OUTPUT)
+
+
 def _is_module(value: Any) -> bool:
     """Whether a value is an object of nnx, such as random numbers, which is not to be taken apart."""
     nnx = sys.modules.get("flax.nnx")

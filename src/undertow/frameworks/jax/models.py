@@ -59,8 +59,8 @@ class JaxNetwork:
         return self.function(self.weights, args, kwargs, False)
 
     def anew(self) -> "JaxNetwork":
-        """Return the same made again of the user's own model, whose calls may be watched now."""
-        return self if self.model is None else self.wrap(network_of(self.model))
+        """Return the same, weights too, made again of the user's own model, whose calls may be watched now."""
+        return self if self.model is None else self.wrap(network_of(self.model)).with_weights(self.weights)
 
     def with_weights(self, weights: Sequence[Any]) -> "JaxNetwork":
         """Return the same with other weights, of the same shapes and dtypes."""
@@ -82,8 +82,10 @@ def network_of(model: Any) -> JaxNetwork:
     Raises:
         ModelError: a linen module without weights, a Keras model that is not built, or a module that cannot be split.
     """
-    if isinstance(model, JaxNetwork):
-        return model
+    return model if isinstance(model, JaxNetwork) else replace(_network_of(model), model=model)
+
+
+def _network_of(model: Any) -> JaxNetwork:
     owner = model.__self__ if inspect.ismethod(model) else model
     method = model.__name__ if inspect.ismethod(model) else "__call__"
     roots = roots_of(owner)
@@ -110,12 +112,22 @@ def own_model(model: Any) -> Any:
 
 
 def _hashable(network: JaxNetwork) -> JaxNetwork:
-    """Return a network without its key where that cannot be one."""
+    """Return a network whose key is hashed once, or without it where that cannot be one."""
     try:
-        hash(network.key)
+        return replace(network, key=None if network.key is None else _HashedOnce(network.key, hash(network.key)))
     except TypeError:
         return replace(network, key=None)
-    return network
+
+
+@dataclass(frozen=True)
+class _HashedOnce:
+    """A key and its hash: that of a large module's definition takes milliseconds."""
+
+    value: Hashable
+    number: int
+
+    def __hash__(self) -> int:
+        return self.number
 
 
 def _calling(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +206,7 @@ def _mapped(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def _of_partial(model: Any) -> JaxNetwork:
-    inner = network_of(model.func) if "jaxlib" in roots_of(model.func) else None
+    inner = _network_of(model.func) if "jaxlib" in roots_of(model.func) else None
     owner = getattr(model.func, "__self__", None)
     key: Hashable | None = None
     dies_with: tuple[Any, ...] = ()

@@ -93,6 +93,14 @@ def canonical_names(model: Any) -> dict[str, str]:
     return {"": ""} | {name: named.name for named in named_modules(model) for name in named.names}
 
 
+def paths_of(model: Any, name: str) -> dict[str, str]:
+    """Return the paths of the module of a name, each with that name; none where there is no such module."""
+    if library_of(model) in ("", TRACE):
+        return {}
+    names = canonical_names(model)
+    return {path: name for path, first in names.items() if first == names.get(name)}
+
+
 def _grouped(model: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
     by_id: dict[int, tuple[Any, list[str]]] = {}
     for name, module in instances(model):

@@ -1,4 +1,5 @@
-"""Named places in one call: what `jax.ad_checkpoint.checkpoint_name` marks, and what leaves a named scope.
+"""Named places in one call: what a watched module gave, what `jax.ad_checkpoint.checkpoint_name` marks, and what leaves
+a named scope.
 
 Flax linen and Keras put a scope around each layer; nnx has none, Equinox its classes' names. `jax.named_scope("block")`
 makes one in any function. `block.Dense_0` is the layer `Dense_0` in `block`.
@@ -37,7 +38,9 @@ def values_at(graph: JaxprGraph, way: Route, layer: str) -> list[JaxprValue]:
         InputError: there is no such place, it is inside a loop, or several values leave it.
     """
     name, _, number = layer.partition("@")
-    found = [v for n in graph.nodes if n.name == "name" and n.eqn.params["name"] == name for v in n.outputs]
+    found = _returned(graph, name)
+    if not found:
+        found = [v for n in graph.nodes if n.name == "name" and n.eqn.params["name"] == name for v in n.outputs]
     if not found:
         found = [v for run in _runs(graph.nodes, _words(name)) for v in _leaving(graph, way, run, name)]
     values = [value for value in found if value in way.wanted]
@@ -46,6 +49,28 @@ def values_at(graph: JaxprGraph, way: Route, layer: str) -> list[JaxprValue]:
     if not values:
         raise InputError(_missing(graph, way, layer))
     return values
+
+
+def _returned(graph: JaxprGraph, name: str) -> list[JaxprValue]:
+    """Return what the calls of a module gave, where they are marked, see `marks.py`.
+
+    Raises:
+        InputError: they gave several values each.
+    """
+    marks = [n for n in graph.nodes if n.name == "undertow_mark" and n.eqn.params["site"] == name]
+    positions = {node.eqn.params["position"] for node in marks}
+    if len(positions) > 1:
+        raise InputError(
+            f"{name!r} returns {len(positions)} values; take the part of it that gives the one that is meant"
+        )
+    return [node.outputs[0] for node in marks]
+
+
+def unmarked(value: JaxprValue) -> JaxprValue:
+    """Return what marks were put on."""
+    while value.node is not None and value.node.name == "undertow_mark":
+        value = value.node.inputs[0]
+    return value
 
 
 def _words(name: str) -> tuple[str, ...]:

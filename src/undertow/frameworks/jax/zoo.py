@@ -85,7 +85,7 @@ def from_object(
     told_by = "by default, as most ImageNet networks" if given is None else "returned with the network"
     preprocessing = given if isinstance(given, Preprocessing) else Preprocessing(**dict(given or {}))
     preprocessing = preprocessing if scaling is None else scaling.applied(preprocessing)
-    wrapped = replace(of_photographs(network_of(module)), model=module, wrap=of_photographs)
+    wrapped = replace(of_photographs(network_of(module)), wrap=of_photographs)
     count = _count_classes(reference, wrapped, preprocessing, path)
     if classes is not None and len(classes) != count:
         raise ModelError(f"{reference} names {len(classes)} classes but scores {count}; give one name for each score")

@@ -26,6 +26,7 @@ from ..graph import CALLS, JaxprGraph, JaxprValue, Route, graph_of, route
 from ..internals import trace_context
 from ..models import JaxNetwork
 from ..patterns import head_of_scores
+from ..places import unmarked
 from ..targets import chosen_scores, is_function, scores_of
 from .acting import what_acts
 from .bodies import Runner
@@ -47,6 +48,7 @@ class TracedCall:
         head: the softmax or sigmoid that the model ends in; "" where it does not, or the target is a function.
         programs: compiled, by what they depend on beside this.
         forward: what gives the scores alone, compiled, by the head.
+        ways: of gradients, by the head: to find one takes as long as some networks run.
     """
 
     graph: JaxprGraph
@@ -57,6 +59,7 @@ class TracedCall:
     head: str
     programs: dict[Hashable, "CompiledProgram"] = field(default_factory=dict)
     forward: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    ways: dict[str, Route] = field(default_factory=dict)
 
     def scores(self, head: str) -> JaxprValue:
         """Return the value that is explained."""
@@ -64,7 +67,9 @@ class TracedCall:
 
     def way(self, head: str) -> Route:
         """Return the way of a gradient from the scores to the inputs."""
-        return route(self.graph.nodes, self.inputs, [self.scores(head)])
+        if head not in self.ways:
+            self.ways[head] = route(self.graph.nodes, self.inputs, [self.scores(head)])
+        return self.ways[head]
 
     def reached(self, head: str) -> tuple[int, ...]:
         """Return which inputs the scores depend on by a derivative."""
@@ -78,7 +83,7 @@ class CompiledProgram:
 
     Attributes:
         run: takes constants, weights, inputs, and class ids `(B, K)` or None; returns scores and ids `(B, K)`, and for
-            each input of floating point that the scores depend on a map `(B, K, ...)`.
+            each input of floating point that the scores depend on a map `(B, K, ...)`, and whether NaN is in it.
         reached: which inputs have such a map.
         single: each sample has one target.
         classes: how many there are; None where the target is none of classes.
@@ -152,7 +157,7 @@ def trace(request: Request, network: JaxNetwork, inputs: Sequence[Any], calls: f
     closed = jax.make_jaxpr(lambda *values: forward(*values))(*network.weights, *inputs)
     graph = graph_of(closed, calls=calls)
     output = graph.outputs[0]
-    head, before = ("", output) if is_function(request.target) else head_of_scores(output)
+    head, before = ("", output) if is_function(request.target) else head_of_scores(unmarked(output))
     own = tuple(graph.arguments[len(graph.arguments) - len(inputs) :])
     return TracedCall(graph, tuple(closed.consts), own, output, before, head)
 
@@ -205,7 +210,8 @@ def _program(request: Request, call: TracedCall, arguments: tuple[Any, ...]) -> 
             return picked.scores, picked.ids
 
         values, pull, chosen_ids = jax.vjp(chosen, *(inputs[i] for i in reached), has_aux=True)
-        return values, chosen_ids, _maps(pull, values)
+        maps = _maps(pull, values)
+        return values, chosen_ids, maps, [jnp.isnan(m).any() for m in maps]
 
     run = jax.jit(explain)
     run.trace(*arguments)  # for the facts, and for errors before anything is compiled; `run` has it in its cache

@@ -1,7 +1,7 @@
 """A network's layers: which hold weights, a copy with some of them shuffled, their values and gradients.
 
 A layer's name is the path of its weights: an attribute's in nnx and Equinox, a module's in linen, a key's in a
-dictionary of parameters. Its output is found where a scope of that name ends, see `places.py`.
+dictionary of parameters. Its output is what its call gives, see `places.py`.
 """
 
 import zlib

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ....errors import InputError, ModelError, TargetError
 from ..calls import watched
 from ..graph import JaxprGraph, JaxprValue, graph_of, route
-from ..marks import OUTPUT
+from ..marks import OUTPUT, outputs_marked
 from ..models import own_model
 from ..modules import EQUINOX, KERAS, NNX, TRACE, instances, library_of
 from ..perturbing import PerturbedGraph, Place, named_place
@@ -22,7 +22,7 @@ from ..places import values_at
 from .arguments import Argument, taken_apart
 from .parameters import named_parameters
 from .seen import Seen
-from .sites import names_of, outputs_marked, placed
+from .sites import names_of, placed
 
 
 @dataclass(frozen=True, eq=False)

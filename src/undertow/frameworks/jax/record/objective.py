@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from ....errors import InputError
 from ...base import Objective
 from ..calls import watched
-from ..graph import graph_of, route
+from ..graph import JaxprValue, graph_of, route
+from ..marks import outputs_marked
 from ..models import network_of
 from ..modules import TRACE, library_of
 from ..patterns import head_of_scores
+from ..perturbing import PerturbedGraph
+from ..places import unmarked
 from ..targets import refuse_non_class_scores, scores_of
 from .gradients import Watching, watching
 from .probe import current
-from .sites import frozen, outputs_marked
+from .sites import frozen, placed
 
 
 @contextmanager
@@ -59,9 +62,14 @@ def _program(what: Watching, name: str, x: Any, predicted: bool) -> Any:
         network = network_of(what.model).anew()
         closed = jax.make_jaxpr(lambda weights, x: scores_of(network.with_weights(weights)(x)))(network.weights, x)
     graph = graph_of(closed)
-    _, before = head_of_scores(graph.outputs[0])
+    head, before = head_of_scores(unmarked(graph.outputs[0]))
     refuse_non_class_scores(before.aval, len(x))
-    whole = what.graph(graph, graph.arguments[-1:])
+    # the layer that gives the head gives, as a site, what is explained
+    last = [value.node for value in _marks(graph.outputs[0])] if head else []
+    find = placed(what.names)
+    places = [place for node in last if (place := find(node)) is not None]
+    at = {before: places[-1]} if places else {}
+    whole = PerturbedGraph(graph, lambda node: None if node in last else find(node), at)
     way = route(graph.nodes, [*graph.arguments[-1:], *itertools.chain(*whole.sources)], [before])
     reached = [not way.wanted.isdisjoint(values) and "backward" in what.phases for values in whole.sources]
 
@@ -81,3 +89,10 @@ def _program(what: Watching, name: str, x: Any, predicted: bool) -> Any:
         return ids, of_class, what.seen(whole, taken, reached, at_places)
 
     return lambda x, labels: program(network.weights, x, labels)
+
+
+def _marks(value: JaxprValue) -> Iterator[JaxprValue]:
+    """Yield the marks on a value, the outermost first."""
+    while value.node is not None and value.node.name == "undertow_mark":
+        yield value
+        value = value.node.inputs[0]

@@ -14,7 +14,7 @@ import numpy as np
 from ..arrays import to_numpy
 from ..calls import watched
 from ..graph import graph_of
-from ..marks import OUTPUT, marked
+from ..marks import outputs_marked
 from ..models import JaxNetwork, network_of, own_model
 from ..modules import TRACE, library_of
 from ..modules import named_modules as named_modules
@@ -36,13 +36,6 @@ def frozen() -> Any:
 def names_of(model: Any) -> dict[str, str]:
     """Return for each name of a module that can be a site its first one."""
     return {name: named.name for named in named_modules(model) for name in named.names}
-
-
-def outputs_marked(
-    name: str, module: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Mark what a module returns, as `calls.watched` takes it."""
-    return marked(call(*args, **kwargs), name, OUTPUT)
 
 
 def visits(model: Any, example: Any) -> dict[str, list[Any]]:
