@@ -3,9 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export PYTHONDONTWRITEBYTECODE :=  # tests start many processes, and each would compile our sources anew
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-# Without compiling: pip would compile every file of every package, of which most are never imported.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
 .PHONY: demo test check lint test-rest test-jax ruff types site course floors newest release-check soak fashion-mnist chromium clean

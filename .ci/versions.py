@@ -65,7 +65,7 @@ def main(which: str, *arguments: str) -> int:
         python = Path(folder) / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "--quiet", "--no-compile", *wanted, *TOOLS, "--editable", ROOT], check=True)
+        subprocess.run([*pip, "install", "--quiet", *wanted, *TOOLS, "--editable", ROOT], check=True)
         subprocess.run([*pip, "list"], check=True)
         quiet = [f"-Wignore::{kind}" for kind in ("DeprecationWarning", "ImportWarning")]
         run = [python, "-m", "pytest", *quiet, *(arguments or TESTS)]
