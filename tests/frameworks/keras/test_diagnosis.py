@@ -309,6 +309,14 @@ def test_what_is_not_finite_is_told_where_it_began(tmp_path):
     net.b.kernel.assign(np.full((12, 12), np.nan))
     causes = {f.cause: f for f in findings_in_keras(net, rows(), tmp_path / "b", "linear")}
     assert "weights" in causes["non-finite"].sentence
+    net, x = functional(), rows()
+    x[3, 2] = np.nan
+    with ut.record(tmp_path / "c", net, sites="linear", diagnose=1) as recording, recording.batch():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(net(x))
+        tape.gradient(loss, net.trainable_variables)
+    row = ut.Run(tmp_path / "c").table("diagnosis").to_pylist()[0]
+    assert row["broken_data"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:1 of 2 sites were not recorded")

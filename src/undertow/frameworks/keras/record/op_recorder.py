@@ -153,10 +153,11 @@ class EagerRecorder:
     def _around(self, name: str, layer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._ignores() or not tf.executing_eagerly():
             return call(*args, **kwargs)
-        given = [t for _, t in tensors_with_paths((args, kwargs)) if tf.is_tensor(t) and hasattr(t, "numpy")]
-        inputs = [self.graph.tensor(t, depends=not self._running) for t in given]
+        leaves = [leaf for _, leaf in tensors_with_paths((args, kwargs))]
+        given = [t for t in leaves if tf.is_tensor(t) and hasattr(t, "numpy")]
+        inputs = [self.graph.tensor(t, depends=True) for t in given]  # a model makes tensors of arrays for its layers
         if layer is self._network and self._broken_data < 0:
-            self._broken_data = _broken([t for t in given if t.dtype.is_floating])
+            self._broken_data = _broken(leaves)
         this = LayerCall(name, layer, [x for x in inputs if x.is_float])
         self._running.append(this)
         try:
@@ -359,7 +360,8 @@ def trainable(layer: Any) -> int:
 
 def _broken(tensors: Sequence[Any]) -> int:
     """Count the infinite elements and those that are not a number; -1 without floating-point tensors."""
-    counts = [int(np.count_nonzero(~np.isfinite(to_numpy(t)))) for t in tensors if t.dtype.is_floating]
+    arrays = [to_numpy(t) if is_float(t) else t for t in tensors]
+    counts = [int((~np.isfinite(a)).sum()) for a in arrays if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
     return sum(counts) if counts else -1
 
 
