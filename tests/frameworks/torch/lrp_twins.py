@@ -105,26 +105,44 @@ class _InProportion(torch.autograd.Function):
         return torch.where(x == 0, 0, g * y / x), None
 
 
+ACTIVATIONS = ("relu6", "hardtanh", "silu", "silu_", "hardswish", "hardswish_", "mish")
+GATES = ("sigmoid", "sigmoid_", "hardsigmoid", "softmax")  # weights that products of two variables hold constant
+
+
 class LrpTwin(TorchFunctionMode):
-    """Answers the calls of layers.
+    """Answers the calls of layers and activations.
 
     Args:
-        first, conv, dense: the rules of the first convolution, of all others, and of linear layers.
+        first, conv, dense: the rules of convolutions of the image, of all others, and of linear layers.
     """
 
     def __init__(self, first: Any, conv: Any, dense: Any) -> None:
         super().__init__()
         self.first, self.conv, self.dense = first, conv, dense
+        self.image: Tensor | None = None  # what the first convolution reads
         self.before: tuple[Tensor, tuple[Any, ...]] | None = None  # the last convolution's output, and how it was made
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if not torch.is_grad_enabled() or name not in ("conv2d", "linear", "batch_norm", "relu6", "hardtanh"):
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if name in GATES:
+            return func(*args, **kwargs).detach()
+        if name in ACTIVATIONS:
+            y = func(args[0].detach().clone(), *args[1:], **kwargs)
+            return _InProportion.apply(args[0].clone(), y)
         if name == "conv2d":
             x, w, b, *how = args
-            is_first, self.first = self.first, None
-            made = (x, w, zero_of(b, w), lambda a, v: F.conv2d(a, v, None, *how), is_first or self.conv, bool(is_first))
+            self.image = x if self.image is None else self.image
+            is_first = x is self.image
+            made = (
+                x,
+                w,
+                zero_of(b, w),
+                lambda a, v: F.conv2d(a, v, None, *how),
+                self.first if is_first else self.conv,
+                is_first,
+            )
             output = _Shared.apply(*made[:2], made[2][:, None, None], *made[3:])
             self.before = output, made
             return output
@@ -133,7 +151,7 @@ class LrpTwin(TorchFunctionMode):
             return _Shared.apply(x, w, zero_of(b, w), F.linear, self.dense, False)
         if name == "batch_norm":
             return self.batch_norm(*args, **kwargs)
-        return _InProportion.apply(args[0], func(args[0].detach().clone(), *args[1:], **kwargs))
+        return func(*args, **kwargs)
 
     def batch_norm(
         self, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, **_: Any

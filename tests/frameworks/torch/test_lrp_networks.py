@@ -1,4 +1,4 @@
-"""LRP on torchvision's own classes as they are, against a twin that replaces layers and walks no graph."""
+"""LRP on torchvision's and timm's own classes as they are, against a twin that replaces layers and walks no graph."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 import undertow as ut
 from frameworks.torch import lrp_twins as twins
-from frameworks.torch.real_models import drawn, torchvision
+from frameworks.torch.real_models import drawn, timm, torchvision
 from frameworks.torch.test_lrp import BOX, distance, ready, rule_of
 
 
@@ -32,6 +32,7 @@ NETWORKS = {
     "ResNet of bottlenecks": resnet,
     "DenseNet": lambda: torchvision.models.DenseNet(4, (2, 2, 1), 8, bn_size=2, num_classes=5),
     "MobileNet V2": lambda: torchvision.models.MobileNetV2(5, 0.1),
+    "timm MobileNet V3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
     "SqueezeNet": lambda: torchvision.models.SqueezeNet("1_1", num_classes=5),
 }
 RULES = {
@@ -54,3 +55,18 @@ def test_an_unmodified_network_equals_the_twin(network, rule):
     a = ut.explain(network, x, rule=rule_of(rule), target=1)
     assert distance(a.values, twins.relevance(network, x, RULES[rule], 1)) < 1e-9  # of outputs next to 0
     assert a.skipped == a.opaque == {}
+
+
+TIMM = (
+    *("repvgg_a0", "seresnet18", "skresnet18", "resnext26ts", "efficientnet_b0", "regnety_002", "ghostnet_050"),
+    *("mixnet_s", "hrnet_w18_small"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_networks_of_timm_equal_the_twin(name):
+    net, x = ready(lambda: timm.create_model(name)).requires_grad_(False), drawn(1, 3, 96, 96)
+    for rule in ("lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box"):
+        a = ut.explain(net, x, rule=rule_of(rule), target=1)
+        assert distance(a.values, twins.relevance(net, x, RULES[rule], 1)) < 1e-8
