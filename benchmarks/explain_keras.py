@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from frameworks.keras.references import reference
 
 TARGET = 3
+SMOOTH = ("EfficientNetB0 b4",)  # whose activations are not ReLUs: undertow is told activations="all"
 Method = Callable[[Any, Any], Callable[[], Any]]
 
 
@@ -48,6 +49,7 @@ NETWORKS = {
     "VGG16 b1": ("VGG16", (1, 224, 224, 3)),
     "DenseNet201 b2": ("DenseNet201", (2, 224, 224, 3)),
     "MobileNetV2 b8": ("MobileNetV2", (8, 224, 224, 3)),
+    "EfficientNetB0 b4": ("EfficientNetB0", (4, 224, 224, 3)),
     "100-ReLU MLP": ("mlp", (1, 64)),
 }
 
@@ -76,8 +78,9 @@ def eager(model: keras.Model, x: Any) -> Callable[[], Any]:
     return lambda: _gradient(model, x).numpy()
 
 
-def undertow(model: keras.Model, x: Any) -> Callable[[], Any]:
-    return lambda: ut.explain(model, x, rule="guided", target=TARGET).values.numpy()
+def undertow(model: keras.Model, x: Any, activations: str = "relu-like") -> Callable[[], Any]:
+    options = {"rule": "guided", "target": TARGET, "activations": activations}
+    return lambda: ut.explain(model, x, **options).values.numpy()
 
 
 def tf_keras_vis(model: keras.Model, x: Any) -> Callable[[], Any]:
@@ -111,12 +114,13 @@ def agreement(method: str, values: np.ndarray, guided: np.ndarray, gradient: np.
 def times(name: str, rounds: int) -> dict[str, tuple[float, float, float, str]]:
     """Return, for each method, the first call's seconds, median milliseconds and ratio, and whether it was right."""
     model, x = load(name)
-    guided, _ = reference(model, x, TARGET, "guided")
+    activations = "all" if name in SMOOTH else "relu-like"
+    guided, _ = reference(model, x, TARGET, "guided", activations)
     gradient = _gradient(model, x).numpy()
     calls, verdicts, first = {}, {}, {}
     for method, make in METHODS.items():
         started = time.perf_counter()
-        calls[method] = make(model, x)
+        calls[method] = make(model, x) if method != "undertow" else undertow(model, x, activations)
         values = np.asarray(calls[method]())
         first[method] = time.perf_counter() - started
         verdicts[method] = agreement(method, values, guided, gradient)
