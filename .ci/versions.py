@@ -67,7 +67,7 @@ def main(which: str, *arguments: str) -> int:
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "--quiet", *wanted, *TOOLS, "--editable", ROOT], check=True)
         subprocess.run([*pip, "list"], check=True)
-        quiet = [f"-Wignore::{kind}" for kind in ("DeprecationWarning", "ImportWarning")]
+        quiet = [f"-Wignore::{kind}" for kind in ("DeprecationWarning", "FutureWarning", "ImportWarning")]
         run = [python, "-m", "pytest", *quiet, *(arguments or TESTS)]
         return subprocess.run(run, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
