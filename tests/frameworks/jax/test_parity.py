@@ -167,11 +167,16 @@ def test_grad_cam_equals_torchs(name):
             assert apart(cam.numpy()[..., 0], torch_maps(name, dtype)[CAM]) <= limit
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float64", 1e-10)])
-def test_maps_by_keras_on_jax(tmp_path, dtype, limit):
+WITHOUT_NORMS = ("VGG-style",)
+
+
+@pytest.mark.parametrize(("dtype", "names"), [("float32", NETWORKS), ("float64", WITHOUT_NORMS)])
+def test_maps_by_keras_on_jax(tmp_path, dtype, names):
+    """In float64 without norms alone: Keras 3.15 on JAX computes those of a float64 network in float32."""
     found = on_backend(tmp_path, "jax", dtype)
-    for name in NETWORKS:
+    for name in names:
         for key in (*RULES, CAM):
+            limit = 1e-5 if dtype == "float32" else 1e-10
             assert apart(found[f"{name} {key}"], torch_maps(name, dtype)[key]) <= limit, (name, key)
         assert found[f"{name} rewired"].tolist() == [0, NETWORKS[name][1], NETWORKS[name][1]]
 
