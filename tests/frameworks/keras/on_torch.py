@@ -83,6 +83,35 @@ def test_grad_cam_of_any_layer(net, x, layer, depth):
     assert np.abs(a.numpy() - expected).max() <= 1e-5 * expected.max()
 
 
+@pytest.mark.parametrize("rule", ["attnlrp", "cp-lrp", "lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box", "deeplift"])
+def test_tables_of_rules_see_what_they_see_in_a_torch_module(rule, x):
+    keras.utils.set_random_seed(3)
+    outer, normed = layers.Conv2D(4, 3, padding="same"), layers.BatchNormalization(epsilon=1e-5)
+    source = keras.Input((12, 16, 3))
+    h = layers.ReLU()(normed(outer(source)))
+    second, head = layers.Conv2D(6, 3), layers.Dense(5, activation="softmax")
+    h = layers.MaxPooling2D()(layers.Activation("relu")(second(h)))
+    net = keras.Model(source, head(layers.GlobalAveragePooling2D()(h)))
+    normed.set_weights(
+        [np.array(values, np.float32) for values in ([1, 2, -1, 0.5], [0.1, 0, 0.2, 0], [0.3, 0, 0, 1], [1, 2, 3, 4])]
+    )
+    norm = torch.nn.BatchNorm2d(4)
+    twin = [torch.nn.Conv2d(3, 4, 3, padding="same"), norm, torch.nn.ReLU(), torch.nn.Conv2d(4, 6, 3), torch.nn.ReLU()]
+    twin += [torch.nn.MaxPool2d(2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 5)]
+    with torch.no_grad():
+        for ours, theirs in ((twin[0], outer), (twin[3], second), (twin[-1], head)):
+            kernel = theirs.kernel.value
+            ours.weight.copy_(kernel.permute(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T)
+            ours.bias.copy_(theirs.bias.value)
+        for ours, theirs in ((norm.weight, normed.gamma), (norm.bias, normed.beta)):
+            ours.copy_(theirs.value)
+        norm.running_mean.copy_(normed.moving_mean.value)
+        norm.running_var.copy_(normed.moving_variance.value)
+    expected = ut.explain(torch.nn.Sequential(*twin).eval(), x.permute(0, 3, 1, 2).contiguous(), rule=rule, target=2)
+    a = ut.explain(net.eval(), x, rule=rule, target=2)
+    assert np.abs(a.numpy().transpose(0, 3, 1, 2) - expected.numpy()).max() <= 1e-4 * np.abs(expected.numpy()).max()
+
+
 def test_maps_at_a_layer_and_of_a_unit(net, x):
     _, gradient = at(net, x, 3)
     assert np.allclose(ut.explain(net, x, rule="gradient", at="inner", target=2).numpy(), gradient, atol=1e-6)

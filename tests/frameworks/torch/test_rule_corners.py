@@ -254,6 +254,79 @@ def test_a_batch_norm_is_one_with_a_convolution_of_any_kind(name, rule):
     assert distance(maps[0], maps[1]) < 1e-12
 
 
+def last(f):
+    """A function of tensors whose channels are first, applied to such whose channels are last."""
+    return lambda y, *constants: f(y.permute(0, 2, 3, 1), *(c[:, 0, 0] for c in constants)).permute(0, 3, 1, 2)
+
+
+def in_place(y, mean, spread, weight, bias):
+    y -= mean
+    y /= spread
+    y *= weight
+    y += bias
+    return y
+
+
+NORMS = {
+    "a scale and a shift": lambda y, mean, spread, weight, bias: (
+        y * (weight / spread) + (bias - mean * weight / spread)
+    ),
+    "as its formula": lambda y, mean, spread, weight, bias: weight * ((y - mean) / spread) + bias,
+    "turned twice": lambda y, mean, spread, weight, bias: bias - (mean - y) * (weight / spread),
+    "in place": in_place,
+    "channels last": last(lambda y, mean, spread, weight, bias: (y - mean) / spread * weight + bias),
+    "transposed": lambda y, *of: last(lambda y, m, s, w, b: (y - m) / s * w + b)(y.transpose(2, 3), *of).transpose(
+        2, 3
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", ["lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box", "lrp:epsilon-alpha2-beta1"])
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("size", [(2, 7), (1, 3)])
+def test_a_batch_norm_is_one_with_its_convolution_in_any_spelling(name, rule, size):
+    a, b = built(lambda: nn.Conv2d(3, 4, 2, bias=False)), built(lambda: nn.Conv2d(4, 5, 2))
+    norms = [built(lambda n=n: nn.BatchNorm2d(n)) for n in (4, 5)]
+    with torch.no_grad():
+        for k, norm in enumerate(norms):
+            for i, t in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
+                t.copy_(drawn(*t.shape, seed=k + i) if i != 3 else 0.5 + drawn(*t.shape, seed=i).abs())
+
+    def written(y, norm):
+        spread = (norm.running_var + norm.eps).sqrt()
+        return NORMS[name](y, *(t[:, None, None] for t in (norm.running_mean, spread, norm.weight, norm.bias)))
+
+    def network(norms):
+        return lambda x: norms[1](b(norms[0](a(x)).relu())).relu().mean((2, 3))
+
+    x = drawn(size[0], 3, size[1], size[1], seed=3)
+    maps = [
+        ut.explain(f, x, rule=rule, target=lambda y: y @ drawn(5, seed=8).abs()).values
+        for f in (network(norms), network([lambda y, norm=norm: written(y, norm) for norm in norms]))
+    ]
+    assert distance(maps[1], maps[0]) < 1e-10
+
+
+@pytest.mark.parametrize("rule", ["lrp:epsilon-plus-flat", "lrp:epsilon-gamma-box"])
+def test_a_bias_may_be_added_in_a_step_of_its_own(rule):
+    layer, x = built(lambda: nn.Conv2d(3, 4, 2)), drawn(2, 3, 5, 5)
+    apart = [lambda x: F.conv2d(x, layer.weight) + layer.bias[:, None, None]]
+    apart += [lambda x: F.conv2d(x, layer.weight).add(layer.bias[:, None, None] / 2, alpha=2)]
+    expected, *others = [
+        ut.explain(lambda x, f=f: f(x).relu().mean((2, 3)), x, rule=rule, target=2).values for f in (layer, *apart)
+    ]
+    assert max(distance(values, expected) for values in others) < 1e-12
+
+
+def test_what_is_added_to_each_place_is_no_bias():
+    layer, x, places = built(lambda: nn.Conv2d(3, 4, 2)), drawn(2, 3, 5, 5), drawn(4, 4, 4, seed=5)
+    rule = "lrp:epsilon-plus-flat"
+    is_open = layer(x) + places > 0
+    expected = ut.explain(lambda x: (layer(x) * is_open).mean((2, 3)), x, rule=rule, target=2).values
+    values = ut.explain(lambda x: (layer(x) + places).relu().mean((2, 3)), x, rule=rule, target=2).values
+    assert distance(values, expected) < 1e-12
+
+
 @pytest.mark.parametrize("on_the_way", ["qkv", "kv", "qv", "v", "qk", "k"])
 @pytest.mark.parametrize("rule", ["attnlrp", "cp-lrp", "lrp:epsilon"])
 def test_attention_is_the_same_in_one_operation_and_in_five(rule, on_the_way):

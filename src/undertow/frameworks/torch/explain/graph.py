@@ -18,6 +18,7 @@ from ..calls import eager, overwrites_a_view
 from ..internals import SharedPrehook, will_execute
 from ..nodes import SMOOTH, NodeKind, all_nodes_behind, hidden_reason, name_of, nodes_behind
 from .expansion import write_out
+from .folding import in_entrys_order, in_layers_order
 from .kinds import stem
 from .notes import ForwardNotes
 from .operations import NodeOperation
@@ -297,6 +298,9 @@ class ThroughGraph(RuleAttachment):
                     return _conjugate(row(_conjugate(g), lambda h: _conjugate(local(_conjugate(h))), operation))
                 if operation.is_turned:
                     return row(g.mT, lambda h: local(h.mT).mT, operation).mT
+                if operation.folded is not None:
+                    order = operation.folded.order
+                    return row(in_layers_order(g, order), lambda h: local(in_entrys_order(h, order)), operation)
                 return row(g, local, operation)
 
         self._hook(RuleHooks(operation.entry, operation.operands, rule, operation.inner, self.request.rule_name))

@@ -41,12 +41,15 @@ _WEIGHTED: _Calls = {
     aten.cudnn_batch_norm: ("CudnnBatchNormBackward", (0, 1, 2)),
     aten.miopen_batch_norm: ("MiopenBatchNormBackward", (0, 1, 2)),
 }
+# For a constant of each channel, which no large tensor is.
+_SHIFTED: _Calls = {aten.add: ("AddBackward", (0, 1)), aten.sub: ("SubBackward", (0, 1))}
+_MOST_CHANNELS = 1 << 16
 _ALWAYS: _Calls = {aten.threshold: ("ThresholdBackward", (0, 2))}  # rare, and its value is told nowhere else
 _NEEDED_BY: dict[str, _Calls] = {
     "relu": {aten.relu: ("ReluBackward", (0,))},
     "smooth": _ELEMENTWISE,
-    "conv": _WEIGHTED,
-    "linear": _WEIGHTED,
+    "conv": _WEIGHTED | _SHIFTED,
+    "linear": _WEIGHTED | _SHIFTED,
 }
 
 
@@ -113,6 +116,8 @@ class ForwardNotes(TorchDispatchMode):
         if how is not None:
             node, places = how
             operands = tuple(args[i] if i < len(args) else None for i in places)
+            if (packet if in_place is None else in_place) in _SHIFTED:
+                operands = tuple(x if isinstance(x, Tensor) and x.numel() <= _MOST_CHANNELS else None for x in operands)
             if in_place is not None:  # the call is about to overwrite it
                 operands = tuple(x.clone() if isinstance(x, Tensor) else x for x in operands)
             versions = tuple(version(x) if isinstance(x, Tensor) else 0 for x in operands)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ....errors import RuleError
 from ..internals import saved
 from ..nodes import name_of, normalizes_by_batch
+from .folding import Folded, in_layers_order
 from .kinds import stem
 from .notes import ForwardNotes
 
@@ -88,6 +89,7 @@ class NodeOperation:
         is_proportional: f(x) / x is the derivative itself, as of a ReLU.
         shape: of its output, once a gradient has arrived there.
         weights: of a fused node, for each operand what makes it a weight: see `recognition.WEIGHTS`.
+        folded: what scales and shifts a layer's channels behind it, up to the entry.
     """
 
     kind: str
@@ -100,6 +102,7 @@ class NodeOperation:
     relu: Any = None
     shape: torch.Size | None = None
     weights: tuple[Collection[str], ...] = ()
+    folded: Folded | None = None
 
     @cached_property
     def is_turned(self) -> bool:
@@ -149,7 +152,7 @@ class NodeOperation:
 
     @cached_property
     def layer(self) -> Any:
-        """The weighted node: the entry, or what the batch norm that is the entry reads."""
+        """The weighted node: the entry, or the layer that is folded."""
         return self.operands[0][0][0]
 
     @cached_property
@@ -195,10 +198,18 @@ class NodeOperation:
 
     @cached_property
     def _norm(self) -> tuple[Tensor, Tensor] | None:
-        """The scale and shift of a batch norm behind the layer."""
-        node = self.entry
-        if node is self.layer:
+        """The scale and shift of each channel behind the layer, `(C,)` each."""
+        if self.folded is None:
             return None
+        scale: Any = 1
+        shift: Any = 0
+        for step in self.folded.steps:
+            by, more = self._of_batch_norm(step.node) if step.constant is None else step.scale_and_shift()
+            scale, shift = scale * by, shift * by + more
+        scale, shift = torch.broadcast_tensors(torch.as_tensor(scale), torch.as_tensor(shift))
+        return scale, shift
+
+    def _of_batch_norm(self, node: Any) -> tuple[Tensor, Tensor]:
         scale = (self._saved(node, "running_var") + _eps(node)).rsqrt()
         weight, bias = self._saved(node, "weight"), self._noted(node, 2)
         scale = scale if weight is None else scale * weight
@@ -210,8 +221,10 @@ class NodeOperation:
         if self.relu is not None:
             positive: Tensor = self._saved(self.relu, "result")
             positive = positive if self.shape is None else positive.reshape(self.shape)
+            if self.folded is not None:
+                positive = in_layers_order(positive, self.folded.order)
             return positive.mT if self.is_turned else positive
-        if self._norm is None:
+        if self._norm is None or not stem(self.entry).endswith("BatchNorm") or len(self.inner) > 1:
             return self.forward(self.input, self.weight, self.bias)
         y = self._saved(self.entry, "input")  # what the layer returned
         scale, shift = (_per_channel(values.to(y.dtype), y) for values in self._norm)

@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from ..internals import function_class, sequence_number
-from ..nodes import name_of, normalizes_by_batch
+from ..nodes import name_of
 from .expansion import can_be_expanded
+from .folding import layer_behind
 from .kinds import AFFINE, COPIES, ELEMENTWISE, PICKS, PROPORTIONAL, REDUCTIONS, SUMS, VIEWS, simple_kind, stem
 from .notes import ForwardNotes
 from .operations import GATES, NodeOperation
@@ -98,10 +99,11 @@ def recognize(
     for node in sorted(nodes, key=sequence_number, reverse=True):
         if node in claimed:
             continue
-        layer = _layer_behind(node, way) if folds else None
-        operation, inner = _operation(node if layer is None else layer, way, notes)
-        if layer is not None and operation is not None:
-            operation, inner = replace(operation, entry=node, inner=frozenset((layer,))), {layer}
+        folded = layer_behind(node, way, notes) if folds else None
+        operation, inner = _operation(node if folded is None else folded.layer, way, notes)
+        if folded is not None and operation is not None:
+            inner = {folded.layer, *folded.nodes[:-1]}
+            operation = replace(operation, entry=node, inner=frozenset(inner), folded=folded)
         if operation is not None:
             claimed |= inner
             operation.relu = alone.get(node) if is_layer(operation) else None
@@ -138,18 +140,6 @@ def _relus(nodes: Collection[Any], way: Way) -> dict[Any, Any]:
         for _, edge in way.inputs(node)
     )
     return {edge[0]: node for node, edge in behind if way.readers[edge] == 1}
-
-
-def _layer_behind(node: Any, way: Way) -> Any:
-    """Return the layer that a batch norm in eval mode alone reads; None where there is none."""
-    if not stem(node).endswith("BatchNorm") or normalizes_by_batch(node):
-        return None
-    layer = next((behind for _, (behind, _) in way.inputs(node)), None)
-    if layer is None or stem(layer) not in ("Convolution", "Addmm", "Mm") or way.readers[(layer, 0)] != 1:
-        return None
-    if [i for i, _ in way.inputs(layer)] != [1 if stem(layer) == "Addmm" else 0]:
-        return None
-    return layer
 
 
 def _passes(node: Any, way: Way, kinds: Collection[str]) -> bool:
