@@ -33,6 +33,7 @@ class Affine:
     def scale_and_shift(self) -> tuple[Any, Any]:
         """Return what a product or a sum makes of y: y·scale + shift."""
         name, constant = stem(self.node), self.constant
+        assert constant is not None
         if name in _SCALES:
             return (constant if name == "Mul" else 1 / constant), 0
         sign = 1 if name == "Add" else -1
