@@ -37,6 +37,10 @@ BROUGHT = {"keras": ("h5py",)}
 
 TITLES = {"torch": "PyTorch", "keras": "Keras", "jax": "JAX"}
 
+_INSTEAD = {
+    ("jax", "inspect.blocks"): "; ut.trace(model, x) shows the gradient at each module, and "
+    "ut.derive.Network.parse('x1>n1 n1>n2') takes a graph that is written out"
+}
 CAPABILITIES = {
     "arrays": "conversion to NumPy",
     "explain": "explain",
@@ -498,7 +502,8 @@ def capability(framework: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing.startswith(f"{__package__}.{framework}"):
-            raise ModelError(f"{CAPABILITIES[name]} is not there for {TITLES[framework]} yet") from error
+            instead = _INSTEAD.get((framework, name), "")
+            raise ModelError(f"{CAPABILITIES[name]} is not there for {TITLES[framework]} yet{instead}") from error
         if missing not in (*FRAMEWORKS[framework], *BROUGHT.get(framework, ())):
             raise
         raise FrameworkError(f"{missing} is not installed; run: {install_command(framework)}") from error
@@ -569,7 +574,8 @@ def refuse_backend(name: str) -> None:
         raise FrameworkError("keras runs on torch here: pass x as a torch tensor, as in torch.from_numpy(x)")
     if name != "tensorflow":
         remedy = "set KERAS_BACKEND=tensorflow before keras is imported"
-        there = "; ut.explain and ut.trust take the model itself" if name == "jax" else ""
+        verbs = "ut.explain, ut.trust, ut.trace, ut.redirect and ut.record"
+        there = f"; {verbs} take the model itself" if name == "jax" else ""
         raise FrameworkError(f"keras runs on {name} here, where this is not supported; {remedy}{there}")
 
 

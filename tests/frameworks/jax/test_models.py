@@ -250,5 +250,7 @@ def test_grad_cam_of_a_linen_layer(linen_net):
 
 
 def test_a_graph_of_blocks_is_refused_in_one_line(nnx_net):
-    with pytest.raises(ut.ModelError, match=r"derive\.from_model is not there for JAX yet"):
+    with pytest.raises(
+        ut.ModelError, match=r"derive\.from_model is not there for JAX yet; ut\.trace\(model, x\) shows"
+    ):
         ut.derive.from_model(nnx_net, X)

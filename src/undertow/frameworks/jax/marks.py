@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-OUTPUT, INPUT = "output", "input"
+OUTPUT, INPUT, SOWN = "output", "input", "sown"
 
 mark_p = Primitive("undertow_mark")
 mark_p.def_impl(lambda x, **_: x)
@@ -59,7 +59,12 @@ def outputs_marked(
     name: str, module: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Mark what a module returns, as `calls.watched` takes it."""
-    return marked(call(*args, **kwargs), name, OUTPUT)
+    return marked(call(*args, **kwargs), name, SOWN if call is sown else OUTPUT)
+
+
+def sown(value: Any) -> Any:
+    """Stand for a call where a module of Flax sows a value, which goes on elsewhere too."""
+    return value
 
 
 def _is_module(value: Any) -> bool:

@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from ...errors import InputError
 from .graph import REMATERIALISED, JaxprGraph, JaxprNode, JaxprValue, graph_of
 from .internals import bind, closed
-from .marks import OUTPUT
+from .marks import OUTPUT, SOWN
 
 _REMEDY = {
     "cond": "a branch, of which only one runs; mark a value before or after it",
@@ -42,7 +42,7 @@ class Place:
 
     Attributes:
         site: the module's or the place's name.
-        role: "output", or "input" of a module.
+        role: "output", or "input" of a module; "sown" where the place is what was marked, for all that reads it.
         position: of the tensor in what the module returned or was given, as `TensorKey.output`.
         mapped: how many axes `jax.vmap` put in front; -1 where nobody can tell.
         loops: those around it, the outermost first: its value has an axis for each, in front.
@@ -99,6 +99,7 @@ class PerturbedGraph:
         graph: of a call, with `jax.jit` calls in line.
         wanted: tells the places that equations make.
         at: further places, by their values.
+        within: it is the body of a loop or of a rematerialised block.
 
     Attributes:
         places: in the order in which they get their values.
@@ -109,9 +110,15 @@ class PerturbedGraph:
         InputError: a place is where it cannot be looked at.
     """
 
-    def __init__(self, graph: JaxprGraph, wanted: Wanted, at: Mapping[JaxprValue, Place] | None = None) -> None:
-        self._graph = graph
-        self._at: dict[JaxprValue, int] = {}
+    def __init__(
+        self,
+        graph: JaxprGraph,
+        wanted: Wanted,
+        at: Mapping[JaxprValue, Place] | None = None,
+        within: bool = False,
+    ) -> None:
+        self._graph, self._within = graph, within
+        self._at: dict[JaxprValue, list[int]] = {}
         self._bodies: dict[JaxprNode, tuple[_Body, slice]] = {}
         self.places: list[Place] = []
         self.shapes: list[jax.ShapeDtypeStruct] = []
@@ -122,14 +129,25 @@ class PerturbedGraph:
         for node in graph.nodes:
             place = wanted(node)
             if place is not None:
-                self._add(node.outputs[0], place)
+                self._add(self._sown(node, place) if place.role == SOWN else node.outputs[0], place)
             for value in node.outputs:
                 if at is not None and value in at:
                     self._add(value, at[value])
             self._look_into(node, wanted)
 
+    def _sown(self, node: JaxprNode, place: Place) -> JaxprValue:
+        """Return the value that is sown, whose gradient is that of all that reads it."""
+        value, body = node.inputs[0], self._within and node.inputs[0].node is None
+        if place.mapped or body:
+            where = "inside jax.vmap" if place.mapped else "in a loop or a block of jax.checkpoint that it came into"
+            raise InputError(
+                f"{place.site!r} is sown {where}, where not all that reads it is seen, so its gradient is not known; "
+                f"write h = self.perturb({place.site.rpartition('.')[2]!r}, h), or record with phase='forward'"
+            )
+        return value if value.node is not None or value in self._graph.arguments else node.outputs[0]
+
     def _add(self, value: JaxprValue, place: Place) -> None:
-        self._at[value] = len(self.places)
+        self._at.setdefault(value, []).append(len(self.places))
         self.places.append(place)
         self.shapes.append(jax.ShapeDtypeStruct(value.aval.shape, value.aval.dtype))
         self.sources.append((value,))
@@ -140,7 +158,8 @@ class PerturbedGraph:
                 _refuse_places(node, graph_of(closed(body)), wanted)
             return
         whole = closed(node.eqn.params["jaxpr"])
-        inner = PerturbedGraph(graph_of(whole), _refusing_names(wanted) if "vmap(" in node.scope else wanted)
+        names_refused = _refusing_names(wanted) if "vmap(" in node.scope else wanted
+        inner = PerturbedGraph(graph_of(whole), names_refused, within=True)
         if inner.places:
             start = len(self.places)
             places, shapes = inner.places, inner.shapes
@@ -170,8 +189,10 @@ class PerturbedGraph:
         environment: dict[JaxprValue, Any] = {}
 
         def put(value: JaxprValue, result: Any) -> None:
-            if (i := self._at.get(value)) is not None:
+            at = self._at.get(value, ())
+            for i in at:
                 taken[i] = result
+            for i in at:
                 result = result if given[i] is None else result + given[i]
             environment[value] = result
 

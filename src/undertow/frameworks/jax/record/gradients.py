@@ -43,7 +43,7 @@ class Watching:
     def graph(self, graph: JaxprGraph, inputs: Sequence[JaxprValue]) -> PerturbedGraph:
         """Return a graph with the sites as its places."""
         if library_of(self.model) != TRACE:
-            return PerturbedGraph(graph, placed(self.names))
+            return PerturbedGraph(graph, placed(self.names, "backward" in self.phases))
         marked = {n.eqn.params["name"] for n in graph.nodes if n.name == "name"}
         at: dict[JaxprValue, Place] = {}
         for name in dict.fromkeys(self.names.values()):

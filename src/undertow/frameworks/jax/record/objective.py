@@ -66,7 +66,7 @@ def _program(what: Watching, name: str, x: Any, predicted: bool) -> Any:
     refuse_non_class_scores(before.aval, len(x))
     # the layer that gives the head gives, as a site, what is explained
     last = [value.node for value in _marks(graph.outputs[0])] if head else []
-    find = placed(what.names)
+    find = placed(what.names, "backward" in what.phases)
     places = [place for node in last if (place := find(node)) is not None]
     at = {before: places[-1]} if places else {}
     whole = PerturbedGraph(graph, lambda node: None if node in last else find(node), at)

@@ -5,20 +5,23 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...base import NamedModule
 from ..arrays import to_numpy
 from ..calls import watched
 from ..graph import graph_of
-from ..marks import outputs_marked
+from ..marks import OUTPUT, outputs_marked
 from ..models import JaxNetwork, network_of, own_model
 from ..modules import TRACE, library_of
-from ..modules import named_modules as named_modules
+from ..modules import named_modules as modules_of
 from ..perturbing import PerturbedGraph, marked_place
+from .places import named_places
 
 _frozen: ContextVar[bool] = ContextVar("undertow_frozen", default=False)
 
@@ -33,6 +36,13 @@ def frozen() -> Any:
         _frozen.reset(token)
 
 
+def named_modules(model: Any) -> list[NamedModule]:
+    """List what can be a site: modules, and the places that Flax's name themselves, by `perturb` and `sow`."""
+    named = modules_of(model)
+    taken = {name for module in named for name in module.names}
+    return named + [place for place in named_places(model) if taken.isdisjoint(place.names)]
+
+
 def names_of(model: Any) -> dict[str, str]:
     """Return for each name of a module that can be a site its first one."""
     return {name: named.name for named in named_modules(model) for name in named.names}
@@ -44,7 +54,7 @@ def visits(model: Any, example: Any) -> dict[str, list[Any]]:
     with watched(model, names_of(model), outputs_marked):
         network = network_of(model).anew()
         whole = jax.make_jaxpr(lambda weights, *x: network.with_weights(weights)(*x))(network.weights, *inputs)
-    graph = PerturbedGraph(graph_of(whole), marked_place)
+    graph = PerturbedGraph(graph_of(whole), placed(names_of(model), backward=False))
     shapes: dict[str, dict[str, list[tuple[int, ...]]]] = {}
     for place, shape in zip(graph.places, graph.shapes, strict=True):
         own = shape.shape[len(place.loops) :]
@@ -58,7 +68,7 @@ def visits(model: Any, example: Any) -> dict[str, list[Any]]:
 
 def identity(model: Any) -> dict[str, Any]:
     """Return what identifies a network: its class, the hashes of its structure and its weights, its precision."""
-    named, cls = named_modules(model), type(own_model(model))
+    named, cls = modules_of(model), type(own_model(model))
     digest = hashlib.sha256()
     for module in named:
         digest.update(f"{module.name}\0{module.types[0]}\0".encode())
@@ -87,12 +97,16 @@ def _numbers(weight: Any) -> Any:
     return to_numpy(weight)
 
 
-def placed(names: Mapping[str, str]) -> Callable[[Any], Any]:
-    """Return what finds the marks of some sites, by their first names."""
+def placed(names: Mapping[str, str], backward: bool) -> Callable[[Any], Any]:
+    """Return what finds the marks of some sites, by their first names; where no gradient is asked for, a sown value
+    is as good as any.
+    """
     wanted = set(names.values())
 
     def place(node: Any) -> Any:
         found = marked_place(node)
-        return found if found is not None and found.site in wanted else None
+        if found is None or found.site not in wanted:
+            return None
+        return found if backward else replace(found, role=OUTPUT)
 
     return place
