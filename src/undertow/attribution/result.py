@@ -348,6 +348,8 @@ class Attribution(Shown):
                 token_ids=arrays.get("token_ids"),
                 **{name: value for name, value in facts.items() if name in known},
             )
+        except FileNotFoundError as error:
+            raise InputError(f"there is no file {printable(path)}; .save(path) writes an attribution") from error
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{printable(path)} holds no saved attribution; write one with .save(path)") from error
 
