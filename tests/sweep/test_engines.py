@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,9 +93,12 @@ def test_recordings_of_ray_have_the_same_rows(place):
 
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told(place):
-    code, _, err = finished(place, "nowhere", "--engine", "ray", "--address", "auto")
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unheard.getsockname()[1]}"
+        code, _, err = finished(place, "nowhere", "--engine", "ray", "--address", address)
     assert code == 2
-    assert "Ray cannot be started or reached at auto" in err
+    assert f"Ray cannot be reached at {address}: " in err
 
 
 def start(place, out, *words, **options):

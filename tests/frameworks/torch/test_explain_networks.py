@@ -35,10 +35,6 @@ def test_graph_equals_the_twin(network: Network, activations: str, rule):
         with pytest.raises(ut.RuleError, match="found no activation to rewire"):
             ut.explain(model, x, rule=rule, target=1, activations=activations)
         return
-    if rule is own_mixture and network.name == "checkpoint":
-        with pytest.raises(ut.RuleError, match="switch checkpointing off"):
-            ut.explain(model, x, rule=rule, target=1, activations=activations)
-        return
     values, calls = reference(*(network.twin or network.build)(), 1, rule, activations)
     a = ut.explain(model, x, rule=rule, target=1, activations=activations)
     assert equal(a.values, values)

@@ -4,6 +4,8 @@ All of them must see the sweep's folder and the source under the same paths, as 
 """
 
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +23,7 @@ from ..shards import Shards
 from ..work import Advance, Job, Outcome, work
 from . import Crew
 
+_PATIENCE = 10  # seconds, for the first answer of a cluster
 _RETRIES = 5  # of a shard whose worker dies
 Do = Callable[[int, bool], Any]
 """Lets a worker do a shard, and returns what Ray calls a reference to its `Outcome`."""
@@ -124,6 +127,7 @@ def _cluster(crew: Crew) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    _refuse_silent(address or "")
     where = {"address": address} if address else {"num_cpus": crew.options.get("processes"), "include_dashboard": False}
     try:
         with handlers_kept():
@@ -134,6 +138,19 @@ def _cluster(crew: Crew) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse HOST:PORT where nothing listens, which Ray itself would wait for, many minutes long.
+
+    Raises:
+        RunError: nothing does.
+    """
+    if match := re.fullmatch(r"([^/\[\]:]+):(\d{1,5})", address):
+        try:
+            socket.create_connection((match[1], int(match[2])), timeout=_PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise RunError(f"Ray cannot be reached at {printable(address)}: {one_line(error)}") from error
 
 
 @contextmanager
