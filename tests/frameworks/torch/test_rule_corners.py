@@ -327,12 +327,14 @@ def test_what_is_added_to_each_place_is_no_bias():
     assert distance(values, expected) < 1e-12
 
 
-@pytest.mark.parametrize("on_the_way", ["qkv", "kv", "qv", "v", "qk", "k"])
-@pytest.mark.parametrize("rule", ["attnlrp", "cp-lrp", "lrp:epsilon"])
-def test_attention_is_the_same_in_one_operation_and_in_five(rule, on_the_way):
-    if rule == "lrp:epsilon" and ("v" not in on_the_way or on_the_way == "v"):
-        pytest.skip("a product with constant weights or values is a layer by LRP")
+ON_THE_WAY = {
+    **dict.fromkeys(("attnlrp", "cp-lrp"), ("qkv", "kv", "qv", "v", "qk", "k")),
+    "lrp:epsilon": ("qkv", "kv", "qv"),  # a product with constant weights or values is a layer by LRP
+}
 
+
+@pytest.mark.parametrize(("rule", "on_the_way"), [(rule, names) for rule, ways in ON_THE_WAY.items() for names in ways])
+def test_attention_is_the_same_in_one_operation_and_in_five(rule, on_the_way):
     def attention(q, k, v):
         return ((q @ k.mT) / 2).softmax(-1) @ v
 
