@@ -10,7 +10,6 @@ followed as well, under the output "before activation".
 """
 
 import json
-import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,8 +19,9 @@ from typing import Any, Self, final
 import numpy as np
 import tensorflow as tf
 
-from ....measures import ChannelSums, Histogram, stats
+from ....measures import stats
 from ....structures import tensors_with_paths
+from ...diagnosis_rows import AT_SITES, has_arrived, row_of
 from ...own_passes import in_own_pass
 from ..arrays import to_numpy
 from ..internals import all_layers, custom_gradient_around, operations_seen
@@ -34,15 +34,6 @@ from .zero_causes import backward_state, forward_state, operand, settings, weigh
 
 END = -1
 INSIDE = "before activation"  # as in `undertow.diagnosis.evidence`
-_AT_SITES = (Histogram(), ChannelSums())
-_COUNTS = (
-    *("zeros", "expected_zeros", "closed", "saturated"),
-    *("broken_data", "broken_input", "broken_weights", "broken_output"),
-)
-_AMOUNTS = (
-    *("absolute", "expected_absolute", "slope", "rms_slope", "norm", "operand", "gain"),
-    *("weight_std", "ignored_labels"),
-)
 ChannelsSecond = Callable[[Any, Any], Any]
 
 
@@ -71,18 +62,11 @@ class WatchedPoint:
     @property
     def arrived(self) -> bool:
         """Whether a gradient was measured."""
-        return "zeros" in self.state
+        return has_arrived(self.state)
 
     def row(self) -> dict[str, Any]:
         """Return its row; what was not measured is NaN, -1 or an empty list."""
-        columns: dict[str, Any] = {"readers": json.dumps(self.readers), "active": [self.state.get("active", ())]}
-        columns |= {"read_by": [self.read_by]}
-        for measure in _AT_SITES:
-            measured = self.arrived and self.facts["step"] == 0
-            columns |= measure.finish(self.state) if measured else {column: [()] for column in measure.columns}
-        columns |= {key: int(self.state.get(key, -1)) for key in _COUNTS}
-        columns |= {key: float(self.state.get(key, math.nan)) for key in _AMOUNTS}
-        return {**self.facts, **columns, "shape": [self.facts["shape"]]}
+        return row_of(self.facts, self.state, self.readers, self.read_by)
 
 
 @final
@@ -269,7 +253,7 @@ class EagerRecorder:
         wide = np.asarray(statistics.x, np.float64)
         point.state["absolute"], point.state["norm"] = float(np.abs(wide).sum()), float(statistics.norm)
         if point.facts["step"] == 0:
-            for measure in _AT_SITES:
+            for measure in AT_SITES:
                 point.state |= measure.pick(statistics)
         point.state["zeros"] = int(statistics.zeros)
 

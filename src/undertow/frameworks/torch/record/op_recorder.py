@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ....measures import ChannelSums, Histogram, stats
+from ....measures import stats
+from ...diagnosis_rows import AT_SITES, has_arrived, row_of
 from ..hooks import ModuleHook
 from ..internals import unseen_by_function_modes
 from ..submodules import named_modules, own_parameters, submodule
@@ -33,15 +34,6 @@ _JOINS = frozenset(("add", "__add__", "__radd__", "__iadd__", "cat", "concat", "
 _BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _LABELLED = ("cross_entropy", "nll_loss")
 _HOOKED = "BackwardHookFunctionBackward"  # the node that a full backward hook of the user's puts around a tensor
-_AT_SITES = (Histogram(), ChannelSums())
-_COUNTS = (
-    *("zeros", "expected_zeros", "closed", "saturated"),
-    *("broken_data", "broken_input", "broken_weights", "broken_output"),
-)
-_AMOUNTS = (
-    *("absolute", "expected_absolute", "slope", "rms_slope", "norm", "operand", "gain"),
-    *("weight_std", "ignored_labels"),
-)
 
 
 @dataclass(eq=False)
@@ -74,18 +66,11 @@ class Point:
     @property
     def arrived(self) -> bool:
         """Whether a gradient has come."""
-        return "zeros" in self.state
+        return has_arrived(self.state)
 
     def row(self) -> dict[str, Any]:
         """Return its row, once its state is on the host; what was not measured is NaN, -1 or an empty list."""
-        columns: dict[str, Any] = {"readers": json.dumps(self.readers), "active": [self.state.get("active", ())]}
-        columns |= {"read_by": [self.read_by]}
-        for measure in _AT_SITES:
-            measured = self.arrived and self.facts["step"] == 0
-            columns |= measure.finish(self.state) if measured else {column: [()] for column in measure.columns}
-        columns |= {key: int(self.state.get(key, -1)) for key in _COUNTS}
-        columns |= {key: float(self.state.get(key, math.nan)) for key in _AMOUNTS}
-        return {**self.facts, **columns, "shape": [self.facts["shape"]]}
+        return row_of(self.facts, self.state, self.readers, self.read_by)
 
 
 @final
@@ -319,7 +304,7 @@ class OpRecorder(TorchFunctionMode):
                 statistics = stats(arranged(point.module, g))
                 point.state["absolute"], point.state["norm"] = l1(statistics.x), l2(statistics.x)
                 if point.facts["step"] == 0:
-                    for measure in _AT_SITES:
+                    for measure in AT_SITES:
                         point.state |= measure.pick(statistics)
                 point.state["zeros"] = statistics.zeros
 
